@@ -1,0 +1,44 @@
+# Nothing but make and a Python from 3.10 to 3.13 is assumed; `make help` lists the targets.
+PYTHON ?= python3
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+SHELL_SCRIPTS = $(wildcard launch/*.sh) $(wildcard .ci/run)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with TensorFlow for CPUs and the developers' tools
+
+# The stamp is written last, so that an interrupted install is done again.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "$(PYTHON) is not a Python from 3.10 to 3.13; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into .venv: some minutes, about 3 GB"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
+	$(BIN)/python -m vit_dist.demo --workdir runs/demo
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(STAMP) ## check style, types and shell scripts; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
+
+format: $(STAMP) ## fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build products, but no runs
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv-*' -prune -exec rm -rf {} +

@@ -1,0 +1,307 @@
+"""Every config key with its default, durations, and binding a section to the function it feeds.
+
+A config file is a Python file with `get_config(arg=None)` that starts from `get_defaults()`,
+changes values and returns the result. Any key can be overridden in the shell:
+--config.section.key=value.
+"""
+
+import ast
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, FieldReference
+
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+class _Typed(NamedTuple):
+    """A key that may be None, or (type object) take any literal."""
+
+    default: Any
+    type: type
+
+
+def _durations(name: str, **default: int) -> dict[str, _Typed]:
+    """The keys name_steps, name_epochs, ... of which exactly one counts."""
+    types = {"steps": int, "epochs": float, "examples": int, "percent": float}
+    units = UNITS[:3] if name == "total" else UNITS
+    return {f"{name}_{u}": _Typed(default.get(u), types[u]) for u in units}
+
+
+DEFAULTS: dict[str, Any] = {
+    "seed": 0,  # of weights, data order, augmentation and dropout
+    "image_size": _Typed(224, object),  # pixels: an int, or (height, width); pipes call it `size`
+    "precision": "float32",  # of activations: float32 | bfloat16 | float16 (with loss scaling)
+    **_durations("total"),  # how long to train; required
+    **_durations("log", steps=50),  # how often to write metrics
+    **_durations("eval", percent=10),  # how often to evaluate on val; always at the end
+    **_durations("save", percent=10),  # how often to save; always at the end
+    "keep_checkpoints": 2,  # the newest so many stay on disk
+    "resume_from": "",  # another run's folder: continue it here, optimiser and step included
+    "init_from": "",  # another run's folder: its weights only; head and positions adapt
+    "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
+    "data": {  # data/sources.py; keys left None take the source's own default
+        "source": "demo",  # demo | tfds | folder
+        "train_split": "train",
+        "val_split": "val",  # "" for none
+        "test_split": "test",  # evaluated once, at the end; "" for none
+        "name": _Typed(None, str),  # tfds: builder, e.g. imagenet2012
+        "data_dir": _Typed(None, str),  # tfds, folder: where it lies
+        "file_format": _Typed(None, str),  # tfds: array_record | tfrecord
+        "val_fraction": _Typed(None, float),  # folder without val/
+        "test_fraction": _Typed(None, float),  # folder without test/
+    },
+    "input": {  # data/pipeline.py
+        "batch_size": 1024,  # examples per optimiser step, over all replicas
+        "eval_batch_size": 1024,  # over all replicas
+        "train_ops": (  # data/ops.py; runs on every training image
+            "decode_jpeg_and_inception_crop(size)|flip_lr|value_range(-1, 1)|keep('image', 'label')"
+        ),
+        "eval_ops": (  # the same for val and test
+            "decode|resize(size)|value_range(-1, 1)|keep('image', 'label')"
+        ),
+        "num_threads": _Typed(None, int),  # None: as many as tf.data finds useful
+        "prefetch": 2,  # batches per replica kept ready
+    },
+    "model": {  # model/vit.py
+        "variant": "S/16",  # size/patch
+        "width": _Typed(None, int),  # these four replace the variant's
+        "depth": _Typed(None, int),
+        "mlp_dim": _Typed(None, int),
+        "num_heads": _Typed(None, int),
+        "pool": "gap",  # tok | gap | map
+        "posemb": "learned",  # learned | sincos2d
+        "posemb_stddev": 0.02,  # initial spread of learned positions
+        "rep_size": 0,  # representation layer before the head; -1: as wide as the model
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "drop_path": 0.0,  # stochastic depth at the last block
+        "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
+        "gelu": "tanh",  # tanh | erf
+        "qkv_bias": True,
+        "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
+    },
+    "loss": {  # training/losses.py
+        "name": "softmax",  # softmax | sigmoid
+        "label_smoothing": 0.0,
+    },
+    "optimizer": {  # training/optim.py
+        "name": "adamw",  # adamw | sgd
+        "learning_rate": 1e-3,  # the schedule's peak
+        "weight_decay": 0.1,  # decoupled, multiplied by the learning rate
+        "decay_pattern": "kernel$",  # regex: which variables decay
+        "beta_1": 0.9,  # adamw
+        "beta_2": 0.999,  # adamw
+        "epsilon": 1e-8,  # adamw
+        "momentum": 0.9,  # sgd
+    },
+    "schedule": {  # training/schedules.py
+        "name": "cosine",  # cosine | linear | rsqrt | constant
+        **_durations("warmup", steps=0),  # linear, from 0
+        **_durations("cooldown", steps=0),  # linear, to 0 at the end
+        **_durations("timescale", steps=10_000),  # rsqrt
+        "end_factor": 0.0,  # cosine, linear: final learning rate / peak
+    },
+    "step": {  # training/step.py
+        "accumulation": 1,  # micro-batches per replica and step
+        "clip_norm": _Typed(1.0, float),  # global; None: no clipping
+        "ema_decay": _Typed(None, float),  # e.g. 0.9999; None: no moving average
+        "jit": "auto",  # XLA: auto | whole | split | off
+    },
+    "strategy": {  # strategy.py
+        "name": "auto",  # auto | single | mirrored | multiworker | tpu
+        "virtual_cpus": 0,  # split the CPU into so many devices; 0: use it whole
+        "tpu": "",  # "local", or the TPU's name; "": the environment's TPU_NAME
+        "tpu_zone": "",
+        "tpu_project": "",
+        "timeout_seconds": 1800.0,  # multiworker: a collective stuck for so long is an error
+    },
+}
+
+
+def get_defaults() -> ConfigDict:
+    """DEFAULTS, locked: a config file changes values, a misspelt key is an error."""
+
+    def build(section: Mapping[str, Any]) -> ConfigDict:
+        config = ConfigDict()
+        for key, value in section.items():
+            if isinstance(value, _Typed):
+                value = FieldReference(value.default, field_type=value.type)
+            config[key] = build(value) if isinstance(value, dict) else value
+        return config
+
+    return build(DEFAULTS).lock()
+
+
+def did_you_mean(name: str, allowed: Any) -> str:
+    """ "; did you mean 'x'?" with the nearest of `allowed`, or nothing."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Leaves one unit of each duration: the shell's, else the config file's, else the default's.
+
+    Args:
+      config: from a config file, overrides already applied.
+      overrides: dotted key -> value given on the command line.
+
+    Returns:
+      A locked copy.
+
+    Raises:
+      ValueError: two units of one duration given in the same place, or a section that is not one.
+    """
+    config, defaults = config.copy_and_resolve_references(), get_defaults()
+    for section_name in ("", *(k for k, v in defaults.items() if isinstance(v, ConfigDict))):
+        section = config[section_name] if section_name else config
+        default = defaults[section_name] if section_name else defaults
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f"config.{section_name} must be a section of keys, got {section!r}")
+        prefix = f"{section_name}." if section_name else ""
+        names = {k.rsplit("_", 1)[0] for k in default if k.rsplit("_", 1)[-1] in UNITS}
+        for name in sorted(names - {"virtual"}):
+            _keep_one(section, default, name, prefix, overrides or {})
+    return config.lock()
+
+
+def _keep_one(
+    section: ConfigDict, default: ConfigDict, name: str, prefix: str, overrides: Mapping[str, Any]
+) -> None:
+    keys = [f"{name}_{u}" for u in UNITS if f"{name}_{u}" in default]
+    given = [k for k in keys if k in section and section[k] is not None]
+    shell = [k for k in given if prefix + k in overrides]
+    file = [k for k in given if section[k] != default[k]]
+    chosen = shell or file or given
+    if len(chosen) > 1:
+        values = ", ".join(f"{prefix}{k}={section[k]}" for k in chosen)
+        raise ValueError(f"config has {values}: give the duration '{name}' in one unit only")
+    with section.unlocked():
+        for key in given:
+            if key not in chosen:
+                section[key] = None
+
+
+def duration(
+    section: ConfigDict,
+    name: str,
+    *,
+    batch_size: int,
+    num_examples: int,
+    total_steps: int | None = None,
+) -> int:
+    """The duration `name` of a section in optimiser steps, rounded to the nearest, at least 0.
+
+    Args:
+      section: a finalised config or section with keys such as log_steps and log_epochs.
+      name: "total", "log", "warmup", ...
+      batch_size: examples per step.
+      num_examples: examples per epoch.
+      total_steps: steps of the whole run, which `_percent` refers to.
+
+    Raises:
+      ValueError: none is set, or it is negative, or a percentage above 100.
+    """
+    units = [u for u in UNITS if f"{name}_{u}" in section]
+    for unit in units:
+        value = section[f"{name}_{unit}"]
+        if value is None:
+            continue
+        if value < 0 or (unit == "percent" and value > 100):
+            raise ValueError(f"config.{name}_{unit} is out of range: {value}")
+        per_unit = {
+            "steps": 1.0,
+            "epochs": num_examples / batch_size,
+            "examples": 1 / batch_size,
+            "percent": (total_steps or 0) / 100,
+        }[unit]
+        return round(value * per_unit)
+    raise ValueError(
+        f"config.{name} is not set; set one of " + ", ".join(f"config.{name}_{u}" for u in units)
+    )
+
+
+def without_durations(section: ConfigDict) -> dict[str, Any]:
+    """A section's keys but for the durations, for binding beside their values in steps."""
+    return {k: v for k, v in section.items() if k.rsplit("_", 1)[-1] not in UNITS}
+
+
+def bind(
+    function: Callable[..., Any], section: Mapping[str, Any], *, name: str, **given: Any
+) -> dict[str, Any]:
+    """The keyword arguments of `function` from a section of the config and values computed by us.
+
+    Replacing a whole section passes a locked ConfigDict silently; the signature is what counts.
+
+    Raises:
+      ValueError: a key the function does not take, one that it needs, or one given twice.
+    """
+    parameters = inspect.signature(function).parameters
+    for key in section:
+        if key not in parameters or key in given:
+            allowed = sorted(set(parameters) - set(given))
+            raise ValueError(
+                f"config.{name}.{key} is unknown{did_you_mean(key, allowed)} "
+                f"Keys of config.{name}: {', '.join(allowed)}"
+            )
+    arguments = {**section, **given}
+    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
+    if missing:
+        raise ValueError(f"config.{name} lacks {', '.join(missing)}")
+    for key, value in section.items():
+        _check_type(f"config.{name}.{key}", value, parameters[key].annotation)
+    return arguments
+
+
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    if isinstance(annotation, str):
+        raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
+    try:
+        fits = isinstance(value, annotation) or (
+            isinstance(value, int) and not isinstance(value, bool) and isinstance(1.0, annotation)
+        )
+    except TypeError:
+        return  # a generic such as dict[str, int]: the function's own checks judge it
+    if not fits or (isinstance(value, bool) and annotation is int):
+        wanted = getattr(annotation, "__name__", str(annotation))
+        raise ValueError(f"{key} must be {wanted}, got {value!r}")
+
+
+def parse_image_size(value: Any) -> tuple[int, int]:
+    """(height, width) of config.image_size: a positive int, or a pair of them.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(value, str):
+        value = ast.literal_eval(value) if value[:1] in "([0123456789" else value
+    pair = (value, value) if isinstance(value, int) else value
+    if not (
+        isinstance(pair, (tuple, list))
+        and len(pair) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
+    ):
+        raise ValueError(
+            f"config.image_size must be a positive int or (height, width), got {value!r}"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as indented JSON, keys sorted."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """ "key: old -> new" for every key whose value differs, JSON values on both sides."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += changes(a, b, f"{prefix}{key}.")
+        elif json.dumps(a) != json.dumps(b):
+            found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return found

@@ -1,0 +1,82 @@
+"""Evaluates a checkpoint, at any resolution.
+
+python -m vit_dist.evaluate --config FILE --checkpoint RUN [--splits val,test]
+
+The config says how the model is built and the images are prepared; where its resolution is not the
+checkpoint's, positions are resampled as config.init_from would.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from vit_dist import cli
+from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.restore import init_from
+from vit_dist.strategy import device_kind, make_strategy
+from vit_dist.training.losses import make_loss
+from vit_dist.training.step import choose_jit
+from vit_dist.wiring import check, eval_data, make_state
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's folder, or one checkpoint's")
+_SPLITS = flags.DEFINE_list("splits", ["val", "test"], "which splits of config.data to evaluate")
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    config = cli.load_config()
+    if not _CHECKPOINT.value:
+        raise ValueError("give a trained run: --checkpoint runs/NAME")
+    results = evaluate(config, _CHECKPOINT.value, splits=_SPLITS.value)
+    table = Table(title=f"{_CHECKPOINT.value} at {config.image_size} px")
+    columns = ("split", "accuracy", "top5_accuracy", "loss", "examples")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, metrics in results.items():
+        cells = [f"{metrics[c]:.4f}" if c in metrics else "-" for c in columns[1:4]]
+        table.add_row(split, *cells, f"{metrics['examples']:.0f}")
+    Console().print(table)
+    return 0
+
+
+def evaluate(
+    config: ConfigDict, checkpoint: str, *, splits: Sequence[str] = ("val", "test")
+) -> dict[str, dict[str, float]]:
+    """Evaluates the weights (the moving average where there is one) of a checkpoint.
+
+    Args:
+      config: finalised; the model, data and input sections count.
+      checkpoint: folder of a run or of one checkpoint.
+      splits: of "train", "val", "test".
+
+    Returns:
+      split -> metrics, see make_evaluator.
+
+    Raises:
+      ValueError: no such split or checkpoint, or one that does not fit the config.
+    """
+    run = check(config)
+    for split in splits:
+        if split not in run.sources:
+            raise ValueError(f"split {split!r} is not configured; there are {sorted(run.sources)}")
+    strategy = make_strategy(**run.strategy)
+    state = make_state(run, strategy)
+    init_from(state, checkpoint, method=config.posemb_method)
+    replicas = strategy.num_replicas_in_sync
+    jit = choose_jit(run.step["jit"], kind=device_kind(strategy), num_replicas=replicas)
+    evaluator = make_evaluator(
+        state.eval_model,
+        make_loss(name=run.loss["name"]),
+        strategy=strategy,
+        preprocess=run.eval_pipe.device,
+        jit=jit != "off",
+    )
+    return {split: evaluator(eval_data(run, strategy, split)) for split in splits}
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""Exact classification metrics: each example counts once, on any number of replicas."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from vit_dist.training.losses import Loss, as_distribution
+
+Tensors = dict[str, tf.Tensor]
+
+
+def make_evaluator(
+    model: keras.Model,
+    loss_fn: Loss,
+    *,
+    strategy: tf.distribute.Strategy,
+    preprocess: Callable[[tf.Tensor], tf.Tensor],
+    jit: bool = True,
+) -> Callable[[Any], dict[str, float]]:
+    """Makes evaluate(dataset) -> {"accuracy", "top5_accuracy", "loss", "examples"}.
+
+    Args:
+      model: images -> logits (b, C); its weights are read when evaluate is called.
+      loss_fn: logits, labels -> (b,).
+      strategy: whose replicas share the work.
+      preprocess: images as the input delivers them -> as the model takes them; on device.
+      jit: compile with XLA.
+
+    Returns:
+      A function of a distributed data set of {"image", "label", "mask"}; the mask is 0 for padding.
+      "accuracy" counts an example whose top class is among its labels, "top5_accuracy" one that
+      has a label among its five top classes (absent with 5 classes or fewer).
+    """
+
+    def sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
+        logits = model(preprocess(images), training=False)
+        num_classes = logits.shape[-1]
+        targets = as_distribution(labels, num_classes)
+        top = tf.one_hot(tf.argmax(logits, -1), num_classes)
+        hit = tf.reduce_max(top * tf.cast(targets > 0, tf.float32), -1)
+        out = {"accuracy": hit, "loss": loss_fn(logits, labels), "examples": tf.ones_like(mask)}
+        if num_classes > 5:
+            best = tf.reduce_max(tf.where(targets > 0, logits, logits.dtype.min), -1)
+            above = tf.reduce_sum(tf.cast(logits > best[:, None], tf.int32), -1)
+            out["top5_accuracy"] = tf.cast(above < 5, tf.float32)
+        # A select, not a product: what the model makes of padding may be infinite.
+        return {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
+
+    # TPUStrategy compiles by itself.
+    whole = jit and not isinstance(strategy, tf.distribute.TPUStrategy)
+    run = tf.function(sums, jit_compile=True, autograph=False) if whole else sums
+
+    @tf.function
+    def step(batch: Tensors) -> Tensors:
+        out = strategy.run(run, args=(batch["image"], batch["label"], batch["mask"]))
+        return {k: strategy.reduce("SUM", v, axis=None) for k, v in out.items()}
+
+    def evaluate(dataset: Any) -> dict[str, float]:
+        totals: Tensors = {}
+        for batch in dataset:
+            new = {k: tf.cast(v, tf.float64) for k, v in step(batch).items()}
+            totals = {k: totals[k] + v for k, v in new.items()} if totals else new
+        if not totals or not float(totals["examples"]):
+            raise ValueError("nothing to evaluate: the split has no examples")
+        examples = float(totals.pop("examples"))
+        means = {k: float(v) / examples for k, v in totals.items()}
+        return {**means, "examples": examples}
+
+    return evaluate

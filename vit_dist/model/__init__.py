@@ -1,0 +1,1 @@
+"""The Vision Transformer and everything that depends on its shape alone."""

@@ -1,0 +1,312 @@
+"""The layers a Vision Transformer is made of.
+
+Shapes: B batch, N tokens, D width, H heads, K = D / H, M hidden width of the MLP.
+
+Every random mask is drawn from a stateless seed handed down the call (law 6): a pure function of
+(seed, step, replica, layer), so it differs between replicas and survives a resume. Keras's own
+Dropout keeps hidden state that gives every replica the same mask and that checkpoints miss.
+"""
+
+import zlib
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# One algorithm by name: "auto_select" draws other numbers on other devices.
+RNG = "philox"
+LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other logits
+
+
+def layer_norm(name: str, dtype: Any) -> keras.layers.LayerNormalization:
+    """LayerNorm as in the reference; its statistics are float32 under every policy."""
+    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, name=name, dtype=dtype)
+
+
+class _Masked(keras.layers.Layer):
+    """A layer that zeroes a random part of its input while training."""
+
+    def __init__(self, rate: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.rate = rate
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rate": self.rate}
+
+    def build(self, input_shape: Any) -> None:
+        # The path is the layer's place in the model: a stable number of its own for its masks.
+        self._salt = zlib.crc32(self.path.split("/", 1)[-1].encode()) & 0x7FFFFFFF
+        self.built = True
+
+    def mask_shape(self, shape: tf.Tensor, rank: int) -> tf.Tensor:
+        return shape
+
+    def call(self, x: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
+        """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
+
+        Args:
+          x: any shape, floating.
+          training: nothing happens unless true.
+          seed: int32 (2,), required when training with a rate above 0.
+
+        Raises:
+          ValueError: training without a seed.
+        """
+        if not training or self.rate == 0:
+            return x
+        if seed is None:
+            raise ValueError(f"{self.path}: training with rate {self.rate} needs call(seed=...)")
+        seed = tf.random.experimental.stateless_fold_in(seed, self._salt, alg=RNG)
+        shape = self.mask_shape(tf.shape(x), x.shape.rank)
+        draw = tf.random.stateless_uniform(shape, seed, alg=RNG)
+        keep = tf.cast(draw >= self.rate, x.dtype) / tf.cast(1.0 - self.rate, x.dtype)
+        return x * keep
+
+
+class Dropout(_Masked):
+    """Inverted dropout (Srivastava et al. 2014) with stateless seeds."""
+
+
+class DropPath(_Masked):
+    """Stochastic depth (Huang et al. 2016): drops a whole branch, example by example."""
+
+    def mask_shape(self, shape: tf.Tensor, rank: int) -> tf.Tensor:
+        return tf.concat([shape[:1], tf.ones((rank - 1,), tf.int32)], 0)
+
+
+class LayerScale(keras.layers.Layer):
+    """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, init_value: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.init_value = init_value
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "init_value": self.init_value}
+
+    def build(self, input_shape: Any) -> None:
+        self.gamma = self.add_weight(
+            name="gamma",
+            shape=(input_shape[-1],),
+            initializer=keras.initializers.Constant(self.init_value),
+        )
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return x * self.gamma
+
+
+class PatchEmbedding(keras.layers.Layer):
+    """Cuts images into patches and projects each: a convolution with stride = kernel, as a matmul.
+
+    (B, height, width, C) -> (B, N, D). The kernel is kept in the convolution's layout (p, q, C, D).
+    """
+
+    def __init__(self, width: int, patch: tuple[int, int], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.width, self.patch = width, tuple(patch)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "width": self.width, "patch": self.patch}
+
+    def build(self, input_shape: Any) -> None:
+        self.kernel = self.add_weight(
+            name="kernel", shape=(*self.patch, input_shape[-1], self.width)
+        )
+        self.bias = self.add_weight(name="bias", shape=(self.width,), initializer="zeros")
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        (p, q), (height, width, channels) = self.patch, images.shape[1:]
+        rows, columns = height // p, width // q
+        x = tf.reshape(images, (-1, rows, p, columns, q, channels))
+        x = tf.transpose(x, (0, 1, 3, 2, 4, 5))
+        x = tf.reshape(x, (-1, rows * columns, p * q * channels))
+        return tf.matmul(x, tf.reshape(self.kernel, (-1, self.width))) + self.bias
+
+
+class Attention(keras.layers.Layer):
+    """Multi-head dot-product attention (Vaswani et al. 2017), queries from x, keys from context.
+
+    q, k and v are three projections: compiled for a TPU that takes less memory traffic than one
+    fused projection. The softmax is computed in float32 under every policy.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.num_heads, self.qkv_bias, self.dropout = num_heads, qkv_bias, dropout
+        self.drop = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "qkv_bias": self.qkv_bias,
+            "dropout": self.dropout,
+        }
+
+    def build(self, input_shape: Any) -> None:
+        width, dtype = input_shape[-1], self.dtype_policy
+        for name in ("query", "key", "value"):
+            dense = keras.layers.Dense(width, use_bias=self.qkv_bias, name=name, dtype=dtype)
+            dense.build(input_shape)
+            setattr(self, name, dense)
+        self.out = keras.layers.Dense(width, name="out", dtype=dtype)
+        self.out.build(input_shape)
+        self.drop.build(input_shape)
+
+    def _heads(self, x: tf.Tensor) -> tf.Tensor:
+        """(B, N, D) -> (B, H, N, K)."""
+        x = tf.reshape(x, (-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads))
+        return tf.transpose(x, (0, 2, 1, 3))
+
+    def call(
+        self,
+        x: tf.Tensor,
+        context: tf.Tensor | None = None,
+        training: bool = False,
+        seed: tf.Tensor | None = None,
+        return_weights: bool = False,
+    ):
+        """(B, N, D), context (B, N', D) -> (B, N, D), and the weights (B, H, N, N') if asked."""
+        context = x if context is None else context
+        query = self._heads(self.query(x))
+        key, value = self._heads(self.key(context)), self._heads(self.value(context))
+        query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
+        logits = tf.matmul(query, key, transpose_b=True)
+        weights = tf.nn.softmax(tf.cast(logits, tf.float32))
+        dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
+        y = tf.transpose(tf.matmul(dropped, value), (0, 2, 1, 3))
+        y = self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
+        return (y, weights) if return_weights else y
+
+
+class Mlp(keras.layers.Layer):
+    """Dense, GELU, Dense: (B, N, D) -> (B, N, M) -> (B, N, D), dropout after each."""
+
+    def __init__(self, hidden: int, *, gelu: str = "tanh", dropout: float = 0.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.hidden, self.gelu, self.dropout = hidden, gelu, dropout
+        self.drop_0 = Dropout(dropout, name="dropout_0", dtype=self.dtype_policy)
+        self.drop_1 = Dropout(dropout, name="dropout_1", dtype=self.dtype_policy)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "hidden": self.hidden,
+            "gelu": self.gelu,
+            "dropout": self.dropout,
+        }
+
+    def build(self, input_shape: Any) -> None:
+        self.dense_0 = keras.layers.Dense(self.hidden, name="dense_0", dtype=self.dtype_policy)
+        self.dense_1 = keras.layers.Dense(input_shape[-1], name="dense_1", dtype=self.dtype_policy)
+        self.dense_0.build(input_shape)
+        self.dense_1.build((*input_shape[:-1], self.hidden))
+        self.drop_0.build(input_shape)
+        self.drop_1.build(input_shape)
+
+    def call(self, x: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
+        x = tf.nn.gelu(self.dense_0(x), approximate=self.gelu == "tanh")
+        x = self.drop_0(x, training=training, seed=seed)
+        return self.drop_1(self.dense_1(x), training=training, seed=seed)
+
+
+class EncoderBlock(keras.layers.Layer):
+    """A pre-LN transformer block: x + attention(LN(x)), then x + mlp(LN(x))."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        hidden: int,
+        gelu: str = "tanh",
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self._config = {
+            "num_heads": num_heads,
+            "hidden": hidden,
+            "gelu": gelu,
+            "qkv_bias": qkv_bias,
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "drop_path": drop_path,
+            "layer_scale": layer_scale,
+        }
+        dtype = self.dtype_policy
+        self.norm_0 = layer_norm("norm_0", dtype)
+        self.attention = Attention(
+            num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, name="attention", dtype=dtype
+        )
+        self.drop = Dropout(dropout, name="dropout", dtype=dtype)
+        self.norm_1 = layer_norm("norm_1", dtype)
+        self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", dtype=dtype)
+        self.scales: list[LayerScale] = []
+        if layer_scale is not None:
+            self.scales = [
+                LayerScale(layer_scale, name=f"layer_scale_{i}", dtype=dtype) for i in range(2)
+            ]
+        self.paths = [DropPath(drop_path, name=f"drop_path_{i}", dtype=dtype) for i in range(2)]
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self._config}
+
+    def build(self, input_shape: Any) -> None:
+        parts = [self.norm_0, self.attention, self.drop, self.norm_1, self.mlp]
+        for layer in (*parts, *self.scales, *self.paths):
+            layer.build(input_shape)
+
+    def _branch(self, y: tf.Tensor, index: int, **mode: Any) -> tf.Tensor:
+        if self.scales:
+            y = self.scales[index](y)
+        return self.paths[index](y, **mode)
+
+    def call(
+        self,
+        x: tf.Tensor,
+        training: bool = False,
+        seed: tf.Tensor | None = None,
+        return_weights: bool = False,
+    ):
+        """(B, N, D) -> (B, N, D), and the attention weights (B, H, N, N) if asked."""
+        mode = {"training": training, "seed": seed}
+        y = self.attention(self.norm_0(x), return_weights=return_weights, **mode)
+        y, weights = y if return_weights else (y, None)
+        x = x + self._branch(self.drop(y, **mode), 0, **mode)
+        x = x + self._branch(self.mlp(self.norm_1(x), **mode), 1, **mode)
+        return (x, weights) if return_weights else x
+
+
+class MapHead(keras.layers.Layer):
+    """Attention pooling with one learned probe (Zhai et al., arXiv 2106.04560): (B,N,D)->(B,D)."""
+
+    def __init__(self, *, num_heads: int, hidden: int, gelu: str = "tanh", **kwargs: Any):
+        super().__init__(**kwargs)
+        self._config = {"num_heads": num_heads, "hidden": hidden, "gelu": gelu}
+        self.attention = Attention(num_heads, name="attention", dtype=self.dtype_policy)
+        self.norm = layer_norm("norm", self.dtype_policy)
+        self.mlp = Mlp(hidden, gelu=gelu, name="mlp", dtype=self.dtype_policy)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self._config}
+
+    def build(self, input_shape: Any) -> None:
+        self.probe = self.add_weight(name="probe", shape=(1, 1, input_shape[-1]))
+        for layer in (self.attention, self.norm, self.mlp):
+            layer.build(input_shape)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        probe = tf.tile(tf.cast(self.probe, x.dtype), (tf.shape(x)[0], 1, 1))
+        y = self.attention(probe, x)
+        return (y + self.mlp(self.norm(y)))[:, 0]

@@ -1,0 +1,95 @@
+"""Position embeddings: the fixed 2-D sine-cosine table, and resampling a learned one."""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+
+def sincos2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0) -> np.ndarray:
+    """The fixed table of MoCo v3 (arXiv 2104.02057) as big_vision computes it.
+
+    Args:
+      grid: (rows, columns) of patches.
+      width: model width, divisible by 4.
+      temperature: the longest wavelength.
+
+    Returns:
+      float32 (rows * columns, width): [sin x, cos x, sin y, cos y].
+
+    Raises:
+      ValueError: width not divisible by 4, or below 8 (the frequencies divide by width / 4 - 1).
+    """
+    if width % 4 or width < 8:
+        raise ValueError(
+            f"posemb 'sincos2d' needs a width divisible by 4 and at least 8, got {width}"
+        )
+    y, x = np.mgrid[: grid[0], : grid[1]]
+    omega = temperature ** -(np.arange(width // 4) / (width // 4 - 1))
+    y, x = np.outer(y.ravel(), omega), np.outer(x.ravel(), omega)
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+def _align_corners(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    # Equals the reference's scipy.ndimage.zoom(order=1); tf.image.resize (half-pixel) does not.
+    resized = tf.compat.v1.image.resize_bilinear(table[None], grid, align_corners=True)
+    return resized[0].numpy()
+
+
+def _half_pixel(
+    method: str, antialias: bool
+) -> Callable[[np.ndarray, tuple[int, int]], np.ndarray]:
+    return lambda table, grid: tf.image.resize(table, grid, method, antialias=antialias).numpy()
+
+
+METHODS: dict[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {
+    "align_corners": _align_corners,  # vision_transformer, big_vision
+    "bilinear": _half_pixel("bilinear", False),
+    "bilinear_antialias": _half_pixel("bilinear", True),
+    "bicubic": _half_pixel("bicubic", False),
+    "bicubic_antialias": _half_pixel("bicubic", True),
+}
+
+
+def resize_posemb(
+    table: np.ndarray,
+    *,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    old_prefix: int = 0,
+    new_prefix: int = 0,
+    method: str = "align_corners",
+) -> np.ndarray:
+    """Resamples a learned position table to another grid of patches.
+
+    Args:
+      table: float (1, old_prefix + rows * columns, D).
+      old_grid: (rows, columns) of `table`.
+      new_grid: (rows, columns) wanted.
+      old_prefix: 1 if the first entry belongs to a cls token, else 0.
+      new_prefix: the same for the result. A prefix that the old table lacks becomes zeros; one that
+        the new model lacks is dropped.
+      method: a key of METHODS. "align_corners" is the reference's.
+
+    Returns:
+      float32 (1, new_prefix + rows * columns, D).
+
+    Raises:
+      ValueError: unknown method, or a table whose length is not old_prefix + rows * columns.
+    """
+    if method not in METHODS:
+        raise ValueError(f"posemb method '{method}' is unknown; allowed: {', '.join(METHODS)}")
+    table = np.asarray(table, np.float32)
+    rows, columns = old_grid
+    if table.ndim != 3 or table.shape[1] != old_prefix + rows * columns:
+        raise ValueError(
+            f"a position table of shape {table.shape} does not hold {old_prefix} prefix tokens "
+            f"and a grid of {rows}x{columns}"
+        )
+    prefix, patches = table[:, :old_prefix], table[0, old_prefix:]
+    if tuple(old_grid) != tuple(new_grid):
+        patches = METHODS[method](patches.reshape(rows, columns, -1), (new_grid[0], new_grid[1]))
+    if new_prefix and not old_prefix:
+        prefix = np.zeros((1, new_prefix, table.shape[2]), np.float32)
+    patches = patches.reshape(1, new_grid[0] * new_grid[1], -1)
+    return np.concatenate([prefix[:, :new_prefix], patches], axis=1)

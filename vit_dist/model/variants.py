@@ -1,0 +1,132 @@
+"""Names and sizes of Vision Transformers, checked before anything is built; touches no device."""
+
+import re
+from typing import Any
+
+from vit_dist.model.posemb import sincos2d
+
+# Table 2 of arXiv 2106.04560; mu exists for tests, So400m is arXiv 2305.13035's.
+SIZES: dict[str, dict[str, int]] = {
+    "mu": {"width": 32, "depth": 1, "mlp_dim": 128, "num_heads": 2},
+    "Ti": {"width": 192, "depth": 12, "mlp_dim": 768, "num_heads": 3},
+    "S": {"width": 384, "depth": 12, "mlp_dim": 1536, "num_heads": 6},
+    "M": {"width": 512, "depth": 12, "mlp_dim": 2048, "num_heads": 8},
+    "B": {"width": 768, "depth": 12, "mlp_dim": 3072, "num_heads": 12},
+    "L": {"width": 1024, "depth": 24, "mlp_dim": 4096, "num_heads": 16},
+    "So400m": {"width": 1152, "depth": 27, "mlp_dim": 4304, "num_heads": 16},
+    "H": {"width": 1280, "depth": 32, "mlp_dim": 5120, "num_heads": 16},
+    "g": {"width": 1408, "depth": 40, "mlp_dim": 6144, "num_heads": 16},
+    "G": {"width": 1664, "depth": 48, "mlp_dim": 8192, "num_heads": 16},
+    "e": {"width": 1792, "depth": 56, "mlp_dim": 15360, "num_heads": 16},
+}
+POOLS = ("tok", "gap", "map", "none")
+POSEMBS = ("learned", "sincos2d")
+GELUS = ("tanh", "erf")
+PRECISIONS = {
+    "float32": "float32",
+    "bfloat16": "mixed_bfloat16",
+    "float16": "mixed_float16",
+}
+
+
+def parse_variant(variant: str) -> dict[str, int]:
+    """The sizes of a name such as "S/16": width, depth, mlp_dim, num_heads, patch_size.
+
+    Raises:
+      ValueError: not of the form size/patch, or an unknown size.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9]+)/([1-9][0-9]*)", str(variant))
+    if not match or match[1] not in SIZES:
+        raise ValueError(
+            f"variant {variant!r} is not size/patch, such as 'S/16'; sizes: {', '.join(SIZES)}"
+        )
+    return {**SIZES[match[1]], "patch_size": int(match[2])}
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image size given as one number or as both."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError, naming what is allowed, if `value` is none of it."""
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def check_vit(
+    *,
+    image_size: int | tuple[int, int],
+    patch_size: int,
+    width: int,
+    num_heads: int,
+    pool: str,
+    posemb: str,
+    gelu: str,
+    **rest: Any,
+) -> None:
+    """Raises ValueError for sizes no ViT can have; touches no device."""
+    height, columns = as_pair(image_size)
+    if height % patch_size or columns % patch_size or min(height, columns) < patch_size:
+        raise ValueError(
+            f"images of {height}x{columns} cannot be cut into patches of {patch_size}x{patch_size}:"
+            f" set image_size to a multiple of {patch_size}, or another patch in the variant"
+        )
+    if width % num_heads:
+        raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+    check_choice("pool", pool, POOLS)
+    check_choice("posemb", posemb, POSEMBS)
+    check_choice("gelu", gelu, GELUS)
+    for name in ("dropout", "attention_dropout", "drop_path"):
+        if not 0 <= rest[name] < 1:
+            raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
+    if posemb == "sincos2d":
+        sincos2d((1, 1), width)
+
+
+def vit_config(
+    variant: str,
+    *,
+    image_size: int | tuple[int, int],
+    num_classes: int,
+    width: int | None = None,
+    depth: int | None = None,
+    mlp_dim: int | None = None,
+    num_heads: int | None = None,
+    pool: str = "gap",
+    posemb: str = "learned",
+    rep_size: int = 0,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    drop_path: float = 0.0,
+    layer_scale: float | None = None,
+    gelu: str = "tanh",
+    qkv_bias: bool = True,
+) -> dict[str, Any]:
+    """The arguments of ViT for a variant such as "S/16", checked; touches no device.
+
+    `width`, `depth`, `mlp_dim` and `num_heads`, where given, replace the variant's; `rep_size` -1
+    means as wide as the model; the rest is documented at ViT.
+
+    Raises:
+      ValueError: see ViT and parse_variant.
+    """
+    sizes: dict[str, Any] = parse_variant(variant)
+    given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
+    sizes.update({k: v for k, v in given.items() if v is not None})
+    config = {
+        **sizes,
+        "image_size": image_size,
+        "num_classes": num_classes,
+        "pool": pool,
+        "posemb": posemb,
+        "rep_size": sizes["width"] if rep_size == -1 else rep_size,
+        "dropout": dropout,
+        "attention_dropout": attention_dropout,
+        "drop_path": drop_path,
+        "layer_scale": layer_scale,
+        "gelu": gelu,
+        "qkv_bias": qkv_bias,
+    }
+    check_vit(**config)
+    return config

@@ -1,0 +1,248 @@
+"""The Vision Transformer ("An Image is Worth 16x16 Words", arXiv 2010.11929).
+
+Shapes: B batch, N tokens, D width, H heads, C classes; (rows, columns) the grid of patches.
+"""
+
+import re
+import zlib
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.posemb import sincos2d
+from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit
+
+
+@keras.saving.register_keras_serializable("vit_dist")
+class ViT(keras.Model):
+    """A Vision Transformer classifier. `build_vit` makes one from a variant's name.
+
+    Args:
+      image_size: (height, width) in pixels, each divisible by patch_size.
+      patch_size: side of a patch in pixels.
+      width, depth, mlp_dim, num_heads: D, blocks, hidden width of the MLP, H.
+      num_classes: C; 0 leaves the head away.
+      pool: "tok" a cls token, "gap" mean over the patch tokens, "map" attention pooling, "none"
+        keeps all tokens (the head applies to each).
+      posemb: "learned" (with an entry for the cls token), or the fixed "sincos2d".
+      rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
+      dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
+      attention_dropout: on the attention weights.
+      drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
+      layer_scale: initial value of LayerScale, None for none.
+      gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
+      qkv_bias: whether the query, key and value projections have biases.
+      channels: colour channels of the images.
+
+    Raises:
+      ValueError: any of them out of range; the message names it and what is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        width: int,
+        depth: int,
+        mlp_dim: int,
+        num_heads: int,
+        num_classes: int,
+        pool: str = "gap",
+        posemb: str = "learned",
+        rep_size: int = 0,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        gelu: str = "tanh",
+        qkv_bias: bool = True,
+        channels: int = 3,
+        **kwargs: Any,
+    ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        super().__init__(**kwargs)
+        self._config = {**config, "image_size": as_pair(image_size)}
+        check_vit(**self._config)
+        self.image_size = as_pair(image_size)
+        self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
+        self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
+        self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
+        self.prefix = int(pool == "tok")  # tokens before the patches
+        dtype = self.dtype_policy
+        self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
+        self.drop = Dropout(dropout, name="dropout", dtype=dtype)
+        self.blocks = [
+            EncoderBlock(
+                num_heads=num_heads,
+                hidden=mlp_dim,
+                gelu=gelu,
+                qkv_bias=qkv_bias,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                drop_path=drop_path * i / max(depth - 1, 1),
+                layer_scale=layer_scale,
+                name=f"encoderblock_{i}",
+                dtype=dtype,
+            )
+            for i in range(depth)
+        ]
+        self.norm = layer_norm("encoder_norm", dtype)
+        map_config: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
+        self.map_head = (
+            MapHead(**map_config, name="map_head", dtype=dtype) if pool == "map" else None
+        )
+        self.pre_logits = (
+            keras.layers.Dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype)
+            if rep_size
+            else None
+        )
+        # Logits in float32 under every policy: the loss subtracts large numbers.
+        self.head = (
+            keras.layers.Dense(num_classes, name="head", dtype="float32") if num_classes else None
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self._config}
+
+    def build(self, input_shape: Any = None) -> None:
+        tokens = self.prefix + self.grid[0] * self.grid[1]
+        shape = (None, tokens, self.width)
+        self.embedding.build((None, *self.image_size, self.channels))
+        if self.prefix:
+            self.cls = self.add_weight(name="cls", shape=(1, 1, self.width))
+        if self.posemb == "learned":
+            self.pos_embedding = self.add_weight(
+                name="pos_embedding", shape=(1, tokens, self.width)
+            )
+        for layer in (self.drop, *self.blocks, self.norm):
+            layer.build(shape)
+        if self.map_head:
+            self.map_head.build(shape)
+        if self.pre_logits:
+            self.pre_logits.build((None, self.width))
+        if self.head:
+            features = self.pre_logits.units if self.pre_logits else self.width
+            self.head.build((None, features))
+        self.built = True
+
+    def _embed(self, images: tf.Tensor, **mode: Any) -> tf.Tensor:
+        """(B, height, width, C) -> (B, N, D): patches, positions, the cls token first."""
+        x = self.embedding(images)
+        if self.posemb == "sincos2d":
+            x = x + tf.constant(sincos2d(self.grid, self.width), x.dtype)
+        if self.prefix:
+            cls = tf.tile(tf.cast(self.cls, x.dtype), (tf.shape(x)[0], 1, 1))
+            x = tf.concat([cls, x], axis=1)
+        if self.posemb == "learned":
+            x = x + tf.cast(self.pos_embedding, x.dtype)
+        return self.drop(x, **mode)
+
+    def _pool(self, x: tf.Tensor) -> tf.Tensor:
+        if self.pool == "tok":
+            return x[:, 0]
+        if self.pool == "gap":
+            return tf.cast(tf.reduce_mean(tf.cast(x, tf.float32), axis=1), x.dtype)
+        return self.map_head(x) if self.map_head else x
+
+    def features(self, images: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
+        """(B, height, width, C) -> what the head sees: (B, D or rep_size), or (B, N, ...)."""
+        if tuple(images.shape[1:]) != (*self.image_size, self.channels):
+            raise ValueError(
+                f"this model takes images of {(*self.image_size, self.channels)}, "
+                f"got {tuple(images.shape[1:])}"
+            )
+        mode = {"training": training, "seed": seed}
+        x = self._embed(tf.cast(images, self.compute_dtype), **mode)
+        for block in self.blocks:
+            x = block(x, **mode)
+        x = self._pool(self.norm(x))
+        return self.pre_logits(x) if self.pre_logits else x
+
+    def call(self, images: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
+        """Images to logits.
+
+        Args:
+          images: (B, height, width, channels), floating, scaled to [-1, 1] or by mean and std.
+          training: whether dropout and stochastic depth act.
+          seed: int32 (2,); required when they do. The same seed gives the same masks.
+
+        Returns:
+          float32 (B, C), (B, N, C) for pool "none"; without a head, the features.
+        """
+        x = self.features(images, training=training, seed=seed)
+        return self.head(tf.cast(x, tf.float32)) if self.head else x
+
+    def intermediates(self, images: tf.Tensor) -> dict[str, list[tf.Tensor]]:
+        """What each block computes, in inference mode; `call` spends nothing on it.
+
+        Returns:
+          "tokens": `depth` tensors (B, N, D), each block's output;
+          "attention": `depth` tensors float32 (B, H, N, N), rows sum to 1.
+        """
+        x = self._embed(tf.cast(images, self.compute_dtype))
+        out: dict[str, list[tf.Tensor]] = {"tokens": [], "attention": []}
+        for block in self.blocks:
+            x, weights = block(x, return_weights=True)
+            out["tokens"].append(x)
+            out["attention"].append(weights)
+        return out
+
+
+def build_vit(
+    config: dict[str, Any],
+    *,
+    seed: int = 0,
+    precision: str = "float32",
+    head_bias: float = 0.0,
+    posemb_stddev: float = 0.02,
+) -> ViT:
+    """Builds and initialises a ViT; call it under the strategy's scope.
+
+    Args:
+      config: what vit_config returned.
+      seed: of the initial weights; each variable's draw depends on it and the variable's name only.
+      precision: "float32", "bfloat16" or "float16" activations; variables are always float32.
+      head_bias: initial bias of the head (-10 or -6.9 for sigmoid losses over 21k or 1k classes).
+      posemb_stddev: of a learned position table; 0.02 in vision_transformer, 1/sqrt(width) in
+        big_vision.
+
+    Raises:
+      ValueError: unknown precision.
+    """
+    check_choice("precision", precision, tuple(PRECISIONS))
+    model = ViT(**config, dtype=PRECISIONS[precision], name="vit")
+    model.build()
+    initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
+    return model
+
+
+def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float) -> None:
+    """Gives every variable the initial value of vision_transformer; the first pattern wins."""
+    init = keras.initializers
+    rules = (
+        (r"layer_scale_\d/gamma$", None),  # keeps the constant it was made with
+        (r"head/kernel$|cls$|beta$", lambda _: init.Zeros()),
+        (r"^head/bias$", lambda _: init.Constant(head_bias)),
+        (r"gamma$", lambda _: init.Ones()),
+        (r"^embedding/kernel$|^pre_logits/kernel$", lambda s: init.LecunNormal(seed=s)),
+        (r"pos_embedding$", lambda s: init.RandomNormal(stddev=posemb_stddev, seed=s)),
+        (r"mlp/dense_\d/bias$", lambda s: init.RandomNormal(stddev=1e-6, seed=s)),
+        (r"kernel$|probe$", lambda s: init.GlorotUniform(seed=s)),
+        (r"bias$", lambda _: init.Zeros()),
+    )
+    for name, variable in named_weights(model).items():
+        make = next(make for pattern, make in rules if re.search(pattern, name))
+        if make is None:
+            continue
+        draw = zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
+        with tf.device("CPU:0"):  # the same numbers whatever accelerator there is
+            variable.assign(np.asarray(make(draw)(variable.shape)))
+
+
+def named_weights(model: keras.Model) -> dict[str, keras.Variable]:
+    """The model's variables by name, such as "encoderblock_0/attention/query/kernel"."""
+    return {v.path.split("/", 1)[-1]: v for v in model.weights}

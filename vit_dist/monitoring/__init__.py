@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics on disk, throughput, progress on the terminal."""

@@ -1,0 +1,72 @@
+"""Throughput between log steps, and the time left."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Meter:
+    """Measures steps per second, leaving out what happens inside `pause` (evaluating, saving).
+
+    A device works asynchronously, so `read` means something only right after a value of the
+    step it names has arrived on the host.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_devices: int,
+        smoothing: float = 0.7,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._batch_size = batch_size
+        self._num_devices = num_devices
+        self._smoothing = smoothing
+        self._clock = clock
+        self._num_reads = 0
+        self._smoothed: float | None = None  # seconds per step
+        self._pause_began: float | None = None
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begins an interval at `step`."""
+        self._step = step
+        self._began = self._clock()
+        self._paused = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stops the clock for the body of a `with`."""
+        assert self._pause_began is None, "pauses do not nest"
+        self._pause_began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - self._pause_began
+            self._pause_began = None
+
+    def read(self, step: int) -> dict[str, float]:
+        """Returns the rates since `start` or the last `read`, and begins the next interval."""
+        assert step > self._step, f"no step between {self._step} and {step}"
+        seconds = max(self._clock() - self._began - self._paused, 1e-9) / (step - self._step)
+        self._smooth(seconds)
+        self.start(step)
+        rate = self._batch_size / seconds
+        return {
+            "examples_per_second": rate,
+            "examples_per_second_per_device": rate / self._num_devices,
+            "seconds_per_step": seconds,
+        }
+
+    def eta(self, step: int, total: int) -> float | None:
+        """Returns the seconds left, pauses not counted; None before the first `read`."""
+        return None if self._smoothed is None else self._smoothed * max(total - step, 0)
+
+    def _smooth(self, seconds: float) -> None:
+        self._num_reads += 1
+        # The first interval holds tracing and compilation: it counts only until there is another.
+        if self._smoothed is None or self._num_reads == 2:
+            self._smoothed = seconds
+        else:
+            self._smoothed += (1 - self._smoothing) * (seconds - self._smoothed)

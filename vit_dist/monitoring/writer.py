@@ -1,0 +1,149 @@
+"""Metrics on disk: metrics.jsonl, one JSON object a line, and the same for TensorBoard.
+
+Event files are written with TensorBoard's own library rather than `tf.summary`, because the ops of
+`tf.summary` run eagerly on the default device and would make the training loop wait for it.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import IO, Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+
+def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = True) -> "Writer":
+    """Opens the metrics of `workdir` for a run that has `first_step` steps behind it.
+
+    Whatever was logged after `first_step` is dropped: a run that was killed had logged ahead of the
+    checkpoint from which this one goes on. Workers other than the chief pass `active=False` and
+    get a writer that does nothing.
+    """
+    if not active:
+        return Writer(None, None)
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / METRICS_FILE
+    _drop_rows_after(path, first_step)
+    # Flushed now and then by a thread; the JSON lines are the copy that loses nothing.
+    events = EventFileWriter(str(workdir / TENSORBOARD_DIR), flush_secs=30)
+    events.add_event(_session_start(first_step))
+    return Writer(path.open("a"), events)
+
+
+class Writer:
+    """Writes scalars, texts and images of a run; see `make_writer`."""
+
+    def __init__(self, rows: IO[Any] | None, events: EventFileWriter | None):
+        self._rows = rows
+        self._events = events
+
+    def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Appends one row. NaN and infinities become null in JSON, which has neither."""
+        if self._rows is None:
+            return
+        reserved = {"step", "time"} & set(scalars)
+        if reserved:
+            raise ValueError(
+                f"a metric may not be called {sorted(reserved)[0]!r}: every row has one"
+            )
+        values = {name: float(value) for name, value in scalars.items()}
+        row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
+        row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._rows.write(json.dumps(row, allow_nan=False) + "\n")
+        self._rows.flush()  # a killed process loses no row
+        self._add(step, [_Value(tag=k, simple_value=v) for k, v in values.items()])
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """Shows `markdown` in TensorBoard's text tab."""
+        metadata = text_metadata.create_summary_metadata(name, "")
+        tensor = _string_tensor([markdown.encode()])
+        self._add(step, [_Value(tag=name, metadata=metadata, tensor=tensor)])
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Shows uint8 images [N, H, W, C], C = 1 or 3, in TensorBoard's image tab."""
+        if self._events is None:
+            return
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+            raise ValueError(
+                f"images must be uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
+            )
+        height, width = images.shape[1:3]
+        content = [str(width).encode(), str(height).encode(), *map(_encode_png, images)]
+        metadata = image_metadata.create_summary_metadata(name, "")
+        tensor = _string_tensor(content)
+        self._add(step, [_Value(tag=name, metadata=metadata, tensor=tensor)])
+
+    def close(self) -> None:
+        """Writes out what is pending; the writer cannot be used afterwards."""
+        if self._rows is not None and self._events is not None:
+            self._rows.close()
+            self._events.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _add(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
+        if self._events is not None:
+            summary = summary_pb2.Summary(value=values)
+            self._events.add_event(
+                event_pb2.Event(step=int(step), wall_time=time.time(), summary=summary)
+            )
+
+
+_Value = summary_pb2.Summary.Value
+
+
+def _drop_rows_after(path: epath.Path, step: int) -> None:
+    """Rewrites the file with the rows up to `step`; a torn line, left by a kill, goes too."""
+    if not path.exists():
+        return
+    text = path.read_text()
+    kept = "".join(line + "\n" for line in text.split("\n") if _is_row_until(line, step))
+    if kept != text:
+        # Beside the target, so that the replacement is a rename: a kill here leaves the old file.
+        rewritten = path.with_name(path.name + ".tmp")
+        rewritten.write_text(kept)
+        rewritten.replace(path)
+
+
+def _is_row_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _session_start(first_step: int) -> event_pb2.Event:
+    """Makes TensorBoard forget points of this and later steps; that of `first_step` stays."""
+    return event_pb2.Event(
+        step=first_step + 1,
+        wall_time=time.time(),
+        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+    )
+
+
+def _string_tensor(content: list[bytes]) -> tensor_pb2.TensorProto:
+    size = tensor_shape_pb2.TensorShapeProto.Dim(size=len(content))
+    shape = tensor_shape_pb2.TensorShapeProto(dim=[size])
+    return tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, tensor_shape=shape, string_val=content)
+
+
+def _encode_png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,269 @@
+"""Trains a Vision Transformer: python -m vit_dist.train --config FILE --workdir FOLDER.
+
+main -> check the config -> train: strategy, state, restore, data, then the loop. Run the same
+command again and it resumes from the newest whole checkpoint in the workdir.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_dist import cli
+from vit_dist import config as config_lib
+from vit_dist.data.pipeline import explain_data_error
+from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.monitoring.meter import Meter
+from vit_dist.monitoring.progress import Progress
+from vit_dist.monitoring.writer import Writer, make_writer
+from vit_dist.preemption import Preemption
+from vit_dist.restore import check_resume, restore_or_init
+from vit_dist.strategy import describe, device_kind, is_chief, make_strategy
+from vit_dist.training.checkpoint import Checkpointer
+from vit_dist.training.losses import make_loss
+from vit_dist.training.schedules import make_schedule
+from vit_dist.training.state import TrainState
+from vit_dist.training.step import check_step, choose_jit, make_train_step
+from vit_dist.wiring import Run, check, eval_data, make_state, train_data
+
+PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run: checkpoints, metrics, config")
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    config = cli.load_config()
+    if not _WORKDIR.value:
+        raise ValueError("give a folder for this run: --workdir runs/NAME")
+    logging.set_verbosity(logging.INFO)
+    metrics = train(config, _WORKDIR.value)
+    return PREEMPTED if metrics.get("preempted") else 0
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Trains as the config says, or resumes if the workdir holds a checkpoint.
+
+    Args:
+      config: finalised; see config.get_defaults.
+      workdir: folder of the run, local or gs://; made if absent.
+
+    Returns:
+      The last metrics: "step", "loss", ..., "val_accuracy" and "test_accuracy" where those splits
+      are configured, "preempted" 1.0 if SIGTERM ended the run early.
+
+    Raises:
+      ValueError: a mistake in the config or the data; see check.
+      FloatingPointError: the loss or gradient is not finite; the last good checkpoint stays.
+      OSError: the workdir cannot be written.
+    """
+    run = check(config)
+    strategy = make_strategy(**run.strategy)
+    preemption = Preemption(strategy)
+    check_step(**{**run.step, "num_replicas": strategy.num_replicas_in_sync})
+    checkpointer = Checkpointer(workdir, keep=config.keep_checkpoints)
+    found = checkpointer.newest()
+    check_resume(found, config, strategy)
+    state = make_state(run, strategy)
+    origin = restore_or_init(state, run, found)
+    first = int(state.step.numpy())
+    chief = is_chief(strategy)
+    writer = make_writer(workdir, first_step=first, active=chief)
+    with writer, Progress(run.total_steps, first_step=first, title="train") as progress:
+        note = progress.note if chief else logging.info
+        _announce(run, strategy, state, workdir, origin, writer, note)
+        loop = _Loop(run, strategy, state, checkpointer, writer, progress, preemption, note)
+        try:
+            metrics = loop.run(first)
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
+            reason = explain_data_error(run.sources["train"], error)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+    if chief:
+        print(result_line(metrics, workdir), flush=True)
+    return metrics
+
+
+class _Loop:
+    """The training loop and what happens between its calls: log, evaluate, save, preempted."""
+
+    def __init__(self, run, strategy, state, checkpointer, writer, progress, preemption, note):
+        self.r, self.strategy, self.state = run, strategy, state
+        self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
+        self.preemption, self.note, self.chief = preemption, note, is_chief(strategy)
+        replicas = strategy.num_replicas_in_sync
+        self.meter = Meter(batch_size=run.batch_size, num_devices=replicas)
+        kind = device_kind(strategy)
+        jit = choose_jit(run.step["jit"], kind=kind, num_replicas=replicas)
+        self.train_steps = make_train_step(
+            state,
+            make_loss(**run.loss),
+            strategy=strategy,
+            schedule=make_schedule(**run.schedule),
+            preprocess=run.train_pipe.device,
+            batch_size=run.batch_size,
+            seed=run.config.seed,
+            accumulation=run.step["accumulation"],
+            clip_norm=run.step["clip_norm"],
+            ema_decay=run.step["ema_decay"],
+            jit=jit,
+        )
+        self.evaluate = make_evaluator(
+            state.eval_model,
+            make_loss(name=run.loss["name"]),
+            strategy=strategy,
+            preprocess=run.eval_pipe.device,
+            jit=jit != "off",
+        )
+        self.datasets: dict[str, Any] = {}
+
+    def run(self, first: int) -> dict[str, float]:
+        """Steps `first` to the end; returns the last metrics."""
+        run, total = self.r, self.r.total_steps
+        metrics: dict[str, float] = {"step": float(first)}
+        batches = iter(train_data(run, self.strategy, first_step=first))
+        step = first
+        self.meter.start(first)
+        while step < total:
+            n = self._until_next_event(step)
+            tensors = self.train_steps(batches, tf.constant(n, tf.int64))
+            step += n
+            if step % run.log_steps == 0 or step == total or step - n == first:
+                metrics |= self.log(step, tensors)
+            if run.eval_steps and step % run.eval_steps == 0 and step < total:
+                metrics |= self.judge("val", step)
+            if run.save_steps and step % run.save_steps == 0 and step < total:
+                self.save(step)
+            if self.preemption.requested():
+                return self.stop(step, metrics)
+        if step > first:
+            self.save(step)
+        for split in ("val", "test"):
+            metrics |= self.judge(split, step)
+        self.checkpointer.wait()
+        return {**metrics, "step": float(step)}
+
+    def _until_next_event(self, step: int) -> int:
+        ends = [self.r.total_steps - step]
+        for every in (self.r.log_steps, self.r.eval_steps, self.r.save_steps):
+            if every:
+                ends.append(every - step % every)
+        return min(ends)
+
+    def log(self, step: int, tensors: Mapping[str, tf.Tensor]) -> dict[str, float]:
+        """Fetches the step's metrics; the one place where the host waits for the device."""
+        metrics = {k: float(v) for k, v in tensors.items()}
+        self._check_finite()
+        metrics |= self.meter.read(step)
+        self.checkpointer.poll()
+        if self.state.model.compute_dtype == "float16":
+            metrics["loss_scale"] = float(self.state.loss_scale.numpy())
+            metrics["skipped_steps"] = float(step - int(self.state.updates.numpy()))
+        metrics["weight_norm"] = _norm(self.state)
+        metrics["epoch"] = step * self.r.batch_size / self.r.sources["train"].num_examples
+        self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
+        if self.chief:
+            shown = ("loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second")
+            eta = self.meter.eta(step, self.r.total_steps)
+            self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
+        return metrics
+
+    def _check_finite(self) -> None:
+        bad = int(self.state.first_bad_step.numpy())
+        if bad >= 0:
+            raise FloatingPointError(
+                f"the loss or gradient of step {bad} is not finite. The weights are as they were "
+                "before it and the last checkpoint is good: lower optimizer.learning_rate, or "
+                "lengthen the warmup, or set precision=float32, and run again"
+            )
+
+    def judge(self, split: str, step: int) -> dict[str, float]:
+        """Evaluates a split, where the config names one."""
+        if split not in self.r.sources:
+            return {}
+        with self.meter.pause():
+            if split not in self.datasets:
+                self.datasets[split] = eval_data(self.r, self.strategy, split)
+            metrics = self.evaluate(self.datasets[split])
+        self.writer.scalars(step, {f"{split}/{k}": v for k, v in metrics.items()})
+        self.note(
+            f"step {step}: {split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
+            f"on {metrics['examples']:.0f} examples"
+        )
+        return {f"{split}_{k}": v for k, v in metrics.items()}
+
+    def save(self, step: int) -> None:
+        """Starts to write a checkpoint (chief only), never of a state that went wrong."""
+        with self.meter.pause():
+            self._check_finite()
+            if self.chief:
+                notes = {
+                    "config": json.loads(config_lib.to_json(self.r.config)),
+                    "model": self.state.model.get_config(),
+                    "class_names": list(self.r.sources["train"].class_names),
+                }
+                notes = json.loads(json.dumps(notes, default=str))
+                self.checkpointer.save(self.state.to_arrays(), step=step, notes=notes)
+
+    def stop(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Saves and ends early, after SIGTERM or Ctrl-C."""
+        self.save(step)
+        self.checkpointer.wait()
+        self.note(f"step {step}: stopped on request, saved; run the same command to go on")
+        return {**metrics, "step": float(step), "preempted": 1.0}
+
+
+def _norm(state: TrainState) -> float:
+    return float(
+        tf.linalg.global_norm([tf.convert_to_tensor(w.value) for w in state.model.weights])
+    )
+
+
+def _announce(
+    run: Run,
+    strategy: tf.distribute.Strategy,
+    state: TrainState,
+    workdir: str,
+    origin: str,
+    writer: Writer,
+    note: Any,
+) -> None:
+    text = config_lib.to_json(run.config)
+    if is_chief(strategy):
+        folder = epath.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(text)
+        writer.text(int(state.step.numpy()), "config", f"```json\n{text}\n```")
+    logging.info("config: %s", text)
+    source = run.sources["train"]
+    note(describe(strategy, batch_size=run.batch_size, accumulation=run.step["accumulation"]))
+    note(
+        f"model {run.config.model.variant} at {run.model['image_size']}: "
+        f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
+        f"{source.num_classes} classes; {run.total_steps:,} steps"
+    )
+    for line in origin.splitlines():
+        note(line)
+    note(f"TensorBoard: tensorboard --logdir {workdir}")
+
+
+def result_line(metrics: Mapping[str, float], workdir: str) -> str:
+    """One line for people and for grep: the step and the accuracies."""
+    parts = [f"step {metrics['step']:.0f}"]
+    parts += [
+        f"{split} accuracy {metrics[f'{split}_accuracy']:.2%}"
+        for split in ("val", "test")
+        if f"{split}_accuracy" in metrics
+    ]
+    state = "stopped" if metrics.get("preempted") else "done"
+    return f"{state}: {', '.join(parts)} ({workdir})"
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""The optimiser step: losses, schedules, optimisers, checkpoints."""

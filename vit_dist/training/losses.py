@@ -1,0 +1,55 @@
+"""Classification losses, one number per example; the step sums and divides (law 2)."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def _softmax(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    return tf.nn.softmax_cross_entropy_with_logits(labels, logits)
+
+
+def _sigmoid(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    # Summed over the classes, as in AugReg (arXiv 2106.10270); torch's BCE takes the mean.
+    return tf.reduce_sum(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits), axis=-1)
+
+
+LOSSES: dict[str, Loss] = {"softmax": _softmax, "sigmoid": _sigmoid}
+
+
+def as_distribution(labels: tf.Tensor, num_classes: int) -> tf.Tensor:
+    """Labels as float32 (B, C): class numbers (B,) become one-hot rows, rows stay as they are."""
+    if labels.shape.rank == 1:
+        return tf.one_hot(labels, num_classes)
+    return tf.cast(labels, tf.float32)
+
+
+def make_loss(*, name: str = "softmax", label_smoothing: float = 0.0) -> Loss:
+    """Makes loss(logits, labels) -> float32 (B,).
+
+    Args:
+      name: "softmax" cross-entropy, or "sigmoid": binary cross-entropy summed over the classes.
+      label_smoothing: s in labels * (1 - s) + s / C (arXiv 1512.00567); the same for both.
+
+    Returns:
+      A function of logits (B, C), any float type, and labels: int (B,) or float (B, C).
+
+    Raises:
+      ValueError: unknown name, or smoothing outside [0, 1).
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is unknown; allowed: {', '.join(LOSSES)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"loss.label_smoothing must be in [0, 1), got {label_smoothing}")
+
+    def loss(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        logits = tf.cast(logits, tf.float32)
+        num_classes = logits.shape[-1]
+        targets = as_distribution(labels, num_classes)
+        if label_smoothing:
+            targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
+        return LOSSES[name](targets, logits)
+
+    return loss

@@ -1,0 +1,88 @@
+"""Everything that a step changes and a resume needs (law 6)."""
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from vit_dist.model.vit import named_weights
+from vit_dist.training.optim import Optimizer
+
+INITIAL_LOSS_SCALE = 2.0**15  # as in Keras's and NVIDIA Apex's dynamic loss scaling
+
+
+class TrainState:
+    """Model, optimiser, moving average and counters; make it under the strategy's scope.
+
+    Attributes:
+      model: what is trained.
+      optimizer: its Optimizer.
+      ema: a second model that holds the exponential moving average of the weights, or None.
+      step: int64, the number of steps done; also the position in the data.
+      updates: int64, the steps whose update was applied (float16 skips those that overflow).
+      first_bad_step: int64, the step whose loss or gradient was not finite; -1 while all were.
+        From it on no step changes the weights.
+      loss_scale, good_steps: float16's dynamic loss scale, and steps since it last changed.
+    """
+
+    def __init__(self, model: keras.Model, optimizer: Optimizer, ema: keras.Model | None = None):
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        scaled = model.compute_dtype == "float16"
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
+        self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name="updates")
+        self.first_bad_step = tf.Variable(-1, dtype=tf.int64, trainable=False, name="bad")
+        self.good_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="good_steps")
+        self.loss_scale = tf.Variable(
+            INITIAL_LOSS_SCALE if scaled else 1.0, trainable=False, name="loss_scale"
+        )
+        if ema is not None:
+            for average, weight in zip(ema.weights, model.weights, strict=True):
+                average.assign(weight)
+
+    @property
+    def eval_model(self) -> keras.Model:
+        """The model to judge: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema
+
+    def variables(self) -> dict[str, keras.Variable | tf.Variable]:
+        """All state by name: "model/...", "optimizer/...", "ema/...", and the counters."""
+        named: dict[str, keras.Variable | tf.Variable] = {
+            f"model/{k}": v for k, v in named_weights(self.model).items()
+        }
+        named |= {f"optimizer/{k}": v for k, v in self.optimizer.slots.items()}
+        if self.ema is not None:
+            named |= {f"ema/{k}": v for k, v in named_weights(self.ema).items()}
+        for name in ("step", "updates", "first_bad_step", "good_steps", "loss_scale"):
+            named[name] = getattr(self, name)
+        return named
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """A copy of all state on the host; waits for the device."""
+        return {name: np.array(_raw(v).numpy()) for name, v in self.variables().items()}
+
+    def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Takes over all state.
+
+        Raises:
+          ValueError: a name or shape of the two does not match; nothing is changed then.
+        """
+        variables = self.variables()
+        wrong = [f"{n}: only in the checkpoint" for n in sorted(set(arrays) - set(variables))]
+        wrong += [f"{n}: not in the checkpoint" for n in sorted(set(variables) - set(arrays))]
+        for name in sorted(set(arrays) & set(variables)):
+            have, want = tuple(arrays[name].shape), tuple(variables[name].shape)
+            if have != want:
+                wrong.append(f"{name}: {have} in the checkpoint, {want} in this config")
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ValueError(
+                f"the checkpoint does not fit the config: {'; '.join(wrong[:5])}{more}. Use the "
+                "config it was trained with, or config.init_from to take over the weights only."
+            )
+        for name, variable in variables.items():
+            _raw(variable).assign(arrays[name])
+
+
+def _raw(variable: keras.Variable | tf.Variable) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable

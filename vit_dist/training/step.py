@@ -1,0 +1,243 @@
+"""One optimiser step, which means the same on any number of replicas (law 2).
+
+loss = sum over the global batch / global batch size. In each replica micro-batches accumulate, one
+all-reduce sums the gradients, then every replica does the same: unscale, is it finite?, clip by the
+global norm, update, moving average.
+
+Shapes: b examples per replica, a micro-batches, C classes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from vit_dist.training.losses import Loss, as_distribution
+from vit_dist.training.state import TrainState
+
+JITS = ("auto", "whole", "split", "off")
+GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
+
+Tensors = dict[str, tf.Tensor]
+
+
+def check_step(
+    *,
+    batch_size: int,
+    num_replicas: int,
+    accumulation: int = 1,
+    clip_norm: float | None = 1.0,
+    ema_decay: float | None = None,
+    jit: str = "auto",
+) -> None:
+    """Raises ValueError for arguments of make_train_step that cannot work; touches no device."""
+    if accumulation < 1:
+        raise ValueError(f"step.accumulation must be 1 or more, got {accumulation}")
+    unit = num_replicas * accumulation
+    if batch_size < 1 or batch_size % unit:
+        raise ValueError(
+            f"input.batch_size {batch_size} is not divisible by {num_replicas} replicas x "
+            f"{accumulation} micro-batches; the nearest that is: "
+            f"{max(round(batch_size / unit), 1) * unit}"
+        )
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(
+            f"step.clip_norm must be above 0, or None for no clipping, got {clip_norm}"
+        )
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"step.ema_decay must be between 0 and 1, or None, got {ema_decay}")
+    if jit not in JITS:
+        raise ValueError(f"step.jit {jit!r} is unknown; allowed: {', '.join(JITS)}")
+
+
+def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
+    """Where XLA compiles the step (law 7).
+
+    "whole" compiles the function given to strategy.run, all-reduce included: one device, or GPUs.
+    "split" compiles forward + backward and the update apart, the all-reduce between them: several
+    CPUs, whose collectives XLA lacks. On TPUs "off": TPUStrategy compiles everything itself.
+    """
+    if kind == "TPU":
+        return "off"
+    if jit != "auto":
+        return jit
+    return "split" if kind == "CPU" and num_replicas > 1 else "whole"
+
+
+def make_gradients(
+    state: TrainState,
+    loss_fn: Loss,
+    *,
+    preprocess: Callable[[tf.Tensor], tf.Tensor],
+    batch_size: int,
+    accumulation: int,
+    seed: int,
+) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
+    """Makes gradients(images, labels, replica): this replica's share of the global gradient."""
+    variables = [v.value for v in state.optimizer.variables.values()]
+
+    def micro(images: tf.Tensor, labels: tf.Tensor, key: tf.Tensor):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(variables)
+            logits = state.model(preprocess(images), training=True, seed=key)
+            loss = tf.reduce_sum(loss_fn(logits, labels)) / batch_size
+            scaled = loss * state.loss_scale
+        targets = as_distribution(labels, logits.shape[-1])
+        hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
+        share = tf.reduce_sum(tf.cast(hits, tf.float32)) / batch_size
+        grads = tape.gradient(scaled, variables, unconnected_gradients="zero")
+        return grads, {"loss": loss, "accuracy": share}
+
+    def gradients(images: tf.Tensor, labels: tf.Tensor, replica: tf.Tensor):
+        key = tf.stack([tf.constant(seed, tf.int32), tf.cast(state.step.value(), tf.int32)])
+        key = tf.random.experimental.stateless_fold_in(key, replica, alg="philox")
+        if accumulation == 1:
+            return micro(images, labels, key)
+        images, labels = (
+            tf.reshape(x, (accumulation, x.shape[0] // accumulation, *x.shape[1:]))
+            for x in (images, labels)
+        )
+
+        def body(i: tf.Tensor, grads: list[tf.Tensor], sums: Tensors):
+            micro_key = tf.random.experimental.stateless_fold_in(key, i, alg="philox")
+            more, metrics = micro(images[i], labels[i], micro_key)
+            sums = {k: sums[k] + v for k, v in metrics.items()}
+            return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
+
+        zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
+        start = (tf.constant(0), zeros, {"loss": tf.constant(0.0), "accuracy": tf.constant(0.0)})
+        _, grads, sums = tf.while_loop(
+            lambda i, *_: i < accumulation, body, start, maximum_iterations=accumulation
+        )
+        return grads, sums
+
+    return gradients
+
+
+def make_update(
+    state: TrainState,
+    *,
+    schedule: Callable[[tf.Tensor], tf.Tensor],
+    clip_norm: float | None,
+    ema_decay: float | None,
+) -> Callable[[list[tf.Tensor], Tensors], Tensors]:
+    """Makes update(summed gradients, summed metrics) -> metrics; moves this replica's variables."""
+    scaled = state.model.compute_dtype == "float16"
+
+    def update(grads: list[tf.Tensor], sums: Tensors) -> Tensors:
+        step, scale = state.step.value(), state.loss_scale.value()
+        if scaled:
+            grads = [g / scale for g in grads]
+        norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in grads]))
+        finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
+        gate = finite & (state.first_bad_step.value() < 0)
+        if clip_norm is not None:
+            grads = [g * tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30)) for g in grads]
+        rate = schedule(step)
+        state.optimizer.apply(grads, learning_rate=rate, count=state.updates.value(), gate=gate)
+        if state.ema is not None and ema_decay is not None:
+            for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
+                old = tf.convert_to_tensor(average.value)
+                new = old + (1 - ema_decay) * (tf.convert_to_tensor(weight.value) - old)
+                average.value.assign(tf.where(gate, new, old))
+        # float16 overflows now and then and recovers; the rest, and a scale of 1, never do.
+        bad = ~finite & ((scale <= 1.0) if scaled else True) & (state.first_bad_step.value() < 0)
+        state.first_bad_step.assign(tf.where(bad, step, state.first_bad_step.value()))
+        if scaled:
+            _rescale(state, finite)
+        state.updates.assign_add(tf.cast(gate, tf.int64))
+        state.step.assign_add(1)
+        return {**sums, "grad_norm": norm, "learning_rate": rate}
+
+    return update
+
+
+def _rescale(state: TrainState, finite: tf.Tensor) -> None:
+    """Dynamic loss scaling (arXiv 1710.03740): halve on overflow, double after GROWTH_STEPS."""
+    good = tf.where(finite, state.good_steps.value() + 1, tf.zeros((), tf.int64))
+    grow = good >= GROWTH_STEPS
+    factor = tf.where(finite, tf.where(grow, 2.0, 1.0), 0.5)
+    state.loss_scale.assign(tf.maximum(state.loss_scale.value() * factor, 1.0))
+    state.good_steps.assign(tf.where(grow, tf.zeros((), tf.int64), good))
+
+
+def make_train_step(
+    state: TrainState,
+    loss_fn: Loss,
+    *,
+    strategy: tf.distribute.Strategy,
+    schedule: Callable[[tf.Tensor], tf.Tensor],
+    preprocess: Callable[[tf.Tensor], tf.Tensor],
+    batch_size: int,
+    seed: int,
+    accumulation: int = 1,
+    clip_norm: float | None = 1.0,
+    ema_decay: float | None = None,
+    jit: str = "whole",
+) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
+    """Makes train_steps(batches, n), which runs n steps without the host in between (law 4).
+
+    Args:
+      state: what the steps change.
+      loss_fn: logits (b, C), labels -> (b,).
+      strategy: whose replicas run the step.
+      schedule: step -> learning rate.
+      preprocess: images as the input delivers them (uint8) -> as the model takes them; on device.
+      batch_size: global.
+      seed: of dropout and stochastic depth.
+      accumulation: micro-batches per replica; memory does not grow with their number.
+      clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
+      ema_decay: of the moving average in `state`.
+      jit: "whole", "split" or "off"; see choose_jit.
+
+    Returns:
+      train_steps(batches, n): `batches` iterates over {"image", "label"}, n is a scalar int tensor.
+      It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
+      (before clipping) and "learning_rate" those of the last.
+    """
+    gradients = make_gradients(
+        state,
+        loss_fn,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+    )
+    update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
+    if jit == "split":
+        gradients = tf.function(gradients, jit_compile=True, autograph=False)
+        update = tf.function(update, jit_compile=True, autograph=False)
+
+    def replica_step(images: tf.Tensor, labels: tf.Tensor) -> Tensors:
+        context = tf.distribute.get_replica_context()
+        replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        grads, sums = gradients(images, labels, replica)
+        if strategy.num_replicas_in_sync > 1:
+            grads, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (grads, sums))
+        return update(grads, sums)
+
+    run = replica_step
+    if jit == "whole":
+        run = tf.function(replica_step, jit_compile=True, autograph=False)
+
+    return _make_loop(run, strategy)
+
+
+def _make_loop(
+    run: Callable[[tf.Tensor, tf.Tensor], Tensors], strategy: tf.distribute.Strategy
+) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
+    summed, last = ("loss", "accuracy"), ("grad_norm", "learning_rate")
+
+    @tf.function
+    def train_steps(batches: Iterator[Any], n: tf.Tensor) -> Tensors:
+        out = {name: tf.constant(0.0) for name in summed + last}
+        for _ in tf.range(n):
+            batch = next(batches)
+            new = strategy.run(run, args=(batch["image"], batch["label"]))
+            # The sums are all-reduced: every replica holds the same numbers.
+            new = {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
+            out = {k: new[k] + out[k] if k in summed else new[k] for k in out}
+        count = tf.cast(n, tf.float32)
+        return {k: v / count if k in summed else v for k, v in out.items()}
+
+    return train_steps
