@@ -1,0 +1,1 @@
+"""Where images come from, how they are preprocessed, and in which order they are batched."""

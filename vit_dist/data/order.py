@@ -1,0 +1,78 @@
+"""Which example stands at which position of a training run, and with which seed: pure functions."""
+
+import numpy as np
+import tensorflow as tf
+
+MAX_SEED = 2**62
+# tf.random.experimental.index_shuffle makes 4 rounds of its cipher: too few. With 60,000 examples
+# the orders of successive epochs then correlate by 0.9 (measured), and small seeds leave small sets
+# almost in order. From 12 rounds on correlations, fixed points and neighbours are those of random
+# permutations; 16 cost 0.4 us an example.
+ROUNDS = 16
+
+
+def make_order(
+    positions: tf.Tensor, *, num_examples: int, seed: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the epoch and the index of the example at each position of a training run.
+
+    Within an epoch the indices are a permutation of range(num_examples).
+
+    Args:
+      positions: (B,) int64.
+      num_examples: Size of the source.
+      seed: In [0, 2**62).
+
+    Returns:
+      Two (B,) int64.
+    """
+    epoch, slot = positions // num_examples, positions % num_examples
+
+    def key_of(one: tf.Tensor) -> tf.Tensor:
+        # No example has the index -1, so this stream is the shuffle's own.
+        stream = tf.random.fold_in(_epoch_seed(one, seed), -1)
+        return tf.random.stateless_uniform((3,), stream, None, None, tf.uint32)
+
+    index = tf.raw_ops.RandomIndexShuffle(
+        index=slot,
+        seed=_per_epoch(key_of, epoch, tf.TensorSpec((3,), tf.uint32)),
+        max_index=tf.fill(tf.shape(slot), tf.constant(num_examples - 1, tf.int64)),
+        rounds=ROUNDS,
+    )
+    return epoch, index
+
+
+def example_seeds(epoch: tf.Tensor, index: tf.Tensor, *, seed: int) -> tf.Tensor:
+    """Returns fold_in(fold_in(seed, epoch), index) for (B,) int64 each, as (B, 2) int32."""
+
+    # fold_in(s, x) is [random(s), x]: the draw is the same for all examples of an epoch.
+    def draw(one: tf.Tensor) -> tf.Tensor:
+        return tf.random.fold_in(_epoch_seed(one, seed), 0)[0]
+
+    draws = _per_epoch(draw, epoch, tf.TensorSpec((), tf.int32))
+    return tf.stack([draws, tf.cast(index, tf.int32)], axis=1)
+
+
+def train_indices(
+    *, num_examples: int, batch_size: int, seed: int, first_step: int, num_steps: int
+) -> np.ndarray:
+    """Returns the indices of these steps' examples, (num_steps * batch_size,) int64."""
+    start = first_step * batch_size
+    positions = tf.range(start, start + num_steps * batch_size, dtype=tf.int64)
+    return make_order(positions, num_examples=num_examples, seed=seed)[1].numpy()
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """Splits a seed in [0, 2**62) into the two int32 that TensorFlow's stateless ops take."""
+    return seed % 2**31, seed // 2**31
+
+
+def _epoch_seed(epoch: tf.Tensor, seed: int) -> tf.Tensor:
+    return tf.random.fold_in(tf.constant(seed_words(seed), tf.int32), tf.cast(epoch, tf.int32))
+
+
+def _per_epoch(function, epoch: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
+    """Maps (B,) epochs, calling `function` once for each epoch in the range they span."""
+    first = tf.reduce_min(epoch)
+    span = tf.range(first, tf.reduce_max(epoch) + 1)
+    return tf.gather(tf.map_fn(function, span, fn_output_signature=spec), epoch - first)
