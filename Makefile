@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh) $(wildcard .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,20 @@ format: $(STAMP) ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limits; let nothing else run beside it
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/startup.py
+
+# timm on PyTorch, in an environment of its own: it and TensorFlow would contend for the same packages.
+.venv-interop/.installed: pyproject.toml
+	@echo "installing timm and PyTorch into .venv-interop: a minute or more"
+	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	@.venv-interop/bin/python -m pip install --quiet torch==2.13.0
+	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20
+	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors huggingface_hub
+	@touch $@
+
 clean: ## remove .venv, caches and build products, but no runs
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-interop build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv-*' -prune -exec rm -rf {} +

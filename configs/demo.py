@@ -36,8 +36,9 @@ def get_config(arg: str = "pretrain"):
     config.model.pool = "tok"
     config.model.dropout = 0.1
 
+    config.loss.label_smoothing = 0.1
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.weight_decay = 0.05
+    config.optimizer.weight_decay = 0.3
     config.schedule.warmup_percent = 10.0
     config.step.ema_decay = 0.98
 

@@ -5,12 +5,12 @@ changes values and returns the result. Any key can be overridden in the shell:
 --config.section.key=value.
 """
 
-import ast
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -153,19 +153,43 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
       A locked copy.
 
     Raises:
-      ValueError: two units of one duration given in the same place, or a section that is not one.
+      ValueError: two units of one duration given in the same place, a key that is missing or that
+        nobody reads, or a value of another type than the default's.
     """
-    config, defaults = config.copy_and_resolve_references(), get_defaults()
-    for section_name in ("", *(k for k, v in defaults.items() if isinstance(v, ConfigDict))):
+    if not hasattr(config, "copy_and_resolve_references"):
+        raise ValueError(f"get_config() must return a config, got {config!r}")
+    config = config.copy_and_resolve_references()
+    _check_keys(config, DEFAULTS, "config")
+    for section_name in ("", *(k for k, v in DEFAULTS.items() if isinstance(v, dict))):
         section = config[section_name] if section_name else config
-        default = defaults[section_name] if section_name else defaults
-        if not isinstance(section, ConfigDict):
-            raise ValueError(f"config.{section_name} must be a section of keys, got {section!r}")
+        default = get_defaults()[section_name] if section_name else get_defaults()
         prefix = f"{section_name}." if section_name else ""
         names = {k.rsplit("_", 1)[0] for k in default if k.rsplit("_", 1)[-1] in UNITS}
-        for name in sorted(names - {"virtual"}):
+        for name in sorted(names):
             _keep_one(section, default, name, prefix, overrides or {})
     return config.lock()
+
+
+def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> None:
+    """Replacing a whole section passes a locked ConfigDict silently."""
+    for key in config:
+        if key not in defaults:
+            raise ValueError(f"{where}.{key} is unknown{did_you_mean(key, defaults)}")
+    for key, default in defaults.items():
+        if key not in config:
+            raise ValueError(
+                f"{where} lacks {key}: start from vit_dist.config.get_defaults() and change values "
+                "in its sections"
+            )
+        name, value = f"{where}.{key}", config[key]
+        if isinstance(default, dict):
+            if not isinstance(value, ConfigDict):
+                raise ValueError(f"{name} must be a section of keys, got {value!r}")
+            _check_keys(value, default, name)
+        elif not isinstance(default, _Typed):
+            _check_type(name, value, type(default))
+        elif default.type is not object:
+            _check_type(name, value, default.type | None)
 
 
 def _keep_one(
@@ -192,6 +216,7 @@ def duration(
     batch_size: int,
     num_examples: int,
     total_steps: int | None = None,
+    where: str = "config",
 ) -> int:
     """The duration `name` of a section in optimiser steps, rounded to the nearest, at least 0.
 
@@ -201,6 +226,7 @@ def duration(
       batch_size: examples per step.
       num_examples: examples per epoch.
       total_steps: steps of the whole run, which `_percent` refers to.
+      where: the section's name, for messages.
 
     Raises:
       ValueError: none is set, or it is negative, or a percentage above 100.
@@ -210,8 +236,9 @@ def duration(
         value = section[f"{name}_{unit}"]
         if value is None:
             continue
-        if value < 0 or (unit == "percent" and value > 100):
-            raise ValueError(f"config.{name}_{unit} is out of range: {value}")
+        if not 0 <= value < math.inf or (unit == "percent" and value > 100):
+            limit = "0 to 100" if unit == "percent" else "0 or more"
+            raise ValueError(f"{where}.{name}_{unit} must be {limit}, got {value}")
         per_unit = {
             "steps": 1.0,
             "epochs": num_examples / batch_size,
@@ -220,7 +247,7 @@ def duration(
         }[unit]
         return round(value * per_unit)
     raise ValueError(
-        f"config.{name} is not set; set one of " + ", ".join(f"config.{name}_{u}" for u in units)
+        f"{where}.{name} is not set; set one of " + ", ".join(f"{where}.{name}_{u}" for u in units)
     )
 
 
@@ -259,14 +286,15 @@ def bind(
 def _check_type(key: str, value: Any, annotation: Any) -> None:
     if isinstance(annotation, str):
         raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
-    try:
-        fits = isinstance(value, annotation) or (
-            isinstance(value, int) and not isinstance(value, bool) and isinstance(1.0, annotation)
-        )
-    except TypeError:
-        return  # a generic such as dict[str, int]: the function's own checks judge it
-    if not fits or (isinstance(value, bool) and annotation is int):
-        wanted = getattr(annotation, "__name__", str(annotation))
+    allowed = get_args(annotation) or (annotation,)
+    if not all(isinstance(t, type) for t in allowed):
+        return  # a generic such as tuple[int, int]: the function's own checks judge it
+    if isinstance(value, bool):  # an int to Python, but a mistake where a number belongs
+        fits = bool in allowed
+    else:
+        fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
+    if not fits:
+        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
         raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
 
@@ -276,8 +304,6 @@ def parse_image_size(value: Any) -> tuple[int, int]:
     Raises:
       ValueError: anything else.
     """
-    if isinstance(value, str):
-        value = ast.literal_eval(value) if value[:1] in "([0123456789" else value
     pair = (value, value) if isinstance(value, int) else value
     if not (
         isinstance(pair, (tuple, list))

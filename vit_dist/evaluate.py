@@ -8,18 +8,21 @@ checkpoint's, positions are resampled as config.init_from would.
 
 from collections.abc import Sequence
 
+from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+
+# isort: split
+import tensorflow as tf
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from vit_dist import cli
 from vit_dist.evaluators.classification import make_evaluator
 from vit_dist.restore import init_from
 from vit_dist.strategy import device_kind, make_strategy
 from vit_dist.training.losses import make_loss
 from vit_dist.training.step import choose_jit
-from vit_dist.wiring import check, eval_data, make_state
+from vit_dist.wiring import check, eval_data, explain_error, make_state
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's folder, or one checkpoint's")
 _SPLITS = flags.DEFINE_list("splits", ["val", "test"], "which splits of config.data to evaluate")
@@ -74,7 +77,13 @@ def evaluate(
         preprocess=run.eval_pipe.device,
         jit=jit != "off",
     )
-    return {split: evaluator(eval_data(run, strategy, split)) for split in splits}
+    results = {}
+    for split in splits:
+        try:
+            results[split] = evaluator(eval_data(run, strategy, split))
+        except tf.errors.OpError as error:
+            raise explain_error(error, run, strategy, split=split) or error from error
+    return results
 
 
 if __name__ == "__main__":

@@ -6,22 +6,32 @@ from typing import Any
 import tensorflow as tf
 from absl import logging
 
-from vit_dist.strategy import num_hosts
+from vit_dist.strategy import all_hosts
 
 
 class Preemption:
-    """Notices SIGTERM and Ctrl-C; a second Ctrl-C ends at once. Make it after the strategy.
+    """Notices SIGTERM and Ctrl-C within a `with`; a second Ctrl-C ends at once.
 
-    TensorFlow's runtime puts its own SIGTERM handler in place when a multi-worker strategy starts.
+    Enter it after the strategy is made: TensorFlow's runtime puts its own SIGTERM handler in place
+    when a multi-worker strategy starts.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy):
         self._strategy, self._flag = strategy, False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
         try:
-            signal.signal(signal.SIGTERM, self._note)
-            signal.signal(signal.SIGINT, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         except ValueError:  # not the main thread (train() called from a notebook or a test)
             logging.warning("not in the main thread: SIGTERM will not save a checkpoint")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            # None: set by C code, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: Any) -> None:
         if self._flag and number == signal.SIGINT:
@@ -30,10 +40,4 @@ class Preemption:
 
     def requested(self) -> bool:
         """Whether any host was asked to stop; all hosts get the same answer at the same step."""
-        if num_hosts(self._strategy) == 1:
-            return self._flag
-        flag = tf.constant(float(self._flag))
-        total = self._strategy.run(
-            lambda: tf.distribute.get_replica_context().all_reduce("SUM", flag)
-        )
-        return float(self._strategy.experimental_local_results(total)[0]) > 0
+        return any(all_hosts(self._strategy, self._flag))

@@ -1,36 +1,56 @@
 """Where a run begins: resume > resume_from > init_from > scratch."""
 
 import json
+from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
 from vit_dist.model.weights import adapt_weights
-from vit_dist.strategy import num_hosts
-from vit_dist.training.checkpoint import Checkpoint, open_checkpoint
+from vit_dist.strategy import all_hosts
+from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import TrainState
 from vit_dist.wiring import Run
 
 
-def check_resume(
-    found: Checkpoint | None, config: ConfigDict, strategy: tf.distribute.Strategy
-) -> None:
-    """All hosts must see the same checkpoint, and the data order must still be the same."""
-    if num_hosts(strategy) > 1:
-        mine = tf.constant([0 if found is None else found.step], tf.int64)
-        gathered = strategy.run(lambda: tf.distribute.get_replica_context().all_gather(mine, 0))
-        steps = np.unique(strategy.experimental_local_results(gathered)[0].numpy())
-        if len(steps) > 1:
-            raise ValueError(
-                f"the hosts see different checkpoints (steps {steps.tolist()}): the workdir must "
-                "be on storage that all of them share"
-            )
-    if found is None:
-        return
-    changed = config_lib.changes(found.notes["config"], json.loads(config_lib.to_json(config)))
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    how: str  # resume | resume_from | init_from | scratch
+    checkpoint: Checkpoint | None
+
+
+def find_start(workdir: str, config: ConfigDict) -> Start:
+    """Finds and reads the checkpoint to begin with; touches no device.
+
+    Raises:
+      ValueError: there is none where one was named, or the workdir's has another order of the data.
+    """
+    found = Checkpointer(workdir).newest()
+    if found is not None:
+        _check_order(found, config)
+        return Start("resume", found)
+    for how, path in (("resume_from", config.resume_from), ("init_from", config.init_from)):
+        if path:
+            return Start(how, open_checkpoint(path))
+    return Start("scratch", None)
+
+
+def check_hosts(start: Start, strategy: tf.distribute.Strategy) -> None:
+    """All hosts must begin with the same checkpoint."""
+    mine = -1 if start.checkpoint is None else start.checkpoint.step
+    steps = sorted(set(all_hosts(strategy, mine)))
+    if len(steps) > 1:
+        raise ValueError(
+            f"the hosts see different checkpoints (steps {steps}; -1 for none): the workdir must "
+            "be on storage that all of them share"
+        )
+
+
+def _check_order(found: Checkpoint, config: ConfigDict) -> None:
+    changed = _changes(found, config)
     order = [c for c in changed if c.startswith(("seed:", "input.batch_size:", "data."))]
     if order:
         raise ValueError(
@@ -38,24 +58,29 @@ def check_resume(
             f"({'; '.join(order)}): use the same, or start in another workdir with "
             "config.resume_from or config.init_from"
         )
-    for change in changed:
-        logging.warning("resuming with a changed config: %s", change)
 
 
-def restore_or_init(state: TrainState, run: Run, found: Checkpoint | None) -> str:
-    """Resume > resume_from > init_from > scratch; returns a line that says which it was."""
-    config = run.config
-    if found is not None:
-        state.from_arrays(found.arrays)
-        return f"resumed from step {found.step} ({found.path})"
-    if config.resume_from:
-        checkpoint = open_checkpoint(config.resume_from)
-        state.from_arrays(checkpoint.arrays)
-        return f"continuing {checkpoint.path} from step {checkpoint.step}"
-    if config.init_from:
-        report = init_from(state, config.init_from, method=config.posemb_method)
-        return f"weights from {config.init_from}\n{report}"
-    return "starting from scratch"
+def _changes(found: Checkpoint, config: ConfigDict) -> list[str]:
+    return config_lib.changes(found.notes["config"], json.loads(config_lib.to_json(config)))
+
+
+def restore_or_init(state: TrainState, run: Run, start: Start) -> str:
+    """Gives the state what the start holds; returns lines that say what was done.
+
+    Raises:
+      ValueError: the checkpoint does not fit the config.
+    """
+    checkpoint = start.checkpoint
+    if checkpoint is None:
+        return "starting from scratch"
+    if start.how == "init_from":
+        report = _adopt(state, checkpoint, method=run.config.posemb_method)
+        return f"weights from {checkpoint.path}\n{report}"
+    for change in _changes(checkpoint, run.config):
+        logging.warning("going on with a changed config: %s", change)
+    state.from_arrays(checkpoint.arrays)
+    verb = "resumed from" if start.how == "resume" else "continuing from"
+    return f"{verb} step {checkpoint.step} ({checkpoint.path})"
 
 
 def init_from(state: TrainState, path: str, *, method: str) -> str:
@@ -67,7 +92,10 @@ def init_from(state: TrainState, path: str, *, method: str) -> str:
     Raises:
       ValueError: no checkpoint there, or one of another network.
     """
-    checkpoint = open_checkpoint(path)
+    return _adopt(state, open_checkpoint(path), method=method)
+
+
+def _adopt(state: TrainState, checkpoint: Checkpoint, *, method: str) -> str:
     averaged = any(name.startswith("ema/") for name in checkpoint.arrays)
     prefix = "ema/" if averaged else "model/"
     arrays = {

@@ -1,9 +1,15 @@
 """Which tf.distribute strategy a run uses, made from what the machine and its environment offer."""
 
+import contextlib
+import faulthandler
+import functools
 import json
 import os
+import socket
+import time
 
 import tensorflow as tf
+from absl import logging
 
 NAMES = ("auto", "single", "mirrored", "multiworker", "tpu")
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
@@ -23,6 +29,11 @@ def check_strategy(
         raise ValueError(f"strategy {name!r} is unknown; allowed: {', '.join(NAMES)}")
     if virtual_cpus < 0:
         raise ValueError(f"strategy.virtual_cpus must be 0 or more, got {virtual_cpus}")
+    if name == "multiworker" and virtual_cpus > 1:
+        raise ValueError(
+            f"strategy 'multiworker' takes a host's CPU whole, but virtual_cpus is {virtual_cpus}; "
+            "set virtual_cpus=0 and start more workers"
+        )
     if name == "single" and virtual_cpus > 1:
         raise ValueError(
             f"strategy 'single' uses one device, but virtual_cpus is {virtual_cpus}; "
@@ -41,8 +52,8 @@ def check_strategy(
         raise ValueError(f"strategy.tpu* is set, but strategy.name is {name!r}; set it to tpu")
 
 
-def cluster_from_environment() -> tuple[int, int]:
-    """(number of workers, this worker's index) from TF_CONFIG.
+def cluster_from_environment() -> tuple[list[str], int]:
+    """(addresses of the workers, this worker's index) from TF_CONFIG.
 
     Raises:
       ValueError: TF_CONFIG is not the JSON that TensorFlow asks for.
@@ -50,16 +61,17 @@ def cluster_from_environment() -> tuple[int, int]:
     text = os.environ["TF_CONFIG"]
     try:
         parsed = json.loads(text)
-        workers, task = parsed["cluster"]["worker"], parsed["task"]
-        index = int(task["index"])
-        assert task["type"] == "worker" and 0 <= index < len(workers)
-    except (ValueError, KeyError, TypeError, AssertionError):
+        workers, task = [str(w) for w in parsed["cluster"]["worker"]], parsed["task"]
+        kind, index = task["type"], int(task["index"])
+    except (ValueError, KeyError, TypeError):
+        workers, kind, index = [], "", 0
+    if kind != "worker" or not 0 <= index < len(workers) or any(":" not in w for w in workers):
         raise ValueError(
-            f"TF_CONFIG must be JSON such as "
+            "TF_CONFIG must be JSON such as "
             '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, '
             f'"task": {{"type": "worker", "index": 0}}}}, got {text!r}'
-        ) from None
-    return len(workers), index
+        )
+    return workers, index
 
 
 def resolve(name: str, tpu: str = "") -> str:
@@ -111,8 +123,7 @@ def make_strategy(
     if kind == "tpu":
         return _tpu_strategy(tpu, tpu_zone, tpu_project)
     if kind == "multiworker":
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout_seconds)
-        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        return _multi_worker_strategy(timeout_seconds)
     if kind == "mirrored":
         gpus = [] if virtual_cpus else tf.config.list_logical_devices("GPU")
         devices = gpus or tf.config.list_logical_devices("CPU")[: virtual_cpus or None]
@@ -141,6 +152,79 @@ def _split_cpu(count: int) -> None:
             ) from None
 
 
+def _multi_worker_strategy(timeout_seconds: float) -> tf.distribute.Strategy:
+    meet(*cluster_from_environment(), timeout_seconds=timeout_seconds)
+    # For a worker that dies between the two; no thread or handler of Python's runs in there.
+    faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=2)
+    try:
+        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout_seconds)
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def meet(workers: list[str], index: int, *, timeout_seconds: float) -> None:
+    """Returns when all workers have called; TensorFlow would wait for ever, and deaf to SIGTERM.
+
+    The first worker listens at its address before TensorFlow does, and lets the others go at once.
+
+    Args:
+      workers: "host:port" of each.
+      index: which of them this process is.
+      timeout_seconds: how long to wait.
+
+    Raises:
+      TimeoutError: names the workers that did not come.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    hello = [f"{i} of {','.join(workers)}\n".encode() for i in range(len(workers))]
+    if len(workers) > 1:
+        wait = _wait_for_others if index == 0 else _wait_for_first
+        missing = wait(workers, hello, index, deadline)
+        if missing:
+            names = ", ".join(f"{i} ({workers[i]})" for i in missing)
+            raise TimeoutError(
+                f"worker {index} waited {timeout_seconds:g} s in vain for worker {names}: start "
+                "all with the same TF_CONFIG but for the index, or raise strategy.timeout_seconds"
+            )
+
+
+def _wait_for_others(
+    workers: list[str], hello: list[bytes], index: int, deadline: float
+) -> list[int]:
+    port = int(workers[index].rpartition(":")[2])
+    callers: dict[bytes, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("", port)))
+        while (missing := set(hello[1:]) - set(callers)) and time.monotonic() < deadline:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            with contextlib.suppress(OSError):  # nobody called, or hung up at once
+                caller = stack.enter_context(server.accept()[0])
+                caller.settimeout(5)  # who says nothing for so long is not one of ours
+                callers[caller.makefile("rb").readline()] = caller
+        for caller in () if missing else callers.values():
+            with contextlib.suppress(OSError):
+                caller.sendall(b"go\n")
+                caller.recv(1)  # let them hang up first: the port is free at once then
+    return sorted(hello.index(line) for line in missing)
+
+
+def _wait_for_first(
+    workers: list[str], hello: list[bytes], index: int, deadline: float
+) -> list[int]:
+    host, _, port = workers[0].rpartition(":")
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as first:
+                first.sendall(hello[index])
+                if first.makefile("rb").readline() == b"go\n":
+                    return []
+        except OSError as error:
+            logging.log_every_n_seconds(logging.INFO, "worker 0 is not there yet: %s", 60, error)
+        time.sleep(0.2)
+    return [0]
+
+
 def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
     name = tpu or os.environ.get("TPU_NAME") or "local"
     looked = f"TPU {name!r}" + (f" in zone {zone}" if zone else "")
@@ -154,6 +238,10 @@ def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
             name, zone=zone or None, project=project or None
         )
+        address = resolver.master().partition("grpc://")[2]
+        if address:  # TensorFlow would call it for ever
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
@@ -174,8 +262,29 @@ def host_replicas(strategy: tf.distribute.Strategy) -> range:
 def num_hosts(strategy: tf.distribute.Strategy) -> int:
     """How many processes run this program together (1 but for MultiWorkerMirrored)."""
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return cluster_from_environment()[0] if os.environ.get("TF_CONFIG") else 1
+        return len(cluster_from_environment()[0]) if os.environ.get("TF_CONFIG") else 1
     return 1
+
+
+def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
+    """What each host called this with; returns once all have, with the same list on every host."""
+    if num_hosts(strategy) == 1:
+        return [number]
+    return [int(n) for n in _gather(strategy)(tf.constant([number], tf.int64))]
+
+
+@functools.cache
+def _gather(strategy: tf.distribute.Strategy):
+    # In a tf.function: run eagerly, TensorFlow warns of its slowness at each call.
+    @tf.function
+    def gather(number: tf.Tensor) -> tf.Tensor:
+        def of_replica(number: tf.Tensor) -> tf.Tensor:
+            return tf.distribute.get_replica_context().all_gather(tf.identity(number), axis=0)
+
+        gathered = strategy.run(of_replica, args=(number,))
+        return strategy.experimental_local_results(gathered)[0]
+
+    return gather
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
@@ -195,8 +304,9 @@ def describe(strategy: tf.distribute.Strategy, *, batch_size: int, accumulation:
     """One line: strategy, hosts, replicas, kind of device, and how the batch is cut up."""
     replicas = strategy.num_replicas_in_sync
     share = batch_size // replicas
+    name = type(strategy).__name__.replace("CollectiveAllReduce", "MultiWorkerMirrored")
     text = (
-        f"{type(strategy).__name__}: {num_hosts(strategy)} host(s), {replicas} replica(s) on "
+        f"{name}: {num_hosts(strategy)} host(s), {replicas} replica(s) on "
         f"{device_kind(strategy)}, batch {batch_size} = {replicas} x {share}"
     )
     return text + (f", in {accumulation} micro-batches each" if accumulation > 1 else "")

@@ -8,27 +8,28 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+
+# isort: split
 import tensorflow as tf
 from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_dist import cli
 from vit_dist import config as config_lib
-from vit_dist.data.pipeline import explain_data_error
 from vit_dist.evaluators.classification import make_evaluator
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import Writer, make_writer
 from vit_dist.preemption import Preemption
-from vit_dist.restore import check_resume, restore_or_init
-from vit_dist.strategy import describe, device_kind, is_chief, make_strategy
+from vit_dist.restore import check_hosts, find_start, restore_or_init
+from vit_dist.strategy import all_hosts, describe, device_kind, is_chief, make_strategy
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.losses import make_loss
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step, choose_jit, make_train_step
-from vit_dist.wiring import Run, check, eval_data, make_state, train_data
+from vit_dist.wiring import Run, check, eval_data, explain_error, make_state, train_data
 
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
@@ -60,33 +61,54 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       ValueError: a mistake in the config or the data; see check.
       FloatingPointError: the loss or gradient is not finite; the last good checkpoint stays.
       OSError: the workdir cannot be written.
+      ConnectionError: another worker is gone.
     """
     run = check(config)
+    start = find_start(workdir, run.config)
+    _make_folder(workdir)
     strategy = make_strategy(**run.strategy)
-    preemption = Preemption(strategy)
     check_step(**{**run.step, "num_replicas": strategy.num_replicas_in_sync})
-    checkpointer = Checkpointer(workdir, keep=config.keep_checkpoints)
-    found = checkpointer.newest()
-    check_resume(found, config, strategy)
+    check_hosts(start, strategy)
     state = make_state(run, strategy)
-    origin = restore_or_init(state, run, found)
-    first = int(state.step.numpy())
-    chief = is_chief(strategy)
-    writer = make_writer(workdir, first_step=first, active=chief)
-    with writer, Progress(run.total_steps, first_step=first, title="train") as progress:
+    origin = restore_or_init(state, run, start)
+    del start  # its arrays would take up memory to the end
+    first, chief = int(state.step.numpy()), is_chief(strategy)
+    checkpointer = Checkpointer(workdir, keep=run.config.keep_checkpoints)
+    with (
+        Preemption(strategy) as preemption,
+        make_writer(workdir, first_step=first, active=chief) as writer,
+        Progress(run.total_steps, first_step=first, title="train") as progress,
+    ):
         note = progress.note if chief else logging.info
         _announce(run, strategy, state, workdir, origin, writer, note)
         loop = _Loop(run, strategy, state, checkpointer, writer, progress, preemption, note)
         try:
             metrics = loop.run(first)
-        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
-            reason = explain_data_error(run.sources["train"], error)
-            if reason is None:
-                raise
-            raise ValueError(reason) from error
+        except Exception as error:
+            _finish_saving(checkpointer)
+            loop.explain(error)
+            raise
+    all_hosts(strategy, 0)  # stay until the chief has saved: who leaves takes the cluster down
     if chief:
         print(result_line(metrics, workdir), flush=True)
     return metrics
+
+
+def _make_folder(workdir: str) -> None:
+    try:
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make the workdir {workdir} ({error.strerror}): give another --workdir"
+        ) from error
+
+
+def _finish_saving(checkpointer: Checkpointer) -> None:
+    """Before leaving with an error: what was begun before it is good."""
+    try:
+        checkpointer.wait()
+    except OSError as error:
+        logging.error("%s", error.strerror)
 
 
 class _Loop:
@@ -121,6 +143,8 @@ class _Loop:
             jit=jit != "off",
         )
         self.datasets: dict[str, Any] = {}
+        self.saved = -1  # the step of the newest checkpoint of this process
+        self.reading: tuple[str, range] = ("train", range(0))  # split and steps, for messages
 
     def run(self, first: int) -> dict[str, float]:
         """Steps `first` to the end; returns the last metrics."""
@@ -131,6 +155,7 @@ class _Loop:
         self.meter.start(first)
         while step < total:
             n = self._until_next_event(step)
+            self.reading = ("train", range(step, step + n + run.config.input.prefetch))
             tensors = self.train_steps(batches, tf.constant(n, tf.int64))
             step += n
             if step % run.log_steps == 0 or step == total or step - n == first:
@@ -187,6 +212,7 @@ class _Loop:
         if split not in self.r.sources:
             return {}
         with self.meter.pause():
+            self.reading = (split, range(0))
             if split not in self.datasets:
                 self.datasets[split] = eval_data(self.r, self.strategy, split)
             metrics = self.evaluate(self.datasets[split])
@@ -199,6 +225,9 @@ class _Loop:
 
     def save(self, step: int) -> None:
         """Starts to write a checkpoint (chief only), never of a state that went wrong."""
+        if step == self.saved:
+            return
+        self.saved = step
         with self.meter.pause():
             self._check_finite()
             if self.chief:
@@ -209,6 +238,13 @@ class _Loop:
                 }
                 notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(self.state.to_arrays(), step=step, notes=notes)
+
+    def explain(self, error: Exception) -> None:
+        """Raises a readable error in place of TensorFlow's, where one can be given."""
+        split, steps = self.reading
+        reason = explain_error(error, self.r, self.strategy, split=split, steps=steps)
+        if reason is not None:
+            raise reason from error
 
     def stop(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Saves and ends early, after SIGTERM or Ctrl-C."""
@@ -235,9 +271,7 @@ def _announce(
 ) -> None:
     text = config_lib.to_json(run.config)
     if is_chief(strategy):
-        folder = epath.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(text)
+        (epath.Path(workdir) / "config.json").write_text(text)
         writer.text(int(state.step.numpy()), "config", f"```json\n{text}\n```")
     logging.info("config: %s", text)
     source = run.sources["train"]

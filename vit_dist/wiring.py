@@ -1,7 +1,7 @@
 """From a config to the parts of a run, checked before any device starts (law 3)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -9,19 +9,21 @@ from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
 from vit_dist.data.base import Source
+from vit_dist.data.order import train_indices
 from vit_dist.data.pipe import Pipe, output_spec, parse
-from vit_dist.data.pipeline import make_eval_data, make_train_data
+from vit_dist.data.pipeline import explain_data_error, make_eval_data, make_train_data
 from vit_dist.data.sources import open_source
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import vit_config
+from vit_dist.model.variants import PRECISIONS, vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.strategy import check_strategy, host_replicas, make_strategy
+from vit_dist.strategy import check_strategy, host_replicas, make_strategy, num_hosts
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step
 
+MAX_SEED = 2**31 - 1  # the step's dropout seeds are int32
 _SPLITS = ("train", "val", "test")
 _BUILD_KEYS = ("head_bias", "posemb_stddev")  # of config.model, for build_vit; the rest: vit_config
 
@@ -57,10 +59,7 @@ def check(config: ConfigDict) -> Run:
     Raises:
       ValueError: the first mistake found; says what was given, what is allowed, what to do.
     """
-    unknown = sorted(set(config) - set(config_lib.get_defaults()))
-    if unknown:
-        near = config_lib.did_you_mean(unknown[0], config_lib.get_defaults())
-        raise ValueError(f"config.{unknown[0]} is unknown{near}")
+    config = config_lib.finalize(config)
     strategy = config_lib.bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
     optimizer = config_lib.bind(make_optimizer, config.optimizer, name="optimizer", variables={})
@@ -69,12 +68,13 @@ def check(config: ConfigDict) -> Run:
     loss = config_lib.bind(make_loss, config.loss, name="loss")
     make_loss(**loss)
     size = config_lib.parse_image_size(config.image_size)
-    _check_input(config)
+    _check_ranges(config)
     step = config_lib.bind(
         check_step, config.step, name="step", batch_size=config.input.batch_size,
         num_replicas=max(config.strategy.virtual_cpus, 1),
     )  # fmt: skip
     check_step(**step)
+    _durations(config, num_examples=1)  # a mistake there shows before a data set is prepared
     sources = _open_sources(config)
     num_classes = sources["train"].num_classes
     model, build = _check_model(config, size, num_classes)
@@ -86,11 +86,6 @@ def check(config: ConfigDict) -> Run:
     durations = _durations(config, sources["train"].num_examples)
     schedule = _bind_schedule(config, durations["total"], sources["train"].num_examples)
     make_schedule(**schedule)
-    if config.posemb_method not in METHODS:
-        raise ValueError(
-            f"config.posemb_method {config.posemb_method!r} is unknown; allowed: "
-            f"{', '.join(METHODS)}"
-        )
     return Run(
         config=config,
         sources=sources,
@@ -110,17 +105,26 @@ def check(config: ConfigDict) -> Run:
     )
 
 
-def _check_input(config: ConfigDict) -> None:
-    allowed = config_lib.get_defaults().input
-    for key in config.input:
-        if key not in allowed:
-            near = config_lib.did_you_mean(key, allowed)
-            raise ValueError(f"config.input.{key} is unknown{near}")
-    for key in ("batch_size", "eval_batch_size", "prefetch"):
-        if key not in config.input or config.input[key] < 1:
-            raise ValueError(f"config.input.{key} must be 1 or more")
+def _check_ranges(config: ConfigDict) -> None:
+    least = {
+        "keep_checkpoints": config.keep_checkpoints,
+        "input.batch_size": config.input.batch_size,
+        "input.eval_batch_size": config.input.eval_batch_size,
+        "input.prefetch": config.input.prefetch,
+    }
+    for key, value in least.items():
+        if value < 1:
+            raise ValueError(f"config.{key} must be 1 or more, got {value}")
+    if not 0 <= config.seed <= MAX_SEED:
+        raise ValueError(f"config.seed must be in 0..{MAX_SEED}, got {config.seed}")
     if config.input.num_threads is not None and config.input.num_threads < 1:
         raise ValueError("config.input.num_threads must be 1 or more, or None for all cores")
+    allowed = {"precision": tuple(PRECISIONS), "posemb_method": METHODS}
+    for key, names in allowed.items():
+        if config[key] not in names:
+            raise ValueError(
+                f"config.{key} {config[key]!r} is unknown; allowed: {', '.join(names)}"
+            )
 
 
 def _open_sources(config: ConfigDict) -> dict[str, Source]:
@@ -153,12 +157,6 @@ def _check_model(
         seed=config.seed,
         precision=config.precision,
     )
-    from_name = {"float32", "bfloat16", "float16"}
-    if config.precision not in from_name:
-        raise ValueError(
-            f"config.precision {config.precision!r} is unknown; allowed: "
-            f"{', '.join(sorted(from_name))}"
-        )
     if model["pool"] == "none":
         raise ValueError("config.model.pool 'none' gives one output per token; not for training")
     return model, build
@@ -203,6 +201,7 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
             batch_size=config.input.batch_size,
             num_examples=num_examples,
             total_steps=total_steps,
+            where="config.schedule",
         )
         for name in ("warmup", "cooldown", "timescale")
     }
@@ -260,3 +259,49 @@ def eval_data(run: Run, strategy: tf.distribute.Strategy, split: str) -> Any:
 def _eval_batch(run: Run, split: str, replicas: int) -> int:
     needed = min(run.config.input.eval_batch_size, run.sources[split].num_examples)
     return -(-needed // replicas) * replicas
+
+
+def explain_error(
+    error: Exception,
+    run: Run,
+    strategy: tf.distribute.Strategy,
+    *,
+    split: str,
+    steps: range = range(0),
+) -> Exception | None:
+    """What to raise in place of a TensorFlow error: the damaged example, or the lost worker.
+
+    Args:
+      error: what running or reading raised.
+      run: the checked config.
+      strategy: what it ran on.
+      split: what was being read.
+      steps: of the training data, those that may have been read.
+
+    Returns:
+      None where nothing better can be said.
+    """
+    lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
+    if num_hosts(strategy) > 1 and isinstance(error, (*lost, tf.errors.CancelledError)):
+        lines = error.message.splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "aborted by" in line), lines[-1])
+        return ConnectionError(
+            "lost another worker; its own log says why. Start all of them again: they go on from "
+            f"the newest checkpoint. ({reason.strip()[:300]})"
+        )
+    ours = (tf.errors.ResourceExhaustedError, tf.errors.InternalError)  # not for want of good data
+    if not isinstance(error, tf.errors.OpError) or isinstance(error, ours):
+        return None
+    source = run.sources[split]
+    indices: Sequence[int] = ()
+    if source.indexable and steps:
+        indices = train_indices(
+            num_examples=source.num_examples,
+            batch_size=run.batch_size,
+            seed=run.config.seed,
+            first_step=steps.start,
+            num_steps=len(steps),
+        ).tolist()
+    pipe = run.train_pipe if split == "train" else run.eval_pipe
+    reason = explain_data_error(source, error, pipe=pipe, indices=indices)
+    return None if reason is None else ValueError(reason)

@@ -31,30 +31,32 @@ def make_evaluator(
     Returns:
       A function of a distributed data set of {"image", "label", "mask"}; the mask is 0 for padding.
       "accuracy" counts an example whose top class is among its labels, "top5_accuracy" one that
-      has a label among its five top classes (absent with 5 classes or fewer).
+      has a label among its five top classes (absent with 5 classes or fewer). Of equal logits the
+      first is ahead, so a head of zeros scores as chance does, and NaN is never a hit.
     """
 
     def sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
         logits = model(preprocess(images), training=False)
-        num_classes = logits.shape[-1]
-        targets = as_distribution(labels, num_classes)
-        top = tf.one_hot(tf.argmax(logits, -1), num_classes)
-        hit = tf.reduce_max(top * tf.cast(targets > 0, tf.float32), -1)
-        out = {"accuracy": hit, "loss": loss_fn(logits, labels), "examples": tf.ones_like(mask)}
-        if num_classes > 5:
-            best = tf.reduce_max(tf.where(targets > 0, logits, logits.dtype.min), -1)
-            above = tf.reduce_sum(tf.cast(logits > best[:, None], tf.int32), -1)
-            out["top5_accuracy"] = tf.cast(above < 5, tf.float32)
+        targets = as_distribution(labels, logits.shape[-1])
+        rank = _rank(logits, targets)
+        out = {"accuracy": tf.cast(rank < 1, tf.float32), "loss": loss_fn(logits, labels)}
+        if logits.shape[-1] > 5:
+            out["top5_accuracy"] = tf.cast(rank < 5, tf.float32)
+        out["examples"] = tf.ones_like(mask)
         # A select, not a product: what the model makes of padding may be infinite.
         return {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
 
     # TPUStrategy compiles by itself.
     whole = jit and not isinstance(strategy, tf.distribute.TPUStrategy)
-    run = tf.function(sums, jit_compile=True, autograph=False) if whole else sums
+    compiled = tf.function(sums, jit_compile=True, autograph=False) if whole else sums
+
+    def replica_sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
+        # Given a tf.function, strategy.run compiles all CPUs into one program, which XLA refuses.
+        return compiled(images, labels, mask)
 
     @tf.function
     def step(batch: Tensors) -> Tensors:
-        out = strategy.run(run, args=(batch["image"], batch["label"], batch["mask"]))
+        out = strategy.run(replica_sums, args=(batch["image"], batch["label"], batch["mask"]))
         return {k: strategy.reduce("SUM", v, axis=None) for k, v in out.items()}
 
     def evaluate(dataset: Any) -> dict[str, float]:
@@ -69,3 +71,13 @@ def make_evaluator(
         return {**means, "examples": examples}
 
     return evaluate
+
+
+def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """How many classes (b, C) are ahead of an example's foremost label: (b,), 0 for a hit."""
+    label_logits = tf.where(targets > 0, logits, logits.dtype.min)
+    first = tf.argmax(label_logits, -1, tf.int32)[:, None]
+    best = tf.gather(label_logits, first, batch_dims=1)
+    ahead = (logits > best) | ((logits == best) & (tf.range(logits.shape[-1]) < first))
+    ahead |= tf.math.is_nan(logits) | tf.math.is_nan(best)
+    return tf.reduce_sum(tf.cast(ahead, tf.int32), -1)

@@ -22,6 +22,7 @@ SIZES: dict[str, dict[str, int]] = {
 POOLS = ("tok", "gap", "map", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
+_POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
 PRECISIONS = {
     "float32": "float32",
     "bfloat16": "mixed_bfloat16",
@@ -66,6 +67,11 @@ def check_vit(
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
+    sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
+    for names, least in ((_POSITIVE, 1), (("num_classes", "rep_size"), 0)):
+        for name in names:
+            if sizes[name] < least:
+                raise ValueError(f"{name} must be {least} or more, got {sizes[name]}")
     height, columns = as_pair(image_size)
     if height % patch_size or columns % patch_size or min(height, columns) < patch_size:
         raise ValueError(

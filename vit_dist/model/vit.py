@@ -73,28 +73,24 @@ class ViT(keras.Model):
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         self.prefix = int(pool == "tok")  # tokens before the patches
         dtype = self.dtype_policy
+        shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
+        shared["dtype"] = dtype
         self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.blocks = [
             EncoderBlock(
-                num_heads=num_heads,
-                hidden=mlp_dim,
-                gelu=gelu,
+                **shared,
                 qkv_bias=qkv_bias,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 drop_path=drop_path * i / max(depth - 1, 1),
                 layer_scale=layer_scale,
                 name=f"encoderblock_{i}",
-                dtype=dtype,
             )
             for i in range(depth)
         ]
         self.norm = layer_norm("encoder_norm", dtype)
-        map_config: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        self.map_head = (
-            MapHead(**map_config, name="map_head", dtype=dtype) if pool == "map" else None
-        )
+        self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
         self.pre_logits = (
             keras.layers.Dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype)
             if rep_size

@@ -45,7 +45,8 @@ def adapt_weights(
     Args:
       model: takes the weights; nothing is changed if an error is raised.
       arrays: name -> array, the names those of named_weights.
-      source: the other ViT's get_config(): at least image_size, patch_size, pool, gelu.
+      source: the other ViT's get_config(): at least image_size, patch_size, pool, gelu; num_heads
+        where it is known, since no shape tells it.
       method: how positions are resampled; see posemb.resize_posemb.
 
     Raises:
@@ -54,6 +55,8 @@ def adapt_weights(
     _check_numerics(model, source)
     report, values = LoadReport(), {}
     variables = named_weights(model)
+    # A head learnt on the representation layer means nothing without it, and the reverse.
+    same_features = ("pre_logits/kernel" in arrays) == ("pre_logits/kernel" in variables)
     for name, variable in variables.items():
         want = tuple(variable.shape)
         if name not in arrays:
@@ -64,7 +67,9 @@ def adapt_weights(
         value, have = arrays[name], tuple(arrays[name].shape)
         if name == "pos_embedding":
             value = _resampled(model, value, source, method)
-        if tuple(value.shape) == want:
+        if name.startswith("head/") and not same_features:
+            report.replaced.append(f"{name} {want}, as model.rep_size differs")
+        elif tuple(value.shape) == want:
             values[name] = value
             if value is arrays[name]:
                 report.loaded.append(name)
@@ -75,7 +80,7 @@ def adapt_weights(
         else:
             raise ValueError(
                 f"{name} is {have} in the checkpoint and {want} in this config: "
-                "set model.variant (and width, depth, mlp_dim, num_heads) as it was trained"
+                "set model.variant (and width, mlp_dim, rep_size) as it was trained"
             )
     _account_for_rest(report, arrays, variables)
     for name, value in values.items():
@@ -84,7 +89,10 @@ def adapt_weights(
 
 
 def _check_numerics(model: ViT, source: Mapping[str, Any]) -> None:
-    for key, remedy in {"gelu": "model.gelu", "patch_size": "the patch in model.variant"}.items():
+    remedies = {"gelu": "model.gelu", "patch_size": "the patch in model.variant"}
+    if "num_heads" in source:
+        remedies["num_heads"] = "model.num_heads"
+    for key, remedy in remedies.items():
         have, want = source[key], model.get_config()[key]
         if have != want:
             raise ValueError(

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -39,19 +39,19 @@ def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = 
     # Flushed now and then by a thread; the JSON lines are the copy that loses nothing.
     events = EventFileWriter(str(workdir / TENSORBOARD_DIR), flush_secs=30)
     events.add_event(_session_start(first_step))
-    return Writer(path.open("a"), events)
+    return Writer(path, events)
 
 
 class Writer:
     """Writes scalars, texts and images of a run; see `make_writer`."""
 
-    def __init__(self, rows: IO[Any] | None, events: EventFileWriter | None):
-        self._rows = rows
+    def __init__(self, path: epath.Path | None, events: EventFileWriter | None):
+        self._path = path
         self._events = events
 
     def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one row. NaN and infinities become null in JSON, which has neither."""
-        if self._rows is None:
+        if self._path is None:
             return
         reserved = {"step", "time"} & set(scalars)
         if reserved:
@@ -61,8 +61,8 @@ class Writer:
         values = {name: float(value) for name, value in scalars.items()}
         row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._rows.write(json.dumps(row, allow_nan=False) + "\n")
-        self._rows.flush()  # a killed process loses no row
+        with self._path.open("a") as rows:  # closed at once: a killed process loses no row
+            rows.write(json.dumps(row, allow_nan=False) + "\n")
         self._add(step, [_Value(tag=k, simple_value=v) for k, v in values.items()])
 
     def text(self, step: int, name: str, markdown: str) -> None:
@@ -87,8 +87,7 @@ class Writer:
 
     def close(self) -> None:
         """Writes out what is pending; the writer cannot be used afterwards."""
-        if self._rows is not None and self._events is not None:
-            self._rows.close()
+        if self._events is not None:
             self._events.close()
 
     def __enter__(self) -> "Writer":

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 from absl import logging
 from etils import epath
@@ -120,7 +121,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     folder = epath.Path(path)
     if not folder.exists():
         raise ValueError(f"there is no checkpoint at {path}: no such folder")
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or _FOLDER.fullmatch(folder.name):
         return _open(folder)
     newest = Checkpointer(path).newest()
     if newest is None:
@@ -147,4 +148,8 @@ def _open(path: epath.Path) -> Checkpoint:
     data = state.read_bytes()
     if zlib.crc32(data) != crc32:
         raise ValueError(f"{state} is damaged: its checksum differs")
-    return Checkpoint(path=path, step=step, notes=notes, arrays=safetensors.numpy.load(data))
+    try:
+        arrays = safetensors.numpy.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{state} is damaged ({error})") from None
+    return Checkpoint(path=path, step=step, notes=notes, arrays=arrays)

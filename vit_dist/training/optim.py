@@ -164,7 +164,7 @@ def make_optimizer(
     )
     rule: Any
     if name == "adamw":
-        rule = _Adam(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)
+        rule = _Adam(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, name="adam")
     else:
-        rule = _Sgd(learning_rate, momentum=momentum)
+        rule = _Sgd(learning_rate, momentum=momentum, name="sgd")
     return Optimizer(rule, variables, weight_decay=weight_decay, decay_pattern=decay_pattern)

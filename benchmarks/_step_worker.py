@@ -1,0 +1,59 @@
+"""Our side of train_step.py: the training step of vit_dist on one CPU device.
+
+Reads a number of steps from stdin, runs them in one call and prints the seconds, until stdin ends.
+"""
+
+import os
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+
+from vit_dist.model.variants import vit_config
+from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.strategy import make_strategy
+from vit_dist.training.losses import make_loss
+from vit_dist.training.optim import make_optimizer
+from vit_dist.training.schedules import make_schedule
+from vit_dist.training.state import TrainState
+from vit_dist.training.step import make_train_step
+
+
+def main() -> None:
+    variant, batch_size, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    strategy = make_strategy(name="single")
+    with strategy.scope():
+        # As timm's: cls token, erf GELU.
+        config = vit_config(variant, image_size=224, num_classes=1000, pool="tok", gelu="erf")
+        model = build_vit(config)
+        state = TrainState(model, make_optimizer(named_weights(model), weight_decay=0.1))
+    train_steps = make_train_step(
+        state,
+        make_loss(),
+        strategy=strategy,
+        schedule=make_schedule(1e-3, total_steps=10**6, name="constant"),
+        preprocess=lambda images: tf.cast(images, tf.float32) / 127.5 - 1,
+        batch_size=batch_size,
+        seed=0,
+        clip_norm=1.0,
+    )
+    generator = np.random.default_rng(0)
+    batch = {
+        "image": generator.integers(0, 256, (batch_size, 224, 224, 3)).astype(np.uint8),
+        "label": generator.integers(0, 1000, (batch_size,)).astype(np.int32),
+    }
+    batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
+    train_steps(batches, tf.constant(1, tf.int64))["loss"].numpy()
+    print("ready", model.count_params(), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        train_steps(batches, tf.constant(int(line), tf.int64))["loss"].numpy()
+        print(time.perf_counter() - began, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The peer of train_step.py: the same training step by timm on PyTorch, eager, float32, CPU.
+
+Runs in an interpreter of its own (`make bench` makes it). Reads a number of steps from stdin, runs
+them and prints the seconds, until stdin ends.
+"""
+
+import sys
+import time
+
+import torch
+
+# torchvision's compiled ops do not load beside a CPU build of torch from another source; timm needs
+# none of them, so their registrations may do nothing.
+_register_fake = torch.library.register_fake
+
+
+def _lenient(op, *args, **kwargs):
+    if isinstance(op, str) and op.startswith("torchvision::"):
+        return lambda function: function
+    return _register_fake(op, *args, **kwargs)
+
+
+torch.library.register_fake = _lenient
+import timm  # noqa: E402
+
+NAMES = {"Ti/16": "vit_tiny_patch16_224", "S/16": "vit_small_patch16_224"}
+
+
+def main() -> None:
+    variant, batch_size, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = timm.create_model(NAMES[variant], pretrained=False, num_classes=1000).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    loss_fn = torch.nn.CrossEntropyLoss()
+    images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
+    labels = torch.randint(0, 1000, (batch_size,))
+    print("ready", sum(p.numel() for p in model.parameters()), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_fn(model(images.float() / 127.5 - 1), labels)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        print(time.perf_counter() - began, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What the loop costs around the step: the whole loop against the bare step, in one process.
+
+    .venv/bin/python benchmarks/loop_overhead.py [--variant Ti/16] [--steps 10] [--rounds 7]
+
+Bare: train_steps on a batch that lies ready. Whole: the loop of `vit_dist.train` with its input
+pipeline (digits blown up to the resolution), metrics, TensorBoard and progress, a log line every
+`steps`. The CPU is host and device at once here, so the input's work counts too. Goal: at most 2 %.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _config
+import tensorflow as tf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vit_dist import train as train_lib
+from vit_dist.config import finalize
+from vit_dist.monitoring.progress import Progress
+from vit_dist.monitoring.writer import make_writer
+from vit_dist.preemption import Preemption
+from vit_dist.strategy import make_strategy
+from vit_dist.training.checkpoint import Checkpointer
+from vit_dist.wiring import check, make_state, train_data
+
+
+def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[float, float]]:
+    config = _config.get_config(variant)
+    config.total_steps, config.log_steps, config.save_steps = 10**6, steps, 10**6
+    run = check(finalize(config))
+    strategy = make_strategy(**run.strategy)
+    state = make_state(run, strategy)
+    writer, progress = make_writer(workdir), Progress(run.total_steps, title="loop")
+    loop = train_lib._Loop(
+        run, strategy, state, Checkpointer(workdir), writer, progress, Preemption(strategy), print
+    )
+    loop.save = lambda step: None  # saving is paid for apart
+    batch = next(iter(train_data(run, strategy, first_step=0)))
+    batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
+    n = tf.constant(steps, tf.int64)
+    loop.train_steps(batches, n)  # compiles
+    results = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        loop.train_steps(batches, n)["loss"].numpy()
+        bare = (time.perf_counter() - began) / steps
+        step = int(state.step.numpy())
+        loop.r = dataclasses.replace(run, total_steps=step + 2 * steps)
+        results.append((bare, loop.run(step)["seconds_per_step"]))
+    writer.close()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", default="Ti/16")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as workdir:
+        results = measure(args.variant, args.steps, args.rounds, workdir)
+    bare = statistics.median(b for b, _ in results)
+    whole = statistics.median(w for _, w in results)
+    print(
+        f"{args.variant} at 224, batch 16: bare step {bare * 1e3:.0f} ms, "
+        f"whole loop {whole * 1e3:.0f} ms, ratio {whole / bare:.3f} (n={args.rounds}; limit 1.02)"
+    )
+
+
+if __name__ == "__main__":
+    main()

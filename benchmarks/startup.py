@@ -1,0 +1,62 @@
+"""Time from process start to the first step: Ti/16 at 224, batch 16, against a limit of 20 seconds.
+
+    .venv/bin/python benchmarks/startup.py [--rounds 3]
+
+The limit: 10 s to trace and compile the step, as much again for imports, data and weights.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 20.0
+
+
+def measure(workdir: str) -> tuple[float, float]:
+    """Seconds until training begins, and until the first step's metrics are there."""
+    command = [sys.executable, "-m", "vit_dist.train", "--config", str(HERE / "_config.py")]
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--workdir", workdir],
+        cwd=HERE.parent,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    ready = None
+    for line in process.stdout:
+        if line.startswith("TensorBoard:"):
+            ready = time.perf_counter() - began
+        if line.startswith("step 1/"):
+            first = time.perf_counter() - began
+            process.kill()
+            process.wait()
+            return ready, first
+    raise SystemExit(f"the run ended with code {process.wait()} before its first step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    results = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as workdir:
+            results.append(measure(workdir))
+    ready = statistics.median(r for r, _ in results)
+    first = statistics.median(f for _, f in results)
+    print(
+        f"Ti/16 at 224: {ready:.1f} s to the model, {first - ready:.1f} s to trace and compile "
+        f"the first step and run it; {first:.1f} s in all, {first / LIMIT:.2f} of the limit (n={rounds})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Train-step throughput against timm on PyTorch: same model, batch, AdamW, clip, float32, CPU.
+
+    make bench   or   .venv/bin/python benchmarks/train_step.py [--variants Ti/16,S/16] [--rounds 7]
+
+Both run as processes of their own and take turns, so that both meet the same noise; the ratio is
+that of the median images/s. Goal: at least 1.0.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PEER = HERE.parent / ".venv-interop" / "bin" / "python"
+
+
+class Worker:
+    """A process that times steps on request."""
+
+    def __init__(self, python: str, script: str, *arguments: str):
+        env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+        self.process = subprocess.Popen(
+            [python, str(HERE / script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        self.num_params = int(self._read().split()[1])
+
+    def _read(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args} ended with code {self.process.wait()}")
+        return line
+
+    def seconds(self, steps: int) -> float:
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return float(self._read())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(variant: str, *, batch_size: int, steps: int, rounds: int, threads: int) -> float:
+    arguments = (variant, str(batch_size), str(threads))
+    ours = Worker(sys.executable, "_step_worker.py", *arguments)
+    peer = Worker(str(PEER), "_timm_worker.py", *arguments)
+    if ours.num_params != peer.num_params:
+        raise SystemExit(f"not the same model: {ours.num_params} and {peer.num_params} parameters")
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    for worker in (ours, peer):
+        worker.seconds(2)  # caches, allocators
+    for _ in range(rounds):
+        times["ours"].append(ours.seconds(steps))
+        times["peer"].append(peer.seconds(steps))
+    ours.close()
+    peer.close()
+    rate = {k: batch_size * steps / statistics.median(v) for k, v in times.items()}
+    ratio = rate["ours"] / rate["peer"]
+    pairs = sorted(p / o for o, p in zip(times["ours"], times["peer"], strict=True))
+    print(
+        f"{variant} at 224, batch {batch_size}, {threads} threads: vit_dist {rate['ours']:.2f} "
+        f"images/s, timm {rate['peer']:.2f} images/s, ratio {ratio:.2f} "
+        f"(rounds {pairs[0]:.2f} to {pairs[-1]:.2f}, n={rounds})",
+        flush=True,
+    )
+    return ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", default="Ti/16,S/16")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=3, help="steps per round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if not PEER.exists():
+        raise SystemExit("timm is not installed: run `make bench`")
+    for variant in args.variants.split(","):
+        compare(
+            variant,
+            batch_size=args.batch_size,
+            steps=args.steps,
+            rounds=args.rounds,
+            threads=args.threads,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""README and docs say only what is so: links, keys, names, commands and messages exist."""
+
+import ast
+import functools
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from vit_dist.config import DEFAULTS, finalize
+from vit_dist.data.pipe import _REGISTRY, parse
+from vit_dist.data.sources import SOURCES
+from vit_dist.model.posemb import METHODS
+from vit_dist.strategy import NAMES
+from vit_dist.training.schedules import NAMES as SCHEDULES
+from vit_dist.training.step import JITS
+from vit_dist.wiring import check
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+# Messages of others.
+EXTERNAL = (
+    "No module named 'importlib_resources'",
+    "RESOURCE_EXHAUSTED",
+    "could not convert string to float: 'None'",
+)
+# config.py, config.json, functions of config.py, --config.key=value.
+NO_KEYS = {"py", "json", "get_defaults", "bind", "key"}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of each command in the indented or fenced blocks of a text."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    fenced = "\n".join(code for language, code in blocks if not language)
+    indented = "\n".join(re.findall(r"^    (.*)$", text, re.M)) if not fenced else ""
+    lines = re.sub(r"\\\n\s*", " ", fenced or indented).splitlines()
+    lines = [line for line in lines if line.startswith(("python -m vit_dist.", "launch/"))]
+    return [shlex.split(line, comments=True) for line in lines if "--config FILE" not in line]
+
+
+def documents() -> dict[str, str]:
+    texts = {page.name: page.read_text() for page in PAGES}
+    return texts | {c.name: ast.get_docstring(ast.parse(c.read_text())) or "" for c in CONFIGS}
+
+
+def commands(*, starting: str) -> list:
+    found = [(name, words) for name, text in documents().items() for words in commands_of(text)]
+    found = [(name, words) for name, words in found if " ".join(words).startswith(starting)]
+    assert found, f"no command begins with {starting!r}"
+    return [pytest.param(w, id=f"{n}: {' '.join(w)[:60]}") for n, w in found]
+
+
+def config_of(words: list[str]):
+    """The finalised config of a command line, parsed as the commands do."""
+    values = flags.FlagValues()
+    paths = [re.sub(r"^(--config=)?configs/", rf"\1{ROOT}/configs/", word) for word in words]
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    for name in ("workdir", "checkpoint", "splits"):
+        flags.DEFINE_string(name, None, "", flag_values=values)
+    with mock.patch.object(sys, "argv", ["command", *paths]):  # ml_collections reads it there
+        rest = values(sys.argv)[1:]
+    assert not rest, f"not a flag: {rest}"
+    overrides = config_flags.get_override_values(values["config"])
+    return finalize(values["config"].value, overrides)
+
+
+def first_column(page: str, title: str) -> list[str]:
+    """The cells in backticks that begin the rows of the table whose head begins with `title`."""
+    text = (ROOT / "docs" / page).read_text()
+    tables = re.findall(rf"^\| {re.escape(title)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.M)
+    assert tables, f"{page} has no table with {title!r}"
+    return [c for table in tables for c in re.findall(r"^\| `([^`]+)`", table, re.M)]
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@functools.cache
+def messages() -> list[str]:
+    """Every string in the package with … for what varies, and the launchers' text."""
+    found = [path.read_text() for path in (ROOT / "launch").glob("*.sh")]
+    for path in (ROOT / "vit_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+                found.append(re.sub("…+", "…", "".join(parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+@pages
+def test_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: there is no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert anchor in map(slug, headings), f"{link}: there is no such heading"
+
+
+def test_every_page_is_reached_from_the_readme():
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in PAGES[0].read_text()
+
+
+@pages
+def test_keys_exist(page):
+    text = page.read_text()
+    names = re.findall(r"(?<![\w./])config\.([a-z]\w*(?:\.[a-z]\w*)*)", text)
+    names = [name for name in names if name.split(".")[0] not in NO_KEYS]
+    sections = "|".join(key for key, value in DEFAULTS.items() if isinstance(value, dict))
+    names += [n for n in re.findall(rf"`((?:{sections})\.[a-z]\w*)`", text) if n[-3:] != ".py"]
+    for name in names:
+        known = DEFAULTS
+        for part in name.split("."):
+            assert isinstance(known, dict) and part in known, f"there is no key config.{name}"
+            known = known[part]
+
+
+@pages
+def test_files_and_modules_exist(page):
+    text = page.read_text()
+    for name in set(re.findall(r"`([\w/]+\.(?:py|sh))`", text)) - {"utils.py"}:  # there is none
+        assert (ROOT / name).exists() or (ROOT / "vit_dist" / name).exists(), name
+    for module in set(re.findall(r"python -m (vit_dist(?:\.\w+)+)", text)):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+    for script in set(re.findall(r"launch/(\w+\.sh)", text)):
+        assert (ROOT / "launch" / script).exists(), script
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.M)) <= set(targets)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert set(re.findall(r"\.\[(\w+)\]", text)) <= set(extras)
+
+
+def test_readme_begins_with_the_two_commands():
+    head = PAGES[0].read_text().splitlines()[:20]
+    for command in ("make demo", "make test"):
+        assert any(line.startswith(command) for line in head)
+
+
+@pytest.mark.parametrize("words", commands(starting="python -m vit_dist."))
+def test_python_commands_parse(words):
+    module, rest = words[2], words[3:]
+    if module not in ("vit_dist.train", "vit_dist.evaluate"):
+        assert all(word.startswith("--") for word in rest)
+        return
+    config = config_of(rest)
+    if config.data.source == "demo":
+        assert check(config).total_steps > 0
+
+
+@pages
+def test_config_files_shown_in_a_page_are_valid(page):
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        names = {}
+        exec(code, names)
+        assert finalize(names["get_config"]())
+
+
+@pytest.mark.parametrize("words", commands(starting="launch/"))
+def test_launch_commands_parse(words):
+    command = [words[0], "--dry-run", *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        line = re.sub(r".*--command=cd \S+ \|\| exit; nohup |\s*>> .*", "", line)
+        if "-m vit_dist.train" in line and "tpus" not in line:
+            config_of(shlex.split(line.split("vit_dist.train")[1]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_say_how_to_run_them(path):
+    found = [
+        " ".join(words) for words in commands_of(ast.get_docstring(ast.parse(path.read_text())))
+    ]
+    assert any(f"vit_dist.train --config configs/{path.name}" in words for words in found)
+    assert finalize(config_of([f"--config={path}"]))
+
+
+def test_table_of_ops():
+    parse("decode")  # registers them
+    rows = (ROOT / "docs" / "data.md").read_text()
+    where = dict(re.findall(r"^\| `(.*?\))` \|.*\| (host|device) \|$", rows, re.M))
+    assert list(where) == first_column("data.md", "Op")
+    ours = {
+        f"{name}{inspect.signature(op.make)}": "device" if op.on_device else "host"
+        for name, op in _REGISTRY.items()
+        if op.make.__module__.startswith("vit_dist.")
+    }
+    assert where == ours
+
+
+@pytest.mark.parametrize(
+    ("page", "title", "names"),
+    [
+        ("data.md", "Source", SOURCES),
+        ("distributed.md", "`config.strategy.name`", NAMES),
+        ("finetuning.md", "Method", METHODS),
+        ("step.md", "`schedule.name`", SCHEDULES),
+    ],
+)
+def test_tables_are_complete(page, title, names):
+    assert first_column(page, title) == list(names)
+
+
+def test_table_of_jits():
+    assert {*re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs/step.md").read_text(), re.M)} == {
+        *SCHEDULES,
+        *(set(JITS) - {"auto"}),
+    }
+
+
+def test_messages_are_real():
+    quoted = first_column("troubleshooting.md", "Message")
+    quoted += first_column("troubleshooting.md", "Symptom")
+    quoted += first_column("troubleshooting.md", "Message or symptom")
+    assert len(quoted) > 20
+    for text in quoted:
+        assert text in EXTERNAL or any(text in message for message in messages()), text
