@@ -53,7 +53,7 @@ def main() -> None:
     ready = statistics.median(r for r, _ in results)
     first = statistics.median(f for _, f in results)
     print(
-        f"Ti/16 at 224: {ready:.1f} s to the model, {first - ready:.1f} s to trace and compile "
+        f"Ti/16 at 224: {ready:.1f} s to the model, {first - ready:.1f} s to compile "
         f"the first step and run it; {first:.1f} s in all, {first / LIMIT:.2f} of the limit (n={rounds})"
     )
 
