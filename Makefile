@@ -27,7 +27,7 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 	$(BIN)/python -m vit_dist.demo --workdir runs/demo
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .

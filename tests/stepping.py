@@ -124,8 +124,9 @@ def weights_of(arrays):
 
 def assert_bits(actual, expected):
     assert set(actual) == set(expected)
-    for name, value in actual.items():
-        assert value.tobytes() == expected[name].tobytes(), name
+    for name, value in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape), name
+        assert actual[name].tobytes() == value.tobytes(), name
 
 
 # Data: the first examples are brighter by far, so that their gradient is the larger one; the labels

@@ -169,5 +169,3 @@ def test_keras_file_round_trip(tmp_path, precision):
     # The masks are the same ones too.
     masked = [m(images, training=True, seed=SEED).numpy() for m in (model, loaded)]
     np.testing.assert_array_equal(*masked)
-
-

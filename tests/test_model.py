@@ -11,6 +11,7 @@ from scipy.special import erf
 from vit_dist.model.layers import Attention, PatchEmbedding, layer_norm
 from vit_dist.model.posemb import sincos2d
 
+
 def gelu(x, form):
     if form == "erf":
         return 0.5 * x * (1 + erf(x / np.sqrt(2)))

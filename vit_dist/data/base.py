@@ -45,7 +45,7 @@ class Source(abc.ABC):
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         """Returns the records of `indices` ((B,) int64), each entry with a leading B."""
-        raise NotImplementedError(f"{self} can only be streamed: it has no fetch()")
+        raise TypeError(f"{self} can only be streamed: it has no fetch()")
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """Returns the example (as in `element_spec`) of one unbatched record."""
@@ -63,7 +63,7 @@ class Source(abc.ABC):
           seed: (2,) int32: the order is a pure function of it and `epoch`. None: the files' order.
           epoch: Number of the epoch.
         """
-        raise NotImplementedError(f"{self} is read by index: it has no stream()")
+        raise TypeError(f"{self} is read by index: it has no stream()")
 
     def describe(self, index: int) -> str:
         """Returns where example `index` is stored, for messages."""
