@@ -30,7 +30,6 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 EXTERNAL = (
     "No module named 'importlib_resources'",
     "RESOURCE_EXHAUSTED",
-    "could not convert string to float: 'None'",
 )
 # config.py, config.json, functions of config.py, --config.key=value.
 NO_KEYS = {"py", "json", "get_defaults", "bind", "key"}

@@ -1,7 +1,8 @@
 """Durations of the config: units, rounding, and who decides: shell, config file or default."""
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from vit_dist import wiring
 from vit_dist.config import UNITS, duration, finalize, get_defaults
@@ -101,3 +102,13 @@ def test_warmup_counts_in_the_run():
     schedule = wiring.check(make(values)).schedule
     assert (schedule["warmup_steps"], schedule["cooldown_steps"]) == (2, 2)
     assert schedule["timescale_steps"] == 10_000 and schedule["total_steps"] == 10
+
+
+@pytest.mark.parametrize("key", ["step.clip_norm", "step.ema_decay", "input.num_threads"])
+def test_the_shell_can_take_a_value_back(key):
+    argv = ["train", "--config=configs/demo.py", f"--config.{key}=None"]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    section, name = key.split(".")
+    assert finalize(values.config, {key: None})[section][name] is None

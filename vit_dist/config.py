@@ -129,7 +129,9 @@ def get_defaults() -> ConfigDict:
         config = ConfigDict()
         for key, value in section.items():
             if isinstance(value, _Typed):
-                value = FieldReference(value.default, field_type=value.type)
+                # In the shell a literal, so that None can be said; finalize() checks the type.
+                kind = str if value.type is str else object
+                value = FieldReference(value.default, field_type=kind)
             config[key] = build(value) if isinstance(value, dict) else value
         return config
 

@@ -25,7 +25,7 @@ from vit_dist.training.step import choose_jit
 from vit_dist.wiring import check, eval_data, explain_error, make_state
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's folder, or one checkpoint's")
-_SPLITS = flags.DEFINE_list("splits", ["val", "test"], "which splits of config.data to evaluate")
+_SPLITS = flags.DEFINE_list("splits", None, "of train, val, test; all but train by default")
 
 
 def main() -> int:
@@ -46,28 +46,33 @@ def main() -> int:
 
 
 def evaluate(
-    config: ConfigDict, checkpoint: str, *, splits: Sequence[str] = ("val", "test")
+    config: ConfigDict, checkpoint: str, *, splits: Sequence[str] | None = None
 ) -> dict[str, dict[str, float]]:
     """Evaluates the weights (the moving average where there is one) of a checkpoint.
 
     Args:
       config: finalised; the model, data and input sections count.
       checkpoint: folder of a run or of one checkpoint.
-      splits: of "train", "val", "test".
+      splits: of "train", "val", "test"; None for val and test, as far as configured.
 
     Returns:
       split -> metrics, see make_evaluator.
 
     Raises:
-      ValueError: no such split or checkpoint, or one that does not fit the config.
+      ValueError: no such split or checkpoint, or one that does not fit the config, or without a
+        head for its classes.
     """
     run = check(config)
+    splits = [s for s in ("val", "test") if s in run.sources] if splits is None else splits
     for split in splits:
         if split not in run.sources:
             raise ValueError(f"split {split!r} is not configured; there are {sorted(run.sources)}")
     strategy = make_strategy(**run.strategy)
     state = make_state(run, strategy)
-    init_from(state, checkpoint, method=config.posemb_method)
+    report = init_from(state, checkpoint, method=run.config.posemb_method)
+    for name in report.replaced:
+        if name.startswith("head/"):
+            raise ValueError(f"{checkpoint} cannot classify this data: it would need {name}")
     replicas = strategy.num_replicas_in_sync
     jit = choose_jit(run.step["jit"], kind=device_kind(strategy), num_replicas=replicas)
     evaluator = make_evaluator(
