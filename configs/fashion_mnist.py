@@ -29,9 +29,8 @@ def get_config(arg: str = "pretrain"):
     config.data.val_split = "train[95%:]"
     config.input.batch_size = 128
     config.input.eval_batch_size = 500
-    config.input.train_ops = (
-        "decode|resize(size, antialias=True)|flip_lr|value_range(-1, 1)"
-    )
+    # No flips: all shoes point the same way here.
+    config.input.train_ops = "decode|resize(size, antialias=True)|value_range(-1, 1)"
     config.input.eval_ops = "decode|resize(size, antialias=True)|value_range(-1, 1)"
 
     config.model.variant = "mu/4"

@@ -15,8 +15,9 @@
 #
 # The first worker started here is also shown live. SIGTERM and Ctrl-C are handed to the workers. When a worker fails,
 # the others wait for it in vain: they get SIGTERM, then SIGKILL after 10 s (or --grace, if less), and this script
-# exits with the code of the first that failed. --config*, --workdir and all that follows -- go to
-# `python -m vit_dist.train` unchanged. Paths are relative to the checkout.
+# exits with the code of the first that failed. Code 42 means stopped and saved: run it again to go on.
+# --config*, --workdir and all that follows -- go to `python -m vit_dist.train` unchanged. Paths are relative to the
+# checkout.
 # PYTHON names the interpreter; else it is .venv/bin/python, or python3 if there is none.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -151,7 +152,9 @@ harvest() {
   ((code)) || return 0
   ((status)) || status=$code
   echo "${0##*/}: worker $1 exited with code $code; see $logs/worker-$1.log" >&2
-  if ((${#pids[@]})); then stop "worker $1 failed" "$((grace < 10 ? grace : 10))"; fi
+  ((${#pids[@]})) || return 0
+  # 42: it was asked to stop and the run is saved; the chief may still be at it.
+  if ((code == 42)); then stop "worker $1 was stopped" "$grace"; else stop "worker $1 failed" "$((grace < 10 ? grace : 10))"; fi
 }
 
 supervise() {

@@ -5,9 +5,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ import pytest
 
 from vit_dist.training.checkpoint import MANIFEST, STATE, open_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 ENDLESS = 10**6  # steps: such a run ends when it is told to
 PREEMPTED = 42
 
@@ -44,9 +41,7 @@ def assert_equal_runs(one, other, tolerance=0.0):
     one, other = open_checkpoint(str(one)), open_checkpoint(str(other))
     assert one.step == other.step and set(one.arrays) == set(other.arrays)
     for name, array in one.arrays.items():
-        np.testing.assert_allclose(
-            array, other.arrays[name], rtol=0, atol=tolerance, err_msg=name
-        )
+        np.testing.assert_allclose(array, other.arrays[name], rtol=0, atol=tolerance, err_msg=name)
 
 
 # one process
@@ -69,12 +64,11 @@ def history(tmp_path_factory):
     os.truncate(state, state.stat().st_size // 2)
 
     with processes.Command(*flags_of(run, ENDLESS, *ONE), log=folder / "stopped") as command:
-        command.wait_for(lambda: "resumed" in command.text() and "step " in command.text())
         command.wait_for(lambda: steps_saved(run)[-1] > facts["torn"])
-        shutil.copytree(run, folder / "half")  # for the test of a full disk
         os.kill(command.pid, signal.SIGTERM)
         facts["stopped"] = command.wait(), command.text()
     facts["stopped_at"] = steps_saved(run)[-1]
+    shutil.copytree(run, folder / "half")
 
     total = facts["stopped_at"] + 7
     with (
@@ -84,3 +78,186 @@ def history(tmp_path_factory):
         facts["ended"] = ended.wait(), ended.text()
         facts["whole"] = whole.wait(), whole.text()
     return folder, facts
+
+
+def test_a_killed_run_is_not_lost(history):
+    _, facts = history
+    assert facts["killed"][0] == -signal.SIGKILL
+
+
+def test_a_torn_checkpoint_is_passed_over(history):
+    folder, facts = history
+    text = facts["stopped"][1]
+    (warning,) = [line for line in text.splitlines() if "damaged checkpoint" in line]
+    assert f"{facts['torn']:09d}/{STATE}" in warning
+    assert f"resumed from step {facts['older']} ({folder}/run/checkpoints/" in text
+
+
+def test_sigterm_saves_and_exits_with_42(history):
+    _, facts = history
+    code, text = facts["stopped"]
+    assert code == PREEMPTED and "Traceback" not in text
+    stopped_at = facts["stopped_at"]
+    assert f"step {stopped_at}: stopped on request, saved; run the same command" in text
+    assert f"stopped: step {stopped_at}" in text.splitlines()[-1]
+    assert f"resumed from step {stopped_at} " in facts["ended"][1]
+
+
+def test_what_went_through_all_this_is_bit_equal(history):
+    folder, facts = history
+    assert (facts["ended"][0], facts["whole"][0]) == (0, 0)
+    assert_equal_runs(folder / "run", folder / "whole")
+    result = facts["ended"][1].splitlines()[-1]
+    assert result.startswith(f"done: step {facts['stopped_at'] + 7}, test accuracy ")
+    assert result.split(" (")[0] == facts["whole"][1].splitlines()[-1].split(" (")[0]
+
+
+def test_the_metrics_of_the_whole_run_are_there_once(history):
+    """What a killed process logged beyond its last checkpoint has been dropped."""
+    folder, facts = history
+    lines = {}
+    for name in ("run", "whole"):
+        rows = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+        lines[name] = {r["step"]: r["train/loss"] for r in rows if "train/loss" in r}
+    extra = set(lines["run"]) - set(lines["whole"])
+    assert extra <= {facts["stopped_at"]} and set(lines["whole"]) <= set(lines["run"])
+    for step, loss in lines["whole"].items():
+        assert lines["run"][step] == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_checkpoints(history, tmp_path):
+    """Not even this checkpoint fits: files may be no larger than half of it."""
+    folder, facts = history
+    run = tmp_path / "run"
+    shutil.copytree(folder / "half", run)
+    (run / "metrics.jsonl").unlink()
+    before = steps_saved(run)
+    size = (run / "checkpoints" / f"{before[-1]:09d}" / STATE).stat().st_size
+    flags = flags_of(run, ENDLESS, *ONE)
+    code, text = processes.run(*flags, log=tmp_path / "log", file_limit=size // 2)
+    assert code == 1
+    message = message_of(text)
+    assert "could not save step" in message and "File too large" in message
+    assert "Earlier checkpoints are untouched; make room" in message
+    assert steps_saved(run) == before
+    assert open_checkpoint(str(run)).step == facts["stopped_at"]
+
+
+# two workers
+
+TWO = ("--config.model.dropout=0.0", "--config.optimizer.name=sgd")
+
+
+def start_workers(stack, folder, name, total_steps, count=2):
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
+    for s in sockets:
+        s.close()
+    flags = flags_of(folder / "run", total_steps, *TWO, "--config.strategy.name=multiworker")
+    return [
+        stack.enter_context(
+            processes.Command(
+                *flags,
+                log=folder / f"{name}-{i}",
+                env={"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})},
+            )
+        )
+        for i, task in enumerate({"type": "worker", "index": i} for i in range(count))
+    ]
+
+
+def ends(workers):
+    return [(worker.wait(), worker.text()) for worker in workers]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """SIGTERM to one of two workers, SIGKILL to one, to the end; then all of it by one process."""
+    folder, facts = tmp_path_factory.mktemp("cluster"), {}
+    run = folder / "run"
+    with ExitStack() as stack:
+        workers = start_workers(stack, folder, "stopped", ENDLESS)
+        workers[0].wait_for(lambda: steps_saved(run))
+        os.kill(workers[1].pid, signal.SIGTERM)
+        facts["stopped"] = ends(workers)
+    facts["stopped_at"] = steps_saved(run)[-1]
+
+    with ExitStack() as stack:
+        workers = start_workers(stack, folder, "killed", ENDLESS)
+        workers[0].wait_for(lambda: steps_saved(run)[-1] > facts["stopped_at"])
+        os.kill(workers[1].pid, signal.SIGKILL)
+        facts["killed"] = ends(workers)
+    facts["killed_at"] = steps_saved(run)[-1]
+
+    total = facts["killed_at"] + 5
+    with ExitStack() as stack:
+        facts["ended"] = ends(start_workers(stack, folder, "ended", total))
+    flags = flags_of(folder / "single", total, *TWO)
+    facts["single"] = processes.run(*flags, log=folder / "single-log")
+    return folder, facts
+
+
+def test_sigterm_to_one_worker_stops_all_at_the_same_step(cluster):
+    _, facts = cluster
+    assert [code for code, _ in facts["stopped"]] == [PREEMPTED, PREEMPTED]
+    for _, text in facts["stopped"]:
+        assert f"step {facts['stopped_at']}: stopped on request, saved" in text
+        assert "Traceback" not in text
+
+
+def test_a_worker_that_loses_another_says_so_and_leaves(cluster):
+    _, facts = cluster
+    (code, text), (killed, _) = facts["killed"]
+    assert killed == -signal.SIGKILL and code == 1
+    message = message_of(text)
+    assert "lost another worker" in message and "Start all of them again" in message
+
+
+def test_workers_resume(cluster):
+    _, facts = cluster
+    assert [code for code, _ in facts["ended"]] == [0, 0]
+    for _, text in facts["ended"]:
+        assert f"resumed from step {facts['killed_at']} " in text
+
+
+def test_two_workers_train_as_one(cluster):
+    folder, facts = cluster
+    assert facts["single"][0] == 0
+    assert_equal_runs(folder / "run", folder / "single", tolerance=1e-5)
+
+
+def test_two_workers_evaluate_exactly(cluster):
+    folder, _ = cluster
+    last = {}
+    for name in ("run", "single"):
+        *_, last[name] = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    assert last["run"]["test/examples"] == 360
+    assert last["run"]["test/accuracy"] == pytest.approx(last["single"]["test/accuracy"], abs=1e-9)
+    assert last["run"]["test/loss"] == pytest.approx(last["single"]["test/loss"], abs=1e-5)
+
+
+def test_only_the_chief_writes(cluster):
+    folder, facts = cluster
+    assert len(list((folder / "run" / "tensorboard").iterdir())) == 3  # one for each of the starts
+    rows = [json.loads(r) for r in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == sorted(set(steps))
+    chief, other = (text for _, text in facts["ended"])
+    assert "done: step" in chief and "done: step" not in other
+
+
+def test_a_worker_that_never_starts_is_named(tmp_path):
+    with ExitStack() as stack:
+        flags = ("--config.strategy.name=multiworker", "--config.strategy.timeout_seconds=0.5")
+        cluster = {"worker": ["localhost:1", "localhost:2"]}
+        task = {"type": "worker", "index": 1}
+        worker = stack.enter_context(
+            processes.Command(
+                *flags_of(tmp_path / "run", 5, *flags),
+                log=tmp_path / "log",
+                env={"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})},
+            )
+        )
+        assert worker.wait() == 1
+        message = message_of(worker.text())
+    assert "worker 1 waited 0.5 s in vain for worker 0 (localhost:1)" in message

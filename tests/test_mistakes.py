@@ -33,7 +33,7 @@ FLAGS = [
     ((*DEMO, "--config.model.widht=8"), ["--config.model.widht", "did you mean 'width'?"]),
     ((*DEMO, "--config.modle.width=8"), ["'modle'", "did you mean 'model'?"]),
     ((*DEMO, "--config.seed=abc"), ["--config.seed=abc"]),
-    ((*DEMO, "--config.model.depth=1.5"), ["--config.model.depth=1.5"]),
+    ((*DEMO, "--config.model.depth=1.5"), ["config.model.depth must be int or None, got 1.5"]),
     ((*DEMO, "--config.model.qkv_bias=maybe"), ["qkv_bias=maybe"]),
     ((*DEMO, "--config.image_size=big"), ["config.image_size", "(height, width)", "'big'"]),
     # the config file
@@ -65,7 +65,7 @@ FLAGS = [
     ),
     (
         (*DEMO, "--config.total_epochs=3", "--config.total_steps=9"),
-        ["total_steps=9", "total_epochs=3.0", "one unit only"],
+        ["total_steps=9", "total_epochs=3", "one unit only"],
     ),
     (("--config=WORK/endless.py", "--workdir=WORK"), ["config.total is not set", "total_epochs"]),
     ((*DEMO, "--config.total_steps=9", "--config.schedule.warmup_steps=9"), ["9 steps of warmup"]),

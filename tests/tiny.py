@@ -1,8 +1,15 @@
 """A config for tests that train: the demo's digits at their own 8 px, the smallest ViT, no XLA."""
 
-from vit_dist.config import get_defaults
+import json
+
+import numpy as np
+from PIL import Image
+
+from vit_dist.config import finalize, get_defaults
+from vit_dist.training.checkpoint import open_checkpoint
 
 OPS = "value_range(-1, 1)|keep('image', 'label')"
+ANY_SIZE = f"resize(size)|{OPS}"
 
 
 def get_config():
@@ -23,4 +30,52 @@ def get_config():
     config.model.dropout = 0.1
     config.schedule.name = "constant"
     config.step.jit = "off"
+    config.strategy.name = "single"
     return config
+
+
+def make(**changed):
+    """The config with keys changed; a dot is written as __."""
+    config = get_config()
+    for key, value in changed.items():
+        section, _, name = key.rpartition("__")
+        (config[section] if section else config)[name] = value
+    return finalize(config)
+
+
+def without_evaluation(**changed):
+    return make(data__val_split="", data__test_split="", **changed)
+
+
+def make_folder(folder):
+    """Eight images each of two classes, for training and again for evaluation."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cats", "dogs"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(8):
+                image = Image.fromarray(random.integers(0, 255, (20, 20, 3), np.uint8))
+                image.save(folder / split / name / f"{i}.jpg")
+    return folder
+
+
+def of_folder(folder, **changed):
+    ops = f"decode|{ANY_SIZE}"
+    data = {"data__source": "folder", "data__data_dir": str(folder), "data__test_split": ""}
+    return make(**data, input__train_ops=ops, input__eval_ops=ops, total_steps=2, **changed)
+
+
+def rows(workdir):
+    """What metrics.jsonl says."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays(workdir):
+    """The state in the newest checkpoint."""
+    return open_checkpoint(str(workdir)).arrays
+
+
+def assert_same(one, other, **tolerance):
+    assert set(one) == set(other)
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], **{"rtol": 0, **tolerance}, err_msg=name)

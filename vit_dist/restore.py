@@ -8,7 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
-from vit_dist.model.weights import adapt_weights
+from vit_dist.model.weights import LoadReport, adapt_weights
 from vit_dist.strategy import all_hosts
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import TrainState
@@ -50,8 +50,10 @@ def check_hosts(start: Start, strategy: tf.distribute.Strategy) -> None:
 
 
 def _check_order(found: Checkpoint, config: ConfigDict) -> None:
-    changed = _changes(found, config)
-    order = [c for c in changed if c.startswith(("seed:", "input.batch_size:", "data."))]
+    judged = ("data.val_split:", "data.test_split:")  # not trained on
+    deciding = ("seed:", "input.batch_size:", "data.")
+    changed = [c for c in _changes(found, config) if not c.startswith(judged)]
+    order = [c for c in changed if c.startswith(deciding)]
     if order:
         raise ValueError(
             f"the workdir holds step {found.step} of a run with another order of the data "
@@ -83,7 +85,7 @@ def restore_or_init(state: TrainState, run: Run, start: Start) -> str:
     return f"{verb} step {checkpoint.step} ({checkpoint.path})"
 
 
-def init_from(state: TrainState, path: str, *, method: str) -> str:
+def init_from(state: TrainState, path: str, *, method: str) -> LoadReport:
     """Takes the weights (the moving average where there is one) of another run.
 
     Returns:
@@ -95,7 +97,7 @@ def init_from(state: TrainState, path: str, *, method: str) -> str:
     return _adopt(state, open_checkpoint(path), method=method)
 
 
-def _adopt(state: TrainState, checkpoint: Checkpoint, *, method: str) -> str:
+def _adopt(state: TrainState, checkpoint: Checkpoint, *, method: str) -> LoadReport:
     averaged = any(name.startswith("ema/") for name in checkpoint.arrays)
     prefix = "ema/" if averaged else "model/"
     arrays = {
@@ -108,4 +110,4 @@ def _adopt(state: TrainState, checkpoint: Checkpoint, *, method: str) -> str:
     if state.ema is not None:
         for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
             average.assign(weight)
-    return str(report)
+    return report

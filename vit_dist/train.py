@@ -5,6 +5,7 @@ command again and it resumes from the newest whole checkpoint in the workdir.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             metrics = loop.run(first)
         except Exception as error:
             _finish_saving(checkpointer)
-            loop.explain(error)
+            loop.explain(error, workdir)
             raise
     all_hosts(strategy, 0)  # stay until the chief has saved: who leaves takes the cluster down
     if chief:
@@ -239,8 +240,15 @@ class _Loop:
                 notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(self.state.to_arrays(), step=step, notes=notes)
 
-    def explain(self, error: Exception) -> None:
-        """Raises a readable error in place of TensorFlow's, where one can be given."""
+    def explain(self, error: Exception, workdir: str) -> None:
+        """Raises a readable error in place of TensorFlow's or the system's, if one can be given."""
+        code = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, OSError) and code and error.strerror == os.strerror(code):
+            raise OSError(
+                code,
+                f"{error.filename or workdir}: {error.strerror}. Checkpoints are untouched: make "
+                "room or mend the storage and run again to resume",
+            ) from error
         split, steps = self.reading
         reason = explain_error(error, self.r, self.strategy, split=split, steps=steps)
         if reason is not None:
