@@ -54,7 +54,8 @@ def main() -> None:
     first = statistics.median(f for _, f in results)
     print(
         f"Ti/16 at 224: {ready:.1f} s to the model, {first - ready:.1f} s to compile "
-        f"the first step and run it; {first:.1f} s in all, {first / LIMIT:.2f} of the limit (n={rounds})"
+        f"the first step and run it; {first:.1f} s in all, "
+        f"{first / LIMIT:.2f} of the limit (n={rounds})"
     )
 
 
