@@ -47,6 +47,8 @@ def get_config(arg: str = "pretrain"):
 
     if arg == "finetune":
         config.image_size = 32
-        config.total_epochs = 5.0
+        config.total_epochs = 6.0
+        config.model.dropout = 0.1
+        config.loss.label_smoothing = 0.1
         config.optimizer.learning_rate = 1e-3
     return config

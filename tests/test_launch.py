@@ -1,5 +1,6 @@
 """The launchers: exact commands, clear errors, how workers stop; TensorFlow only at the end."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -241,13 +242,17 @@ def start(tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
+                # Tests run in the background of a script ignore SIGINT; so would the children.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and whoever else holds the pipes open
         process.communicate()
 
 

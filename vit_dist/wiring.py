@@ -1,6 +1,7 @@
 """From a config to the parts of a run, checked before any device starts (law 3)."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -283,11 +284,11 @@ def explain_error(
     """
     lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
     if num_hosts(strategy) > 1 and isinstance(error, (*lost, tf.errors.CancelledError)):
-        lines = error.message.splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "aborted by" in line), lines[-1])
+        found = re.search(r"Collective (?:ops is|has)[^\n]*", error.message)
+        what = found[0] if found else type(error).__name__
         return ConnectionError(
             "lost another worker; its own log says why. Start all of them again: they go on from "
-            f"the newest checkpoint. ({reason.strip()[:300]})"
+            f"the newest checkpoint. ({what[:300]})"
         )
     ours = (tf.errors.ResourceExhaustedError, tf.errors.InternalError)  # not for want of good data
     if not isinstance(error, tf.errors.OpError) or isinstance(error, ours):
