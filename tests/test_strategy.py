@@ -75,6 +75,18 @@ def test_strategies_of_this_machine():
         make_strategy(name="mirrored", virtual_cpus=8)
 
 
+def use_two_of_four_cpus():
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+    assert make_strategy(name="mirrored", virtual_cpus=2).num_replicas_in_sync == 2
+    assert make_strategy(name="mirrored", virtual_cpus=4).num_replicas_in_sync == 4
+
+
+def test_a_cpu_that_is_split_already_is_left_so(tmp_path):
+    code, text = processes.call(use_two_of_four_cpus, log=tmp_path / "log")
+    assert code == 0, text
+
+
 def test_replicas_see_the_sum():
     strategy = make_strategy(name="mirrored", virtual_cpus=4)
 

@@ -139,12 +139,14 @@ def make_strategy(
 
 def _split_cpu(count: int) -> None:
     cpu = tf.config.list_physical_devices("CPU")[0]
+    split = tf.config.get_logical_device_configuration(cpu) or ()
     try:
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * count
-        )
+        if len(split) < count:  # else whoever split it may want the rest too
+            tf.config.set_logical_device_configuration(
+                cpu, [tf.config.LogicalDeviceConfiguration()] * count
+            )
         tf.config.set_visible_devices([], "GPU")
-    except RuntimeError:  # the process has used its devices already: fine if the count is right
+    except RuntimeError:  # the process has used its devices already: fine if there are enough
         have = len(tf.config.list_logical_devices("CPU"))
         if have < count:
             raise ValueError(
