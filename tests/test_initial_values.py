@@ -10,12 +10,15 @@ import pytest
 from networks import arrays_of, images_for, tiny_config, tiny_vit
 
 from vit_dist.model import layers as layers_lib
+from vit_dist.model import masks as masks_lib
 from vit_dist.model.layers import (
     Attention,
     Dropout,
     DropPath,
     EncoderBlock,
+    LayerNorm,
     LayerScale,
+    Linear,
     MapHead,
     Mlp,
     PatchEmbedding,
@@ -107,8 +110,8 @@ LAYERS = [
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
     PatchEmbedding(8, (4, 2), name="d"),
-    Attention(4, qkv_bias=False, dropout=0.1, name="e"),
-    Mlp(12, gelu="erf", dropout=0.4, name="f"),
+    Attention(4, qkv_bias=False, dropout=0.1, softmax="compute", form="tensor", name="e"),
+    Mlp(12, gelu="erf", dropout=0.4, form="tensor", name="f"),
     EncoderBlock(
         num_heads=2,
         hidden=12,
@@ -118,10 +121,14 @@ LAYERS = [
         attention_dropout=0.2,
         drop_path=0.3,
         layer_scale=0.4,
+        softmax="compute",
+        form="tensor",
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", form="tensor", name="h"),
+    Linear(6, form="tensor", name="i"),
+    LayerNorm(form="tensor", name="j"),
 ]
 ODD_VIT = {
     "pool": "map",
@@ -133,10 +140,13 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "softmax": "compute",
 }
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, ViT(**tiny_config(**ODD_VIT), channels=1)], ids=repr)
+@pytest.mark.parametrize(
+    "layer", [*LAYERS, ViT(**tiny_config(**ODD_VIT), form="tensor", channels=1)], ids=repr
+)
 def test_config_round_trip(layer):
     config = layer.get_config()
     parameters = inspect.signature(type(layer)).parameters.values()
@@ -150,9 +160,10 @@ def test_config_round_trip(layer):
 def test_every_layer_has_its_round_trip():
     classes = {
         c
-        for c in vars(layers_lib).values()
+        for module in (layers_lib, masks_lib)
+        for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, keras.Layer) and not c.__name__.startswith("_")
-        if c.__init__.__module__ == layers_lib.__name__  # Keras sees to what it made
+        if c.__init__.__module__.startswith("vit_dist.")  # Keras sees to what it made
     }
     assert classes == {type(layer) for layer in LAYERS}
 

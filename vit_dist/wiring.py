@@ -16,9 +16,15 @@ from vit_dist.data.pipe import Pipe, output_spec, parse
 from vit_dist.data.pipeline import explain_data_error, make_eval_data, make_train_data
 from vit_dist.data.sources import open_source
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import PRECISIONS, vit_config
+from vit_dist.model.variants import PRECISIONS, choose_form, vit_config
 from vit_dist.model.vit import build_vit, named_weights, weight_shapes
-from vit_dist.strategy import check_strategy, host_replicas, make_strategy, num_hosts
+from vit_dist.strategy import (
+    check_strategy,
+    device_kind,
+    host_replicas,
+    make_strategy,
+    num_hosts,
+)
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
 from vit_dist.training.rules import check_names
@@ -233,10 +239,11 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
 
 def make_state(run: Run, strategy: tf.distribute.Strategy) -> TrainState:
     """Model, optimiser and moving average, new, under the strategy's scope."""
+    build = {**run.build, "form": choose_form(device_kind(strategy))}
     with strategy.scope():
-        model = build_vit(**run.build)
+        model = build_vit(**build)
         optimizer = make_optimizer(named_weights(model), **run.optimizer)
-        ema = build_vit(**run.build) if run.step["ema_decay"] else None
+        ema = build_vit(**build) if run.step["ema_decay"] else None
         return TrainState(model, optimizer, ema)
 
 

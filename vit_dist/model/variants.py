@@ -22,6 +22,8 @@ SIZES: dict[str, dict[str, int]] = {
 POOLS = ("tok", "gap", "map", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
+SOFTMAXES = ("float32", "compute")
+FORMS = ("matrix", "tensor")
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
 PRECISIONS = {
     "float32": "float32",
@@ -64,6 +66,8 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    softmax: str,
+    form: str = "matrix",
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
@@ -83,11 +87,18 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("softmax", softmax, SOFTMAXES)
+    check_choice("form", form, FORMS)
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
     if posemb == "sincos2d":
         sincos2d((1, 1), width)
+
+
+def choose_form(kind: str) -> str:
+    """The form of ViT that is fastest on a kind of device: "CPU", "GPU" or "TPU"."""
+    return "tensor" if kind == "TPU" else "matrix"
 
 
 def vit_config(
@@ -108,6 +119,7 @@ def vit_config(
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
+    softmax: str = "float32",
 ) -> dict[str, Any]:
     """The arguments of ViT for a variant such as "S/16", checked; touches no device.
 
@@ -133,6 +145,7 @@ def vit_config(
         "layer_scale": layer_scale,
         "gelu": gelu,
         "qkv_bias": qkv_bias,
+        "softmax": softmax,
     }
     check_vit(**config)
     return config
