@@ -16,7 +16,9 @@ from vit_dist.model.layers import (
     Dropout,
     DropPath,
     EncoderBlock,
+    LayerNorm,
     LayerScale,
+    Linear,
     MapHead,
     Mlp,
     PatchEmbedding,
@@ -108,8 +110,17 @@ LAYERS = [
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
     PatchEmbedding(8, (4, 2), name="d"),
-    Attention(4, qkv_bias=False, dropout=0.1, recompute=True, block_size=3, name="e"),
-    Mlp(12, gelu="erf", dropout=0.4, name="f"),
+    Attention(
+        4,
+        qkv_bias=False,
+        dropout=0.1,
+        softmax="compute",
+        recompute=True,
+        block_size=3,
+        form="tensor",
+        name="e",
+    ),  # fmt: skip
+    Mlp(12, gelu="erf", dropout=0.4, form="tensor", name="f"),
     EncoderBlock(
         num_heads=2,
         hidden=12,
@@ -121,10 +132,14 @@ LAYERS = [
         layer_scale=0.4,
         recompute_attention=True,
         attention_block=3,
+        softmax="compute",
+        form="tensor",
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", form="tensor", name="h"),
+    Linear(6, form="tensor", name="i"),
+    LayerNorm(form="tensor", name="j"),
 ]
 ODD_VIT = {
     "pool": "map",
@@ -137,10 +152,11 @@ ODD_VIT = {
     "gelu": "erf",
     "qkv_bias": False,
     "remat": "full",
+    "softmax": "compute",
 }
 # What does not go together.
 VITS = [
-    ViT(**tiny_config(**ODD_VIT), channels=1),
+    ViT(**tiny_config(**ODD_VIT), form="tensor", channels=1),
     ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3}), channels=1),
 ]
 

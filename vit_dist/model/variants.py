@@ -23,6 +23,8 @@ SIZES: dict[str, dict[str, int]] = {
 POOLS = ("tok", "gap", "map", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
+SOFTMAXES = ("float32", "compute")
+FORMS = ("matrix", "tensor")
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
 PRECISIONS = {
     "float32": "float32",
@@ -67,6 +69,8 @@ def check_vit(
     gelu: str,
     remat: str,
     attention_block: int | None,
+    softmax: str,
+    form: str = "matrix",
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
@@ -87,6 +91,8 @@ def check_vit(
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
     check_choice("remat", remat, POLICIES)
+    check_choice("softmax", softmax, SOFTMAXES)
+    check_choice("form", form, FORMS)
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
@@ -110,6 +116,11 @@ def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
         )
 
 
+def choose_form(kind: str) -> str:
+    """The form of ViT that is fastest on a kind of device: "CPU", "GPU" or "TPU"."""
+    return "tensor" if kind == "TPU" else "matrix"
+
+
 def vit_config(
     variant: str,
     *,
@@ -130,6 +141,7 @@ def vit_config(
     qkv_bias: bool = True,
     remat: str = "none",
     attention_block: int | None = None,
+    softmax: str = "float32",
 ) -> dict[str, Any]:
     """The arguments of ViT for a variant such as "S/16", checked; touches no device.
 
@@ -157,6 +169,7 @@ def vit_config(
         "qkv_bias": qkv_bias,
         "remat": remat,
         "attention_block": attention_block,
+        "softmax": softmax,
     }
     check_vit(**config)
     return config

@@ -39,6 +39,9 @@ class ViT(keras.Model):
       remat: what a training step computes anew in its backward pass rather than keep: "none", the
         "attention" (logits, softmax and its product with the values), or blocks in "full".
       attention_block: None, or how many keys attention takes at a time; for many tokens.
+      softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
+        flax and big_vision have it.
+      form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
       channels: colour channels of the images.
 
     Raises:
@@ -66,6 +69,8 @@ class ViT(keras.Model):
         qkv_bias: bool = True,
         remat: str = "none",
         attention_block: int | None = None,
+        softmax: str = "float32",
+        form: str = "matrix",
         channels: int = 3,
         **kwargs: Any,
     ):
@@ -81,11 +86,11 @@ class ViT(keras.Model):
         self.prefix = int(pool == "tok")  # tokens before the patches
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        shared["dtype"] = dtype
+        shared |= {"form": form, "dtype": dtype}
         self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i) for i in range(depth)]
-        self.norm = layer_norm("encoder_norm", dtype)
+        self.norm = layer_norm("encoder_norm", dtype, form)
         self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
         self.pre_logits = (
             keras.layers.Dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype)
@@ -101,7 +106,7 @@ class ViT(keras.Model):
         config = self._config
         same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
         return EncoderBlock(
-            **{key: config[key] for key in same},
+            **{key: config[key] for key in (*same, "softmax", "form")},
             hidden=config["mlp_dim"],
             drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
             recompute_attention=self.remat == "attention",
@@ -203,6 +208,7 @@ def build_vit(
     *,
     seed: int = 0,
     precision: str = "float32",
+    form: str = "matrix",
     head_bias: float = 0.0,
     posemb_stddev: float = 0.02,
 ) -> ViT:
@@ -212,6 +218,7 @@ def build_vit(
       config: what vit_config returned.
       seed: of the initial weights; each variable's draw depends on it and the variable's name only.
       precision: "float32", "bfloat16" or "float16" activations; variables are always float32.
+      form: of ViT; choose_form says which fits a kind of device.
       head_bias: initial bias of the head (-10 or -6.9 for sigmoid losses over 21k or 1k classes).
       posemb_stddev: of a learned position table; 0.02 in vision_transformer, 1/sqrt(width) in
         big_vision.
@@ -220,7 +227,7 @@ def build_vit(
       ValueError: unknown precision.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
-    model = ViT(**config, dtype=PRECISIONS[precision], name="vit")
+    model = ViT(**config, form=form, dtype=PRECISIONS[precision], name="vit")
     model.build()
     initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
     return model
