@@ -118,10 +118,11 @@ LAYERS = [
         attention_dropout=0.2,
         drop_path=0.3,
         layer_scale=0.4,
+        norm_epsilon=1e-5,
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", norm_epsilon=1e-5, name="h"),
 ]
 ODD_VIT = {
     "pool": "map",
@@ -133,10 +134,16 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "cls_token": True,
+    "registers": 2,
+    "prefix_posemb": "all",
+    "norm_epsilon": 1e-5,
+    "norm_after_pool": True,
+    "channels": 1,
 }
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, ViT(**tiny_config(**ODD_VIT), channels=1)], ids=repr)
+@pytest.mark.parametrize("layer", [*LAYERS, ViT(**tiny_config(**ODD_VIT))], ids=repr)
 def test_config_round_trip(layer):
     config = layer.get_config()
     parameters = inspect.signature(type(layer)).parameters.values()

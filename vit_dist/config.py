@@ -41,8 +41,11 @@ DEFAULTS: dict[str, Any] = {
     **_durations("save", percent=10),  # how often to save; always at the end
     "keep_checkpoints": 2,  # the newest so many stay on disk
     "resume_from": "",  # another run's folder: continue it here, optimiser and step included
-    "init_from": "",  # another run's folder: its weights only; head and positions adapt
+    "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
+    "init_image_size": _Typed(None, object),  # pixels of those, where their file does not tell
+    "init_ignore": "",  # regex: tensors of theirs that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
+    "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
     "data": {  # data/sources.py; keys left None take the source's own default
         "source": "demo",  # demo | tfds | folder
         "train_split": "train",
@@ -72,7 +75,7 @@ DEFAULTS: dict[str, Any] = {
         "depth": _Typed(None, int),
         "mlp_dim": _Typed(None, int),
         "num_heads": _Typed(None, int),
-        "pool": "gap",  # tok | gap | map
+        "pool": "gap",  # tok | gap | tok_gap | map
         "posemb": "learned",  # learned | sincos2d
         "posemb_stddev": 0.02,  # initial spread of learned positions
         "rep_size": 0,  # representation layer before the head; -1: as wide as the model
@@ -82,6 +85,12 @@ DEFAULTS: dict[str, Any] = {
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
+        "cls_token": _Typed(None, bool),  # None: if the pool needs one
+        "registers": 0,  # further learned tokens, e.g. 4
+        "prefix_posemb": "cls",  # which tokens before the patches have a position: cls | all | none
+        "norm_epsilon": 1e-6,  # LayerNorm's; 1e-12 in Hugging Face's ViT and DeiT
+        "norm_after_pool": False,  # timm's fc_norm
+        "channels": 3,  # of the images that the pipes give
         "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
     },
     "loss": {  # training/losses.py
@@ -300,8 +309,8 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
         raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
 
-def parse_image_size(value: Any) -> tuple[int, int]:
-    """(height, width) of config.image_size: a positive int, or a pair of them.
+def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
+    """(height, width) of config.image_size or another key: a positive int, or a pair of them.
 
     Raises:
       ValueError: anything else.
@@ -312,9 +321,7 @@ def parse_image_size(value: Any) -> tuple[int, int]:
         and len(pair) == 2
         and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
     ):
-        raise ValueError(
-            f"config.image_size must be a positive int or (height, width), got {value!r}"
-        )
+        raise ValueError(f"config.{key} must be a positive int or (height, width), got {value!r}")
     return int(pair[0]), int(pair[1])
 
 

@@ -17,6 +17,7 @@ from vit_dist.data.sources import open_source
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
 from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.model.weights import PATCH_METHODS
 from vit_dist.strategy import check_strategy, host_replicas, make_strategy, num_hosts
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
@@ -83,7 +84,7 @@ def check(config: ConfigDict) -> Run:
         "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
         "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),
     }
-    _check_images(sources, pipes, size)
+    _check_images(sources, pipes, (*size, model["channels"]))
     durations = _durations(config, sources["train"].num_examples)
     schedule = _bind_schedule(config, durations["total"], sources["train"].num_examples)
     make_schedule(**schedule)
@@ -120,7 +121,19 @@ def _check_ranges(config: ConfigDict) -> None:
         raise ValueError(f"config.seed must be in 0..{MAX_SEED}, got {config.seed}")
     if config.input.num_threads is not None and config.input.num_threads < 1:
         raise ValueError("config.input.num_threads must be 1 or more, or None for all cores")
-    allowed = {"precision": tuple(PRECISIONS), "posemb_method": METHODS}
+    if config.init_image_size is not None:
+        config_lib.parse_image_size(config.init_image_size, key="init_image_size")
+    try:
+        re.compile(config.init_ignore)
+    except re.error as error:
+        raise ValueError(
+            f"config.init_ignore {config.init_ignore!r} is no regex: {error}"
+        ) from None
+    allowed = {
+        "precision": tuple(PRECISIONS),
+        "posemb_method": tuple(METHODS),
+        "patch_method": PATCH_METHODS,
+    }
     for key, names in allowed.items():
         if config[key] not in names:
             raise ValueError(
@@ -164,7 +177,7 @@ def _check_model(
 
 
 def _check_images(
-    sources: Mapping[str, Source], pipes: Mapping[str, Pipe], size: tuple[int, int]
+    sources: Mapping[str, Source], pipes: Mapping[str, Pipe], shape: tuple[int, int, int]
 ) -> None:
     for name, source in sources.items():
         key = "train" if name == "train" else "eval"
@@ -173,10 +186,11 @@ def _check_images(
             if needed not in spec:
                 raise ValueError(f"config.input.{key}_ops must keep '{needed}': {pipes[key]}")
         got = tuple(spec["image"].shape)
-        if got != (*size, 3):
+        if got != shape:
             raise ValueError(
-                f"config.input.{key}_ops gives images of {got}, but config.image_size is {size}: "
-                "end the pipe with resize(size) or a crop to size"
+                f"config.input.{key}_ops gives images of {got}, but config.image_size is "
+                f"{shape[:2]} and config.model.channels {shape[2]}: end the pipe with resize(size) "
+                "or a crop to size"
             )
         if not any(step.op.on_device for step in pipes[key].steps):
             raise ValueError(

@@ -18,9 +18,11 @@ RNG = "philox"
 LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other logits
 
 
-def layer_norm(name: str, dtype: Any) -> keras.layers.LayerNormalization:
+def layer_norm(
+    name: str, dtype: Any, epsilon: float = LAYER_NORM_EPSILON
+) -> keras.layers.LayerNormalization:
     """LayerNorm as in the reference; its statistics are float32 under every policy."""
-    return keras.layers.LayerNormalization(epsilon=LAYER_NORM_EPSILON, name=name, dtype=dtype)
+    return keras.layers.LayerNormalization(epsilon=epsilon, name=name, dtype=dtype)
 
 
 class _Masked(keras.layers.Layer):
@@ -255,6 +257,7 @@ class EncoderBlock(keras.layers.Layer):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        norm_epsilon: float = LAYER_NORM_EPSILON,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -267,14 +270,15 @@ class EncoderBlock(keras.layers.Layer):
             "attention_dropout": attention_dropout,
             "drop_path": drop_path,
             "layer_scale": layer_scale,
+            "norm_epsilon": norm_epsilon,
         }
         dtype = self.dtype_policy
-        self.norm_0 = layer_norm("norm_0", dtype)
+        self.norm_0 = layer_norm("norm_0", dtype, norm_epsilon)
         self.attention = Attention(
             num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, name="attention", dtype=dtype
         )
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.norm_1 = layer_norm("norm_1", dtype)
+        self.norm_1 = layer_norm("norm_1", dtype, norm_epsilon)
         self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", dtype=dtype)
         self.scales: list[LayerScale] = []
         if layer_scale is not None:
@@ -315,11 +319,20 @@ class EncoderBlock(keras.layers.Layer):
 class MapHead(keras.layers.Layer):
     """Attention pooling with one learned probe (Zhai et al., arXiv 2106.04560): (B,N,D)->(B,D)."""
 
-    def __init__(self, *, num_heads: int, hidden: int, gelu: str = "tanh", **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        hidden: int,
+        gelu: str = "tanh",
+        norm_epsilon: float = LAYER_NORM_EPSILON,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self._config = {"num_heads": num_heads, "hidden": hidden, "gelu": gelu}
+        self._config["norm_epsilon"] = norm_epsilon
         self.attention = Attention(num_heads, name="attention", dtype=self.dtype_policy)
-        self.norm = layer_norm("norm", self.dtype_policy)
+        self.norm = layer_norm("norm", self.dtype_policy, norm_epsilon)
         self.mlp = Mlp(hidden, gelu=gelu, name="mlp", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:

@@ -19,10 +19,12 @@ SIZES: dict[str, dict[str, int]] = {
     "G": {"width": 1664, "depth": 48, "mlp_dim": 8192, "num_heads": 16},
     "e": {"width": 1792, "depth": 56, "mlp_dim": 15360, "num_heads": 16},
 }
-POOLS = ("tok", "gap", "map", "none")
+POOLS = ("tok", "gap", "tok_gap", "map", "none")
+CLS_POOLS = ("tok", "tok_gap")  # those that need a cls token
+PREFIX_POSEMBS = ("cls", "all", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
-_POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
+_POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "channels")
 PRECISIONS = {
     "float32": "float32",
     "bfloat16": "mixed_bfloat16",
@@ -55,6 +57,11 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
+def needs_cls(pool: str) -> bool:
+    """Whether the pooling reads a cls token."""
+    return pool in CLS_POOLS
+
+
 def check_vit(
     *,
     image_size: int | tuple[int, int],
@@ -64,11 +71,15 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    cls_token: bool,
+    prefix_posemb: str,
+    norm_epsilon: float,
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
-    for names, least in ((_POSITIVE, 1), (("num_classes", "rep_size"), 0)):
+    zeros = ("num_classes", "rep_size", "registers")
+    for names, least in ((_POSITIVE, 1), (zeros, 0)):
         for name in names:
             if sizes[name] < least:
                 raise ValueError(f"{name} must be {least} or more, got {sizes[name]}")
@@ -83,6 +94,13 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
+    if pool in CLS_POOLS and not cls_token:
+        raise ValueError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
+    if pool == "tok_gap" and rest["norm_after_pool"]:
+        raise ValueError("pool 'tok_gap' takes normalised tokens: leave norm_after_pool False")
+    if not 0 < norm_epsilon < 1:
+        raise ValueError(f"norm_epsilon must be above 0 and below 1, got {norm_epsilon}")
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
@@ -108,6 +126,12 @@ def vit_config(
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
+    cls_token: bool | None = None,
+    registers: int = 0,
+    prefix_posemb: str = "cls",
+    norm_epsilon: float = 1e-6,
+    norm_after_pool: bool = False,
+    channels: int = 3,
 ) -> dict[str, Any]:
     """The arguments of ViT for a variant such as "S/16", checked; touches no device.
 
@@ -133,6 +157,12 @@ def vit_config(
         "layer_scale": layer_scale,
         "gelu": gelu,
         "qkv_bias": qkv_bias,
+        "cls_token": needs_cls(pool) if cls_token is None else cls_token,
+        "registers": registers,
+        "prefix_posemb": prefix_posemb,
+        "norm_epsilon": norm_epsilon,
+        "norm_after_pool": norm_after_pool,
+        "channels": channels,
     }
     check_vit(**config)
     return config
