@@ -13,6 +13,7 @@ savedmodel        a TensorFlow SavedModel: bytes of image files in, probabilitie
 keras             a .keras file: images already scaled in, logits out
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("posemb_method", "align_corners", tuple(METHODS), "how it does")
     flags.DEFINE_integer("num_heads", None, "where the file does not tell")
     flags.DEFINE_enum("gelu", None, GELUS, "where the file does not tell")
+    flags.DEFINE_list("mean", None, "of images in 0..1, where the file does not tell")
+    flags.DEFINE_list("std", None, "the same")
     flags.DEFINE_string("ignore", "", "regex: tensors of the file that may be left out")
 
 
@@ -61,6 +64,8 @@ def main() -> int:
         image_size=_image_size(given.image_size),
         method=given.posemb_method,
         ignore=given.ignore,
+        mean=_numbers("mean", given.mean),
+        std=_numbers("std", given.std),
         **{key: value for key, value in told.items() if value is not None},
     )
     print("wrote " + ", ".join(map(str, files)))
@@ -75,6 +80,13 @@ def _image_size(given: Sequence[str] | None) -> tuple[int, int] | None:
     return int(given[0]), int(given[-1])
 
 
+def _numbers(name: str, given: Sequence[str] | None) -> list[float] | None:
+    try:
+        return None if given is None else [float(text) for text in given]
+    except ValueError:
+        raise ValueError(f"--{name} is one number, or one for each channel; got {given}") from None
+
+
 def export(
     checkpoint: str,
     format: str,
@@ -83,6 +95,8 @@ def export(
     image_size: int | tuple[int, int] | None = None,
     method: str = "align_corners",
     ignore: str = "",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **told: Any,
 ) -> list[Path]:
     """Writes a checkpoint in another format.
@@ -94,6 +108,7 @@ def export(
       image_size: of the model written; None for the checkpoint's own.
       method: how positions are resampled then; see posemb.resize_posemb.
       ignore: regex of tensors in the checkpoint that may be left out.
+      mean, std: of images in 0..1, where the checkpoint does not tell.
       **told: keys of ViT that the checkpoint does not tell, such as num_heads.
 
     Returns:
@@ -105,6 +120,8 @@ def export(
     if format not in ALL_FORMATS:
         raise ValueError(f"format {format!r} is unknown; allowed: {', '.join(ALL_FORMATS)}")
     origin = open_origin(checkpoint)
+    if origin.pipe is None and origin.mean is None:
+        origin = dataclasses.replace(origin, mean=mean, std=std)
     path = Path(output)
     model = load_model(
         origin, image_size=image_size, method=method, ignore=ignore, system=format, **told
@@ -192,8 +209,8 @@ def mean_and_std(origin: Origin, channels: int) -> tuple[list[float], list[float
     ends = origin.black_and_white(channels)
     if ends is None:
         raise ValueError(
-            f"{origin.path} does not tell how images are scaled: put its config.json beside it, or "
-            "fine-tune or evaluate it here first, and export that run"
+            f"{origin.path} does not tell how images are scaled: say it with --mean and --std, "
+            "for images in [-1, 1] --mean=0.5 --std=0.5"
         )
     black, white = np.broadcast_to(ends, (2, channels)).astype(np.float64)
     rounded = ((-black / (white - black)).round(6), (1 / (white - black)).round(6))

@@ -26,8 +26,8 @@ class ViT(keras.Model):
       width, depth, mlp_dim, num_heads: D, blocks, hidden width of the MLP, H.
       num_classes: C; 0 leaves the head away.
       pool: "tok" a cls token, "gap" mean over the patch tokens, "tok_gap" both, one behind the
-        other (DINOv2's classifier), "map" attention pooling, "none" keeps all tokens (the head
-        applies to each).
+        other (DINOv2's classifier), "map" attention pooling of the patches, "none" keeps all
+        tokens (the head applies to each).
       posemb: "learned", or the fixed "sincos2d" of the patches.
       rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
       dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
@@ -84,8 +84,8 @@ class ViT(keras.Model):
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
-        self.cls_token, self.registers_count = cls_token, registers
-        self.norm_after_pool = norm_after_pool
+        self.norm_after_pool, self.cls_token = norm_after_pool, cls_token
+        self.registers_count = registers
         self.prefix = int(cls_token) + registers  # tokens before the patches
         # ... of which the learned table has an entry for the first so many
         self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
@@ -94,12 +94,11 @@ class ViT(keras.Model):
         shared |= {"norm_epsilon": norm_epsilon, "dtype": dtype}
         self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         more: dict[str, Any] = {"qkv_bias": qkv_bias, "layer_scale": layer_scale}
         more |= {"dropout": dropout, "attention_dropout": attention_dropout}
         self.blocks = [
-            EncoderBlock(**shared, **more, drop_path=rate, name=f"encoderblock_{i}")
-            for i, rate in enumerate(rates)
+            EncoderBlock(**shared, **more, drop_path=float(rate), name=f"encoderblock_{i}")
+            for i, rate in enumerate(drop_path * np.arange(depth) / max(depth - 1, 1))
         ]
         self.norm = layer_norm("encoder_norm", dtype, norm_epsilon)
         self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
@@ -131,7 +130,7 @@ class ViT(keras.Model):
         for layer in (self.drop, *self.blocks, self.norm):
             layer.build(shape)
         if self.map_head:
-            self.map_head.build(shape)
+            self.map_head.build((None, tokens - self.prefix, self.width))
         features = 2 * self.width if self.pool == "tok_gap" else self.width
         if self.pre_logits:
             self.pre_logits.build((None, features))
@@ -165,7 +164,7 @@ class ViT(keras.Model):
             return mean if self.pool == "gap" else tf.concat([x[:, 0], mean], axis=-1)
         if self.pool == "tok":
             return x[:, 0]
-        return self.map_head(x) if self.map_head else x
+        return self.map_head(x[:, self.prefix :]) if self.map_head else x
 
     def features(self, images: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
         """(B, height, width, C) -> what the head sees: (B, D or rep_size), or (B, N, ...)."""

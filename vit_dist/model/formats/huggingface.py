@@ -102,6 +102,8 @@ def family_of(network: Mapping[str, Any]) -> str:
             reasons.append("DINOv2's classifier reads pool 'tok_gap'")
         if registers and positions != "cls":
             reasons.append("DINOv2's registers have no positions")
+        if network["mlp_dim"] % network["width"]:
+            reasons.append("DINOv2's MLP is a whole number of widths wide")
         family = "dinov2_with_registers" if registers else "dinov2"
     else:
         if pool != "tok" or (network["rep_size"] and not headless):
@@ -168,7 +170,7 @@ def to_config(network: Mapping[str, Any], *, labels: Any) -> dict[str, Any]:
         "label2id": {name: i for i, name in enumerate(labels)},
     }
     if family.startswith("dinov2"):
-        config |= {"mlp_ratio": network["mlp_dim"] / network["width"], "use_swiglu_ffn": False}
+        config |= {"mlp_ratio": network["mlp_dim"] // network["width"], "use_swiglu_ffn": False}
         config |= {"num_register_tokens": network["registers"]} if network["registers"] else {}
         config |= {"layerscale_value": network["layer_scale"]}
     else:

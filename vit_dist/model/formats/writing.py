@@ -93,7 +93,8 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     if path.suffix != ".npz":
         raise ValueError(f"give a file that ends in .npz, not {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    whole: Any = dict(arrays)
+    np.savez(path, **whole)
     return path
 
 
@@ -107,7 +108,8 @@ def _write_safetensors(
     alone = path.suffix == ".safetensors"
     file = path if alone else path / "model.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(dict(arrays), file, metadata=metadata)
+    # Not save_file: it makes files that only their owner may read.
+    file.write_bytes(safetensors.numpy.save(dict(arrays), metadata))
     files = [file]
     for name, content in configs.items() if not alone else ():
         (path / name).write_text(json.dumps(content, indent=2) + "\n")
