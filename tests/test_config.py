@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 import vit_dist
 from vit_dist import config as config_lib
 from vit_dist import wiring
-from vit_dist.config import DEFAULTS, bind, changes, finalize, get_defaults
+from vit_dist.binding import bind
+from vit_dist.config import DEFAULTS, changes, finalize, get_defaults
 from vit_dist.data.sources import SOURCES
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit

@@ -119,7 +119,7 @@ LAYERS = [
         block_size=3,
         form="tensor",
         name="e",
-    ),  # fmt: skip
+    ),
     Mlp(12, gelu="erf", dropout=0.4, form="tensor", name="f"),
     EncoderBlock(
         num_heads=2,
@@ -133,11 +133,12 @@ LAYERS = [
         recompute_attention=True,
         attention_block=3,
         softmax="compute",
+        norm_epsilon=1e-5,
         form="tensor",
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", form="tensor", name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", norm_epsilon=1e-5, form="tensor", name="h"),
     Linear(6, form="tensor", name="i"),
     LayerNorm(form="tensor", name="j"),
 ]
@@ -153,11 +154,17 @@ ODD_VIT = {
     "qkv_bias": False,
     "remat": "full",
     "softmax": "compute",
+    "cls_token": True,
+    "registers": 2,
+    "prefix_posemb": "all",
+    "norm_epsilon": 1e-5,
+    "norm_after_pool": True,
+    "channels": 1,
 }
 # What does not go together.
 VITS = [
-    ViT(**tiny_config(**ODD_VIT), form="tensor", channels=1),
-    ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3}), channels=1),
+    ViT(**tiny_config(**ODD_VIT), form="tensor"),
+    ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3})),
 ]
 
 

@@ -37,9 +37,11 @@ class LayerNorm(keras.layers.LayerNormalization):
         return contract.normalize(x, gamma, beta, self.epsilon)
 
 
-def layer_norm(name: str, dtype: Any, form: str = "matrix") -> LayerNorm:
-    """LayerNorm with the reference's epsilon."""
-    return LayerNorm(epsilon=LAYER_NORM_EPSILON, form=form, name=name, dtype=dtype)
+def layer_norm(
+    name: str, dtype: Any, *, epsilon: float = LAYER_NORM_EPSILON, form: str = "matrix"
+) -> LayerNorm:
+    """LayerNorm with the reference's epsilon, unless told otherwise."""
+    return LayerNorm(epsilon=epsilon, form=form, name=name, dtype=dtype)
 
 
 def gelu(x: tf.Tensor, kind: str) -> tf.Tensor:
@@ -158,6 +160,7 @@ class EncoderBlock(keras.layers.Layer):
         softmax: str = "float32",
         recompute_attention: bool = False,
         attention_block: int | None = None,
+        norm_epsilon: float = LAYER_NORM_EPSILON,
         form: str = "matrix",
         **kwargs: Any,
     ):
@@ -166,13 +169,13 @@ class EncoderBlock(keras.layers.Layer):
         self._config = config
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"form": form, "dtype": dtype}
-        self.norm_0 = layer_norm("norm_0", **shared)
+        self.norm_0 = layer_norm("norm_0", epsilon=norm_epsilon, **shared)
         self.attention = Attention(
             num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, softmax=softmax,
             recompute=recompute_attention, block_size=attention_block, name="attention", **shared,
         )  # fmt: skip
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.norm_1 = layer_norm("norm_1", **shared)
+        self.norm_1 = layer_norm("norm_1", epsilon=norm_epsilon, **shared)
         self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", **shared)
         self.scales: list[LayerScale] = []
         if layer_scale is not None:
@@ -185,7 +188,7 @@ class EncoderBlock(keras.layers.Layer):
         return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any) -> None:
-        parts = [self.norm_0, self.attention, self.drop, self.norm_1, self.mlp]
+        parts: list[Any] = [self.norm_0, self.attention, self.drop, self.norm_1, self.mlp]
         for layer in (*parts, *self.scales, *self.paths):
             layer.build(input_shape)
 
@@ -214,14 +217,21 @@ class MapHead(keras.layers.Layer):
     """Attention pooling with one learned probe (Zhai et al., arXiv 2106.04560): (B,N,D)->(B,D)."""
 
     def __init__(
-        self, *, num_heads: int, hidden: int, gelu: str = "tanh", form: str = "matrix",
+        self,
+        *,
+        num_heads: int,
+        hidden: int,
+        gelu: str = "tanh",
+        norm_epsilon: float = LAYER_NORM_EPSILON,
+        form: str = "matrix",
         **kwargs: Any,
-    ):  # fmt: skip
+    ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = {"num_heads": num_heads, "hidden": hidden, "gelu": gelu, "form": form}
+        self._config = config
         shared: dict[str, Any] = {"form": form, "dtype": self.dtype_policy}
         self.attention = Attention(num_heads, name="attention", **shared)
-        self.norm = layer_norm("norm", **shared)
+        self.norm = layer_norm("norm", epsilon=norm_epsilon, **shared)
         self.mlp = Mlp(hidden, gelu=gelu, name="mlp", **shared)
 
     def get_config(self) -> dict[str, Any]:
