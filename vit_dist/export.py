@@ -34,6 +34,8 @@ from vit_dist.model.weights import adapt_weights
 from vit_dist.origins import Origin, open_origin
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
+# What a run of an older version does not say of its network.
+_DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None, "cls_token": True}
 _UNTOLD = ("num_heads", "gelu", "norm_epsilon", "image_size")
 
 
@@ -168,6 +170,8 @@ def load_model(
     """
     network = {**told, **{k: v for k, v in origin.network.items() if v is not None}}
     network.setdefault("norm_epsilon", 1e-6)
+    if image_size is not None:
+        network.setdefault("image_size", as_pair(image_size))  # of fixed positions, not in the file
     missing = [key for key in _UNTOLD if key not in network]
     if missing:
         raise ValueError(
@@ -195,9 +199,6 @@ def load_model(
         ignore=ignore,
     )
     return model
-
-
-_DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None}
 
 
 def mean_and_std(origin: Origin, channels: int) -> tuple[list[float], list[float]]:
@@ -258,14 +259,28 @@ class Served(tf.Module):
         return {"probabilities": activation(logits), "logits": logits}
 
 
-def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:
+def open_served(checkpoint: str) -> tuple[Served, list[str]]:
+    """A checkpoint ready to classify image files, and the names of its classes.
+
+    Raises:
+      ValueError: it has no head, or does not tell how images are prepared.
+    """
+    origin = open_origin(checkpoint)
+    return _serve(origin, load_model(origin))
+
+
+def _serve(origin: Origin, model: ViT) -> tuple[Served, list[str]]:
     if model.head is None:
-        raise ValueError(f"{origin.path} has no head: there are no probabilities to serve")
+        raise ValueError(f"{origin.path} has no head: it gives features, no probabilities")
     loss = origin.checkpoint.notes["config"]["loss"]["name"] if origin.checkpoint else "softmax"
     served = Served(model, eval_pipe(origin, model), sigmoid=loss == "sigmoid")
+    return served, list(origin.class_names or map(str, range(model.num_classes)))
+
+
+def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:
+    served, names = _serve(origin, model)
     tf.saved_model.save(served, str(path), signatures={"serving_default": served.serve})
     labels = path / "labels.txt"
-    names = origin.class_names or [str(i) for i in range(model.num_classes)]
     labels.write_text("".join(f"{name}\n" for name in names))
     return [path, labels]
 

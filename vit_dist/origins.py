@@ -76,9 +76,13 @@ def open_origin(path: str, *, image_size: Any = None) -> Origin:
     Raises:
       ValueError: nothing there, or nothing that can be used; says what to do.
     """
-    folder = epath.Path(path) if not path.startswith(_HUB) else None
-    if folder is not None and (is_checkpoint(folder) or not _has_weights(folder)):
-        return _of_run(path)
+    if not path.startswith(_HUB):
+        try:
+            folder = epath.Path(path)
+        except KeyError:
+            raise ValueError(f"{path}: only local paths, hf:// and buckets (gs://) work") from None
+        if is_checkpoint(folder) or not _has_weights(folder):
+            return _of_run(path)
     download = None
     if path.startswith(_HUB):
         local = _from_hub(path)

@@ -21,6 +21,8 @@ def prefix_posemb_for(system: str, network: Mapping[str, Any]) -> str:
     The rest is folded into the tokens, or filled up with zeros, when weights are adapted to it.
     """
     kind = network["prefix_posemb"]
+    if not network["cls_token"] and not network["registers"]:
+        return kind
     if system == "big_vision":
         return "none"
     if system == "npz":
