@@ -34,7 +34,7 @@ class LayerNorm(keras.layers.LayerNormalization):
         return contract.normalize(x, gamma, beta, self.epsilon)
 
 
-def layer_norm(name: str, dtype: Any, form: str = "matrix") -> LayerNorm:
+def layer_norm(name: str, dtype: Any, form: str = "matrix") -> keras.layers.Layer:
     """LayerNorm with the reference's epsilon."""
     return LayerNorm(epsilon=LAYER_NORM_EPSILON, form=form, name=name, dtype=dtype)
 
