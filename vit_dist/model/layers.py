@@ -39,7 +39,7 @@ class LayerNorm(keras.layers.LayerNormalization):
 
 def layer_norm(
     name: str, dtype: Any, *, epsilon: float = LAYER_NORM_EPSILON, form: str = "matrix"
-) -> LayerNorm:
+) -> keras.layers.Layer:
     """LayerNorm with the reference's epsilon, unless told otherwise."""
     return LayerNorm(epsilon=epsilon, form=form, name=name, dtype=dtype)
 
