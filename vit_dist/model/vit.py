@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.memory import rematerialized_layer
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit
 
@@ -38,6 +39,9 @@ class ViT(keras.Model):
       softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
         flax and big_vision have it.
       form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
+      remat: what a training step computes anew in its backward pass rather than keep: "none", the
+        "attention" (logits, softmax and its product with the values), or blocks in "full".
+      attention_block: None, or how many keys attention takes at a time; for many tokens.
       channels: colour channels of the images.
 
     Raises:
@@ -65,6 +69,8 @@ class ViT(keras.Model):
         qkv_bias: bool = True,
         softmax: str = "float32",
         form: str = "matrix",
+        remat: str = "none",
+        attention_block: int | None = None,
         channels: int = 3,
         **kwargs: Any,
     ):
@@ -76,25 +82,14 @@ class ViT(keras.Model):
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
+        self.remat = remat
         self.prefix = int(pool == "tok")  # tokens before the patches
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
         shared |= {"form": form, "dtype": dtype}
         self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.blocks = [
-            EncoderBlock(
-                **shared,
-                qkv_bias=qkv_bias,
-                softmax=softmax,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                drop_path=drop_path * i / max(depth - 1, 1),
-                layer_scale=layer_scale,
-                name=f"encoderblock_{i}",
-            )
-            for i in range(depth)
-        ]
+        self.blocks = [self._make_block(i) for i in range(depth)]
         self.norm = layer_norm("encoder_norm", dtype, form)
         self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
         self.pre_logits = (
@@ -105,6 +100,19 @@ class ViT(keras.Model):
         # Logits in float32 under every policy: the loss subtracts large numbers.
         self.head = (
             keras.layers.Dense(num_classes, name="head", dtype="float32") if num_classes else None
+        )
+
+    def _make_block(self, index: int) -> EncoderBlock:
+        config = self._config
+        same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
+        return EncoderBlock(
+            **{key: config[key] for key in (*same, "softmax", "form")},
+            hidden=config["mlp_dim"],
+            drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
+            recompute_attention=self.remat == "attention",
+            attention_block=config["attention_block"],
+            name=f"encoderblock_{index}",
+            dtype=self.dtype_policy,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -160,7 +168,8 @@ class ViT(keras.Model):
         mode = {"training": training, "seed": seed}
         x = self._embed(tf.cast(images, self.compute_dtype), **mode)
         for block in self.blocks:
-            x = block(x, **mode)
+            recompute = training and self.remat == "full"
+            x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
         x = self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
 
