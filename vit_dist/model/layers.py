@@ -140,23 +140,16 @@ class Attention(keras.layers.Layer):
         block_size: int | None = None,
         **kwargs: Any,
     ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self.num_heads, self.qkv_bias, self.dropout = num_heads, qkv_bias, dropout
+        self._config = config
+        self.num_heads, self.qkv_bias = num_heads, qkv_bias
         self.softmax, self.form = softmax, form
         self.recompute, self.block_size = recompute, block_size
         self.drop = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "qkv_bias": self.qkv_bias,
-            "dropout": self.dropout,
-            "softmax": self.softmax,
-            "form": self.form,
-            "recompute": self.recompute,
-            "block_size": self.block_size,
-        }
+        return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any) -> None:
         width, dtype = input_shape[-1], self.dtype_policy
@@ -231,18 +224,13 @@ class Mlp(keras.layers.Layer):
         **kwargs: Any,
     ):  # fmt: skip
         super().__init__(**kwargs)
-        self.hidden, self.gelu, self.dropout, self.form = hidden, gelu, dropout, form
+        self._config = {"hidden": hidden, "gelu": gelu, "dropout": dropout, "form": form}
+        self.hidden, self.gelu, self.form = hidden, gelu, form
         self.drop_0 = Dropout(dropout, name="dropout_0", dtype=self.dtype_policy)
         self.drop_1 = Dropout(dropout, name="dropout_1", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "hidden": self.hidden,
-            "gelu": self.gelu,
-            "dropout": self.dropout,
-            "form": self.form,
-        }
+        return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any) -> None:
         shared: dict[str, Any] = {"form": self.form, "dtype": self.dtype_policy}
