@@ -40,6 +40,18 @@ def layer_norm(name: str, dtype: Any, form: str = "matrix") -> keras.layers.Laye
     return LayerNorm(epsilon=LAYER_NORM_EPSILON, form=form, name=name, dtype=dtype)
 
 
+def gelu(x: tf.Tensor, kind: str) -> tf.Tensor:
+    """Gaussian error linear unit (arXiv 1606.08415): "erf" exact, "tanh" its approximation.
+
+    tf.nn.gelu computes the exact one by erfc, which keeps relative precision where 1 + erf cancels:
+    16 bits need that. In float32 what cancels is below 1e-7, and erf takes XLA half the time (4 %
+    of a step of Ti/16).
+    """
+    if kind == "tanh" or x.dtype != tf.float32:
+        return tf.nn.gelu(x, approximate=kind == "tanh")
+    return 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5))
+
+
 class LayerScale(keras.layers.Layer):
     """A learned factor per channel on a residual branch (CaiT, arXiv 2103.17239)."""
 
@@ -86,7 +98,8 @@ class Linear(keras.layers.Dense):
         kernel = tf.convert_to_tensor(self.kernel)
         y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
         if self.use_bias:
-            y = tf.nn.bias_add(y, tf.convert_to_tensor(self.bias))
+            # Not bias_add: XLA takes longer for its gradient, to compile it and to compute it.
+            y = y + tf.convert_to_tensor(self.bias)
         if self.activation is not None:
             y = self.activation(y)
         return tf.reshape(y, (-1, *x.shape[1:-1], self.units))
@@ -98,12 +111,12 @@ class PatchEmbedding(keras.layers.Layer):
     (B, height, width, C) -> (B, N, D). The kernel is kept in the convolution's layout (p, q, C, D).
     """
 
-    def __init__(self, width: int, patch: tuple[int, int], **kwargs: Any):
+    def __init__(self, width: int, patch: tuple[int, int], *, form: str = "matrix", **kwargs: Any):
         super().__init__(**kwargs)
-        self.width, self.patch = width, tuple(patch)
+        self.width, self.patch, self.form = width, tuple(patch), form
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "width": self.width, "patch": self.patch}
+        return {**super().get_config(), "width": self.width, "patch": self.patch, "form": self.form}
 
     def build(self, input_shape: Any) -> None:
         self.kernel = self.add_weight(
@@ -116,8 +129,13 @@ class PatchEmbedding(keras.layers.Layer):
         rows, columns = height // p, width // q
         x = tf.reshape(images, (-1, rows, p, columns, q, channels))
         x = tf.transpose(x, (0, 1, 3, 2, 4, 5))
-        x = tf.reshape(x, (-1, rows * columns, p * q * channels))
-        return tf.matmul(x, tf.reshape(self.kernel, (-1, self.width))) + self.bias
+        kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.width))
+        bias = tf.convert_to_tensor(self.bias)
+        if self.form == "tensor":
+            x = tf.reshape(x, (-1, rows * columns, p * q * channels))
+            return contract.dense(x, (kernel, bias))
+        x = tf.matmul(tf.reshape(x, (-1, p * q * channels)), kernel) + bias
+        return tf.reshape(x, (-1, rows * columns, self.width))
 
 
 class Attention(keras.layers.Layer):
@@ -242,7 +260,7 @@ class Mlp(keras.layers.Layer):
         self.drop_1.build(input_shape)
 
     def call(self, x: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
-        x = tf.nn.gelu(self.dense_0(x), approximate=self.gelu == "tanh")
+        x = gelu(self.dense_0(x), self.gelu)
         x = self.drop_0(x, training=training, seed=seed)
         return self.drop_1(self.dense_1(x), training=training, seed=seed)
 

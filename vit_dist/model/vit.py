@@ -87,7 +87,9 @@ class ViT(keras.Model):
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
         shared |= {"form": form, "dtype": dtype}
-        self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
+        self.embedding = PatchEmbedding(
+            width, (patch_size,) * 2, form=form, name="embedding", dtype=dtype
+        )
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i) for i in range(depth)]
         self.norm = layer_norm("encoder_norm", dtype, form)
