@@ -109,7 +109,7 @@ LAYERS = [
     Dropout(0.3, name="a"),
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
-    PatchEmbedding(8, (4, 2), name="d"),
+    PatchEmbedding(8, (4, 2), form="tensor", name="d"),
     Attention(
         4,
         qkv_bias=False,

@@ -101,7 +101,9 @@ class ViT(keras.Model):
         # ... of which the learned table has an entry for the first so many
         self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
         dtype = self.dtype_policy
-        self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
+        self.embedding = PatchEmbedding(
+            width, (patch_size,) * 2, form=form, name="embedding", dtype=dtype
+        )
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i) for i in range(depth)]
         self.norm = layer_norm("encoder_norm", dtype, epsilon=norm_epsilon, form=form)
