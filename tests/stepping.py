@@ -88,6 +88,7 @@ class Engine:
             **options,
         )
         self.initial = self.state.to_arrays()
+        self.more = {}  # further entries of the batches, such as "mask"
 
     def batches(self, images, labels):
         """Global batches (steps, BATCH, ...), each replica's share after the other."""
@@ -96,7 +97,8 @@ class Engine:
         def cut(x):
             return np.reshape(x, (len(x) * parts, BATCH // parts, *x.shape[2:]))
 
-        data = tf.data.Dataset.from_tensor_slices({"image": cut(images), "label": cut(labels)})
+        entries = {"image": images, "label": labels, **self.more}
+        data = tf.data.Dataset.from_tensor_slices({k: cut(x) for k, x in entries.items()})
         return iter(self.strategy.distribute_datasets_from_function(lambda _: data))
 
     def run(self, images, labels, *, calls=None, **changed):

@@ -66,6 +66,15 @@ DEFAULTS: dict[str, Any] = {
         "num_threads": _Typed(None, int),  # None: as many as tf.data finds useful
         "prefetch": 2,  # batches per replica kept ready
     },
+    "mixing": {  # data/mixing.py
+        "mixup_alpha": 0.0,  # of Beta(alpha, alpha); 0: no mixup
+        "cutmix_alpha": 0.0,  # the same for CutMix
+        "probability": 1.0,  # of mixing at all
+        "switch_probability": 0.5,  # of CutMix, if both alphas are positive
+        "mode": "batch",  # what shares a draw: batch | pair | elem (each its own)
+        "group_size": 2,  # neighbours that are each other's partners; divides a micro-batch
+        "fold_lambda": False,  # mixup's lambda = max(lambda, 1 - lambda), as big_vision
+    },
     "model": {  # model/vit.py
         "variant": "S/16",  # size/patch
         "width": _Typed(None, int),  # these four replace the variant's

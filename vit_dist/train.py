@@ -29,8 +29,16 @@ from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.losses import make_loss
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import check_step, choose_jit, make_train_step
-from vit_dist.wiring import Run, check, eval_data, explain_error, make_state, train_data
+from vit_dist.training.step import choose_jit, make_train_step
+from vit_dist.wiring import (
+    Run,
+    check,
+    check_parts,
+    eval_data,
+    explain_error,
+    make_state,
+    train_data,
+)
 
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
@@ -68,7 +76,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     start = find_start(workdir, run.config)
     _make_folder(workdir)
     strategy = make_strategy(**run.strategy)
-    check_step(**{**run.step, "num_replicas": strategy.num_replicas_in_sync})
+    check_parts(run.step, run.mixing, num_replicas=strategy.num_replicas_in_sync)
     check_hosts(start, strategy)
     state = make_state(run, strategy)
     origin = restore_or_init(state, run, start)
@@ -135,6 +143,7 @@ class _Loop:
             clip_norm=run.step["clip_norm"],
             ema_decay=run.step["ema_decay"],
             jit=jit,
+            mixing=run.mixing,
         )
         self.evaluate = make_evaluator(
             state.eval_model,

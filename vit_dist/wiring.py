@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
 from vit_dist.data.base import Source
+from vit_dist.data.mixing import Mixing, check_groups, make_mixing
 from vit_dist.data.order import train_indices
 from vit_dist.data.pipe import Pipe, output_spec, parse
 from vit_dist.data.pipeline import explain_data_error, make_eval_data, make_train_data
@@ -43,6 +44,7 @@ class Run:
     schedule: dict[str, Any]
     loss: dict[str, Any]
     step: dict[str, Any]
+    mixing: Mixing | None
     strategy: dict[str, Any]
     total_steps: int
     log_steps: int
@@ -74,7 +76,8 @@ def check(config: ConfigDict) -> Run:
         check_step, config.step, name="step", batch_size=config.input.batch_size,
         num_replicas=max(config.strategy.virtual_cpus, 1),
     )  # fmt: skip
-    check_step(**step)
+    mixing = make_mixing(**config_lib.bind(make_mixing, config.mixing, name="mixing"))
+    check_parts(step, mixing, num_replicas=step["num_replicas"])
     _durations(config, num_examples=1)  # a mistake there shows before a data set is prepared
     sources = _open_sources(config)
     num_classes = sources["train"].num_classes
@@ -98,12 +101,20 @@ def check(config: ConfigDict) -> Run:
         schedule=schedule,
         loss=loss,
         step=step,
+        mixing=mixing,
         strategy=strategy,
         total_steps=durations["total"],
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
     )
+
+
+def check_parts(step: Mapping[str, Any], mixing: Mixing | None, *, num_replicas: int) -> None:
+    """Checks that the global batch can be cut into replicas and micro-batches."""
+    check_step(**{**step, "num_replicas": num_replicas})
+    num_parts = num_replicas * step["accumulation"]
+    check_groups(mixing, batch_size=step["batch_size"], num_parts=num_parts)
 
 
 def _check_ranges(config: ConfigDict) -> None:
@@ -238,6 +249,7 @@ def train_data(run: Run, strategy: tf.distribute.Strategy, *, first_step: int) -
         local_replicas=local,
         num_threads=run.config.input.num_threads,
         prefetch=run.config.input.prefetch * len(local),
+        mixing=run.mixing,
     )
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 

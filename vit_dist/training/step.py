@@ -8,7 +8,7 @@ Shapes: b examples per replica, a micro-batches, C classes.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -19,6 +19,18 @@ JITS = ("auto", "whole", "split", "off")
 GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
 
 Tensors = dict[str, tf.Tensor]
+
+_INPUTS = ("image", "label", "mix", "mask")  # of a batch, as far as there
+
+
+class Mixing(Protocol):
+    """Mixes examples of a batch, whose "mix" (b, ...) says how."""
+
+    def images(self, images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Images (b, H, W, C), float, mixed."""
+
+    def labels(self, labels: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Label distributions (b, C) mixed."""
 
 
 def check_step(
@@ -72,35 +84,46 @@ def make_gradients(
     batch_size: int,
     accumulation: int,
     seed: int,
-) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
-    """Makes gradients(images, labels, replica): this replica's share of the global gradient."""
+    mixing: Mixing | None = None,
+) -> Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
+    """Makes gradients(batch, replica): this replica's share of the global gradient."""
     variables = [v.value for v in state.optimizer.variables.values()]
 
-    def micro(images: tf.Tensor, labels: tf.Tensor, key: tf.Tensor):
+    def per_batch(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
+        # A masked example counts as 0 and stays in the denominator; its values may be anything.
+        counted = tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values
+        return tf.reduce_sum(counted) / batch_size
+
+    def micro(batch: Tensors, key: tf.Tensor):
+        images = preprocess(batch["image"])
+        if mixing is not None:
+            images = mixing.images(images, batch["mix"])
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
-            logits = state.model(preprocess(images), training=True, seed=key)
-            loss = tf.reduce_sum(loss_fn(logits, labels)) / batch_size
+            logits = state.model(images, training=True, seed=key)
+            targets = as_distribution(batch["label"], logits.shape[-1])
+            if mixing is not None:
+                targets = mixing.labels(targets, batch["mix"])
+            loss = per_batch(loss_fn(logits, targets), batch)
             scaled = loss * state.loss_scale
-        targets = as_distribution(labels, logits.shape[-1])
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
-        share = tf.reduce_sum(tf.cast(hits, tf.float32)) / batch_size
+        share = per_batch(tf.cast(hits, tf.float32), batch)
         grads = tape.gradient(scaled, variables, unconnected_gradients="zero")
         return grads, {"loss": loss, "accuracy": share}
 
-    def gradients(images: tf.Tensor, labels: tf.Tensor, replica: tf.Tensor):
+    def gradients(batch: Tensors, replica: tf.Tensor):
         key = tf.stack([tf.constant(seed, tf.int32), tf.cast(state.step.value(), tf.int32)])
         key = tf.random.experimental.stateless_fold_in(key, replica, alg="philox")
         if accumulation == 1:
-            return micro(images, labels, key)
-        images, labels = (
-            tf.reshape(x, (accumulation, x.shape[0] // accumulation, *x.shape[1:]))
-            for x in (images, labels)
-        )
+            return micro(batch, key)
+        parts = {
+            k: tf.reshape(x, (accumulation, x.shape[0] // accumulation, *x.shape[1:]))
+            for k, x in batch.items()
+        }
 
         def body(i: tf.Tensor, grads: list[tf.Tensor], sums: Tensors):
             micro_key = tf.random.experimental.stateless_fold_in(key, i, alg="philox")
-            more, metrics = micro(images[i], labels[i], micro_key)
+            more, metrics = micro({k: x[i] for k, x in parts.items()}, micro_key)
             sums = {k: sums[k] + v for k, v in metrics.items()}
             return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
 
@@ -174,6 +197,7 @@ def make_train_step(
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
     jit: str = "whole",
+    mixing: Mixing | None = None,
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     """Makes train_steps(batches, n), which runs n steps without the host in between (law 4).
 
@@ -189,9 +213,12 @@ def make_train_step(
       clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
       ema_decay: of the moving average in `state`.
       jit: "whole", "split" or "off"; see choose_jit.
+      mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
 
     Returns:
-      train_steps(batches, n): `batches` iterates over {"image", "label"}, n is a scalar int tensor.
+      train_steps(batches, n): `batches` iterates over {"image", "label"}, with "mix" (what `mixing`
+      takes, by example) if there is mixing and "mask" (0: counts nowhere) if examples may be
+      damaged; n is a scalar int tensor.
       It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
       (before clipping) and "learning_rate" those of the last.
     """
@@ -202,29 +229,37 @@ def make_train_step(
         batch_size=batch_size,
         accumulation=accumulation,
         seed=seed,
+        mixing=mixing,
     )
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     if jit == "split":
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
         update = tf.function(update, jit_compile=True, autograph=False)
 
-    def replica_step(images: tf.Tensor, labels: tf.Tensor) -> Tensors:
+    run = _make_replica_step(gradients, update, strategy)
+    if jit == "whole":
+        run = tf.function(run, jit_compile=True, autograph=False)
+    return _make_loop(run, strategy)
+
+
+def _make_replica_step(
+    gradients: Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]],
+    update: Callable[[list[tf.Tensor], Tensors], Tensors],
+    strategy: tf.distribute.Strategy,
+) -> Callable[[Tensors], Tensors]:
+    def replica_step(batch: Tensors) -> Tensors:
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
-        grads, sums = gradients(images, labels, replica)
+        grads, sums = gradients(batch, replica)
         if strategy.num_replicas_in_sync > 1:
             grads, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (grads, sums))
         return update(grads, sums)
 
-    run = replica_step
-    if jit == "whole":
-        run = tf.function(replica_step, jit_compile=True, autograph=False)
-
-    return _make_loop(run, strategy)
+    return replica_step
 
 
 def _make_loop(
-    run: Callable[[tf.Tensor, tf.Tensor], Tensors], strategy: tf.distribute.Strategy
+    run: Callable[[Tensors], Tensors], strategy: tf.distribute.Strategy
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     summed, last = ("loss", "accuracy"), ("grad_norm", "learning_rate")
 
@@ -233,7 +268,8 @@ def _make_loop(
         out = {name: tf.constant(0.0) for name in summed + last}
         for _ in tf.range(n):
             batch = next(batches)
-            new = strategy.run(run, args=(batch["image"], batch["label"]))
+            batch = {k: batch[k] for k in _INPUTS if k in batch}
+            new = strategy.run(run, args=(batch,))
             # The sums are all-reduced: every replica holds the same numbers.
             new = {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
             out = {k: new[k] + out[k] if k in summed else new[k] for k in out}
