@@ -64,7 +64,7 @@ def config_of(words: list[str]):
     values = flags.FlagValues()
     paths = [re.sub(r"^(--config=)?configs/", rf"\1{ROOT}/configs/", word) for word in words]
     config_flags.DEFINE_config_file("config", flag_values=values)
-    for name in ("workdir", "checkpoint", "splits"):
+    for name in ("workdir", "checkpoint", "splits", "output", "count"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     with mock.patch.object(sys, "argv", ["command", *paths]):  # ml_collections reads it there
         rest = values(sys.argv)[1:]
@@ -155,7 +155,7 @@ def test_readme_begins_with_the_two_commands():
 @pytest.mark.parametrize("words", commands(starting="python -m vit_dist."))
 def test_python_commands_parse(words):
     module, rest = words[2], words[3:]
-    if module not in ("vit_dist.train", "vit_dist.evaluate"):
+    if module not in ("vit_dist.train", "vit_dist.evaluate", "vit_dist.convert", "vit_dist.show"):
         assert all(word.startswith("--") for word in rest)
         return
     config = config_of(rest)
