@@ -182,6 +182,7 @@ def test_a_conversion_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert (tmp_path / "out/train/00000-of-00003.array_record").stat().st_mtime_ns == first
     shards = open_source("array_record", split="train", data_dir=str(tmp_path / "out"))
     assert all_images(shards) == all_images(source)
+    assert len(list((tmp_path / "out/train").iterdir())) == 3 + 2
     assert write(source, tmp_path / "out", 8) == 0
     with pytest.raises(ValueError, match="other data or of another size"):
         write(source, tmp_path / "out", 9)
