@@ -1,18 +1,22 @@
 """TFRecord files, shards, synthetic images and mixtures: what they hold, and their order."""
 
 import collections
+import json
 
 import images
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny
 from images import PIPE
 from PIL import Image
 
+from vit_dist.config import to_json
 from vit_dist.data import ops, pipeline
 from vit_dist.data.mixture import BLOCK, MixtureSource, _quotas
 from vit_dist.data.shards import convert
 from vit_dist.data.sources import open_source
+from vit_dist.wiring import check
 
 
 @pytest.fixture
@@ -178,6 +182,7 @@ def test_a_conversion_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert (tmp_path / "out/train/00000-of-00003.array_record").stat().st_mtime_ns == first
     shards = open_source("array_record", split="train", data_dir=str(tmp_path / "out"))
     assert all_images(shards) == all_images(source)
+    assert len(list((tmp_path / "out/train").iterdir())) == 3 + 2
     assert write(source, tmp_path / "out", 8) == 0
     with pytest.raises(ValueError, match="other data or of another size"):
         write(source, tmp_path / "out", 9)
@@ -288,3 +293,15 @@ def test_a_stream_cannot_be_mixed(tfrecords):
     stream = open_source("tfrecord", split="train", stream=True, **tfrecords[0])
     with pytest.raises(ValueError, match="reads by index"):
         MixtureSource([stream, stream], [1, 1])
+
+
+def test_a_mixture_from_a_config(parts):
+    ops = f"decode|{tiny.ANY_SIZE}"
+    options = {"input__train_ops": ops, "input__eval_ops": ops, "data__source": "mixture"}
+    options |= {"data__parts": parts, "data__val_split": "", "data__test_split": ""}
+    run = check(tiny.make(**options))
+    assert run.sources["train"].num_examples == 33 and run.model["num_classes"] == 3
+    assert json.loads(to_json(run.config))["data"]["parts"] == parts
+    spread = {k: v for k, v in parts[0].items() if k != "data_dir"}
+    common = {"data__data_dir": parts[0]["data_dir"], "data__parts": [spread, parts[1]]}
+    assert check(tiny.make(**options | common)).sources["train"].num_examples == 33

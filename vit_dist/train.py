@@ -150,6 +150,7 @@ class _Loop:
             jit=jit != "off",
         )
         self.datasets: dict[str, Any] = {}
+        self.fingerprint = run.sources["train"].fingerprint()  # takes a second with many files
         self.masked = tf.zeros(())  # examples of this process; on the device until logged
         self.saved = -1  # the step of the newest checkpoint of this process
         self.reading: tuple[str, range] = ("train", range(0))  # split and steps, for messages
@@ -260,7 +261,7 @@ class _Loop:
                 notes = {
                     "config": json.loads(config_lib.to_json(self.r.config)),
                     "model": self.state.model.get_config(),
-                    "data": self.r.sources["train"].fingerprint(),
+                    "data": self.fingerprint,
                     "class_names": list(self.r.sources["train"].class_names),
                 }
                 notes = json.loads(json.dumps(notes, default=str))
@@ -317,9 +318,10 @@ def _announce(
     )
     for line in origin.splitlines():
         note(line)
-    if is_chief(strategy) and run.total_steps > int(state.step.numpy()):
-        images = first_images(run, strategy, first_step=int(state.step.numpy()))
-        writer.images(int(state.step.numpy()), "train/batch", images)
+    first = int(state.step.numpy())
+    # A stream would have to be skipped through once more.
+    if is_chief(strategy) and first < run.total_steps and (source.indexable or not first):
+        writer.images(first, "train/batch", first_images(run, strategy, first_step=first))
     note(f"TensorBoard: tensorboard --logdir {workdir}")
 
 

@@ -1,6 +1,8 @@
 """What a source of labelled images offers to the pipeline, whichever kind it is."""
 
 import abc
+import os
+import platform
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from etils import epath
 
 from vit_dist.data import order
 
@@ -109,6 +112,18 @@ def checksum(names: Iterable[str]) -> int:
     for name in names:
         crc = zlib.crc32(name.encode() + b"\n", crc)
     return crc
+
+
+def temporary_name(path: epath.Path) -> epath.Path:
+    """Returns a name beside `path` that no other process of any host uses, to write and rename."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that it is never seen half written."""
+    temporary = temporary_name(path)
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def on_host(make):

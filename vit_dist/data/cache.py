@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from etils import epath
 from PIL import Image
 
 from vit_dist.data import base
@@ -54,7 +55,7 @@ class CachedSource(base.Source):
             self.element_spec["image"] = tf.TensorSpec((None, None, 3), tf.uint8)
         self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
         key = base.checksum([form, json.dumps(source.fingerprint()), str(source)])
-        self._path = Path(folder).expanduser() / f"{key:08x}.cache" if folder else None
+        self._path = epath.Path(folder).expanduser() / f"{key:08x}.cache" if folder else None
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
         if self._path is None or not self._table_path.exists():
@@ -64,7 +65,7 @@ class CachedSource(base.Source):
         return str(self._source)
 
     @property
-    def _table_path(self) -> Path:
+    def _table_path(self) -> epath.Path:
         assert self._path is not None
         return self._path.with_suffix(".npz")
 
@@ -114,13 +115,13 @@ class CachedSource(base.Source):
             self._data = buffer.getbuffer()
             return
         if not self._table_path.exists():
-            temporary = self._path.with_suffix(".tmp")
+            temporary = base.temporary_name(self._path)
             with temporary.open("wb") as file:
                 table = self._fill(file)
             temporary.replace(self._path)
-            with self._table_path.with_suffix(".tmp").open("wb") as file:
-                np.savez(file, allow_pickle=False, **table)
-            self._table_path.with_suffix(".tmp").replace(self._table_path)  # last: now it counts
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, **table)
+            base.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
         with np.load(self._table_path) as stored:
             self._table = {name: stored[name] for name in stored.files}
         with self._path.open("rb") as opened:

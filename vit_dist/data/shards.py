@@ -135,24 +135,20 @@ def convert(
             shards.append(_describe_shard(path, source, numbers, pool))
             report(numbers.stop)
     table = {"class_names": list(source.class_names), "source": str(source), "shards": shards}
-    _replace(out / TABLE, json.dumps(table, indent=1))
+    for left in out.glob("*.tmp"):  # by calls that were killed
+        left.unlink()
+    base.write_whole(out / TABLE, json.dumps(table, indent=1).encode())
     return written
 
 
 def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
     if not path.exists():
-        _replace(path, json.dumps(plan))
+        base.write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
         raise ValueError(
             f"{path.parent} holds shards of other data or of another size ({path.read_text()} "
             f"instead of {json.dumps(plan)}): give another folder, or remove this one"
         )
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _records(source: base.Source, numbers: range, pool: futures.Executor):
@@ -169,7 +165,7 @@ def _records(source: base.Source, numbers: range, pool: futures.Executor):
 
 
 def _write_shard(path: epath.Path, source: base.Source, numbers: range, pool) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = base.temporary_name(path)
     writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
     try:
         for record in _records(source, numbers, pool):
