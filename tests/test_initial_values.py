@@ -10,6 +10,7 @@ import pytest
 from networks import arrays_of, images_for, tiny_config, tiny_vit
 
 from vit_dist.model import layers as layers_lib
+from vit_dist.model import masks as masks_lib
 from vit_dist.model.layers import (
     Attention,
     Dropout,
@@ -157,9 +158,10 @@ def test_config_round_trip(layer):
 def test_every_layer_has_its_round_trip():
     classes = {
         c
-        for c in vars(layers_lib).values()
+        for module in (layers_lib, masks_lib)
+        for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, keras.Layer) and not c.__name__.startswith("_")
-        if c.__init__.__module__ == layers_lib.__name__  # Keras sees to what it made
+        if c.__init__.__module__.startswith("vit_dist.")  # Keras sees to what it made
     }
     assert classes == {type(layer) for layer in LAYERS}
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from networks import arrays_of, images_for, tiny_vit
-from scipy.special import erf
+from scipy.special import erf, ndtr
 
 from vit_dist.model.layers import Attention, PatchEmbedding, layer_norm
+from vit_dist.model.layers import gelu as gelu_layer
 from vit_dist.model.posemb import sincos2d
 
 
@@ -140,6 +141,14 @@ def test_patches_are_a_convolution():
     actual = layer(images)
     assert layer.kernel.shape == (4, 2, 3, 6)
     np.testing.assert_allclose(actual, tf.reshape(expected, (2, 15, 6)), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype,absolute,relative", [("float32", 5e-7, 0), ("bfloat16", 0, 0.06)])
+def test_exact_gelu_keeps_its_small_values(dtype, absolute, relative):
+    x = tf.cast(tf.linspace(-4.0, 4.0, 201), dtype)
+    exact = np.asarray(x, np.float64)
+    got = np.asarray(gelu_layer(x, "erf"), np.float64)
+    np.testing.assert_allclose(got, exact * ndtr(exact), rtol=relative, atol=absolute)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 16, 3), (2, 16, 8, 1), (2, 16, 16, 3)])

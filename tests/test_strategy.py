@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import socket
 import threading
 import time
@@ -50,6 +51,23 @@ def test_auto(env, tpu, gpus, cpus, expected, monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["x"] * gpus)
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["x"] * cpus)
     assert resolve("auto", tpu) == expected
+
+
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        (None, "--xla_cpu_prefer_vector_width=512"),
+        ("--xla_dump_to=x", "--xla_cpu_prefer_vector_width=512 --xla_dump_to=x"),
+        ("--xla_cpu_prefer_vector_width=128", "--xla_cpu_prefer_vector_width=128"),
+    ],
+)
+def test_xla_uses_whole_vectors_unless_told_otherwise(given, expected, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    for _ in range(2):  # a second strategy in a process adds nothing
+        make_strategy(name="single")
+        assert os.environ["XLA_FLAGS"] == expected
 
 
 @pytest.mark.parametrize("name", [name for name in lib.NAMES if name != "auto"])

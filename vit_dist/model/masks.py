@@ -1,0 +1,66 @@
+"""Dropout and stochastic depth with stateless seeds.
+
+Every random mask is drawn from a seed handed down the call (law 6): a pure function of
+(seed, step, replica, layer), so it differs between replicas and survives a resume. Keras's own
+Dropout keeps hidden state that gives every replica the same mask and that checkpoints miss.
+"""
+
+import zlib
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# One algorithm by name: "auto_select" draws other numbers on other devices.
+RNG = "philox"
+
+
+class _Masked(keras.layers.Layer):
+    """A layer that zeroes a random part of its input while training."""
+
+    def __init__(self, rate: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.rate = rate
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rate": self.rate}
+
+    def build(self, input_shape: Any) -> None:
+        # The path is the layer's place in the model: a stable number of its own for its masks.
+        self._salt = zlib.crc32(self.path.split("/", 1)[-1].encode()) & 0x7FFFFFFF
+        self.built = True
+
+    def mask_shape(self, shape: tf.Tensor, rank: int) -> tf.Tensor:
+        return shape
+
+    def call(self, x: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
+        """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
+
+        Args:
+          x: any shape, floating.
+          training: nothing happens unless true.
+          seed: int32 (2,), required when training with a rate above 0.
+
+        Raises:
+          ValueError: training without a seed.
+        """
+        if not training or self.rate == 0:
+            return x
+        if seed is None:
+            raise ValueError(f"{self.path}: training with rate {self.rate} needs call(seed=...)")
+        seed = tf.random.experimental.stateless_fold_in(seed, self._salt, alg=RNG)
+        shape = self.mask_shape(tf.shape(x), x.shape.rank)
+        draw = tf.random.stateless_uniform(shape, seed, alg=RNG)
+        keep = tf.cast(draw >= self.rate, x.dtype) / tf.cast(1.0 - self.rate, x.dtype)
+        return x * keep
+
+
+class Dropout(_Masked):
+    """Inverted dropout (Srivastava et al. 2014) with stateless seeds."""
+
+
+class DropPath(_Masked):
+    """Stochastic depth (Huang et al. 2016): drops a whole branch, example by example."""
+
+    def mask_shape(self, shape: tf.Tensor, rank: int) -> tf.Tensor:
+        return tf.concat([shape[:1], tf.ones((rank - 1,), tf.int32)], 0)
