@@ -16,7 +16,9 @@ from vit_dist.model.layers import (
     Dropout,
     DropPath,
     EncoderBlock,
+    LayerNorm,
     LayerScale,
+    Linear,
     MapHead,
     Mlp,
     PatchEmbedding,
@@ -108,8 +110,17 @@ LAYERS = [
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
     PatchEmbedding(8, (4, 2), name="d"),
-    Attention(4, qkv_bias=False, dropout=0.1, name="e"),
-    Mlp(12, gelu="erf", dropout=0.4, name="f"),
+    Attention(
+        4,
+        qkv_bias=False,
+        dropout=0.1,
+        softmax="compute",
+        recompute=True,
+        block_size=3,
+        form="tensor",
+        name="e",
+    ),
+    Mlp(12, gelu="erf", dropout=0.4, form="tensor", name="f"),
     EncoderBlock(
         num_heads=2,
         hidden=12,
@@ -119,11 +130,17 @@ LAYERS = [
         attention_dropout=0.2,
         drop_path=0.3,
         layer_scale=0.4,
+        recompute_attention=True,
+        attention_block=3,
+        softmax="compute",
         norm_epsilon=1e-5,
+        form="tensor",
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", norm_epsilon=1e-5, name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", norm_epsilon=1e-5, form="tensor", name="h"),
+    Linear(6, form="tensor", name="i"),
+    LayerNorm(form="tensor", name="j"),
 ]
 ODD_VIT = {
     "pool": "map",
@@ -135,6 +152,8 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "remat": "full",
+    "softmax": "compute",
     "cls_token": True,
     "registers": 2,
     "prefix_posemb": "all",
@@ -142,15 +161,21 @@ ODD_VIT = {
     "norm_after_pool": True,
     "channels": 1,
 }
+# What does not go together.
+VITS = [
+    ViT(**tiny_config(**ODD_VIT), form="tensor"),
+    ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3})),
+]
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, ViT(**tiny_config(**ODD_VIT))], ids=repr)
+@pytest.mark.parametrize("layer", [*LAYERS, *VITS], ids=repr)
 def test_config_round_trip(layer):
     config = layer.get_config()
     parameters = inspect.signature(type(layer)).parameters.values()
     for p in parameters:
         if p.kind is not p.VAR_KEYWORD:
-            assert config[p.name] != p.default, f"{p.name} is not in the config, or untested"
+            values = [c.get_config()[p.name] for c in (layer, *VITS) if type(c) is type(layer)]
+            assert set(values) != {p.default}, f"{p.name} is not in the config, or untested"
     again = type(layer).from_config(json.loads(json.dumps(config))).get_config()
     assert json.dumps(again) == json.dumps(config)
 

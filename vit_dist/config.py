@@ -1,18 +1,18 @@
-"""Every config key with its default, durations, and binding a section to the function it feeds.
+"""Every config key with its default, and durations.
 
 A config file is a Python file with `get_config(arg=None)` that starts from `get_defaults()`,
 changes values and returns the result. Any key can be overridden in the shell:
 --config.section.key=value.
 """
 
-import difflib
-import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
+
+from vit_dist.binding import check_type, did_you_mean
 
 UNITS = ("steps", "epochs", "examples", "percent")
 
@@ -69,6 +69,15 @@ DEFAULTS: dict[str, Any] = {
         "num_threads": _Typed(None, int),  # None: as many as tf.data finds useful
         "prefetch": 2,  # batches per replica kept ready
     },
+    "mixing": {  # data/mixing.py
+        "mixup_alpha": 0.0,  # of Beta(alpha, alpha); 0: no mixup
+        "cutmix_alpha": 0.0,  # the same for CutMix
+        "probability": 1.0,  # of mixing at all
+        "switch_probability": 0.5,  # of CutMix, if both alphas are positive
+        "mode": "batch",  # what shares a draw: batch | pair | elem (each its own)
+        "group_size": 2,  # neighbours that are each other's partners; divides a micro-batch
+        "fold_lambda": False,  # mixup's lambda = max(lambda, 1 - lambda), as big_vision
+    },
     "model": {  # model/vit.py
         "variant": "S/16",  # size/patch
         "width": _Typed(None, int),  # these four replace the variant's
@@ -85,6 +94,9 @@ DEFAULTS: dict[str, Any] = {
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
+        "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
+        "attention_block": _Typed(None, int),  # keys at a time, e.g. 512 for many tokens
+        "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
         "cls_token": _Typed(None, bool),  # None: if the pool needs one
         "registers": 0,  # further learned tokens, e.g. 4
         "prefix_posemb": "cls",  # which tokens before the patches have a position: cls | all | none
@@ -98,26 +110,38 @@ DEFAULTS: dict[str, Any] = {
         "label_smoothing": 0.0,
     },
     "optimizer": {  # training/optim.py
-        "name": "adamw",  # adamw | sgd
+        "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon
         "learning_rate": 1e-3,  # the schedule's peak
-        "weight_decay": 0.1,  # decoupled, multiplied by the learning rate
-        "decay_pattern": "kernel$",  # regex: which variables decay
-        "beta_1": 0.9,  # adamw
-        "beta_2": 0.999,  # adamw
-        "epsilon": 1e-8,  # adamw
-        "momentum": 0.9,  # sgd
+        "weight_decay": 0.1,  # decoupled; from big_vision: its value / peak, or decay_scale
+        "decay_scale": "learning_rate",  # decay is times this: learning_rate | schedule
+        # (regex, factor) pairs, of which the first found in a variable's name counts.
+        "decay_multipliers": _Typed((("kernel$", 1.0),), object),  # of decay; no match: 0
+        "lr_multipliers": _Typed((), object),  # of the learning rate; 0 freezes; no match: 1
+        "layer_decay": _Typed(None, float),  # learning rate per block from the head down, e.g. 0.75
+        "momentum_dtype": "float32",  # in which first moments are stored: float32 | bfloat16
+        "beta_1": 0.9,  # adamw, lamb, lion, adafactor_vit, muon
+        "beta_2": _Typed(None, float),  # the same; None: lion 0.99, else 0.999
+        "epsilon": _Typed(None, float),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
+        "momentum": _Typed(None, float),  # None: sgd 0.9, muon 0.95
     },
     "schedule": {  # training/schedules.py
-        "name": "cosine",  # cosine | linear | rsqrt | constant
-        **_durations("warmup", steps=0),  # linear, from 0
+        "name": "cosine",  # cosine | linear | polynomial | rsqrt | step | constant
+        **_durations("warmup", steps=0),  # linear, from start_factor
         **_durations("cooldown", steps=0),  # linear, to 0 at the end
         **_durations("timescale", steps=10_000),  # rsqrt
-        "end_factor": 0.0,  # cosine, linear: final learning rate / peak
+        **_durations("hold", steps=1),  # the rate changes only so often
+        "start_factor": 0.0,  # the warmup's first learning rate / peak
+        "end_factor": 0.0,  # cosine, linear, polynomial: final learning rate / peak
+        "power": 2.0,  # polynomial
+        "milestones": _Typed((30.0, 60.0, 90.0), object),  # step: percent of the run
+        "drop": 0.1,  # step: factor at each milestone
+        "decay_from": "warmup",  # its end, or start: of the run, as timm
     },
     "step": {  # training/step.py
         "accumulation": 1,  # micro-batches per replica and step
         "clip_norm": _Typed(1.0, float),  # global; None: no clipping
         "ema_decay": _Typed(None, float),  # e.g. 0.9999; None: no moving average
+        "all_reduce_dtype": "float32",  # in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
     "strategy": {  # strategy.py
@@ -145,12 +169,6 @@ def get_defaults() -> ConfigDict:
         return config
 
     return build(DEFAULTS).lock()
-
-
-def did_you_mean(name: str, allowed: Any) -> str:
-    """ "; did you mean 'x'?" with the nearest of `allowed`, or nothing."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -198,9 +216,9 @@ def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> 
                 raise ValueError(f"{name} must be a section of keys, got {value!r}")
             _check_keys(value, default, name)
         elif not isinstance(default, _Typed):
-            _check_type(name, value, type(default))
+            check_type(name, value, type(default))
         elif default.type is not object:
-            _check_type(name, value, default.type | None)
+            check_type(name, value, default.type | None)
 
 
 def _keep_one(
@@ -265,48 +283,6 @@ def duration(
 def without_durations(section: ConfigDict) -> dict[str, Any]:
     """A section's keys but for the durations, for binding beside their values in steps."""
     return {k: v for k, v in section.items() if k.rsplit("_", 1)[-1] not in UNITS}
-
-
-def bind(
-    function: Callable[..., Any], section: Mapping[str, Any], *, name: str, **given: Any
-) -> dict[str, Any]:
-    """The keyword arguments of `function` from a section of the config and values computed by us.
-
-    Replacing a whole section passes a locked ConfigDict silently; the signature is what counts.
-
-    Raises:
-      ValueError: a key the function does not take, one that it needs, or one given twice.
-    """
-    parameters = inspect.signature(function).parameters
-    for key in section:
-        if key not in parameters or key in given:
-            allowed = sorted(set(parameters) - set(given))
-            raise ValueError(
-                f"config.{name}.{key} is unknown{did_you_mean(key, allowed)} "
-                f"Keys of config.{name}: {', '.join(allowed)}"
-            )
-    arguments = {**section, **given}
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
-    if missing:
-        raise ValueError(f"config.{name} lacks {', '.join(missing)}")
-    for key, value in section.items():
-        _check_type(f"config.{name}.{key}", value, parameters[key].annotation)
-    return arguments
-
-
-def _check_type(key: str, value: Any, annotation: Any) -> None:
-    if isinstance(annotation, str):
-        raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
-    allowed = get_args(annotation) or (annotation,)
-    if not all(isinstance(t, type) for t in allowed):
-        return  # a generic such as tuple[int, int]: the function's own checks judge it
-    if isinstance(value, bool):  # an int to Python, but a mistake where a number belongs
-        fits = bool in allowed
-    else:
-        fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
-    if not fits:
-        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        raise ValueError(f"{key} must be {wanted}, got {value!r}")
 
 
 def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:

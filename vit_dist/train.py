@@ -29,8 +29,16 @@ from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.losses import make_loss
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import check_step, choose_jit, make_train_step
-from vit_dist.wiring import Run, check, eval_data, explain_error, make_state, train_data
+from vit_dist.training.step import choose_jit, make_train_step
+from vit_dist.wiring import (
+    Run,
+    check,
+    check_parts,
+    eval_data,
+    explain_error,
+    make_state,
+    train_data,
+)
 
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
@@ -68,7 +76,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     start = find_start(workdir, run.config)
     _make_folder(workdir)
     strategy = make_strategy(**run.strategy)
-    check_step(**{**run.step, "num_replicas": strategy.num_replicas_in_sync})
+    check_parts(run.step, run.mixing, num_replicas=strategy.num_replicas_in_sync)
     check_hosts(start, strategy)
     state = make_state(run, strategy)
     origin = restore_or_init(state, run, start)
@@ -134,7 +142,9 @@ class _Loop:
             accumulation=run.step["accumulation"],
             clip_norm=run.step["clip_norm"],
             ema_decay=run.step["ema_decay"],
+            all_reduce_dtype=run.step["all_reduce_dtype"],
             jit=jit,
+            mixing=run.mixing,
         )
         self.evaluate = make_evaluator(
             state.eval_model,
@@ -194,7 +204,8 @@ class _Loop:
         metrics["epoch"] = step * self.r.batch_size / self.r.sources["train"].num_examples
         self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
         if self.chief:
-            shown = ("loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second")
+            shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
+            shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
             eta = self.meter.eta(step, self.r.total_steps)
             self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
         return metrics

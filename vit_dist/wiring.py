@@ -9,18 +9,27 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
+from vit_dist.binding import bind
 from vit_dist.data.base import Source
+from vit_dist.data.mixing import Mixing, check_groups, make_mixing
 from vit_dist.data.order import train_indices
 from vit_dist.data.pipe import Pipe, output_spec, parse
 from vit_dist.data.pipeline import explain_data_error, make_eval_data, make_train_data
 from vit_dist.data.sources import open_source
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import PRECISIONS, vit_config
-from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.model.variants import PRECISIONS, choose_form, vit_config
+from vit_dist.model.vit import build_vit, named_weights, weight_shapes
 from vit_dist.model.weights import PATCH_METHODS
-from vit_dist.strategy import check_strategy, host_replicas, make_strategy, num_hosts
+from vit_dist.strategy import (
+    check_strategy,
+    device_kind,
+    host_replicas,
+    make_strategy,
+    num_hosts,
+)
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
+from vit_dist.training.rules import check_names
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step
@@ -44,6 +53,7 @@ class Run:
     schedule: dict[str, Any]
     loss: dict[str, Any]
     step: dict[str, Any]
+    mixing: Mixing | None
     strategy: dict[str, Any]
     total_steps: int
     log_steps: int
@@ -62,24 +72,28 @@ def check(config: ConfigDict) -> Run:
       ValueError: the first mistake found; says what was given, what is allowed, what to do.
     """
     config = config_lib.finalize(config)
-    strategy = config_lib.bind(make_strategy, config.strategy, name="strategy")
+    strategy = bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
-    optimizer = config_lib.bind(make_optimizer, config.optimizer, name="optimizer", variables={})
+    optimizer = bind(make_optimizer, config.optimizer, name="optimizer", variables={})
     optimizer.pop("variables")
     check_optimizer(**optimizer)
-    loss = config_lib.bind(make_loss, config.loss, name="loss")
+    loss = bind(make_loss, config.loss, name="loss")
     make_loss(**loss)
     size = config_lib.parse_image_size(config.image_size)
     _check_ranges(config)
-    step = config_lib.bind(
+    step = bind(
         check_step, config.step, name="step", batch_size=config.input.batch_size,
         num_replicas=max(config.strategy.virtual_cpus, 1),
     )  # fmt: skip
-    check_step(**step)
+    mixing = make_mixing(**bind(make_mixing, config.mixing, name="mixing"))
+    check_parts(step, mixing, num_replicas=step["num_replicas"])
     _durations(config, num_examples=1)  # a mistake there shows before a data set is prepared
     sources = _open_sources(config)
     num_classes = sources["train"].num_classes
     model, build = _check_model(config, size, num_classes)
+    patterns = {k: optimizer[k] for k in ("decay_multipliers", "lr_multipliers")}
+    if patterns != {k: config_lib.get_defaults().optimizer[k] for k in patterns}:  # takes a second
+        check_names(weight_shapes(vit_config(**model)), **patterns)
     pipes = {
         "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
         "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),
@@ -99,12 +113,20 @@ def check(config: ConfigDict) -> Run:
         schedule=schedule,
         loss=loss,
         step=step,
+        mixing=mixing,
         strategy=strategy,
         total_steps=durations["total"],
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
     )
+
+
+def check_parts(step: Mapping[str, Any], mixing: Mixing | None, *, num_replicas: int) -> None:
+    """Checks that the global batch can be cut into replicas and micro-batches."""
+    check_step(**{**step, "num_replicas": num_replicas})
+    num_parts = num_replicas * step["accumulation"]
+    check_groups(mixing, batch_size=step["batch_size"], num_parts=num_parts)
 
 
 def _check_ranges(config: ConfigDict) -> None:
@@ -160,10 +182,8 @@ def _check_model(
     config: ConfigDict, size: tuple[int, int], num_classes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
-    model = config_lib.bind(
-        vit_config, section, name="model", image_size=size, num_classes=num_classes
-    )
-    build = config_lib.bind(
+    model = bind(vit_config, section, name="model", image_size=size, num_classes=num_classes)
+    build = bind(
         build_vit,
         {k: v for k, v in config.model.items() if k in _BUILD_KEYS},
         name="model",
@@ -218,9 +238,9 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
             total_steps=total_steps,
             where="config.schedule",
         )
-        for name in ("warmup", "cooldown", "timescale")
+        for name in ("warmup", "cooldown", "timescale", "hold")
     }
-    return config_lib.bind(
+    return bind(
         make_schedule,
         config_lib.without_durations(config.schedule),
         name="schedule",
@@ -232,10 +252,11 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
 
 def make_state(run: Run, strategy: tf.distribute.Strategy) -> TrainState:
     """Model, optimiser and moving average, new, under the strategy's scope."""
+    build = {**run.build, "form": choose_form(device_kind(strategy))}
     with strategy.scope():
-        model = build_vit(**run.build)
+        model = build_vit(**build)
         optimizer = make_optimizer(named_weights(model), **run.optimizer)
-        ema = build_vit(**run.build) if run.step["ema_decay"] else None
+        ema = build_vit(**build) if run.step["ema_decay"] else None
         return TrainState(model, optimizer, ema)
 
 
@@ -252,6 +273,7 @@ def train_data(run: Run, strategy: tf.distribute.Strategy, *, first_step: int) -
         local_replicas=local,
         num_threads=run.config.input.num_threads,
         prefetch=run.config.input.prefetch * len(local),
+        mixing=run.mixing,
     )
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 

@@ -6,6 +6,7 @@ nothing has to be replayed at a later start, and neither threads nor hosts nor r
 batch.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from concurrent import futures
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 from vit_dist.data import order
 from vit_dist.data.base import Source
+from vit_dist.data.mixing import Mixing
 from vit_dist.data.pipe import POSITION_SPEC, Pipe, output_spec
 
 # Examples handled by one call in tf.data, whose overhead (about 50 us) would be that of a small
@@ -34,6 +36,7 @@ def make_train_data(
     local_replicas: range = range(1),
     num_threads: int | None = None,
     prefetch: int = PREFETCH,
+    mixing: Mixing | None = None,
 ) -> tf.data.Dataset:
     """Returns endless training batches, from `first_step` on.
 
@@ -50,6 +53,7 @@ def make_train_data(
       local_replicas: Which of them this host feeds.
       num_threads: Threads for reading and preprocessing; None lets tf.data choose.
       prefetch: Batches of one replica prepared ahead.
+      mixing: Adds "mix", (b, 6) float32: what its `images` and `labels` take on the accelerator.
 
     Returns:
       A dataset of dicts with what the pipe keeps, each (batch_size / num_replicas, ...), static.
@@ -73,7 +77,12 @@ def make_train_data(
         stream = stream.filter(lambda p, _: _is_local(p, batch_size, share, local_replicas))
         records = stream.batch(_chunk(share), drop_remainder=True)
         records = records.map(lambda p, record: _placed(source, p, record, seed))
-    return _batches(source, pipe, records, share, spec, num_threads, prefetch)
+    ds = _batches(source, pipe, records, share, spec, num_threads)
+    if mixing is not None:
+        size = tuple(spec["image"].shape[:2])
+        draw = functools.partial(mixing.draw, seed=seed, batch_size=batch_size, size=size)
+        ds = _with_rows(ds, draw, share, first_step, local_replicas)
+    return _finish(ds, num_threads, prefetch)
 
 
 def make_eval_data(
@@ -109,7 +118,8 @@ def make_eval_data(
         stream = stream.filter(lambda p, _: _is_local(p, batch_size, share, local_replicas))
         records = stream.batch(_chunk(share), drop_remainder=True)
         records = records.map(lambda p, record: _eval_place(source, p, record))
-    return _batches(source, pipe, records, share, spec, num_threads, PREFETCH)
+    ds = _batches(source, pipe, records, share, spec, num_threads)
+    return _finish(ds, num_threads, PREFETCH)
 
 
 def explain_data_error(
@@ -259,7 +269,6 @@ def _batches(
     share: int,
     spec: dict[str, tf.TensorSpec],
     num_threads: int | None,
-    prefetch: int,
 ) -> tf.data.Dataset:
     """Turns chunks of records into batches of `share` examples, as `spec` says each is."""
 
@@ -276,7 +285,24 @@ def _batches(
         return {key: tf.reshape(chunks[key], (share, *spec[key].shape)) for key in spec}
 
     ds = records.map(make_chunk, _parallel(num_threads))
-    ds = ds.batch(share // _chunk(share), drop_remainder=True).map(join).prefetch(prefetch)
+    return ds.batch(share // _chunk(share), drop_remainder=True).map(join)
+
+
+def _with_rows(
+    ds: tf.data.Dataset, draw, share: int, first_step: int, local: range
+) -> tf.data.Dataset:
+    """Adds each replica's part of what is drawn for the global batch."""
+
+    def add(i: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        rows = draw(first_step + i // len(local))
+        start = (local.start + i % len(local)) * share
+        return {**batch, "mix": tf.ensure_shape(rows[start : start + share], (share, 6))}
+
+    return ds.enumerate().map(add)
+
+
+def _finish(ds: tf.data.Dataset, num_threads: int | None, prefetch: int) -> tf.data.Dataset:
+    ds = ds.prefetch(prefetch)
     options = tf.data.Options()
     options.deterministic = True
     # Each host reads its own share already.

@@ -1,6 +1,10 @@
 """The layers a Vision Transformer is made of.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H, M hidden width of the MLP.
+
+Layers compute the same numbers in two forms: "matrix" for CPUs and GPUs, "tensor" for TPUs (see
+`contract`).
+
 """
 
 from typing import Any
@@ -8,16 +12,36 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from vit_dist.model import contract
+from vit_dist.model.attention import Attention
+from vit_dist.model.contract import Linear
 from vit_dist.model.masks import Dropout, DropPath
 
 LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other logits
 
 
+class LayerNorm(keras.layers.LayerNormalization):
+    """LayerNorm (Ba et al. 2016); its statistics are float32 under every policy."""
+
+    def __init__(self, *, form: str = "matrix", **kwargs: Any):
+        super().__init__(**kwargs)
+        self.form = form
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "form": self.form}
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        if self.form == "matrix" or self.compute_dtype == "float32":
+            return super().call(x)  # on CPUs 3 times faster than contract.normalize
+        gamma, beta = (tf.convert_to_tensor(v) for v in (self.gamma, self.beta))
+        return contract.normalize(x, gamma, beta, self.epsilon)
+
+
 def layer_norm(
-    name: str, dtype: Any, epsilon: float = LAYER_NORM_EPSILON
-) -> keras.layers.LayerNormalization:
-    """LayerNorm as in the reference; its statistics are float32 under every policy."""
-    return keras.layers.LayerNormalization(epsilon=epsilon, name=name, dtype=dtype)
+    name: str, dtype: Any, *, epsilon: float = LAYER_NORM_EPSILON, form: str = "matrix"
+) -> keras.layers.Layer:
+    """LayerNorm with the reference's epsilon, unless told otherwise."""
+    return LayerNorm(epsilon=epsilon, form=form, name=name, dtype=dtype)
 
 
 def gelu(x: tf.Tensor, kind: str) -> tf.Tensor:
@@ -53,24 +77,6 @@ class LayerScale(keras.layers.Layer):
         return x * self.gamma
 
 
-class Linear(keras.layers.Dense):
-    """Keras's Dense, computed on one flattened matrix: the same numbers, 4 % less time per step.
-
-    Keras contracts the last axis of the tensor as it is, and XLA on a CPU then moves more of it
-    around in the backward pass.
-    """
-
-    def call(self, x: tf.Tensor, training: bool = False):
-        kernel = tf.convert_to_tensor(self.kernel)
-        y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
-        if self.use_bias:
-            # Not bias_add: XLA takes longer for its gradient, to compile it and to compute it.
-            y = y + tf.convert_to_tensor(self.bias)
-        if self.activation is not None:
-            y = self.activation(y)
-        return tf.reshape(y, (-1, *x.shape[1:-1], self.units))
-
-
 class PatchEmbedding(keras.layers.Layer):
     """Cuts images into patches and projects each: a convolution with stride = kernel, as a matmul.
 
@@ -101,82 +107,15 @@ class PatchEmbedding(keras.layers.Layer):
         return tf.reshape(x, (-1, rows * columns, self.width))
 
 
-class Attention(keras.layers.Layer):
-    """Multi-head dot-product attention (Vaswani et al. 2017), queries from x, keys from context.
-
-    q, k and v are three projections: compiled for a TPU that takes less memory traffic than one
-    fused projection. The softmax is computed in float32 under every policy.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        *,
-        qkv_bias: bool = True,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ):
-        super().__init__(**kwargs)
-        self.num_heads, self.qkv_bias, self.dropout = num_heads, qkv_bias, dropout
-        self.drop = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "qkv_bias": self.qkv_bias,
-            "dropout": self.dropout,
-        }
-
-    def build(self, input_shape: Any) -> None:
-        width, dtype = input_shape[-1], self.dtype_policy
-        for name in ("query", "key", "value"):
-            dense = Linear(width, use_bias=self.qkv_bias, name=name, dtype=dtype)
-            dense.build(input_shape)
-            setattr(self, name, dense)
-        self.out = Linear(width, name="out", dtype=dtype)
-        self.out.build(input_shape)
-        self.drop.build(input_shape)
-
-    def _heads(self, x: tf.Tensor) -> tf.Tensor:
-        """(B, N, D) -> (B, H, N, K)."""
-        x = tf.reshape(x, (-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads))
-        return tf.transpose(x, (0, 2, 1, 3))
-
-    def call(
-        self,
-        x: tf.Tensor,
-        context: tf.Tensor | None = None,
-        training: bool = False,
-        seed: tf.Tensor | None = None,
-        return_weights: bool = False,
-    ):
-        """(B, N, D), context (B, N', D) -> (B, N, D), and the weights (B, H, N, N') if asked."""
-        context = x if context is None else context
-        query = self._heads(self.query(x))
-        key, value = self._heads(self.key(context)), self._heads(self.value(context))
-        query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
-        logits = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
-        # Softmax with the division after the product with the values, as in FlashAttention-2
-        # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
-        peak = tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
-        weights = tf.exp(logits - peak)
-        total = tf.reduce_sum(weights, axis=-1, keepdims=True)
-        if value.dtype == tf.float16:  # values summed over many tokens would overflow
-            weights, total = weights / total, tf.ones_like(total)
-        dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
-        y = tf.matmul(dropped, value) / tf.cast(total, value.dtype)
-        y = tf.transpose(y, (0, 2, 1, 3))
-        y = self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
-        return (y, weights / total) if return_weights else y
-
-
 class Mlp(keras.layers.Layer):
     """Dense, GELU, Dense: (B, N, D) -> (B, N, M) -> (B, N, D), dropout after each."""
 
-    def __init__(self, hidden: int, *, gelu: str = "tanh", dropout: float = 0.0, **kwargs: Any):
+    def __init__(
+        self, hidden: int, *, gelu: str = "tanh", dropout: float = 0.0, form: str = "matrix",
+        **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(**kwargs)
-        self.hidden, self.gelu, self.dropout = hidden, gelu, dropout
+        self.hidden, self.gelu, self.dropout, self.form = hidden, gelu, dropout, form
         self.drop_0 = Dropout(dropout, name="dropout_0", dtype=self.dtype_policy)
         self.drop_1 = Dropout(dropout, name="dropout_1", dtype=self.dtype_policy)
 
@@ -186,11 +125,13 @@ class Mlp(keras.layers.Layer):
             "hidden": self.hidden,
             "gelu": self.gelu,
             "dropout": self.dropout,
+            "form": self.form,
         }
 
     def build(self, input_shape: Any) -> None:
-        self.dense_0 = Linear(self.hidden, name="dense_0", dtype=self.dtype_policy)
-        self.dense_1 = Linear(input_shape[-1], name="dense_1", dtype=self.dtype_policy)
+        shared: dict[str, Any] = {"form": self.form, "dtype": self.dtype_policy}
+        self.dense_0 = Linear(self.hidden, name="dense_0", **shared)
+        self.dense_1 = Linear(input_shape[-1], name="dense_1", **shared)
         self.dense_0.build(input_shape)
         self.dense_1.build((*input_shape[:-1], self.hidden))
         self.drop_0.build(input_shape)
@@ -216,29 +157,26 @@ class EncoderBlock(keras.layers.Layer):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        softmax: str = "float32",
+        recompute_attention: bool = False,
+        attention_block: int | None = None,
         norm_epsilon: float = LAYER_NORM_EPSILON,
+        form: str = "matrix",
         **kwargs: Any,
     ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = {
-            "num_heads": num_heads,
-            "hidden": hidden,
-            "gelu": gelu,
-            "qkv_bias": qkv_bias,
-            "dropout": dropout,
-            "attention_dropout": attention_dropout,
-            "drop_path": drop_path,
-            "layer_scale": layer_scale,
-            "norm_epsilon": norm_epsilon,
-        }
+        self._config = config
         dtype = self.dtype_policy
-        self.norm_0 = layer_norm("norm_0", dtype, norm_epsilon)
+        shared: dict[str, Any] = {"form": form, "dtype": dtype}
+        self.norm_0 = layer_norm("norm_0", epsilon=norm_epsilon, **shared)
         self.attention = Attention(
-            num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, name="attention", dtype=dtype
-        )
+            num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, softmax=softmax,
+            recompute=recompute_attention, block_size=attention_block, name="attention", **shared,
+        )  # fmt: skip
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.norm_1 = layer_norm("norm_1", dtype, norm_epsilon)
-        self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", dtype=dtype)
+        self.norm_1 = layer_norm("norm_1", epsilon=norm_epsilon, **shared)
+        self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", **shared)
         self.scales: list[LayerScale] = []
         if layer_scale is not None:
             self.scales = [
@@ -250,7 +188,7 @@ class EncoderBlock(keras.layers.Layer):
         return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any) -> None:
-        parts = [self.norm_0, self.attention, self.drop, self.norm_1, self.mlp]
+        parts: list[Any] = [self.norm_0, self.attention, self.drop, self.norm_1, self.mlp]
         for layer in (*parts, *self.scales, *self.paths):
             layer.build(input_shape)
 
@@ -285,14 +223,16 @@ class MapHead(keras.layers.Layer):
         hidden: int,
         gelu: str = "tanh",
         norm_epsilon: float = LAYER_NORM_EPSILON,
+        form: str = "matrix",
         **kwargs: Any,
     ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = {"num_heads": num_heads, "hidden": hidden, "gelu": gelu}
-        self._config["norm_epsilon"] = norm_epsilon
-        self.attention = Attention(num_heads, name="attention", dtype=self.dtype_policy)
-        self.norm = layer_norm("norm", self.dtype_policy, norm_epsilon)
-        self.mlp = Mlp(hidden, gelu=gelu, name="mlp", dtype=self.dtype_policy)
+        self._config = config
+        shared: dict[str, Any] = {"form": form, "dtype": self.dtype_policy}
+        self.attention = Attention(num_heads, name="attention", **shared)
+        self.norm = layer_norm("norm", epsilon=norm_epsilon, **shared)
+        self.mlp = Mlp(hidden, gelu=gelu, name="mlp", **shared)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self._config}

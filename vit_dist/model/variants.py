@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from vit_dist.model.memory import POLICIES
 from vit_dist.model.posemb import sincos2d
 
 # Table 2 of arXiv 2106.04560; mu exists for tests, So400m is arXiv 2305.13035's.
@@ -24,6 +25,8 @@ CLS_POOLS = ("tok", "tok_gap")  # those that need a cls token
 PREFIX_POSEMBS = ("cls", "all", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
+SOFTMAXES = ("float32", "compute")
+FORMS = ("matrix", "tensor")
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "channels")
 PRECISIONS = {
     "float32": "float32",
@@ -71,9 +74,13 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    remat: str,
+    attention_block: int | None,
+    softmax: str,
     cls_token: bool,
     prefix_posemb: str,
     norm_epsilon: float,
+    form: str = "matrix",
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
@@ -94,6 +101,9 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("remat", remat, POLICIES)
+    check_choice("softmax", softmax, SOFTMAXES)
+    check_choice("form", form, FORMS)
     check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
     if pool in CLS_POOLS and not cls_token:
         raise ValueError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
@@ -106,6 +116,27 @@ def check_vit(
             raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
     if posemb == "sincos2d":
         sincos2d((1, 1), width)
+    if attention_block is not None:
+        _check_attention_block(attention_block, remat=remat, dropout=rest["attention_dropout"])
+
+
+def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
+    if size < 1:
+        raise ValueError(f"attention_block must be 1 or more keys, or None, got {size}")
+    if remat == "attention":
+        raise ValueError(
+            "attention_block computes the attention anew already: set remat to none or full"
+        )
+    if dropout:
+        raise ValueError(
+            f"attention_block cannot drop attention weights: set attention_dropout to 0, not "
+            f"{dropout}, or attention_block to None"
+        )
+
+
+def choose_form(kind: str) -> str:
+    """The form of ViT that is fastest on a kind of device: "CPU", "GPU" or "TPU"."""
+    return "tensor" if kind == "TPU" else "matrix"
 
 
 def vit_config(
@@ -126,6 +157,9 @@ def vit_config(
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
+    remat: str = "none",
+    attention_block: int | None = None,
+    softmax: str = "float32",
     cls_token: bool | None = None,
     registers: int = 0,
     prefix_posemb: str = "cls",
@@ -141,28 +175,10 @@ def vit_config(
     Raises:
       ValueError: see ViT and parse_variant.
     """
-    sizes: dict[str, Any] = parse_variant(variant)
-    given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
-    sizes.update({k: v for k, v in given.items() if v is not None})
-    config = {
-        **sizes,
-        "image_size": image_size,
-        "num_classes": num_classes,
-        "pool": pool,
-        "posemb": posemb,
-        "rep_size": sizes["width"] if rep_size == -1 else rep_size,
-        "dropout": dropout,
-        "attention_dropout": attention_dropout,
-        "drop_path": drop_path,
-        "layer_scale": layer_scale,
-        "gelu": gelu,
-        "qkv_bias": qkv_bias,
-        "cls_token": needs_cls(pool) if cls_token is None else cls_token,
-        "registers": registers,
-        "prefix_posemb": prefix_posemb,
-        "norm_epsilon": norm_epsilon,
-        "norm_after_pool": norm_after_pool,
-        "channels": channels,
-    }
+    config = dict(locals())
+    sizes: dict[str, Any] = parse_variant(config.pop("variant"))
+    config |= {k: v if config.get(k) is None else config[k] for k, v in sizes.items()}
+    config["rep_size"] = config["width"] if rep_size == -1 else rep_size
+    config["cls_token"] = needs_cls(pool) if cls_token is None else cls_token
     check_vit(**config)
     return config

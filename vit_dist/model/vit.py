@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.memory import rematerialized_layer
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit, needs_cls
 
@@ -36,6 +37,12 @@ class ViT(keras.Model):
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
+      remat: what a training step computes anew in its backward pass rather than keep: "none", the
+        "attention" (logits, softmax and its product with the values), or blocks in "full".
+      attention_block: None, or how many keys attention takes at a time; for many tokens.
+      softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
+        flax and big_vision have it.
+      form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
       cls_token: whether there is one; None: if the pool needs it.
       registers: further learned tokens between the cls token and the patches (arXiv 2309.16588).
       prefix_posemb: which tokens before the patches have an entry in the learned table: "cls",
@@ -67,6 +74,10 @@ class ViT(keras.Model):
         layer_scale: float | None = None,
         gelu: str = "tanh",
         qkv_bias: bool = True,
+        remat: str = "none",
+        attention_block: int | None = None,
+        softmax: str = "float32",
+        form: str = "matrix",
         cls_token: bool | None = None,
         registers: int = 0,
         prefix_posemb: str = "cls",
@@ -84,23 +95,18 @@ class ViT(keras.Model):
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
-        self.norm_after_pool, self.cls_token = norm_after_pool, cls_token
+        self.remat, self.norm_after_pool, self.cls_token = remat, norm_after_pool, cls_token
         self.registers_count = registers
         self.prefix = int(cls_token) + registers  # tokens before the patches
         # ... of which the learned table has an entry for the first so many
         self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
         dtype = self.dtype_policy
-        shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        shared |= {"norm_epsilon": norm_epsilon, "dtype": dtype}
         self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        more: dict[str, Any] = {"qkv_bias": qkv_bias, "layer_scale": layer_scale}
-        more |= {"dropout": dropout, "attention_dropout": attention_dropout}
-        self.blocks = [
-            EncoderBlock(**shared, **more, drop_path=float(rate), name=f"encoderblock_{i}")
-            for i, rate in enumerate(drop_path * np.arange(depth) / max(depth - 1, 1))
-        ]
-        self.norm = layer_norm("encoder_norm", dtype, norm_epsilon)
+        self.blocks = [self._make_block(i) for i in range(depth)]
+        self.norm = layer_norm("encoder_norm", dtype, epsilon=norm_epsilon, form=form)
+        shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
+        shared |= {"norm_epsilon": norm_epsilon, "form": form, "dtype": dtype}
         self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
         dense = keras.layers.Dense
         self.pre_logits = (
@@ -108,6 +114,19 @@ class ViT(keras.Model):
         )
         # Logits in float32 under every policy: the loss subtracts large numbers.
         self.head = dense(num_classes, name="head", dtype="float32") if num_classes else None
+
+    def _make_block(self, index: int) -> EncoderBlock:
+        config = self._config
+        same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
+        return EncoderBlock(
+            **{key: config[key] for key in (*same, "norm_epsilon", "softmax", "form")},
+            hidden=config["mlp_dim"],
+            drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
+            recompute_attention=self.remat == "attention",
+            attention_block=config["attention_block"],
+            name=f"encoderblock_{index}",
+            dtype=self.dtype_policy,
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self._config}
@@ -127,7 +146,8 @@ class ViT(keras.Model):
             self.pos_embedding = self.add_weight(
                 name="pos_embedding", shape=(1, entries, self.width)
             )
-        for layer in (self.drop, *self.blocks, self.norm):
+        parts: list[Any] = [self.drop, *self.blocks, self.norm]
+        for layer in parts:
             layer.build(shape)
         if self.map_head:
             self.map_head.build((None, tokens - self.prefix, self.width))
@@ -176,7 +196,8 @@ class ViT(keras.Model):
         mode = {"training": training, "seed": seed}
         x = self._embed(tf.cast(images, self.compute_dtype), **mode)
         for block in self.blocks:
-            x = block(x, **mode)
+            recompute = training and self.remat == "full"
+            x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
         x = self.norm(self._pool(x)) if self.norm_after_pool else self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
 
@@ -215,6 +236,7 @@ def build_vit(
     *,
     seed: int = 0,
     precision: str = "float32",
+    form: str = "matrix",
     head_bias: float = 0.0,
     posemb_stddev: float = 0.02,
 ) -> ViT:
@@ -224,6 +246,7 @@ def build_vit(
       config: what vit_config returned.
       seed: of the initial weights; each variable's draw depends on it and the variable's name only.
       precision: "float32", "bfloat16" or "float16" activations; variables are always float32.
+      form: of ViT; choose_form says which fits a kind of device.
       head_bias: initial bias of the head (-10 or -6.9 for sigmoid losses over 21k or 1k classes).
       posemb_stddev: of a learned position table; 0.02 in vision_transformer, 1/sqrt(width) in
         big_vision.
@@ -232,7 +255,7 @@ def build_vit(
       ValueError: unknown precision.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
-    model = ViT(**config, dtype=PRECISIONS[precision], name="vit")
+    model = ViT(**config, form=form, dtype=PRECISIONS[precision], name="vit")
     model.build()
     initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
     return model
@@ -265,3 +288,11 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
 def named_weights(model: keras.Model) -> dict[str, keras.Variable]:
     """The model's variables by name, such as "encoderblock_0/attention/query/kernel"."""
     return {v.path.split("/", 1)[-1]: v for v in model.weights}
+
+
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the variables that build_vit would make, by name; touches no device."""
+    with tf.Graph().as_default():  # of which nothing is ever run
+        model = ViT(**config, name="vit")
+        model.build()
+    return {name: tuple(v.shape) for name, v in named_weights(model).items()}

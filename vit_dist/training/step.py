@@ -8,7 +8,7 @@ Shapes: b examples per replica, a micro-batches, C classes.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
@@ -16,9 +16,22 @@ from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
 
 JITS = ("auto", "whole", "split", "off")
+ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
 
 Tensors = dict[str, tf.Tensor]
+
+_INPUTS = ("image", "label", "mix", "mask")  # of a batch, as far as there
+
+
+class Mixing(Protocol):
+    """Mixes examples of a batch, whose "mix" (b, ...) says how."""
+
+    def images(self, images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Images (b, H, W, C), float, mixed."""
+
+    def labels(self, labels: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Label distributions (b, C) mixed."""
 
 
 def check_step(
@@ -28,6 +41,7 @@ def check_step(
     accumulation: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    all_reduce_dtype: str = "float32",
     jit: str = "auto",
 ) -> None:
     """Raises ValueError for arguments of make_train_step that cannot work; touches no device."""
@@ -46,8 +60,12 @@ def check_step(
         )
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"step.ema_decay must be between 0 and 1, or None, got {ema_decay}")
-    if jit not in JITS:
-        raise ValueError(f"step.jit {jit!r} is unknown; allowed: {', '.join(JITS)}")
+    for key, value, allowed in (
+        ("jit", jit, JITS),
+        ("all_reduce_dtype", all_reduce_dtype, ALL_REDUCE_DTYPES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
 def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
@@ -72,35 +90,46 @@ def make_gradients(
     batch_size: int,
     accumulation: int,
     seed: int,
-) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
-    """Makes gradients(images, labels, replica): this replica's share of the global gradient."""
+    mixing: Mixing | None = None,
+) -> Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
+    """Makes gradients(batch, replica): this replica's share of the global gradient."""
     variables = [v.value for v in state.optimizer.variables.values()]
 
-    def micro(images: tf.Tensor, labels: tf.Tensor, key: tf.Tensor):
+    def per_batch(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
+        # A masked example counts as 0 and stays in the denominator; its values may be anything.
+        counted = tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values
+        return tf.reduce_sum(counted) / batch_size
+
+    def micro(batch: Tensors, key: tf.Tensor):
+        images = preprocess(batch["image"])
+        if mixing is not None:
+            images = mixing.images(images, batch["mix"])
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
-            logits = state.model(preprocess(images), training=True, seed=key)
-            loss = tf.reduce_sum(loss_fn(logits, labels)) / batch_size
+            logits = state.model(images, training=True, seed=key)
+            targets = as_distribution(batch["label"], logits.shape[-1])
+            if mixing is not None:
+                targets = mixing.labels(targets, batch["mix"])
+            loss = per_batch(loss_fn(logits, targets), batch)
             scaled = loss * state.loss_scale
-        targets = as_distribution(labels, logits.shape[-1])
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
-        share = tf.reduce_sum(tf.cast(hits, tf.float32)) / batch_size
+        share = per_batch(tf.cast(hits, tf.float32), batch)
         grads = tape.gradient(scaled, variables, unconnected_gradients="zero")
         return grads, {"loss": loss, "accuracy": share}
 
-    def gradients(images: tf.Tensor, labels: tf.Tensor, replica: tf.Tensor):
+    def gradients(batch: Tensors, replica: tf.Tensor):
         key = tf.stack([tf.constant(seed, tf.int32), tf.cast(state.step.value(), tf.int32)])
         key = tf.random.experimental.stateless_fold_in(key, replica, alg="philox")
         if accumulation == 1:
-            return micro(images, labels, key)
-        images, labels = (
-            tf.reshape(x, (accumulation, x.shape[0] // accumulation, *x.shape[1:]))
-            for x in (images, labels)
-        )
+            return micro(batch, key)
+        parts = {
+            k: tf.reshape(x, (accumulation, x.shape[0] // accumulation, *x.shape[1:]))
+            for k, x in batch.items()
+        }
 
         def body(i: tf.Tensor, grads: list[tf.Tensor], sums: Tensors):
             micro_key = tf.random.experimental.stateless_fold_in(key, i, alg="philox")
-            more, metrics = micro(images[i], labels[i], micro_key)
+            more, metrics = micro({k: x[i] for k, x in parts.items()}, micro_key)
             sums = {k: sums[k] + v for k, v in metrics.items()}
             return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
 
@@ -173,7 +202,9 @@ def make_train_step(
     accumulation: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    all_reduce_dtype: str = "float32",
     jit: str = "whole",
+    mixing: Mixing | None = None,
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     """Makes train_steps(batches, n), which runs n steps without the host in between (law 4).
 
@@ -188,10 +219,15 @@ def make_train_step(
       accumulation: micro-batches per replica; memory does not grow with their number.
       clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
       ema_decay: of the moving average in `state`.
+      all_reduce_dtype: "bfloat16" halves what replicas send each other, and rounds each one's share
+        of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
       jit: "whole", "split" or "off"; see choose_jit.
+      mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
 
     Returns:
-      train_steps(batches, n): `batches` iterates over {"image", "label"}, n is a scalar int tensor.
+      train_steps(batches, n): `batches` iterates over {"image", "label"}, with "mix" (what `mixing`
+      takes, by example) if there is mixing and "mask" (0: counts nowhere) if examples may be
+      damaged; n is a scalar int tensor.
       It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
       (before clipping) and "learning_rate" those of the last.
     """
@@ -202,29 +238,40 @@ def make_train_step(
         batch_size=batch_size,
         accumulation=accumulation,
         seed=seed,
+        mixing=mixing,
     )
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     if jit == "split":
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
         update = tf.function(update, jit_compile=True, autograph=False)
 
-    def replica_step(images: tf.Tensor, labels: tf.Tensor) -> Tensors:
-        context = tf.distribute.get_replica_context()
-        replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
-        grads, sums = gradients(images, labels, replica)
-        if strategy.num_replicas_in_sync > 1:
-            grads, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (grads, sums))
-        return update(grads, sums)
-
-    run = replica_step
+    several = strategy.num_replicas_in_sync > 1
+    run = _make_replica_step(gradients, update, sent_as=all_reduce_dtype if several else None)
     if jit == "whole":
-        run = tf.function(replica_step, jit_compile=True, autograph=False)
-
+        run = tf.function(run, jit_compile=True, autograph=False)
     return _make_loop(run, strategy)
 
 
+def _make_replica_step(
+    gradients: Callable[..., Any], update: Callable[..., Tensors], *, sent_as: str | None
+) -> Callable[[Tensors], Tensors]:
+    """What each replica runs; `sent_as` is the type of gradients on their way, None for no way."""
+
+    def replica_step(batch: Tensors) -> Tensors:
+        context = tf.distribute.get_replica_context()
+        replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        grads, sums = gradients(batch, replica)
+        if sent_as is not None:
+            sent = [tf.cast(g, sent_as) for g in grads]
+            sent, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (sent, sums))
+            grads = [tf.cast(g, tf.float32) for g in sent]
+        return update(grads, sums)
+
+    return replica_step
+
+
 def _make_loop(
-    run: Callable[[tf.Tensor, tf.Tensor], Tensors], strategy: tf.distribute.Strategy
+    run: Callable[[Tensors], Tensors], strategy: tf.distribute.Strategy
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     summed, last = ("loss", "accuracy"), ("grad_norm", "learning_rate")
 
@@ -233,7 +280,8 @@ def _make_loop(
         out = {name: tf.constant(0.0) for name in summed + last}
         for _ in tf.range(n):
             batch = next(batches)
-            new = strategy.run(run, args=(batch["image"], batch["label"]))
+            batch = {k: batch[k] for k in _INPUTS if k in batch}
+            new = strategy.run(run, args=(batch,))
             # The sums are all-reduced: every replica holds the same numbers.
             new = {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
             out = {k: new[k] + out[k] if k in summed else new[k] for k in out}

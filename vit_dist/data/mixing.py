@@ -1,0 +1,181 @@
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), the same on any number of replicas.
+
+What is random is drawn on the host, a pure function of (seed, step): XLA has no gamma distribution.
+It travels with the batch as one row for each example,
+
+    lambda, weight, top, bottom, left, right        (6,) float32
+
+and only the arithmetic runs in the compiled step: inside the box a pixel is the partner's, outside
+it is weight * own + (1 - weight) * partner's; the label is lambda * own + (1 - lambda) * partner's.
+Mixup has an empty box and weight = lambda, CutMix a weight of 1.
+
+The partner is the example before, cyclically, within groups of `group_size` neighbours of the
+global batch. As the order of the data is a random permutation, any fixed pairing is as good as
+another; groups of 2 are timm's flip but for the order of the batch.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from vit_dist.data import order
+
+MODES = ("batch", "pair", "elem")
+ROW_SPEC = tf.TensorSpec((6,), tf.float32)
+IDENTITY = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)  # the row that leaves an example as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """What and how often to mix; made by `make_mixing`, which explains the fields."""
+
+    mixup_alpha: float
+    cutmix_alpha: float
+    probability: float
+    switch_probability: float
+    mode: str
+    group_size: int
+    fold_lambda: bool
+
+    def draw(
+        self, step: tf.Tensor, *, seed: int, batch_size: int, size: tuple[int, int]
+    ) -> tf.Tensor:
+        """Returns the rows of a step's global batch, (batch_size, 6) float32; on the host.
+
+        Args:
+          step: Scalar int; the rows are a function of it and `seed`, in [0, 2**62).
+          seed: As that of the data's order.
+          batch_size: Global, a multiple of `group_size`.
+          size: (height, width) of the images in pixels.
+        """
+        repeats = {"batch": batch_size, "pair": self.group_size, "elem": 1}[self.mode]
+        count = batch_size // repeats
+        # No epoch is -1, so this stream is apart from those of order and augmentation.
+        key = tf.random.fold_in(tf.constant(order.seed_words(seed), tf.int32), -1)
+        keys = tf.random.split(tf.random.fold_in(key, tf.cast(step, tf.int32)), 5)
+        chance = tf.random.stateless_uniform((2, count), keys[0], dtype=tf.float64)
+        switch = {(True, True): self.switch_probability, (False, True): 1.0}
+        share = switch.get((self.mixup_alpha > 0, self.cutmix_alpha > 0), 0.0)
+        mixup = _mixup_rows(_beta(keys[1], self.mixup_alpha, count), self.fold_lambda)
+        center = [
+            tf.random.stateless_uniform((count,), k, maxval=n, dtype=tf.int32)
+            for k, n in zip(tf.unstack(keys[3:]), size, strict=True)
+        ]
+        cutmix = cutmix_rows(_beta(keys[2], self.cutmix_alpha, count), *center, size=size)
+        rows = tf.where((chance[0] < share)[:, None], cutmix, mixup)
+        rows = tf.where((chance[1] < self.probability)[:, None], rows, tf.constant(IDENTITY))
+        return tf.repeat(rows, repeats, axis=0)
+
+    def spare_masked(self, rows: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+        """Returns the rows (B, 6) with those undone whose partner has a mask (B,) of 0."""
+        return tf.where(self._partner(mask)[:, None] > 0, rows, tf.constant(IDENTITY))
+
+    def images(self, images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Returns images (B, H, W, C), float, mixed according to rows (B, 6)."""
+        weight, top, bottom, left, right = (x[:, None, None] for x in tf.unstack(rows, axis=1)[1:])
+        y = tf.range(images.shape[1], dtype=tf.float32)[None, :, None]
+        x = tf.range(images.shape[2], dtype=tf.float32)[None, None, :]
+        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        weights = tf.cast(tf.where(inside, 0.0, weight), images.dtype)[..., None]
+        return weights * images + (1 - weights) * self._partner(images)
+
+    def labels(self, labels: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """Returns labels (B, classes), float, mixed according to rows (B, 6)."""
+        own = rows[:, :1]
+        return own * labels + (1 - own) * self._partner(labels)
+
+    def _partner(self, x: tf.Tensor) -> tf.Tensor:
+        groups = tf.reshape(x, (-1, self.group_size, *x.shape[1:]))
+        return tf.reshape(tf.roll(groups, 1, axis=1), x.shape)
+
+
+def make_mixing(
+    *,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    probability: float = 1.0,
+    switch_probability: float = 0.5,
+    mode: str = "batch",
+    group_size: int = 2,
+    fold_lambda: bool = False,
+) -> Mixing | None:
+    """Makes the mixing of a run; None if both alphas are 0.
+
+    Args:
+      mixup_alpha: lambda ~ Beta(alpha, alpha) of mixup; 0 for no mixup.
+      cutmix_alpha: The same of CutMix.
+      probability: Of mixing at all.
+      switch_probability: Of CutMix, where both alphas are positive.
+      mode: What shares one draw: the "batch", a "pair" (group), or nothing: each "elem"ent its own.
+      group_size: Of neighbours in the batch, among which each one's partner is the one before.
+      fold_lambda: lambda = max(lambda, 1 - lambda) for mixup, as big_vision has it.
+
+    Raises:
+      ValueError: A value out of its range; names it and the range.
+    """
+    for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+        if not 0 <= alpha < float("inf"):
+            raise ValueError(f"mixing.{name} must be 0 (none) or more, got {alpha}")
+    chances = {"probability": probability, "switch_probability": switch_probability}
+    for name, chance in chances.items():
+        if not 0 <= chance <= 1:
+            raise ValueError(f"mixing.{name} must be in [0, 1], got {chance}")
+    if mode not in MODES:
+        raise ValueError(f"mixing.mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
+    if group_size < 2:
+        raise ValueError(f"mixing.group_size must be 2 or more, got {group_size}")
+    if not mixup_alpha and not cutmix_alpha:
+        return None
+    return Mixing(
+        mixup_alpha, cutmix_alpha, probability, switch_probability, mode, group_size, fold_lambda
+    )
+
+
+def check_groups(mixing: Mixing | None, *, batch_size: int, num_parts: int) -> None:
+    """Raises ValueError if a part of the batch (replica x micro-batch) would cut a group."""
+    if mixing is not None and batch_size // num_parts % mixing.group_size:
+        raise ValueError(
+            f"mixing.group_size {mixing.group_size} does not divide the {batch_size // num_parts} "
+            f"examples of each of {num_parts} parts (replicas x micro-batches) of the batch, and "
+            "partners must meet in one: change input.batch_size, step.accumulation or group_size"
+        )
+
+
+def cutmix_rows(
+    share: tf.Tensor, center_y: tf.Tensor, center_x: tf.Tensor, *, size: tuple[int, int]
+) -> tf.Tensor:
+    """Returns (n, 6) rows of CutMix, with the arithmetic of the paper's code and of timm.
+
+    Args:
+      share: (n,) float64, lambda as drawn: 1 - area of the box / area of the image. What of the box
+        lies outside of the image is cut off, and lambda corrected.
+      center_y: (n,) int32 in [0, height).
+      center_x: (n,) int32 in [0, width).
+      size: (height, width).
+    """
+    ratio = tf.sqrt(1 - share)
+    ends = []
+    for length, center in zip(size, (center_y, center_x), strict=True):
+        half = tf.cast(length * ratio, tf.int32) // 2  # int() first, then // 2: as they do
+        ends += [tf.clip_by_value(center + side * half, 0, length) for side in (-1, 1)]
+    top, bottom, left, right = ends
+    area = tf.cast((bottom - top) * (right - left), tf.float64)
+    own = 1 - area / (size[0] * size[1])
+    rows = [own, tf.ones_like(own), *ends]
+    return tf.stack([tf.cast(x, tf.float32) for x in rows], axis=1)
+
+
+def _mixup_rows(share: tf.Tensor, fold: bool) -> tf.Tensor:
+    own = tf.cast(tf.maximum(share, 1 - share) if fold else share, tf.float32)
+    return tf.stack([own, own, *[tf.zeros_like(own)] * 4], axis=1)
+
+
+def _beta(key: tf.Tensor, alpha: float, count: int) -> tf.Tensor:
+    """Returns (count,) float64 from Beta(alpha, alpha): x / (x + y) of two gamma variates."""
+    if not alpha:
+        return tf.ones((count,), tf.float64)
+    x, y = tf.unstack(
+        tf.random.stateless_gamma((2, count), key, tf.constant(alpha, tf.float64), dtype=tf.float64)
+    )
+    # Both round to 0 only for an alpha around 0.01, where Beta is all but 0 or 1.
+    return tf.where(x + y > 0, x / (x + y), 1.0)
