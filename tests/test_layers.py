@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vit_dist"
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
-# The last five are what the commands share.
+# The last six are what the commands share.
 COMMANDS = (
     *("train", "evaluate", "demo", "predict", "figures", "export", "plan"),
-    *("wiring", "cli", "restore", "origins", "preemption"),
+    *("wiring", "cli", "restore", "origins", "advice", "preemption"),
 )
 LIBRARY = ("evaluators", "data", "training", "model", "monitoring", "config", "binding", "strategy")
 MAX_FILE_LINES = 350

@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
+from vit_dist.advice import data_warnings
 from vit_dist.evaluators.classification import make_evaluator
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
@@ -300,6 +301,8 @@ def _announce(
         f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
         f"{source.num_classes} classes; {run.total_steps:,} steps"
     )
+    for line in data_warnings(run.sources, run.model["image_size"]) if is_chief(strategy) else ():
+        note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
     note(f"TensorBoard: tensorboard --logdir {workdir}")
