@@ -17,7 +17,7 @@ MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 COMMANDS = (
     *("train", "evaluate", "demo", "predict", "figures", "export", "plan"),
     *("convert", "show"),
-    *("wiring", "feed", "cli", "restore", "origins", "preemption", "recipe"),
+    *("wiring", "feed", "cli", "restore", "origins", "advice", "preemption", "recipe"),
 )
 LIBRARY = (
     *("evaluators", "data", "training", "model", "monitoring"),
