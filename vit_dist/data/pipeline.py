@@ -267,10 +267,12 @@ def _batches(
         place = {key: value for key, value in record.items() if key in (*POSITION_SPEC, "mask")}
         own = {key: value for key, value in record.items() if key not in place}
         mask = {"mask": place.pop("mask")} if "mask" in place else {}
-        return {**pipe.host({**source.decode_record(own), **place}), **mask}
+        return {**pipe.host_each({**source.decode_record(own), **place}), **mask}
 
     def make_chunk(chunk: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=spec)
+        each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.last else spec
+        examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)
+        return pipe.host_chunk(examples)
 
     def join(chunks: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return {key: tf.reshape(chunks[key], (share, *spec[key].shape)) for key in spec}
