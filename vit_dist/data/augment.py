@@ -6,8 +6,9 @@ wait until an operation needs the pixels, so that neighbouring ones cost a singl
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from vit_dist.data import color, geometry
@@ -27,12 +28,12 @@ ACTIONS = (
 
 
 class Layer(NamedTuple):
-    """One operation. With leading axes: several."""
+    """One operation, of numpy arrays or tensors. With leading axes: several."""
 
-    action: tf.Tensor  # () int32, place in ACTIONS
-    table: tf.Tensor  # (256,) int32
-    matrix: tf.Tensor  # (6,) float64
-    factor: tf.Tensor  # () float32
+    action: Any  # () int32, place in ACTIONS
+    table: Any  # (256,) int32
+    matrix: Any  # (6,) float64
+    factor: Any  # () float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,10 @@ class _State(NamedTuple):
 def layer(action: str, *, table=None, matrix=None, factor=1.0) -> Layer:
     """Returns a layer; what is not given changes nothing."""
     return Layer(
-        action=tf.constant(ACTIONS.index(action)),
-        table=color.identity() if table is None else table,
+        action=np.int32(ACTIONS.index(action)),
+        table=color.LEVELS if table is None else _int32(table),
         matrix=geometry.matrix(*geometry.IDENTITY) if matrix is None else matrix,
-        factor=tf.cast(factor, tf.float32),
+        factor=factor if isinstance(factor, tf.Tensor) else np.float32(factor),
     )
 
 
@@ -75,7 +76,7 @@ def nothing() -> Layer:
 
 def pick(layers: Sequence[Layer], index: tf.Tensor) -> Layer:
     """Returns `layers[index]`, with the axes of `index` (int32) in front."""
-    return Layer(*(tf.gather(tf.stack(entries), index) for entries in zip(*layers, strict=True)))
+    return Layer(*(tf.gather(_stack(entries), index) for entries in zip(*layers, strict=True)))
 
 
 def keep_if(condition: tf.Tensor, chosen: Layer) -> Layer:
@@ -164,7 +165,16 @@ def _flush(state: _State) -> tf.Tensor:
 
 
 def _untouched() -> tf.Tensor:
-    return tf.broadcast_to(color.identity(), (3, 256))
+    return tf.broadcast_to(color.LEVELS, (3, 256))
+
+
+def _int32(table):
+    return tf.cast(table, tf.int32) if isinstance(table, tf.Tensor) else table.astype(np.int32)
+
+
+def _stack(entries: Sequence):
+    tensors = any(isinstance(entry, tf.Tensor) for entry in entries)
+    return tf.stack(entries) if tensors else np.stack(entries)
 
 
 def _warp(image: tf.Tensor, matrix: tf.Tensor, style: Style) -> tf.Tensor:

@@ -8,6 +8,7 @@ Formulas: those of Pillow (ImageOps, ImageEnhance, ImageFilter) and of the TPU r
 autoaugment.py, which differ in few places; arguments say which.
 """
 
+import numpy as np
 import tensorflow as tf
 
 # Fixed point of `blend`: the largest factor, 7, times 255 still fits 31 bits. The bias makes up for
@@ -26,42 +27,41 @@ _LUMA_REFERENCE = (
 )
 
 
-def identity() -> tf.Tensor:
-    """Returns the (256,) int32 table that changes nothing."""
-    return tf.range(256)
+# Tables of numbers are numpy arrays, constants to XLA; those of tensors are tensors.
+LEVELS = np.arange(256, dtype=np.int32)
 
 
-def invert() -> tf.Tensor:
+def invert() -> np.ndarray:
     """Returns the table of a negative."""
-    return 255 - tf.range(256)
+    return 255 - LEVELS
 
 
-def solarize(threshold) -> tf.Tensor:
+def solarize(threshold):
     """Returns the table that inverts the values from `threshold` (int) on."""
-    levels = tf.range(256)
-    return tf.where(levels < threshold, levels, 255 - levels)
+    return _where(threshold > LEVELS, LEVELS, 255 - LEVELS)
 
 
-def solarize_add(addition) -> tf.Tensor:
-    """Returns the table that adds `addition` (int) to the values below 128."""
-    levels = tf.range(256)
-    return tf.where(levels < 128, tf.clip_by_value(levels + addition, 0, 255), levels)
+def solarize_add(addition):
+    """Returns the table that adds `addition` (int of 0 or more) to the values below 128."""
+    added = addition + LEVELS
+    return _where(LEVELS < 128, _where(added < 255, added, 0 * added + 255), LEVELS)
 
 
-def posterize(bits) -> tf.Tensor:
+def posterize(bits):
     """Returns the table that keeps the `bits` (int, 0..8) highest bits."""
-    dropped = tf.cast(8 - bits, tf.int32)
-    return tf.bitwise.left_shift(tf.bitwise.right_shift(tf.range(256), dropped), dropped)
+    step = _where(np.arange(9) == bits, 2 ** np.arange(8, -1, -1, dtype=np.int32), 0)
+    step = tf.reduce_sum(step) if isinstance(step, tf.Tensor) else step.sum()
+    return 0 * step + LEVELS // step * step
 
 
-def brightness(factor) -> tf.Tensor:
+def brightness(factor):
     """Returns the table that blends with black: 0 is black, 1 the image."""
-    return blend(0, tf.range(256), factor)
+    return blend(0, LEVELS, factor)
 
 
-def contrast(factor, mean) -> tf.Tensor:
+def contrast(factor, mean):
     """Returns the table that blends with the grey level `mean` (int)."""
-    return blend(mean, tf.range(256), factor)
+    return blend(mean, LEVELS, factor)
 
 
 def autocontrast(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
@@ -74,9 +74,9 @@ def autocontrast(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
     low_, high_ = tf.cast(low, dtype), tf.cast(high, dtype)
     scale = 255 / tf.maximum(high_ - low_, 1)
     offset = _product(-low_, scale)
-    stretched = _product(tf.range(256, dtype=dtype), scale[:, tf.newaxis]) + offset[:, tf.newaxis]
+    stretched = _product(tf.cast(LEVELS, dtype), scale[:, tf.newaxis]) + offset[:, tf.newaxis]
     stretched = tf.clip_by_value(tf.cast(stretched, tf.int32), 0, 255)
-    return tf.where((high > low)[:, tf.newaxis], stretched, tf.range(256))
+    return tf.where((high > low)[:, tf.newaxis], stretched, LEVELS)
 
 
 def equalize(image: tf.Tensor) -> tf.Tensor:
@@ -85,12 +85,12 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     ones = tf.ones((image.shape.num_elements(),), tf.int32)
     histogram = tf.math.unsorted_segment_sum(ones, tf.reshape(bins, (-1,)), 768)
     histogram = tf.reshape(histogram, (3, 256))
-    highest = tf.reduce_max(tf.where(histogram > 0, tf.range(256), -1), axis=1)
+    highest = tf.reduce_max(tf.where(histogram > 0, LEVELS, -1), axis=1)
     last = tf.gather(histogram, highest, axis=1, batch_dims=1)[:, tf.newaxis]
     step = (image.shape[0] * image.shape[1] - last) // 255
     below = tf.cumsum(histogram, axis=1, exclusive=True)
     flat = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
-    return tf.where(step > 0, flat, tf.range(256))
+    return tf.where(step > 0, flat, LEVELS)
 
 
 def apply_table(image: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
@@ -113,9 +113,11 @@ def blend(first, second, factor) -> tf.Tensor:
     if isinstance(factor, tf.Tensor):
         scale = tf.cast(tf.round(tf.cast(factor, tf.float32) * 2**_BITS), tf.int32)
     else:
-        scale = round(factor * 2**_BITS)
+        scale = np.int32(round(factor * 2**_BITS))
     mixed = first * (1 << _BITS) + scale * (second - first) + _BIAS
-    return tf.clip_by_value(tf.bitwise.right_shift(mixed, _BITS), 0, 255)
+    if isinstance(mixed, tf.Tensor):
+        return tf.clip_by_value(tf.bitwise.right_shift(mixed, _BITS), 0, 255)
+    return np.clip(mixed >> _BITS, 0, 255)
 
 
 def luma(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
@@ -157,6 +159,11 @@ def sharpness(image: tf.Tensor, factor, *, reference: bool) -> tf.Tensor:
     y, x = tf.range(height)[:, tf.newaxis], tf.range(width)
     border = (y == 0) | (y == height - 1) | (x == 0) | (x == width - 1)
     return tf.cast(tf.where(border[..., tf.newaxis], pixels, inner), tf.uint8)
+
+
+def _where(condition, first, second):
+    tensors = isinstance(condition, tf.Tensor) or isinstance(first, tf.Tensor)
+    return tf.where(condition, first, second) if tensors else np.where(condition, first, second)
 
 
 def _product(factor: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:

@@ -15,35 +15,40 @@ IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _BIAS = 1e-3
 
 
-def matrix(*entries) -> tf.Tensor:
-    """Returns six numbers or scalars as a matrix."""
-    return tf.stack([tf.cast(entry, tf.float64) for entry in entries])
+def matrix(*entries):
+    """Returns six numbers as a matrix; a tensor if one is a scalar tensor."""
+    if any(isinstance(entry, tf.Tensor) for entry in entries):
+        return tf.stack([tf.cast(entry, tf.float64) for entry in entries])
+    return np.array(entries, np.float64)
 
 
-def shear_x(level) -> tf.Tensor:
+def shear_x(level):
     """Returns the matrix that shifts row y by `level` times y pixels."""
     return matrix(1, level, 0, 0, 1, 0)
 
 
-def shear_y(level) -> tf.Tensor:
+def shear_y(level):
     """Returns the matrix that shifts column x by `level` times x pixels."""
     return matrix(1, 0, 0, level, 1, 0)
 
 
-def translate(x, y) -> tf.Tensor:
+def translate(x, y):
     """Returns the matrix whose output at (0, 0) shows the input at (x, y)."""
     return matrix(1, 0, x, 0, 1, y)
 
 
-def rotate(degrees, height: int, width: int) -> tf.Tensor:
+def rotate(degrees, height: int, width: int):
     """Returns Pillow's rotation, anticlockwise about (width / 2, height / 2)."""
-    radians = -tf.cast(degrees, tf.float64) * (math.pi / 180)
-    cos, sin = tf.cos(radians), tf.sin(radians)
+    if isinstance(degrees, tf.Tensor):
+        radians = tf.cast(degrees, tf.float64) * (-math.pi / 180)
+        cos, sin = tf.cos(radians), tf.sin(radians)
+    else:
+        cos, sin = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
     x, y = width / 2, height / 2
     return matrix(cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
-def rotate_reference(degrees: float, height: int, width: int) -> tf.Tensor:
+def rotate_reference(degrees: float, height: int, width: int):
     """Returns the rotation of TensorFlow Addons, about the middle of the pixels, in float32."""
     one = np.float32
     radians = one(degrees) * one(math.pi / 180)

@@ -1,7 +1,5 @@
 """RandAugment (arXiv 1909.13719), as the TPU reference models and as timm have it."""
 
-import re
-
 import tensorflow as tf
 
 from vit_dist.data import augment, color, geometry
