@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.data import color, geometry
-from vit_dist.data.pipe import switch
+from vit_dist.data.tracing import switch
 
 # What a layer does; its other entries say how.
 ACTIONS = (
@@ -24,7 +24,9 @@ ACTIONS = (
     "color",
     "sharpness",
     "cutout",
+    "blur",
 )
+MAX_SIGMA = 2.0  # of blurs, in pixels
 
 
 class Layer(NamedTuple):
@@ -100,7 +102,11 @@ def draw(seed: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
 
 
 def augment(
-    image: tf.Tensor, layers: Layer, style: Style, words: tf.Tensor | None = None
+    image: tf.Tensor,
+    layers: Layer,
+    style: Style,
+    words: tf.Tensor | None = None,
+    actions: Sequence[str] = ACTIONS[:-1],
 ) -> tf.Tensor:
     """Applies layers in order.
 
@@ -109,6 +115,7 @@ def augment(
       layers: What to do; with one leading axis.
       style: How.
       words: (layers, 2) uint32, random, for the places of cutouts.
+      actions: Those that can occur; XLA compiles no others.
 
     Returns:
       The image, likewise.
@@ -118,7 +125,7 @@ def augment(
 
     def step(i, *state):
         one = Layer(*(entry[i] for entry in layers))
-        return (i + 1, *_apply(_State(*state), one, style, words[i]))
+        return (i + 1, *_apply(_State(*state), one, style, words[i], actions))
 
     # A loop, although short: what is in it is compiled once.
     start = _State(image, _untouched(), tf.constant(0))
@@ -126,7 +133,9 @@ def augment(
     return _flush(_State(*state))
 
 
-def _apply(state: _State, one: Layer, style: Style, words: tf.Tensor) -> _State:
+def _apply(
+    state: _State, one: Layer, style: Style, words: tf.Tensor, actions: Sequence[str]
+) -> _State:
     on_table = tf.equal(one.action, ACTIONS.index("table"))
     pending = tf.where(on_table, tf.maximum(state.pending, 1), 0)
     table = tf.where(on_table, tf.gather(one.table, state.table), _untouched())
@@ -148,8 +157,10 @@ def _apply(state: _State, one: Layer, style: Style, words: tf.Tensor) -> _State:
         "color": changed(lambda x: color.color(x, one.factor, reference=reference)),
         "sharpness": changed(lambda x: color.sharpness(x, one.factor, reference=reference)),
         "cutout": changed(lambda x: _cutout(x, words, style)),
+        "blur": changed(lambda x: color.gaussian_blur(x, one.factor, max_sigma=MAX_SIGMA)),
     }
-    return _State(*switch(one.action, [branches[action] for action in ACTIONS]))
+    place = np.array([actions.index(a) if a in actions else 0 for a in ACTIONS], np.int32)
+    return _State(*switch(tf.gather(place, one.action), [branches[action] for action in actions]))
 
 
 def _flush(state: _State) -> tf.Tensor:

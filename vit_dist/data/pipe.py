@@ -10,21 +10,23 @@ kernels take 5 to 10 times as long for a look-up per byte, and a branch costs no
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
 from vit_dist.data.base import Source
+from vit_dist.data.tracing import deviceless_graph, is_deviceless, switch
+
+__all__ = ["Op", "Pipe", "Step", "op", "output_spec", "parse", "switch"]
 
 # Modules that register ops when imported; parse() imports them, so that no caller has to.
-OP_MODULES = ("vit_dist.data.ops", "vit_dist.data.randaug")
+OP_MODULES = tuple(f"vit_dist.data.{name}" for name in ("ops", "randaug", "autoaugment", "erasing"))
 DEFAULT_KEEP = ("image", "label")
 
 Example = dict[str, tf.Tensor]
@@ -193,8 +195,7 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
                 f"{step} takes images of one fixed size with 3 channels, not {shape}; put decode "
                 "and resize(...) or a crop of fixed size before it"
             )
-        plain = not (tf.executing_eagerly() or tf.inside_function())  # see `switch`
-        return each(images, seeds) if plain else function(images, seeds)
+        return each(images, seeds) if is_deviceless() else function(images, seeds)
 
     return run
 
@@ -307,7 +308,7 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
     Raises:
       ValueError: An op does not fit its input, or the image has no static shape in the end.
     """
-    with _deviceless_graph():
+    with deviceless_graph():
         example = {
             key: tf.compat.v1.placeholder(spec.dtype, spec.shape)
             for key, spec in {**source.element_spec, **POSITION_SPEC}.items()
@@ -326,32 +327,6 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
         device = pipe.device(image[tf.newaxis])[0]
         spec = {key: tf.TensorSpec(value.shape, value.dtype) for key, value in output.items()}
         return {**spec, "device_image": tf.TensorSpec(device.shape, device.dtype)}
-
-
-def switch(index: tf.Tensor, branches: Sequence[Callable]):
-    """Returns `branches[index]()`: a tf.switch_case for ops, which `output_spec` can trace."""
-    if tf.executing_eagerly() or tf.inside_function():
-        return tf.switch_case(index, branches)
-    *first, last = branches
-    return tf.case([(tf.equal(index, i), fn) for i, fn in enumerate(first)], default=last)
-
-
-@contextlib.contextmanager
-def _deviceless_graph() -> Iterator[None]:
-    """A graph in which tracing initialises no device.
-
-    The branches of version 2 control flow are functions, which are registered with the devices, so
-    that strategies could no longer configure those; version 1's are plain nodes. The only public
-    switch is global to the process.
-    """
-    enabled = tf.compat.v1.control_flow_v2_enabled()
-    tf.compat.v1.disable_control_flow_v2()
-    try:
-        with tf.Graph().as_default():
-            yield
-    finally:
-        if enabled:
-            tf.compat.v1.enable_control_flow_v2()
 
 
 # What the pipeline adds to each example.
