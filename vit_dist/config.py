@@ -89,14 +89,19 @@ DEFAULTS: dict[str, Any] = {
         "label_smoothing": 0.0,
     },
     "optimizer": {  # training/optim.py
-        "name": "adamw",  # adamw | sgd
+        "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon
         "learning_rate": 1e-3,  # the schedule's peak
-        "weight_decay": 0.1,  # decoupled, multiplied by the learning rate
-        "decay_pattern": "kernel$",  # regex: which variables decay
-        "beta_1": 0.9,  # adamw
-        "beta_2": 0.999,  # adamw
-        "epsilon": 1e-8,  # adamw
-        "momentum": 0.9,  # sgd
+        "weight_decay": 0.1,  # decoupled; from big_vision: its value / peak, or decay_scale
+        "decay_scale": "learning_rate",  # decay is times this: learning_rate | schedule
+        # (regex, factor) pairs, of which the first found in a variable's name counts.
+        "decay_multipliers": _Typed((("kernel$", 1.0),), object),  # of decay; no match: 0
+        "lr_multipliers": _Typed((), object),  # of the learning rate; 0 freezes; no match: 1
+        "layer_decay": _Typed(None, float),  # learning rate per block from the head down, e.g. 0.75
+        "momentum_dtype": "float32",  # in which first moments are stored: float32 | bfloat16
+        "beta_1": 0.9,  # adamw, lamb, lion, adafactor_vit, muon
+        "beta_2": _Typed(None, float),  # the same; None: lion 0.99, else 0.999
+        "epsilon": _Typed(None, float),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
+        "momentum": _Typed(None, float),  # None: sgd 0.9, muon 0.95
     },
     "schedule": {  # training/schedules.py
         "name": "cosine",  # cosine | linear | rsqrt | constant

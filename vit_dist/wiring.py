@@ -16,10 +16,11 @@ from vit_dist.data.pipeline import explain_data_error, make_eval_data, make_trai
 from vit_dist.data.sources import open_source
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
-from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.model.vit import build_vit, named_weights, weight_shapes
 from vit_dist.strategy import check_strategy, host_replicas, make_strategy, num_hosts
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
+from vit_dist.training.rules import check_names
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step
@@ -79,6 +80,9 @@ def check(config: ConfigDict) -> Run:
     sources = _open_sources(config)
     num_classes = sources["train"].num_classes
     model, build = _check_model(config, size, num_classes)
+    patterns = {k: optimizer[k] for k in ("decay_multipliers", "lr_multipliers")}
+    if patterns != {k: config_lib.get_defaults().optimizer[k] for k in patterns}:  # takes a second
+        check_names(weight_shapes(vit_config(**model)), **patterns)
     pipes = {
         "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
         "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),

@@ -242,3 +242,11 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
 def named_weights(model: keras.Model) -> dict[str, keras.Variable]:
     """The model's variables by name, such as "encoderblock_0/attention/query/kernel"."""
     return {v.path.split("/", 1)[-1]: v for v in model.weights}
+
+
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the variables that build_vit would make, by name; touches no device."""
+    with tf.Graph().as_default():  # of which nothing is ever run
+        model = ViT(**config, name="vit")
+        model.build()
+    return {name: tuple(v.shape) for name, v in named_weights(model).items()}
