@@ -104,16 +104,23 @@ DEFAULTS: dict[str, Any] = {
         "momentum": _Typed(None, float),  # None: sgd 0.9, muon 0.95
     },
     "schedule": {  # training/schedules.py
-        "name": "cosine",  # cosine | linear | rsqrt | constant
-        **_durations("warmup", steps=0),  # linear, from 0
+        "name": "cosine",  # cosine | linear | polynomial | rsqrt | step | constant
+        **_durations("warmup", steps=0),  # linear, from start_factor
         **_durations("cooldown", steps=0),  # linear, to 0 at the end
         **_durations("timescale", steps=10_000),  # rsqrt
-        "end_factor": 0.0,  # cosine, linear: final learning rate / peak
+        **_durations("hold", steps=1),  # the rate changes only so often
+        "start_factor": 0.0,  # the warmup's first learning rate / peak
+        "end_factor": 0.0,  # cosine, linear, polynomial: final learning rate / peak
+        "power": 2.0,  # polynomial
+        "milestones": _Typed((30.0, 60.0, 90.0), object),  # step: percent of the run
+        "drop": 0.1,  # step: factor at each milestone
+        "decay_from": "warmup",  # its end, or start: of the run, as timm
     },
     "step": {  # training/step.py
         "accumulation": 1,  # micro-batches per replica and step
         "clip_norm": _Typed(1.0, float),  # global; None: no clipping
         "ema_decay": _Typed(None, float),  # e.g. 0.9999; None: no moving average
+        "all_reduce_dtype": "float32",  # in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
     "strategy": {  # strategy.py

@@ -134,6 +134,7 @@ class _Loop:
             accumulation=run.step["accumulation"],
             clip_norm=run.step["clip_norm"],
             ema_decay=run.step["ema_decay"],
+            all_reduce_dtype=run.step["all_reduce_dtype"],
             jit=jit,
         )
         self.evaluate = make_evaluator(
@@ -194,7 +195,8 @@ class _Loop:
         metrics["epoch"] = step * self.r.batch_size / self.r.sources["train"].num_examples
         self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
         if self.chief:
-            shown = ("loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second")
+            shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
+            shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
             eta = self.meter.eta(step, self.r.total_steps)
             self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
         return metrics

@@ -208,7 +208,7 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
             total_steps=total_steps,
             where="config.schedule",
         )
-        for name in ("warmup", "cooldown", "timescale")
+        for name in ("warmup", "cooldown", "timescale", "hold")
     }
     return config_lib.bind(
         make_schedule,

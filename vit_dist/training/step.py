@@ -16,6 +16,7 @@ from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
 
 JITS = ("auto", "whole", "split", "off")
+ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
 
 Tensors = dict[str, tf.Tensor]
@@ -28,6 +29,7 @@ def check_step(
     accumulation: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    all_reduce_dtype: str = "float32",
     jit: str = "auto",
 ) -> None:
     """Raises ValueError for arguments of make_train_step that cannot work; touches no device."""
@@ -46,8 +48,12 @@ def check_step(
         )
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"step.ema_decay must be between 0 and 1, or None, got {ema_decay}")
-    if jit not in JITS:
-        raise ValueError(f"step.jit {jit!r} is unknown; allowed: {', '.join(JITS)}")
+    for key, value, allowed in (
+        ("jit", jit, JITS),
+        ("all_reduce_dtype", all_reduce_dtype, ALL_REDUCE_DTYPES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
 def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
@@ -173,6 +179,7 @@ def make_train_step(
     accumulation: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    all_reduce_dtype: str = "float32",
     jit: str = "whole",
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     """Makes train_steps(batches, n), which runs n steps without the host in between (law 4).
@@ -188,6 +195,8 @@ def make_train_step(
       accumulation: micro-batches per replica; memory does not grow with their number.
       clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
       ema_decay: of the moving average in `state`.
+      all_reduce_dtype: "bfloat16" halves what replicas send each other, and rounds each one's share
+        of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
       jit: "whole", "split" or "off"; see choose_jit.
 
     Returns:
@@ -208,19 +217,29 @@ def make_train_step(
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
         update = tf.function(update, jit_compile=True, autograph=False)
 
+    several = strategy.num_replicas_in_sync > 1
+    run = _make_replica_step(gradients, update, sent_as=all_reduce_dtype if several else None)
+    if jit == "whole":
+        run = tf.function(run, jit_compile=True, autograph=False)
+    return _make_loop(run, strategy)
+
+
+def _make_replica_step(
+    gradients: Callable[..., Any], update: Callable[..., Tensors], *, sent_as: str | None
+) -> Callable[[tf.Tensor, tf.Tensor], Tensors]:
+    """What each replica runs; `sent_as` is the type of gradients on their way, None for no way."""
+
     def replica_step(images: tf.Tensor, labels: tf.Tensor) -> Tensors:
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         grads, sums = gradients(images, labels, replica)
-        if strategy.num_replicas_in_sync > 1:
-            grads, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (grads, sums))
+        if sent_as is not None:
+            sent = [tf.cast(g, sent_as) for g in grads]
+            sent, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (sent, sums))
+            grads = [tf.cast(g, tf.float32) for g in sent]
         return update(grads, sums)
 
-    run = replica_step
-    if jit == "whole":
-        run = tf.function(replica_step, jit_compile=True, autograph=False)
-
-    return _make_loop(run, strategy)
+    return replica_step
 
 
 def _make_loop(
