@@ -82,6 +82,8 @@ DEFAULTS: dict[str, Any] = {
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
+        "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
+        "attention_block": _Typed(None, int),  # keys at a time, e.g. 512 for many tokens
         "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
     },
     "loss": {  # training/losses.py

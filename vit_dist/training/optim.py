@@ -153,7 +153,8 @@ def make_optimizer(
     given = dict(locals())
     del given["variables"]
     check_optimizer(**given)
-    check_names(variables, decay_multipliers=decay_multipliers, lr_multipliers=lr_multipliers)
+    used = decay_multipliers if weight_decay else ()
+    check_names(variables, decay_multipliers=used, lr_multipliers=lr_multipliers)
     rates = rate_multipliers(variables, lr_multipliers=lr_multipliers, layer_decay=layer_decay)
     decays = {}
     for key, rate in rates.items():
