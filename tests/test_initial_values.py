@@ -151,6 +151,7 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "drop_path_growth": "constant",
     "softmax": "compute",
     "remat": "full",
 }

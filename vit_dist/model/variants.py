@@ -24,6 +24,7 @@ POOLS = ("tok", "gap", "map", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
 SOFTMAXES = ("float32", "compute")
+GROWTHS = ("linear", "constant")
 FORMS = ("matrix", "tensor")
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
 PRECISIONS = {
@@ -67,6 +68,7 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    drop_path_growth: str,
     softmax: str,
     form: str = "matrix",
     remat: str,
@@ -90,6 +92,7 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("drop_path_growth", drop_path_growth, GROWTHS)
     check_choice("softmax", softmax, SOFTMAXES)
     check_choice("form", form, FORMS)
     check_choice("remat", remat, POLICIES)
@@ -136,6 +139,7 @@ def vit_config(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     drop_path: float = 0.0,
+    drop_path_growth: str = "linear",
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
@@ -164,6 +168,7 @@ def vit_config(
         "dropout": dropout,
         "attention_dropout": attention_dropout,
         "drop_path": drop_path,
+        "drop_path_growth": drop_path_growth,
         "layer_scale": layer_scale,
         "gelu": gelu,
         "qkv_bias": qkv_bias,
