@@ -152,6 +152,7 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "drop_path_growth": "constant",
     "remat": "full",
     "softmax": "compute",
     "cls_token": True,

@@ -106,6 +106,7 @@ DEFAULTS: dict[str, Any] = {
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "drop_path": 0.0,  # stochastic depth at the last block
+        "drop_path_growth": "linear",  # from 0 at the first block, or constant (DeiT III)
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
@@ -123,6 +124,8 @@ DEFAULTS: dict[str, Any] = {
     "loss": {  # training/losses.py
         "name": "softmax",  # softmax | sigmoid
         "label_smoothing": 0.0,
+        "reduction": "sum",  # sigmoid, over the classes: sum | mean (PyTorch, DeiT III)
+        "threshold": _Typed(None, float),  # sigmoid: label shares above it count as 1, others as 0
     },
     "optimizer": {  # training/optim.py
         "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon

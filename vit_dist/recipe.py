@@ -54,3 +54,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
 def use_imagenet(config: ConfigDict) -> None:
     """Sets the data section for ImageNet-1k through TFDS, with a percent held out of training."""
     config.data.update(IMAGENET)
+
+
+def use_all_of_imagenet(config: ConfigDict) -> None:
+    """The same with every training image, and validation to evaluate on, as DeiT has it."""
+    use_imagenet(config)
+    config.data.train_split = "train"
+    config.data.val_split, config.data.test_split = "validation", ""

@@ -33,7 +33,8 @@ class ViT(keras.Model):
       rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
       dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
       attention_dropout: on the attention weights.
-      drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
+      drop_path: stochastic depth's rate at the last block.
+      drop_path_growth: "linear" from 0 at the first block, or "constant" over all (DeiT III).
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
@@ -71,6 +72,7 @@ class ViT(keras.Model):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        drop_path_growth: str = "linear",
         layer_scale: float | None = None,
         gelu: str = "tanh",
         qkv_bias: bool = True,
@@ -119,11 +121,13 @@ class ViT(keras.Model):
 
     def _make_block(self, index: int) -> EncoderBlock:
         config = self._config
+        linear = config["drop_path_growth"] == "linear"
+        share = index / max(self.depth - 1, 1) if linear else 1.0
         same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
         return EncoderBlock(
             **{key: config[key] for key in (*same, "norm_epsilon", "softmax", "form")},
             hidden=config["mlp_dim"],
-            drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
+            drop_path=config["drop_path"] * share,
             recompute_attention=self.remat == "attention",
             attention_block=config["attention_block"],
             name=f"encoderblock_{index}",
