@@ -102,36 +102,41 @@ class ViT(keras.Model):
         self.prefix = int(cls_token) + registers  # tokens before the patches
         # ... of which the learned table has an entry for the first so many
         self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
-        dtype = self.dtype_policy
+        self._make_layers()
+
+    def _make_layers(self) -> None:
+        config, dtype = self._config, self.dtype_policy
+        shared = {k: config[k] for k in ("num_heads", "gelu", "norm_epsilon", "form")}
+        shared |= {"hidden": config["mlp_dim"], "dtype": dtype}
         self.embedding = PatchEmbedding(
-            width, (patch_size,) * 2, form=form, name="embedding", dtype=dtype
+            self.width, (self.patch_size,) * 2, form=config["form"], name="embedding", dtype=dtype
         )
-        self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.blocks = [self._make_block(i) for i in range(depth)]
-        self.norm = layer_norm("encoder_norm", dtype, epsilon=norm_epsilon, form=form)
-        shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        shared |= {"norm_epsilon": norm_epsilon, "form": form, "dtype": dtype}
-        self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
-        dense = keras.layers.Dense
+        self.drop = Dropout(config["dropout"], name="dropout", dtype=dtype)
+        self.blocks = [self._make_block(i, **shared) for i in range(self.depth)]
+        self.norm = layer_norm(
+            "encoder_norm", dtype, epsilon=config["norm_epsilon"], form=config["form"]
+        )
+        self.map_head = MapHead(**shared, name="map_head") if self.pool == "map" else None
+        dense, rep_size = keras.layers.Dense, config["rep_size"]
         self.pre_logits = (
             dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype) if rep_size else None
         )
         # Logits in float32 under every policy: the loss subtracts large numbers.
-        self.head = dense(num_classes, name="head", dtype="float32") if num_classes else None
+        classes = self.num_classes
+        self.head = dense(classes, name="head", dtype="float32") if classes else None
 
-    def _make_block(self, index: int) -> EncoderBlock:
+    def _make_block(self, index: int, **shared: Any) -> EncoderBlock:
         config = self._config
         linear = config["drop_path_growth"] == "linear"
         share = index / max(self.depth - 1, 1) if linear else 1.0
-        same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
+        same = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
         return EncoderBlock(
-            **{key: config[key] for key in (*same, "norm_epsilon", "softmax", "form")},
-            hidden=config["mlp_dim"],
+            **shared,
+            **{key: config[key] for key in same},
             drop_path=config["drop_path"] * share,
             recompute_attention=self.remat == "attention",
             attention_block=config["attention_block"],
             name=f"encoderblock_{index}",
-            dtype=self.dtype_policy,
         )
 
     def get_config(self) -> dict[str, Any]:
