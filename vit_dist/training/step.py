@@ -238,15 +238,9 @@ def make_train_step(
       examples masked in them.
     """
     gradients = make_gradients(
-        state,
-        loss_fn,
-        preprocess=preprocess,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=seed,
-        mixing=mixing,
-        masked=masked,
-    )
+        state, loss_fn, preprocess=preprocess, batch_size=batch_size, accumulation=accumulation,
+        seed=seed, mixing=mixing, masked=masked,
+    )  # fmt: skip
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     if jit == "split":
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
