@@ -28,7 +28,7 @@ from absl import flags
 from vit_dist.data.pipe import Pipe, parse
 from vit_dist.model.formats.writing import FORMATS, prefix_posemb_for, write_pretrained
 from vit_dist.model.posemb import METHODS, sincos2d
-from vit_dist.model.variants import GELUS, as_pair
+from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.model.weights import adapt_weights
 from vit_dist.origins import Origin, open_origin
@@ -36,6 +36,7 @@ from vit_dist.origins import Origin, open_origin
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
 # What a run of an older version does not say of its network.
 _DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None, "cls_token": True}
+_TRAINING = ("dropout", "attention_dropout", "drop_path", "remat", "attention_block")
 _UNTOLD = ("num_heads", "gelu", "norm_epsilon", "image_size")
 
 
@@ -179,8 +180,10 @@ def load_model(
             + " ".join(f"--{key}=..." for key in missing)
         )
     tensors, source = dict(origin.tensors), dict(network)
-    network |= {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
-    network = {k: v for k, v in network.items() if k not in ("name", "trainable", "dtype")}
+    # The network alone: how a run trained it (dropout, rematerialisation) is of no use any more.
+    plain = vit_config("mu/4", image_size=4, num_classes=0)
+    network = {k: v for k, v in network.items() if k in plain}
+    network |= {k: plain[k] for k in _TRAINING}
     network["image_size"] = as_pair(image_size or network["image_size"])
     if system in FORMATS:
         if network["posemb"] == "sincos2d" and system != "big_vision":  # others have no such table
