@@ -94,24 +94,30 @@ def optimizer(recipe, weights):
     )
 
 
-def train(recipe, weights, images, labels, *, heads, patch):
-    transform = optimizer(recipe, weights)
+def make_gradient(smoothing, *, heads, patch):
+    """Compiled once for all recipes."""
 
     def loss_of(w, x, y):
         logits = vit(w, x, heads=heads, patch=patch)
-        targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), recipe["smoothing"])
+        targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
+    return jax.jit(jax.value_and_grad(loss_of))
+
+
+def train(recipe, weights, images, labels, gradient):
+    transform = optimizer(recipe, weights)
+
     @jax.jit
-    def step(w, average, state, x, y):
-        loss, gradient = jax.value_and_grad(loss_of)(w, x, y)
-        updates, state = transform.update(gradient, state, w)
+    def update(w, average, state, g):
+        updates, state = transform.update(g, state, w)
         w = optax.apply_updates(w, updates)
-        return w, optax.incremental_update(w, average, 1 - recipe["ema"]), state, loss
+        return w, optax.incremental_update(w, average, 1 - recipe["ema"]), state
 
     average, state, losses = weights, transform.init(weights), []
     for x, y in zip(images, labels, strict=True):
-        weights, average, state, loss = step(weights, average, state, x, y)
+        loss, g = gradient(weights, x, y)
+        weights, average, state = update(weights, average, state, g)
         losses.append(loss)
     return losses, weights, average
 
@@ -138,9 +144,10 @@ def main():
     out = schedules(json.loads(str(data.pop("schedules"))))
     sizes = {"heads": int(data.pop("heads")), "patch": int(data.pop("patch"))}
     images, labels = data.pop("images"), data.pop("labels")
+    gradient = make_gradient(float(data.pop("smoothing")), **sizes)
     weights = {k.removeprefix("model/"): jnp.asarray(v) for k, v in data.items()}
     for key, recipe in recipes.items():
-        losses, final, average = train(recipe, weights, images, labels, **sizes)
+        losses, final, average = train(recipe, weights, images, labels, gradient)
         out[f"{key}/losses"] = np.array(losses)
         out |= {f"{key}/model/{name}": np.asarray(v) for name, v in final.items()}
         out |= {f"{key}/ema/{name}": np.asarray(v) for name, v in average.items()}

@@ -25,15 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = Path(os.environ.get("VIT_DIST_INTEROP_PYTHON") or ROOT / ".venv-interop" / "bin" / "python")
 pytestmark = pytest.mark.skipif(not PEER.exists(), reason=f"no peer to compare with at {PEER}")
 
-STEPS, BATCH, CLASSES = 20, 16, 5
+STEPS, BATCH, CLASSES, SMOOTHING = 20, 16, 5, 0.1
 # Long enough for both Adafactors to factor. The bias of keys has a gradient of mere rounding, which
 # Adam would blow up on either side.
 CONFIG = vit_config(
-    "mu/4", image_size=8, num_classes=CLASSES, width=128, depth=2, mlp_dim=136, num_heads=2,
+    "mu/4", image_size=8, num_classes=CLASSES, width=128, depth=1, mlp_dim=136, num_heads=2,
     qkv_bias=False,
 )  # fmt: skip
 COMMON = {
-    "decay": 0.1, "clip": 0.5, "ema": 0.9, "smoothing": 0.1, "momentum_dtype": "float32",
+    "decay": 0.1, "clip": 0.5, "ema": 0.9, "momentum_dtype": "float32",
     "warmup": 4, "total": STEPS, "start": 0.1, "end": 0.05,
 }  # fmt: skip
 RECIPES = {
@@ -107,7 +107,7 @@ def peer(tmp_path_factory):
     weights = {f"model/{k}": v.numpy() for k, v in named_weights(make_model()).items()}
     cases = {k: (f, arguments, rise, AT) for k, (_, f, arguments, rise) in SCHEDULES.items()}
     np.savez(
-        folder / "in.npz", images=images, labels=labels, heads=2, patch=4,
+        folder / "in.npz", images=images, labels=labels, heads=2, patch=4, smoothing=SMOOTHING,
         recipes=json.dumps(RECIPES), schedules=json.dumps(cases), **weights,
     )  # fmt: skip
     script = Path(__file__).with_name("optax_peer.py")
@@ -135,7 +135,7 @@ def ours(recipe):
         state = TrainState(model, rule, make_model())
     step = make_train_step(
         state,
-        make_loss(label_smoothing=recipe["smoothing"]),
+        make_loss(label_smoothing=SMOOTHING),
         strategy=strategy,
         schedule=make_schedule(
             recipe["rate"], total_steps=recipe["total"], warmup_steps=recipe["warmup"],
