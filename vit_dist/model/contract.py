@@ -72,15 +72,3 @@ def project_from_heads(y: tf.Tensor, projection: Projection) -> tf.Tensor:
     y = tf.reshape(y, (-1, kernel.shape[0], y.shape[3]))
     y = tf.einsum("ben,ed->bnd", y, kernel)
     return y if bias is None else y + bias
-
-
-def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
-    """LayerNorm with float32 statistics in one pass: the variance as E[x^2] - E[x]^2.
-
-    Meant for x of 16 bits: what cancellation costs in float32 is below the rounding of x itself.
-    """
-    wide = tf.cast(x, tf.float32)
-    mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
-    square = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
-    scale = tf.math.rsqrt(tf.maximum(square - tf.square(mean), 0.0) + epsilon) * gamma
-    return tf.cast((wide - mean) * scale + beta, x.dtype)

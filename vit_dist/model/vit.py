@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding
 from vit_dist.model.memory import rematerialized_layer
+from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit, needs_cls
 
