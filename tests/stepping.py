@@ -69,8 +69,10 @@ def make_strategy(replicas):
 class Engine:
     """A compiled step with its state, which each run sets back to the beginning."""
 
-    def __init__(self, make_model, *, replicas=1, ema_decay=None, optimizer=None, **options):
-        self.strategy = make_strategy(replicas)
+    def __init__(
+        self, make_model, *, replicas=1, strategy=None, ema_decay=None, optimizer=None, **options
+    ):
+        self.strategy = strategy or make_strategy(replicas)
         with self.strategy.scope():
             model = make_model()
             rule = make_optimizer(named_weights(model), **(optimizer or {}))
@@ -193,9 +195,9 @@ def restated(initial, *, clip_parts=False):
         for k, g in gradient.items():
             m[k] = 0.9 * m[k] + 0.1 * g
             v[k] = 0.999 * v[k] + 0.001 * g**2
-            correction = np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+            m_hat, v_hat = m[k] / (1 - 0.9 ** (step + 1)), v[k] / (1 - 0.999 ** (step + 1))
             decayed = w[k] * (1 - rate * DECAY * k.endswith("kernel"))
-            w[k] = decayed - rate * correction * m[k] / (np.sqrt(v[k]) + EPSILON)
+            w[k] = decayed - rate * m_hat / (np.sqrt(v_hat) + EPSILON)
             ema[k] = EMA * ema[k] + (1 - EMA) * w[k]
         values = {"loss": loss / BATCH, "accuracy": hits / BATCH, "grad_norm": norm}
         history.append({**values, "learning_rate": rate})

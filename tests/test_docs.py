@@ -19,6 +19,7 @@ from vit_dist.data.pipe import _REGISTRY, parse
 from vit_dist.data.sources import SOURCES
 from vit_dist.model.posemb import METHODS
 from vit_dist.strategy import NAMES
+from vit_dist.training.optim import NAMES as OPTIMIZERS
 from vit_dist.training.schedules import NAMES as SCHEDULES
 from vit_dist.training.step import JITS
 from vit_dist.wiring import check
@@ -211,17 +212,20 @@ def test_table_of_ops():
         ("distributed.md", "`config.strategy.name`", NAMES),
         ("finetuning.md", "Method", METHODS),
         ("step.md", "`schedule.name`", SCHEDULES),
+        ("step.md", "`optimizer.name`", OPTIMIZERS),
+        ("step.md", "`step.jit`", [name for name in JITS if name != "auto"]),
     ],
 )
 def test_tables_are_complete(page, title, names):
     assert first_column(page, title) == list(names)
 
 
-def test_table_of_jits():
-    assert {*re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs/step.md").read_text(), re.M)} == {
-        *SCHEDULES,
-        *(set(JITS) - {"auto"}),
-    }
+@pages
+def test_tests_exist(page):
+    """Those that a page names as proof."""
+    for path, name in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", page.read_text()):
+        source = (ROOT / path).read_text()
+        assert not name or re.search(rf"^def {name}\(", source, re.M), f"{path} has no {name}"
 
 
 def test_messages_are_real():

@@ -108,7 +108,7 @@ LAYERS = [
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
     PatchEmbedding(8, (4, 2), name="d"),
-    Attention(4, qkv_bias=False, dropout=0.1, name="e"),
+    Attention(4, qkv_bias=False, dropout=0.1, recompute=True, block_size=3, name="e"),
     Mlp(12, gelu="erf", dropout=0.4, name="f"),
     EncoderBlock(
         num_heads=2,
@@ -119,6 +119,8 @@ LAYERS = [
         attention_dropout=0.2,
         drop_path=0.3,
         layer_scale=0.4,
+        recompute_attention=True,
+        attention_block=3,
         name="g",
         dtype="mixed_bfloat16",
     ),
@@ -134,16 +136,23 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "remat": "full",
 }
+# What does not go together.
+VITS = [
+    ViT(**tiny_config(**ODD_VIT), channels=1),
+    ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3}), channels=1),
+]
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, ViT(**tiny_config(**ODD_VIT), channels=1)], ids=repr)
+@pytest.mark.parametrize("layer", [*LAYERS, *VITS], ids=repr)
 def test_config_round_trip(layer):
     config = layer.get_config()
     parameters = inspect.signature(type(layer)).parameters.values()
     for p in parameters:
         if p.kind is not p.VAR_KEYWORD:
-            assert config[p.name] != p.default, f"{p.name} is not in the config, or untested"
+            values = [c.get_config()[p.name] for c in (layer, *VITS) if type(c) is type(layer)]
+            assert set(values) != {p.default}, f"{p.name} is not in the config, or untested"
     again = type(layer).from_config(json.loads(json.dumps(config))).get_config()
     assert json.dumps(again) == json.dumps(config)
 

@@ -70,6 +70,10 @@ FLAGS = [
     (("--config=WORK/endless.py", "--workdir=WORK"), ["config.total is not set", "total_epochs"]),
     ((*DEMO, "--config.total_steps=9", "--config.schedule.warmup_steps=9"), ["9 steps of warmup"]),
     ((*DEMO, "--config.optimizer.name=adam"), ["'adam' is unknown", "adamw, sgd"]),
+    (
+        (*DEMO, "--config.optimizer.lr_multipliers=(('^haed/', 10.0),)"),
+        ["lr_multipliers", "'^haed/' matches no variable"],
+    ),
     # data
     ((*DEMO, "--config.data.source=foldre"), ["'foldre'", "'folder'"]),
     ((*DEMO, "--config.data.source=folder"), ["data_dir"]),

@@ -8,11 +8,12 @@ from tiny import arrays, assert_same, make, make_folder, of_folder, rows, withou
 from vit_dist.data.pipeline import train_indices
 from vit_dist.feed import train_data
 from vit_dist.preemption import Preemption
-from vit_dist.restore import find_start
+from vit_dist.restore import Start, find_start, restore_or_init
 from vit_dist.strategy import make_strategy
 from vit_dist.train import train
-from vit_dist.training.checkpoint import Checkpointer
-from vit_dist.wiring import check
+from vit_dist.training.checkpoint import Checkpoint, Checkpointer
+from vit_dist.training.state import INITIAL_LOSS_SCALE
+from vit_dist.wiring import check, make_state
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,33 @@ def test_resume_from_another_run(trained, tmp_path, capsys):
     assert metrics["step"] == 14 and arrays(tmp_path)["updates"] == 14
     assert f"continuing from step 12 ({trained}/checkpoints/" in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path)] == [14]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scale"),
+    [
+        ("float32", "float16", INITIAL_LOSS_SCALE),
+        ("float16", "float32", 1.0),
+        ("float16", "bfloat16", 1.0),
+        ("float16", "float16", 64.0),
+    ],
+)
+def test_loss_scaling_begins_anew_with_another_precision(tmp_path, before, after, scale):
+    """float32's 1 would let float16 underflow; float16's is undone by no other precision."""
+    strategy = make_strategy(name="single")
+    run = check(without_evaluation(precision=before))
+    state = make_state(run, strategy)
+    if before == "float16":
+        state.loss_scale.assign(64.0)
+        state.good_steps.assign(7)
+    arrays = state.to_arrays()
+    notes = {"config": run.config.to_dict()}
+    found = Checkpoint(path=tmp_path, step=0, notes=notes, arrays=arrays)
+    run = check(without_evaluation(precision=after))
+    state = make_state(run, strategy)
+    restore_or_init(state, run, Start("resume", found))
+    assert state.loss_scale.numpy() == scale
+    assert state.good_steps.numpy() == (7 if scale == 64 else 0)
 
 
 def test_a_checkpoint_that_does_not_fit(trained, tmp_path):

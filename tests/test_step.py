@@ -105,6 +105,27 @@ def test_no_clipping_no_average_and_no_momentum():
         np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_that_travel_in_bfloat16():
+    """The same step to the rounding of 8 bits; one replica sends nothing."""
+    results = {}
+    for replicas in (1, 2):
+        engine = Engine(
+            make_net, replicas=replicas, jit="off", all_reduce_dtype="bfloat16", **OPTIONS
+        )
+        metrics = engine.run(IMAGES, LABELS)
+        results[replicas] = metrics, engine.state.to_arrays()
+        engine.replicas_hold_the_same()
+    history, expected = restated(engine.initial)
+    norms = [h["grad_norm"] for h in history]
+    exact, rounded = ([m["grad_norm"] for m in results[r][0]] for r in (1, 2))
+    np.testing.assert_allclose(exact, norms, rtol=1e-5)
+    np.testing.assert_allclose(rounded, norms, rtol=2**-7)
+    assert np.any(np.abs(np.array(rounded) / norms - 1) > 2**-14)
+    for name, value in expected.items():
+        limit = 0.01 if name.startswith(("model/", "ema/")) else 2**-6 * np.abs(value).max()
+        np.testing.assert_allclose(results[2][1][name], value, rtol=0, atol=limit, err_msg=name)
+
+
 # What is not finite
 
 
@@ -220,6 +241,7 @@ def test_where_xla_compiles(jit, kind, replicas, expected):
         ({"clip_norm": 0.0}, "clip_norm must be above 0, or None for no clipping, got 0.0"),
         ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1, or None, got 1.0"),
         ({"ema_decay": 0.0}, "ema_decay must be"),
+        ({"all_reduce_dtype": "float16"}, "step.all_reduce_dtype 'float16' is unknown; allowed"),
         ({"jit": "yes"}, "step.jit 'yes' is unknown; allowed: auto, whole, split, off"),
     ],
 )

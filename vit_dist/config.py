@@ -107,6 +107,8 @@ DEFAULTS: dict[str, Any] = {
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
+        "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
+        "attention_block": _Typed(None, int),  # keys at a time, e.g. 512 for many tokens
         "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
     },
     "loss": {  # training/losses.py
@@ -114,26 +116,38 @@ DEFAULTS: dict[str, Any] = {
         "label_smoothing": 0.0,
     },
     "optimizer": {  # training/optim.py
-        "name": "adamw",  # adamw | sgd
+        "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon
         "learning_rate": 1e-3,  # the schedule's peak
-        "weight_decay": 0.1,  # decoupled, multiplied by the learning rate
-        "decay_pattern": "kernel$",  # regex: which variables decay
-        "beta_1": 0.9,  # adamw
-        "beta_2": 0.999,  # adamw
-        "epsilon": 1e-8,  # adamw
-        "momentum": 0.9,  # sgd
+        "weight_decay": 0.1,  # decoupled; from big_vision: its value / peak, or decay_scale
+        "decay_scale": "learning_rate",  # decay is times this: learning_rate | schedule
+        # (regex, factor) pairs, of which the first found in a variable's name counts.
+        "decay_multipliers": _Typed((("kernel$", 1.0),), object),  # of decay; no match: 0
+        "lr_multipliers": _Typed((), object),  # of the learning rate; 0 freezes; no match: 1
+        "layer_decay": _Typed(None, float),  # learning rate per block from the head down, e.g. 0.75
+        "momentum_dtype": "float32",  # in which first moments are stored: float32 | bfloat16
+        "beta_1": 0.9,  # adamw, lamb, lion, adafactor_vit, muon
+        "beta_2": _Typed(None, float),  # the same; None: lion 0.99, else 0.999
+        "epsilon": _Typed(None, float),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
+        "momentum": _Typed(None, float),  # None: sgd 0.9, muon 0.95
     },
     "schedule": {  # training/schedules.py
-        "name": "cosine",  # cosine | linear | rsqrt | constant
-        **_durations("warmup", steps=0),  # linear, from 0
+        "name": "cosine",  # cosine | linear | polynomial | rsqrt | step | constant
+        **_durations("warmup", steps=0),  # linear, from start_factor
         **_durations("cooldown", steps=0),  # linear, to 0 at the end
         **_durations("timescale", steps=10_000),  # rsqrt
-        "end_factor": 0.0,  # cosine, linear: final learning rate / peak
+        **_durations("hold", steps=1),  # the rate changes only so often
+        "start_factor": 0.0,  # the warmup's first learning rate / peak
+        "end_factor": 0.0,  # cosine, linear, polynomial: final learning rate / peak
+        "power": 2.0,  # polynomial
+        "milestones": _Typed((30.0, 60.0, 90.0), object),  # step: percent of the run
+        "drop": 0.1,  # step: factor at each milestone
+        "decay_from": "warmup",  # its end, or start: of the run, as timm
     },
     "step": {  # training/step.py
         "accumulation": 1,  # micro-batches per replica and step
         "clip_norm": _Typed(1.0, float),  # global; None: no clipping
         "ema_decay": _Typed(None, float),  # e.g. 0.9999; None: no moving average
+        "all_reduce_dtype": "float32",  # in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
     "strategy": {  # strategy.py

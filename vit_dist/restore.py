@@ -102,7 +102,11 @@ def restore_or_init(state: TrainState, run: Run, start: Start) -> str:
         return f"weights from {checkpoint.path}\n{report}"
     for change in _changes(checkpoint, run.config):
         logging.warning("going on with a changed config: %s", change)
-    state.from_arrays(checkpoint.arrays)
+    arrays = dict(checkpoint.arrays)
+    if checkpoint.notes["config"]["precision"] != run.config.precision:
+        # Loss scaling begins anew: another precision's scale is none, or one that nothing undoes.
+        arrays |= {name: getattr(state, name).numpy() for name in ("loss_scale", "good_steps")}
+    state.from_arrays(arrays)
     verb = "resumed from" if start.how == "resume" else "continuing from"
     return f"{verb} step {checkpoint.step} ({checkpoint.path})"
 

@@ -137,6 +137,7 @@ class _Loop:
             accumulation=run.step["accumulation"],
             clip_norm=run.step["clip_norm"],
             ema_decay=run.step["ema_decay"],
+            all_reduce_dtype=run.step["all_reduce_dtype"],
             jit=jit,
             mixing=run.mixing,
             masked=bool(run.damage),
@@ -207,6 +208,7 @@ class _Loop:
         if self.chief:
             shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
             shown += ["masked"] if metrics.get("masked") else []
+            shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
             eta = self.meter.eta(step, self.r.total_steps)
             self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
         return metrics

@@ -16,10 +16,11 @@ from vit_dist.data.pipe import Pipe, output_spec, parse
 from vit_dist.feed import check_input, open_sources
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
-from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.model.vit import build_vit, named_weights, weight_shapes
 from vit_dist.strategy import check_strategy, make_strategy
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
+from vit_dist.training.rules import check_names
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step
@@ -82,6 +83,9 @@ def check(config: ConfigDict) -> Run:
     sources = open_sources(config)
     num_classes = sources["train"].num_classes
     model, build = _check_model(config, size, num_classes)
+    patterns = {k: optimizer[k] for k in ("decay_multipliers", "lr_multipliers")}
+    if patterns != {k: config_lib.get_defaults().optimizer[k] for k in patterns}:  # takes a second
+        check_names(weight_shapes(vit_config(**model)), **patterns)
     pipes = {
         "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
         "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),
@@ -195,7 +199,7 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
             total_steps=total_steps,
             where="config.schedule",
         )
-        for name in ("warmup", "cooldown", "timescale")
+        for name in ("warmup", "cooldown", "timescale", "hold")
     }
     return config_lib.bind(
         make_schedule,

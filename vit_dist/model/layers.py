@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from vit_dist.model.masks import Dropout, DropPath
+from vit_dist.model.memory import blockwise_attention, rematerialized
 
 LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other logits
 
@@ -103,7 +104,7 @@ class Attention(keras.layers.Layer):
     """Multi-head dot-product attention (Vaswani et al. 2017), queries from x, keys from context.
 
     q, k and v are three projections: compiled for a TPU that takes less memory traffic than one
-    fused projection. The softmax is computed in float32 under every policy.
+    fused projection. The softmax is float32 under every policy. memory.py: recompute, block_size.
     """
 
     def __init__(
@@ -112,10 +113,13 @@ class Attention(keras.layers.Layer):
         *,
         qkv_bias: bool = True,
         dropout: float = 0.0,
+        recompute: bool = False,
+        block_size: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.num_heads, self.qkv_bias, self.dropout = num_heads, qkv_bias, dropout
+        self.recompute, self.block_size = recompute, block_size
         self.drop = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:
@@ -124,6 +128,8 @@ class Attention(keras.layers.Layer):
             "num_heads": self.num_heads,
             "qkv_bias": self.qkv_bias,
             "dropout": self.dropout,
+            "recompute": self.recompute,
+            "block_size": self.block_size,
         }
 
     def build(self, input_shape: Any) -> None:
@@ -141,6 +147,19 @@ class Attention(keras.layers.Layer):
         x = tf.reshape(x, (-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads))
         return tf.transpose(x, (0, 2, 1, 3))
 
+    def _attend(self, query, key, value, *, training: bool, seed: tf.Tensor | None):
+        """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N')."""
+        logits = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
+        # Softmax with the division after the product with the values, as in FlashAttention-2
+        # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
+        peak = tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
+        weights = tf.exp(logits - peak)
+        total = tf.reduce_sum(weights, axis=-1, keepdims=True)
+        if value.dtype == tf.float16:  # values summed over many tokens would overflow
+            weights, total = weights / total, tf.ones_like(total)
+        dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
+        return tf.matmul(dropped, value) / tf.cast(total, value.dtype), weights / total
+
     def call(
         self,
         x: tf.Tensor,
@@ -154,19 +173,16 @@ class Attention(keras.layers.Layer):
         query = self._heads(self.query(x))
         key, value = self._heads(self.key(context)), self._heads(self.value(context))
         query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
-        logits = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32)
-        # Softmax with the division after the product with the values, as in FlashAttention-2
-        # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
-        peak = tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
-        weights = tf.exp(logits - peak)
-        total = tf.reduce_sum(weights, axis=-1, keepdims=True)
-        if value.dtype == tf.float16:  # values summed over many tokens would overflow
-            weights, total = weights / total, tf.ones_like(total)
-        dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
-        y = tf.matmul(dropped, value) / tf.cast(total, value.dtype)
+        if self.block_size and not return_weights:
+            y = blockwise_attention(query, key, value, block_size=self.block_size)
+        elif self.recompute and training:
+            again = rematerialized(lambda *x: self._attend(*x, training=True, seed=seed)[0])
+            y = again(query, key, value)
+        else:
+            y, weights = self._attend(query, key, value, training=training, seed=seed)
         y = tf.transpose(y, (0, 2, 1, 3))
         y = self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
-        return (y, weights / total) if return_weights else y
+        return (y, weights) if return_weights else y
 
 
 class Mlp(keras.layers.Layer):
@@ -214,24 +230,19 @@ class EncoderBlock(keras.layers.Layer):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        recompute_attention: bool = False,
+        attention_block: int | None = None,
         **kwargs: Any,
     ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = {
-            "num_heads": num_heads,
-            "hidden": hidden,
-            "gelu": gelu,
-            "qkv_bias": qkv_bias,
-            "dropout": dropout,
-            "attention_dropout": attention_dropout,
-            "drop_path": drop_path,
-            "layer_scale": layer_scale,
-        }
+        self._config = config
         dtype = self.dtype_policy
         self.norm_0 = layer_norm("norm_0", dtype)
         self.attention = Attention(
-            num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, name="attention", dtype=dtype
-        )
+            num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, recompute=recompute_attention,
+            block_size=attention_block, name="attention", dtype=dtype,
+        )  # fmt: skip
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.norm_1 = layer_norm("norm_1", dtype)
         self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", dtype=dtype)

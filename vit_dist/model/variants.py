@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from vit_dist.model.memory import POLICIES
 from vit_dist.model.posemb import sincos2d
 
 # Table 2 of arXiv 2106.04560; mu exists for tests, So400m is arXiv 2305.13035's.
@@ -64,6 +65,8 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    remat: str,
+    attention_block: int | None,
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
@@ -83,11 +86,28 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("remat", remat, POLICIES)
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
     if posemb == "sincos2d":
         sincos2d((1, 1), width)
+    if attention_block is not None:
+        _check_attention_block(attention_block, remat=remat, dropout=rest["attention_dropout"])
+
+
+def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
+    if size < 1:
+        raise ValueError(f"attention_block must be 1 or more keys, or None, got {size}")
+    if remat == "attention":
+        raise ValueError(
+            "attention_block computes the attention anew already: set remat to none or full"
+        )
+    if dropout:
+        raise ValueError(
+            f"attention_block cannot drop attention weights: set attention_dropout to 0, not "
+            f"{dropout}, or attention_block to None"
+        )
 
 
 def vit_config(
@@ -108,6 +128,8 @@ def vit_config(
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
+    remat: str = "none",
+    attention_block: int | None = None,
 ) -> dict[str, Any]:
     """The arguments of ViT for a variant such as "S/16", checked; touches no device.
 
@@ -133,6 +155,8 @@ def vit_config(
         "layer_scale": layer_scale,
         "gelu": gelu,
         "qkv_bias": qkv_bias,
+        "remat": remat,
+        "attention_block": attention_block,
     }
     check_vit(**config)
     return config

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.memory import rematerialized_layer
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit
 
@@ -35,6 +36,9 @@ class ViT(keras.Model):
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
+      remat: what a training step computes anew in its backward pass rather than keep: "none", the
+        "attention" (logits, softmax and its product with the values), or blocks in "full".
+      attention_block: None, or how many keys attention takes at a time; for many tokens.
       channels: colour channels of the images.
 
     Raises:
@@ -60,6 +64,8 @@ class ViT(keras.Model):
         layer_scale: float | None = None,
         gelu: str = "tanh",
         qkv_bias: bool = True,
+        remat: str = "none",
+        attention_block: int | None = None,
         channels: int = 3,
         **kwargs: Any,
     ):
@@ -71,24 +77,14 @@ class ViT(keras.Model):
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
+        self.remat = remat
         self.prefix = int(pool == "tok")  # tokens before the patches
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
         shared["dtype"] = dtype
         self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.blocks = [
-            EncoderBlock(
-                **shared,
-                qkv_bias=qkv_bias,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                drop_path=drop_path * i / max(depth - 1, 1),
-                layer_scale=layer_scale,
-                name=f"encoderblock_{i}",
-            )
-            for i in range(depth)
-        ]
+        self.blocks = [self._make_block(i) for i in range(depth)]
         self.norm = layer_norm("encoder_norm", dtype)
         self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
         self.pre_logits = (
@@ -99,6 +95,19 @@ class ViT(keras.Model):
         # Logits in float32 under every policy: the loss subtracts large numbers.
         self.head = (
             keras.layers.Dense(num_classes, name="head", dtype="float32") if num_classes else None
+        )
+
+    def _make_block(self, index: int) -> EncoderBlock:
+        config = self._config
+        same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
+        return EncoderBlock(
+            **{key: config[key] for key in same},
+            hidden=config["mlp_dim"],
+            drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
+            recompute_attention=self.remat == "attention",
+            attention_block=config["attention_block"],
+            name=f"encoderblock_{index}",
+            dtype=self.dtype_policy,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -154,7 +163,8 @@ class ViT(keras.Model):
         mode = {"training": training, "seed": seed}
         x = self._embed(tf.cast(images, self.compute_dtype), **mode)
         for block in self.blocks:
-            x = block(x, **mode)
+            recompute = training and self.remat == "full"
+            x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
         x = self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
 
@@ -242,3 +252,11 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
 def named_weights(model: keras.Model) -> dict[str, keras.Variable]:
     """The model's variables by name, such as "encoderblock_0/attention/query/kernel"."""
     return {v.path.split("/", 1)[-1]: v for v in model.weights}
+
+
+def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the variables that build_vit would make, by name; touches no device."""
+    with tf.Graph().as_default():  # of which nothing is ever run
+        model = ViT(**config, name="vit")
+        model.build()
+    return {name: tuple(v.shape) for name, v in named_weights(model).items()}

@@ -1,63 +1,51 @@
-"""Optimisers: Keras's mathematics for one variable, driven by our step (law 2)."""
+"""Optimisers: rules that move one variable, as Keras has them, driven by our step (law 2)."""
 
-import re
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-NAMES = ("adamw", "sgd")
+from vit_dist.training import update_rules
+from vit_dist.training.rules import Rules, check_names, check_rules, multiplier, rate_multipliers
 
-
-class _Counted:
-    """Takes the count of updates from the step; Keras's own counter needs Keras's own apply()."""
-
-    count: tf.Tensor | int = 0
-
-    @property
-    def iterations(self) -> tf.Tensor | int:
-        return self.count
-
-
-class _Adam(_Counted, keras.optimizers.Adam):
-    """Adam (arXiv 1412.6980); epsilon is added to sqrt(v) before bias correction, as in Keras."""
-
-
-class _Sgd(_Counted, keras.optimizers.SGD):
-    """SGD with momentum as optax, flax and PyTorch have it: m = mu m + g, w = w - lr m.
-
-    Keras's keeps lr inside m, which is another algorithm once the learning rate changes.
-    """
-
-    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
-        if self.momentum:
-            trace = self.momentums[self._get_variable_index(variable)]
-            self.assign(trace, gradient + self.momentum * trace)
-            gradient = trace.value
-        self.assign_sub(variable, learning_rate * gradient)
+# Each with what its None's stand for: the values of its paper.
+NAMES: dict[str, dict[str, float]] = {
+    "adamw": {"beta_2": 0.999, "epsilon": 1e-8},
+    "sgd": {"momentum": 0.9},
+    "lamb": {"beta_2": 0.999, "epsilon": 1e-6},
+    "lion": {"beta_2": 0.99},
+    "adafactor": {"epsilon": 1e-30},
+    "adafactor_vit": {"beta_2": 0.999, "epsilon": 1e-30},
+    "muon": {"beta_2": 0.999, "epsilon": 1e-7, "momentum": 0.95},
+}
+DECAY_SCALES = ("learning_rate", "schedule")
+MOMENTUM_DTYPES = ("float32", "bfloat16")
 
 
 class Optimizer:
-    """A Keras optimiser, the variables it moves, and which of them decay.
+    """A rule, the variables that it moves, and how fast each learns and decays.
 
     Attributes:
+      variables: those that train, by name; frozen ones are not among them and have no slots.
+      rates: name -> what its learning rate is multiplied by.
+      decays: name -> d in w -= rate * d * w, for those that decay.
       slots: the optimiser's state by name, such as "encoderblock_0/norm_0/gamma/momentum".
     """
 
     def __init__(
-        self,
-        rule: Any,
-        variables: dict[str, keras.Variable],
-        *,
-        weight_decay: float,
-        decay_pattern: str,
-    ):
-        self.rule, self.variables = rule, variables
-        self.weight_decay = weight_decay
-        self.decayed = {name for name in variables if re.search(decay_pattern, name)}
-        rule.build(list(variables.values()))
-        names = {v.path.replace("/", "_"): name for name, v in variables.items()}
+        self, rule: Any, variables: dict[str, keras.Variable], *, rates: dict[str, float],
+        decays: dict[str, float],
+    ):  # fmt: skip
+        self.rule, self.rates, self.decays = rule, rates, decays
+        self.variables = {name: v for name, v in variables.items() if rates[name]}
+        self.decayed = set(decays)
+        if isinstance(rule, update_rules.Lamb):  # its update includes the decay
+            rule.decays = {id(variables[name]): decay for name, decay in decays.items()}
+            self.decays = {}
+        rule.build(list(self.variables.values()))
+        names = {v.path.replace("/", "_"): name for name, v in self.variables.items()}
         self.slots = {}
         for slot in rule.variables:
             reference, _, kind = slot.name.rpartition("_")
@@ -85,44 +73,47 @@ class Optimizer:
         state = [*self.variables.values(), *self.slots.values()]
         before = [tf.convert_to_tensor(v.value) for v in state]
         for (name, variable), gradient in zip(self.variables.items(), gradients, strict=True):
-            if self.weight_decay and name in self.decayed:
-                decay = self.weight_decay * learning_rate
-                variable.value.assign_sub(decay * tf.convert_to_tensor(variable.value))
-            self.rule.update_step(gradient, variable, learning_rate)
+            rate = learning_rate * self.rates[name]
+            old = tf.convert_to_tensor(variable.value)
+            self.rule.update_step(gradient, variable, rate)
+            if name in self.decays:
+                variable.value.assign_sub(rate * self.decays[name] * old)
         for variable, old in zip(state, before, strict=True):
             variable.value.assign(tf.where(gate, tf.convert_to_tensor(variable.value), old))
         self.rule.count = 0  # keep no tensor of a graph that is being traced
 
 
-def check_optimizer(
-    *,
-    name: str = "adamw",
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
-    decay_pattern: str = "kernel$",
-    beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-8,
-    momentum: float = 0.9,
-) -> None:
+def check_optimizer(**options: Any) -> None:
     """Raises ValueError for arguments of make_optimizer out of range; touches no device."""
-    if name not in NAMES:
-        raise ValueError(f"optimizer {name!r} is unknown; allowed: {', '.join(NAMES)}")
-    try:
-        re.compile(decay_pattern)
-    except re.error as error:
+    bound = inspect.signature(make_optimizer).bind({}, **options)
+    bound.apply_defaults()
+    given = bound.arguments
+    allowed = {"name": NAMES, "decay_scale": DECAY_SCALES, "momentum_dtype": MOMENTUM_DTYPES}
+    for key, names in allowed.items():
+        if given[key] not in names:
+            what = "optimizer" if key == "name" else f"optimizer.{key}"
+            raise ValueError(f"{what} {given[key]!r} is unknown; allowed: {', '.join(names)}")
+    if given["name"] == "muon" and not update_rules.HAS_MUON:
         raise ValueError(
-            f"optimizer.decay_pattern {decay_pattern!r} is no regex: {error}"
-        ) from None
-    limits = {"beta_1": beta_1, "beta_2": beta_2, "momentum": momentum}
-    for key, value in limits.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"optimizer.{key} must be in [0, 1), got {value}")
-    for key, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
-        if value < 0:
-            raise ValueError(f"optimizer.{key} must not be negative, got {value}")
-    if epsilon <= 0:
-        raise ValueError(f"optimizer.epsilon must be above 0, got {epsilon}")
+            f"optimizer 'muon' needs a newer Keras than the {keras.__version__} here: "
+            "pip install --upgrade keras"
+        )
+    for key in ("decay_multipliers", "lr_multipliers"):
+        check_rules(key, given[key])
+    for key in ("beta_1", "beta_2", "momentum"):
+        if given[key] is not None and not 0 <= given[key] < 1:
+            raise ValueError(f"optimizer.{key} must be in [0, 1), got {given[key]}")
+    for key in ("learning_rate", "weight_decay"):
+        if given[key] < 0:
+            raise ValueError(f"optimizer.{key} must not be negative, got {given[key]}")
+    if given["epsilon"] is not None and given["epsilon"] <= 0:
+        raise ValueError(f"optimizer.epsilon must be above 0, got {given['epsilon']}")
+    if given["layer_decay"] is not None and not 0 < given["layer_decay"] <= 1:
+        raise ValueError(
+            f"optimizer.layer_decay must be in (0, 1], or None, got {given['layer_decay']}"
+        )
+    if given["decay_scale"] == "schedule" and not given["learning_rate"]:
+        raise ValueError("optimizer.decay_scale 'schedule' needs a learning_rate above 0")
 
 
 def make_optimizer(
@@ -131,40 +122,74 @@ def make_optimizer(
     name: str = "adamw",
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
-    decay_pattern: str = "kernel$",
+    decay_scale: str = "learning_rate",
+    decay_multipliers: Rules = (("kernel$", 1.0),),
+    lr_multipliers: Rules = (),
+    layer_decay: float | None = None,
+    momentum_dtype: str = "float32",
     beta_1: float = 0.9,
-    beta_2: float = 0.999,
-    epsilon: float = 1e-8,
-    momentum: float = 0.9,
+    beta_2: float | None = None,
+    epsilon: float | None = None,
+    momentum: float | None = None,
 ) -> Optimizer:
     """Makes an optimiser for the named variables; call it under the strategy's scope.
 
     Args:
-      variables: name -> variable, those that train.
-      name: "adamw" (arXiv 1711.05101) or "sgd" with momentum.
-      learning_rate: the schedule's peak; given here so that the section of the config is whole.
-      weight_decay: decoupled: w -= lr * weight_decay * w. big_vision's 1e-4 at lr 1e-3, which it
-        does not multiply by the peak, is 0.1 here.
-      decay_pattern: regex searched in the names; the variables that match decay.
-      beta_1, beta_2, epsilon: Adam's.
-      momentum: SGD's; 0 for plain SGD.
+      variables: name -> variable; all of the model's.
+      name: one of NAMES; update_rules has the formulas and where they are from.
+      learning_rate: the schedule's peak.
+      weight_decay: d in w -= rate * d * w, decoupled (arXiv 1711.05101).
+      decay_scale: what decay is multiplied by: "learning_rate", the variable's current one, as in
+        PyTorch, or "schedule", the current over the peak, as in big_vision and the paper.
+      decay_multipliers: (regex, factor) pairs; the first found in a name counts, else 0.
+      lr_multipliers: the same for learning rates, else 1; 0 freezes the variable.
+      layer_decay: of learning rates from the head down; see rules.rate_multipliers.
+      momentum_dtype: in which first moments are stored, "float32" or "bfloat16".
+      beta_1, beta_2, epsilon, momentum: of the rules that have them; None for the paper's.
 
     Raises:
-      ValueError: unknown name or a number out of range.
+      ValueError: unknown name, a number out of range, or a pattern that matches no variable.
     """
-    check_optimizer(
+    given = dict(locals())
+    del given["variables"]
+    check_optimizer(**given)
+    used = decay_multipliers if weight_decay else ()
+    check_names(variables, decay_multipliers=used, lr_multipliers=lr_multipliers)
+    rates = rate_multipliers(variables, lr_multipliers=lr_multipliers, layer_decay=layer_decay)
+    decays = {}
+    for key, rate in rates.items():
+        factor = weight_decay * multiplier(decay_multipliers, key, 0.0)
+        if rate and factor:
+            by_schedule = decay_scale == "schedule"
+            decays[key] = factor / (learning_rate * rate) if by_schedule else factor
+    own = {k: v if given[k] is None else given[k] for k, v in NAMES[name].items()}
+    rule = _make_rule(name, float(learning_rate), {"beta_1": beta_1, **own})
+    rule.momentum_dtype = momentum_dtype
+    return Optimizer(rule, variables, rates=rates, decays=decays)
+
+
+def _make_rule(name: str, rate: float, own: dict[str, float]) -> Any:
+    beta_1 = own.pop("beta_1")
+    if name in ("adamw", "lamb"):
+        rule = update_rules.Adam if name == "adamw" else update_rules.Lamb
+        return rule(rate, beta_1=beta_1, name=name, **own)
+    if name == "sgd":
+        return update_rules.Sgd(rate, name=name, **own)
+    if name == "lion":
+        return update_rules.Lion(rate, beta_1=beta_1, name=name, **own)
+    if name == "muon":
+        return update_rules.Muon(
+            rate, adam_beta_1=beta_1, adam_beta_2=own["beta_2"], epsilon=own["epsilon"],
+            momentum=own["momentum"], exclude_layers=["(^|/)head/"], name=name,
+        )  # fmt: skip
+    plain = name == "adafactor"
+    return update_rules.Adafactor(
+        rate,
+        momentum=0.0 if plain else beta_1,
+        beta_2_cap=1.0 if plain else own["beta_2"],
+        factor_from=128 if plain else 32,
+        clip_threshold=1.0 if plain else None,
+        parameter_scale=plain,
+        epsilon=own["epsilon"],
         name=name,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        decay_pattern=decay_pattern,
-        beta_1=beta_1,
-        beta_2=beta_2,
-        epsilon=epsilon,
-        momentum=momentum,
     )
-    rule: Any
-    if name == "adamw":
-        rule = _Adam(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, name="adam")
-    else:
-        rule = _Sgd(learning_rate, momentum=momentum, name="sgd")
-    return Optimizer(rule, variables, weight_decay=weight_decay, decay_pattern=decay_pattern)

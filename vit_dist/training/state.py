@@ -58,8 +58,9 @@ class TrainState:
         return named
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """A copy of all state on the host; waits for the device."""
-        return {name: np.array(_raw(v).numpy()) for name, v in self.variables().items()}
+        """A copy of all state on the host, bfloat16 as float32; waits for the device."""
+        arrays = {name: np.array(_raw(v).numpy()) for name, v in self.variables().items()}
+        return {n: a if a.dtype != "bfloat16" else a.astype("float32") for n, a in arrays.items()}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over all state.
@@ -81,7 +82,8 @@ class TrainState:
                 "config it was trained with, or config.init_from to take over the weights only."
             )
         for name, variable in variables.items():
-            _raw(variable).assign(arrays[name])
+            raw = _raw(variable)
+            raw.assign(arrays[name].astype(raw.dtype.as_numpy_dtype))
 
 
 def _raw(variable: keras.Variable | tf.Variable) -> tf.Variable:

@@ -16,6 +16,7 @@ from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
 
 JITS = ("auto", "whole", "split", "off")
+ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
 
 Tensors = dict[str, tf.Tensor]
@@ -40,6 +41,7 @@ def check_step(
     accumulation: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    all_reduce_dtype: str = "float32",
     jit: str = "auto",
 ) -> None:
     """Raises ValueError for arguments of make_train_step that cannot work; touches no device."""
@@ -58,8 +60,12 @@ def check_step(
         )
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"step.ema_decay must be between 0 and 1, or None, got {ema_decay}")
-    if jit not in JITS:
-        raise ValueError(f"step.jit {jit!r} is unknown; allowed: {', '.join(JITS)}")
+    for key, value, allowed in (
+        ("jit", jit, JITS),
+        ("all_reduce_dtype", all_reduce_dtype, ALL_REDUCE_DTYPES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
 def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
@@ -200,6 +206,7 @@ def make_train_step(
     accumulation: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    all_reduce_dtype: str = "float32",
     jit: str = "whole",
     mixing: Mixing | None = None,
     masked: bool = False,
@@ -217,6 +224,8 @@ def make_train_step(
       accumulation: micro-batches per replica; memory does not grow with their number.
       clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
       ema_decay: of the moving average in `state`.
+      all_reduce_dtype: "bfloat16" halves what replicas send each other, and rounds each one's share
+        of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
       jit: "whole", "split" or "off"; see choose_jit.
       mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
       masked: batches have a "mask", float32 (b,); examples where it is 0 add nothing to the sums.
@@ -243,23 +252,26 @@ def make_train_step(
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
         update = tf.function(update, jit_compile=True, autograph=False)
 
-    run = _make_replica_step(gradients, update, strategy)
+    several = strategy.num_replicas_in_sync > 1
+    run = _make_replica_step(gradients, update, sent_as=all_reduce_dtype if several else None)
     if jit == "whole":
         run = tf.function(run, jit_compile=True, autograph=False)
     return _make_loop(run, strategy, counted=("masked",) if masked else ())
 
 
 def _make_replica_step(
-    gradients: Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]],
-    update: Callable[[list[tf.Tensor], Tensors], Tensors],
-    strategy: tf.distribute.Strategy,
+    gradients: Callable[..., Any], update: Callable[..., Tensors], *, sent_as: str | None
 ) -> Callable[[Tensors], Tensors]:
+    """What each replica runs; `sent_as` is the type of gradients on their way, None for no way."""
+
     def replica_step(batch: Tensors) -> Tensors:
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         grads, sums = gradients(batch, replica)
-        if strategy.num_replicas_in_sync > 1:
-            grads, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (grads, sums))
+        if sent_as is not None:
+            sent = [tf.cast(g, sent_as) for g in grads]
+            sent, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (sent, sums))
+            grads = [tf.cast(g, tf.float32) for g in sent]
         return update(grads, sums)
 
     return replica_step

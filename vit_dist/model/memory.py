@@ -1,0 +1,155 @@
+"""Memory for arithmetic: what the backward pass computes anew instead of keeping it.
+
+Shapes: B batch, H heads, N queries, M keys, K width of a head, n blocks of m keys.
+"""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+POLICIES = ("none", "attention", "full")
+
+
+def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """`function` of floating tensors to one tensor, which keeps nothing but its arguments.
+
+    Its gradient computes it again, once the gradient of its output is there (Chen et al., arXiv
+    1604.06174). What else it reads, such as seeds, comes from its closure and gets no gradient.
+    """
+
+    @tf.custom_gradient
+    def run(x: tf.Tensor, *others: tf.Tensor):
+        def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
+            inputs = [_after(x, upstream), *others]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(inputs)
+                y = function(*inputs)
+            return tape.gradient(y, inputs, upstream, unconnected_gradients="zero")
+
+        return function(x, *others), gradient
+
+    return run
+
+
+def _after(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+    """x, but only once `upstream` is known; else XLA would find that it has computed this before.
+
+    XLA knows no control dependencies, and its optimization barrier is gone on CPUs before equal
+    expressions are merged. So x gets a zero that depends on `upstream`, as in tf.recompute_grad.
+    """
+    first = tf.cast(tf.reshape(upstream, [-1])[0], tf.bool)
+    zero = tf.where(tf.equal(first, first), 0.0, float("nan"))
+    return x + tf.cast(zero, x.dtype)
+
+
+def rematerialized_layer(
+    layer: keras.layers.Layer, x: tf.Tensor, **options: object
+) -> tf.Tensor:  # fmt: skip
+    """layer(x, **options), of which the backward pass finds x alone; its weights get gradients."""
+    weights = layer.weights
+
+    def call(x: tf.Tensor, *values: tf.Tensor) -> tf.Tensor:
+        mapping = list(zip(weights, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping, initialize_variables=False):
+            return layer(x, **options)
+
+    return rematerialized(call)(x, *(tf.convert_to_tensor(w.value) for w in weights))
+
+
+def blockwise_attention(
+    query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, *, block_size: int
+) -> tf.Tensor:
+    """softmax(query key^T) value, over `block_size` keys at a time, forwards and backwards.
+
+    Memory grows with N + M instead of N M (Rabe and Staats, arXiv 2112.05682; Dao et al., arXiv
+    2205.14135); arithmetic by the logits, computed again in the backward pass. Softmax and sums
+    are float32.
+
+    Args:
+      query: (B, H, N, K), scaled already.
+      key, value: (B, H, M, K).
+      block_size: m; M need not be a multiple.
+
+    Returns:
+      (B, H, N, K), of value's type.
+    """
+    num_keys = key.shape[2]
+    num_blocks = -(-num_keys // block_size)
+    # What is padded gets no weight.
+    index = tf.reshape(tf.range(num_blocks * block_size), (num_blocks, block_size))
+    bias = tf.where(index < num_keys, 0.0, float("-inf"))
+
+    @tf.custom_gradient
+    def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor):
+        keys, values = (_split(x, num_blocks, block_size) for x in (key, value))
+        y, lse = _forwards(query, keys, values, bias)
+
+        def gradient(upstream: tf.Tensor):
+            d_query, *others = _backwards(query, keys, values, bias, y, lse, upstream)
+            return (tf.cast(d_query, query.dtype), *(_join(x, num_keys) for x in others))
+
+        return tf.cast(y, value.dtype), gradient
+
+    return attend(query, key, value)
+
+
+def _logits(query: tf.Tensor, keys: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.matmul(query, keys, transpose_b=True), tf.float32) + bias
+
+
+def _forwards(query: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, bias: tf.Tensor):
+    """float32: the output (B, H, N, K), and each row's log of the sum of exp, (B, H, N, 1)."""
+
+    def body(i: tf.Tensor, peak: tf.Tensor, total: tf.Tensor, y: tf.Tensor):
+        logits = _logits(query, keys[i], bias[i])
+        higher = tf.maximum(peak, tf.reduce_max(logits, -1, keepdims=True))
+        weights, shrink = tf.exp(logits - higher), tf.exp(peak - higher)
+        more = tf.matmul(tf.cast(weights, values.dtype), values[i])
+        total = total * shrink + tf.reduce_sum(weights, -1, keepdims=True)
+        return i + 1, higher, total, y * shrink + tf.cast(more, tf.float32)
+
+    zero = tf.zeros_like(query, tf.float32)
+    column = tf.zeros_like(query[..., :1], tf.float32)
+    start = (0, column - float("inf"), column, zero)
+    _, peak, total, y = _loop(keys.shape[0], body, start)
+    return y / total, peak + tf.math.log(total)
+
+
+def _backwards(query, keys, values, bias, y, lse, upstream):
+    """Of Y = P V, P = softmax(S): dV = P^T dY; dS = P * (dY V^T - each row's sum of dY * Y)."""
+    mean = tf.reduce_sum(tf.cast(upstream, tf.float32) * y, -1, keepdims=True)
+
+    def body(i: tf.Tensor, d_query: tf.Tensor, d_keys: tf.TensorArray, d_values: tf.TensorArray):
+        weights = tf.exp(_logits(query, keys[i], bias[i]) - lse)
+        d_value = tf.matmul(tf.cast(weights, values.dtype), upstream, transpose_a=True)
+        d_weights = tf.cast(tf.matmul(upstream, values[i], transpose_b=True), tf.float32)
+        d_logits = tf.cast(weights * (d_weights - mean), keys.dtype)
+        d_query += tf.cast(tf.matmul(d_logits, keys[i]), tf.float32)
+        d_key = tf.matmul(d_logits, query, transpose_a=True)
+        return i + 1, d_query, d_keys.write(i, d_key), d_values.write(i, d_value)
+
+    count = keys.shape[0]
+    arrays = [tf.TensorArray(x.dtype, count) for x in (keys, values)]
+    start = (0, tf.zeros_like(query, tf.float32), *arrays)
+    _, d_query, *arrays = _loop(count, body, start)
+    return d_query, *(array.stack() for array in arrays)
+
+
+def _loop(count: int, body: Callable[..., tuple], start: tuple) -> tuple:
+    return tf.while_loop(lambda i, *_: i < count, body, start, maximum_iterations=count)
+
+
+def _split(x: tf.Tensor, num_blocks: int, block_size: int) -> tf.Tensor:
+    """(B, H, M, K) -> (n, B, H, m, K), padded with zeros."""
+    padding = num_blocks * block_size - x.shape[2]
+    x = tf.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    x = tf.reshape(x, (-1, x.shape[1], num_blocks, block_size, x.shape[3]))
+    return tf.transpose(x, (2, 0, 1, 3, 4))
+
+
+def _join(x: tf.Tensor, num_keys: int) -> tf.Tensor:
+    """(n, B, H, m, K) -> (B, H, M, K)."""
+    blocks, _, heads, size, width = x.shape
+    x = tf.reshape(tf.transpose(x, (1, 2, 0, 3, 4)), (-1, heads, blocks * size, width))
+    return x[:, :, :num_keys]

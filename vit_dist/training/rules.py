@@ -1,0 +1,82 @@
+"""Which variables decay, how fast each learns and which stay as they are, by patterns in names."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+Rules = Sequence[tuple[str, float]]
+
+_FIRST = re.compile(r"^(embedding/|cls$|pos_embedding$)")  # what the first block reads
+_BLOCK = re.compile(r"^encoderblock_(\d+)/")
+
+
+def check_rules(key: str, rules: Any) -> None:
+    """Raises ValueError where `rules` is no sequence of (regex, number of 0 or more)."""
+    if not isinstance(rules, tuple | list):
+        rules = (rules,)  # shown below as what it is
+    for rule in rules:
+        pair = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
+        number = pair and isinstance(rule[1], int | float) and not isinstance(rule[1], bool)
+        if not number or not rule[1] >= 0:
+            raise ValueError(
+                f"optimizer.{key} must hold pairs of a regex and a number of 0 or more, such as "
+                f"(('kernel$', 1.0),), got {rule!r}"
+            )
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise ValueError(f"optimizer.{key}: {rule[0]!r} is no regex: {error}") from None
+
+
+def multiplier(rules: Rules, name: str, default: float) -> float:
+    """The number of the first rule whose regex is found in `name`."""
+    return next((float(value) for regex, value in rules if re.search(regex, name)), default)
+
+
+def depth_of(name: str, num_blocks: int) -> int:
+    """A variable's place as BEiT counts (arXiv 2106.08254).
+
+    0 for patches, cls token and positions, i + 1 for block i, num_blocks + 1 for all behind them.
+    """
+    block = _BLOCK.match(name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if _FIRST.match(name) else num_blocks + 1
+
+
+def rate_multipliers(
+    names: Collection[str], *, lr_multipliers: Rules, layer_decay: float | None
+) -> dict[str, float]:
+    """What each variable's learning rate is multiplied by; 0 freezes the variable.
+
+    Args:
+      names: of the variables.
+      lr_multipliers: (regex, factor) pairs, of which the first that matches counts; else 1.
+      layer_decay: times layer_decay ** (num_blocks + 1 - depth_of(name)); None for none.
+    """
+    blocks = [_BLOCK.match(name) for name in names]
+    num_blocks = 1 + max((int(b[1]) for b in blocks if b), default=-1)
+    factors = {}
+    for name in names:
+        below = num_blocks + 1 - depth_of(name, num_blocks)
+        factors[name] = multiplier(lr_multipliers, name, 1.0) * (layer_decay or 1.0) ** below
+    return factors
+
+
+def check_names(
+    names: Collection[str], *, decay_multipliers: Rules = (), lr_multipliers: Rules = ()
+) -> None:
+    """Raises ValueError for a pattern that matches none of the names, or if all are frozen."""
+    for key, rules in (
+        ("decay_multipliers", decay_multipliers),
+        ("lr_multipliers", lr_multipliers),
+    ):
+        for regex, _ in rules:
+            if not any(re.search(regex, name) for name in names):
+                shown = ", ".join(sorted(names)[:3])
+                raise ValueError(
+                    f"optimizer.{key}: {regex!r} matches no variable of this model; there are "
+                    f"{len(names)}, such as {shown}"
+                )
+    if not any(multiplier(lr_multipliers, name, 1.0) for name in names):
+        raise ValueError("optimizer.lr_multipliers freezes every variable: nothing would train")

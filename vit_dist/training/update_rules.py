@@ -1,0 +1,203 @@
+"""How one variable moves: rules in the form of Keras's update_step, on summed gradients.
+
+Slots may be stored in bfloat16; a rule computes in float32 and uses what it computed, not what it
+stored, as optax does. Decay is the Optimizer's, but for LAMB's, which is part of its update.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class _Rule:
+    """What the Optimizer sets: the count of updates, and the type of first moments.
+
+    Keras's own counter needs Keras's own apply().
+    """
+
+    count: tf.Tensor | int = 0
+    momentum_dtype = "float32"
+
+    @property
+    def iterations(self) -> tf.Tensor | int:
+        return self.count
+
+    def add_variable_from_reference(
+        self, reference_variable: keras.Variable, name: str = "", initializer: Any = "zeros"
+    ) -> keras.Variable:
+        return self.add_slot(reference_variable, reference_variable.shape, name, initializer)
+
+    def add_slot(
+        self, variable: keras.Variable, shape: Any, kind: str, initializer: Any = "zeros"
+    ) -> keras.Variable:
+        """A slot named as Keras names its own: the variable's path, then the kind."""
+        dtype = self.momentum_dtype if kind == "momentum" else variable.dtype
+        name = f"{variable.path.replace('/', '_')}_{kind}"
+        return self.add_variable(shape, initializer, dtype, name=name)  # type: ignore[attr-defined]
+
+
+def _read(variable: keras.Variable) -> tf.Tensor:
+    return tf.cast(tf.convert_to_tensor(variable.value), tf.float32)
+
+
+def _average(slot: keras.Variable, value: tf.Tensor, decay: float | tf.Tensor) -> tf.Tensor:
+    """Moves an exponential moving average and returns it as computed, in float32."""
+    new = decay * _read(slot) + (1 - decay) * value
+    slot.assign(tf.cast(new, slot.dtype))
+    return new
+
+
+class Adam(_Rule, keras.optimizers.Adam):
+    """Adam (arXiv 1412.6980, algorithm 1), as PyTorch and optax: m^ / (sqrt(v^) + epsilon).
+
+    Keras adds epsilon to sqrt(v) before bias correction, 32 times as much in the first step.
+    """
+
+    def direction(self, gradient: tf.Tensor, variable: keras.Variable) -> tf.Tensor:
+        """Moves both moments; returns m^ / (sqrt(v^) + epsilon)."""
+        index, t = self._get_variable_index(variable), tf.cast(self.count + 1, tf.float32)
+        m = _average(self._momentums[index], gradient, self.beta_1)
+        v = _average(self._velocities[index], tf.square(gradient), self.beta_2)
+        m_hat, v_hat = m / (1 - self.beta_1**t), v / (1 - self.beta_2**t)
+        return m_hat / (tf.sqrt(v_hat) + self.epsilon)
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
+        self.assign_sub(variable, learning_rate * self.direction(gradient, variable))
+
+
+class Lamb(Adam):
+    """LAMB (arXiv 1904.00962), as Apex and timm: w -= lr |w| / |u| u, u = Adam's + decay w.
+
+    The trust ratio |w| / |u| is 1 where either norm is 0, and for variables that do not decay.
+
+    Attributes:
+      decays: coefficient by the variable's id, for those that decay; set by the Optimizer.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.decays: dict[int, float | tf.Tensor] = {}
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
+        update = self.direction(gradient, variable)
+        if id(variable) in self.decays:
+            weight = _read(variable)
+            update += self.decays[id(variable)] * weight
+            size, length = tf.norm(weight), tf.norm(update)
+            either = (size > 0) & (length > 0)
+            update *= tf.where(either, tf.math.divide_no_nan(size, length), 1.0)
+        self.assign_sub(variable, learning_rate * update)
+
+
+class Sgd(_Rule, keras.optimizers.SGD):
+    """SGD with momentum as optax, flax and PyTorch have it: m = mu m + g, w = w - lr m.
+
+    Keras's keeps lr inside m, which is another algorithm once the learning rate changes.
+    """
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
+        if self.momentum:
+            trace = self.momentums[self._get_variable_index(variable)]
+            gradient = gradient + self.momentum * _read(trace)
+            trace.assign(tf.cast(gradient, trace.dtype))
+        self.assign_sub(variable, learning_rate * gradient)
+
+
+class Lion(_Rule, keras.optimizers.Lion):
+    """Lion (arXiv 2302.06675): w -= lr sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g."""
+
+
+class Adafactor(_Rule, keras.optimizers.Optimizer):
+    """Adafactor (arXiv 1804.04235), and the variant of "Scaling ViT" (arXiv 2106.04560).
+
+    Keras's Adafactor keeps the second moment in full beside its factors, so it saves no memory.
+
+    Args:
+      learning_rate: Keras wants one; the Optimizer hands over each step's.
+      momentum: of an average over updates, not bias-corrected; 0 for none.
+      beta_2_cap: b2 = min(beta_2_cap, 1 - t ** -0.8) at update t, from 1.
+      factor_from: a tensor is factored over its two longest axes if both have so many entries.
+      clip_threshold: bounds the root mean square of a tensor's update; None for no bound.
+      parameter_scale: multiplies the update by the root mean square of the weights, at least 1e-3.
+      epsilon: added to the squared gradient.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float,
+        *,
+        momentum: float,
+        beta_2_cap: float,
+        factor_from: int,
+        clip_threshold: float | None,
+        parameter_scale: bool,
+        epsilon: float,
+        name: str,
+    ):
+        super().__init__(learning_rate, name=name)
+        self.momentum, self.beta_2_cap, self.factor_from = momentum, beta_2_cap, factor_from
+        self.clip_threshold, self.parameter_scale = clip_threshold, parameter_scale
+        self.epsilon = epsilon
+        self._slots: list[dict[str, keras.Variable]] = []
+
+    def axes(self, shape: Any) -> tuple[int, int] | None:
+        """(second longest, longest) axis, or None where the second moment is kept in full."""
+        if len(shape) < 2:
+            return None
+        second, longest = np.argsort(shape)[-2:]  # ties as optax breaks them
+        return (int(second), int(longest)) if shape[second] >= self.factor_from else None
+
+    def build(self, var_list: list[keras.Variable]) -> None:
+        super().build(var_list)
+        for variable in var_list:
+            shape, axes = list(variable.shape), self.axes(variable.shape)
+            kinds = {"velocity": shape}
+            if axes is not None:
+                kinds = {
+                    kind: shape[:axis] + shape[axis + 1 :]
+                    for kind, axis in zip(("column", "row"), axes, strict=True)
+                }
+            if self.momentum:
+                kinds["momentum"] = shape
+            self._slots.append({k: self.add_slot(variable, s, k) for k, s in kinds.items()})
+
+    def _normalized(
+        self, gradient: tf.Tensor, slots: dict[str, keras.Variable], axes: tuple[int, int] | None
+    ) -> tf.Tensor:
+        """The gradient over the square root of its second moment."""
+        t = tf.cast(self.count + 1, tf.float32)
+        beta = tf.minimum(self.beta_2_cap, 1 - t**-0.8)
+        squared = tf.square(gradient) + self.epsilon
+        if axes is None:
+            return gradient * tf.math.rsqrt(_average(slots["velocity"], squared, beta))
+        second, longest = axes
+        row = _average(slots["row"], tf.reduce_mean(squared, longest), beta)
+        column = _average(slots["column"], tf.reduce_mean(squared, second), beta)
+        reduced = second - (second > longest)  # where the second longest axis is in `row`
+        row = row / tf.reduce_mean(row, reduced, keepdims=True)
+        row, column = tf.expand_dims(row, longest), tf.expand_dims(column, second)
+        return gradient * tf.math.rsqrt(row) * tf.math.rsqrt(column)
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
+        slots = self._slots[self._get_variable_index(variable)]
+        update = self._normalized(gradient, slots, self.axes(variable.shape))
+        if self.clip_threshold is not None:
+            update /= tf.maximum(1.0, _rms(update) / self.clip_threshold)
+        if self.parameter_scale:
+            update *= tf.maximum(_rms(_read(variable)), 1e-3)
+        if self.momentum:
+            update = _average(slots["momentum"], update, self.momentum)
+        self.assign_sub(variable, learning_rate * update)
+
+
+def _rms(x: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(tf.reduce_mean(tf.square(x)))
+
+
+HAS_MUON = hasattr(keras.optimizers, "Muon")
+if HAS_MUON:
+
+    class Muon(_Rule, keras.optimizers.Muon):
+        """Muon (Jordan et al. 2024) scaled as in arXiv 2502.16982; AdamW for all but matrices."""
