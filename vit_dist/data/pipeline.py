@@ -264,12 +264,14 @@ def _chunk_maker(source: Source, pipe: Pipe, spec: dict[str, tf.TensorSpec]):
         place = {key: value for key, value in record.items() if key in (*POSITION_SPEC, "mask")}
         own = {key: value for key, value in record.items() if key not in place}
         mask = {"mask": place.pop("mask", tf.constant(1.0))} if "mask" in spec else {}
-        return {**pipe.host({**source.decode_record(own), **place}), **mask}
+        return {**pipe.host_each({**source.decode_record(own), **place}), **mask}
 
     def make_chunk(chunk: Tensors) -> Tensors:
         if source.indexable:
             chunk = {**chunk, **source.fetch(chunk["index"])}
-        return tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=spec)
+        each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.last else spec
+        examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)
+        return pipe.host_chunk(examples)
 
     return make_chunk
 
