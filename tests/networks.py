@@ -12,8 +12,8 @@ def tiny_config(**options):
     return vit_config("mu/4", mlp_dim=24, **options)
 
 
-def tiny_vit(*, precision="float32", **options):
-    return randomize(build_vit(tiny_config(**options), precision=precision))
+def tiny_vit(*, precision="float32", form="matrix", **options):
+    return randomize(build_vit(tiny_config(**options), precision=precision, form=form))
 
 
 def randomize(model, scale=0.3):

@@ -11,16 +11,19 @@ from networks import arrays_of, images_for, tiny_config, tiny_vit
 
 from vit_dist.model import layers as layers_lib
 from vit_dist.model import masks as masks_lib
+from vit_dist.model import norm as norm_lib
 from vit_dist.model.layers import (
     Attention,
     Dropout,
     DropPath,
     EncoderBlock,
     LayerScale,
+    Linear,
     MapHead,
     Mlp,
     PatchEmbedding,
 )
+from vit_dist.model.norm import LayerNorm
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 
@@ -107,9 +110,18 @@ LAYERS = [
     Dropout(0.3, name="a"),
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
-    PatchEmbedding(8, (4, 2), name="d"),
-    Attention(4, qkv_bias=False, dropout=0.1, recompute=True, block_size=3, name="e"),
-    Mlp(12, gelu="erf", dropout=0.4, name="f"),
+    PatchEmbedding(8, (4, 2), form="tensor", name="d"),
+    Attention(
+        4,
+        qkv_bias=False,
+        dropout=0.1,
+        softmax="compute",
+        form="tensor",
+        recompute=True,
+        block_size=3,
+        name="e",
+    ),
+    Mlp(12, gelu="erf", dropout=0.4, form="tensor", name="f"),
     EncoderBlock(
         num_heads=2,
         hidden=12,
@@ -119,12 +131,16 @@ LAYERS = [
         attention_dropout=0.2,
         drop_path=0.3,
         layer_scale=0.4,
+        softmax="compute",
+        form="tensor",
         recompute_attention=True,
         attention_block=3,
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", form="tensor", name="h"),
+    Linear(6, form="tensor", name="i"),
+    LayerNorm(form="tensor", name="j"),
 ]
 ODD_VIT = {
     "pool": "map",
@@ -136,11 +152,13 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "drop_path_growth": "constant",
+    "softmax": "compute",
     "remat": "full",
 }
 # What does not go together.
 VITS = [
-    ViT(**tiny_config(**ODD_VIT), channels=1),
+    ViT(**tiny_config(**ODD_VIT), form="tensor", channels=1),
     ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3}), channels=1),
 ]
 
@@ -160,7 +178,7 @@ def test_config_round_trip(layer):
 def test_every_layer_has_its_round_trip():
     classes = {
         c
-        for module in (layers_lib, masks_lib)
+        for module in (layers_lib, masks_lib, norm_lib)
         for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, keras.Layer) and not c.__name__.startswith("_")
         if c.__init__.__module__.startswith("vit_dist.")  # Keras sees to what it made

@@ -8,9 +8,11 @@ import tensorflow as tf
 from networks import arrays_of, images_for, tiny_vit
 from scipy.special import erf, ndtr
 
-from vit_dist.model.layers import Attention, PatchEmbedding, layer_norm
+from vit_dist.model.layers import Attention, PatchEmbedding
 from vit_dist.model.layers import gelu as gelu_layer
+from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
+from vit_dist.model.variants import FORMS, PRECISIONS, choose_form
 
 
 def gelu(x, form):
@@ -108,9 +110,10 @@ FORWARD = [
 ]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("options", FORWARD, ids=str)
-def test_forward_pass_equals_its_restatement(options):
-    model = tiny_vit(**options)
+def test_forward_pass_equals_its_restatement(options, form):
+    model = tiny_vit(**options, form=form)
     images = images_for(model)
     w = arrays_of(model)
     expected = np.stack([reference(model.get_config(), w, image)[0] for image in images])
@@ -158,8 +161,9 @@ def test_images_of_another_size_are_refused(shape):
         model(np.zeros(shape, np.float32))
 
 
-def test_intermediates_are_those_of_the_restatement():
-    model = tiny_vit(pool="tok")
+@pytest.mark.parametrize("form", FORMS)
+def test_intermediates_are_those_of_the_restatement(form):
+    model = tiny_vit(pool="tok", form=form)
     images = images_for(model)
     out = model.intermediates(images)
     w = arrays_of(model)
@@ -171,10 +175,11 @@ def test_intermediates_are_those_of_the_restatement():
     np.testing.assert_allclose(logits, model(images), atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_attention_rows_sum_to_one(precision):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_attention_rows_sum_to_one(precision, form):
     # Over 512 tokens a sum in bfloat16 is off by a percent and more.
-    layer = Attention(2, dtype=f"mixed_{precision}" if precision != "float32" else precision)
+    layer = Attention(2, dtype=PRECISIONS[precision], form=form)
     x = np.random.default_rng(0).standard_normal((1, 512, 8)).astype(np.float32)
     _, weights = layer(x, return_weights=True)
     assert weights.dtype == tf.float32 and weights.shape == (1, 2, 512, 512)
@@ -198,13 +203,56 @@ def test_call_keeps_no_attention_weights(monkeypatch):
     assert [a.get("return_weights") for a in asked] == [True, True]
 
 
+# Forms
+
+
+@pytest.mark.parametrize("pool", ["tok", "map"])
+def test_gradients_are_the_same_in_both_forms(pool):
+    found = []
+    for form in FORMS:
+        model = tiny_vit(pool=pool, form=form, layer_scale=0.1)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(model(images_for(model))))
+        found.append(tape.gradient(loss, [v.value for v in model.weights]))
+    largest = max(np.abs(g).max() for g in found[0])
+    for v, one, other in zip(model.weights, *found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * largest, err_msg=v.path)
+
+
+def test_dropped_attention_weights_are_the_same_in_both_forms():
+    x = np.random.default_rng(0).standard_normal((4, 9, 8)).astype(np.float32)
+    outputs = []
+    for form in FORMS:
+        layer = Attention(2, dropout=0.5, form=form, name="attention")
+        layer.build(x.shape)
+        for i, v in enumerate(layer.weights):
+            v.assign(np.random.default_rng(i).standard_normal(v.shape))
+        outputs.append(layer(x, training=True, seed=(1, 2)))
+    np.testing.assert_allclose(*outputs, atol=2e-5)
+
+
+def test_each_kind_of_device_has_its_form():
+    assert [choose_form(kind) for kind in ("CPU", "GPU", "TPU")] == ["matrix", "matrix", "tensor"]
+
+
 # Low precision
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.007)])
-@pytest.mark.parametrize("options", [{"pool": "tok"}, {"pool": "map", "rep_size": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": "tok"},
+        {"pool": "map", "rep_size": 8},
+        {"pool": "tok", "form": "tensor"},
+        {"pool": "map", "form": "tensor", "softmax": "compute"},
+        {"pool": "tok", "softmax": "compute"},
+    ],
+    ids=str,
+)
 def test_low_precision_is_close(options, precision, tolerance):
-    model, exact = tiny_vit(**options, precision=precision), tiny_vit(**options)
+    exact = {key: options[key] for key in options if key not in ("form", "softmax")}
+    model, exact = tiny_vit(**options, precision=precision), tiny_vit(**exact)
     assert {v.dtype for v in model.weights} == {"float32"}
     images = images_for(model)
     logits, expected = model(images), exact(images).numpy()
@@ -213,10 +261,11 @@ def test_low_precision_is_close(options, precision, tolerance):
     np.testing.assert_allclose(logits, expected, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_softmax_is_float32(precision):
+def test_softmax_is_float32(precision, form):
     # One key in 2049 gets e^9 times the weight of each other: 1 + 2048 e^-9 in the denominator.
-    layer = Attention(1, dtype=f"mixed_{precision}")
+    layer = Attention(1, dtype=f"mixed_{precision}", form=form)
     layer.build((None, 2049, 4))
     for name, scale in (("query", 6.0), ("key", 3.0), ("value", 0.0)):
         getattr(layer, name).kernel.assign(scale * np.eye(4))
@@ -227,10 +276,22 @@ def test_softmax_is_float32(precision):
     np.testing.assert_allclose(weights[0, 0, 0], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_softmax_in_the_dtype_of_activations(form):
+    layer = Attention(1, dtype="mixed_bfloat16", softmax="compute", form=form)
+    x = np.random.default_rng(0).standard_normal((1, 9, 4)).astype(np.float32)
+    y, weights = layer(x, return_weights=True)
+    assert y.dtype == weights.dtype == tf.bfloat16
+    np.testing.assert_allclose(tf.reduce_sum(tf.cast(weights, tf.float32), -1), 1, atol=0.02)
+    layer = Attention(1, softmax="compute", form=form)
+    assert layer(x, return_weights=True)[1].dtype == tf.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_attention_to_large_values_stays_finite(precision):
+def test_attention_to_large_values_stays_finite(precision, form):
     # The mean of 512 values of 300 is 300, though their sum is more than float16 holds.
-    layer = Attention(1, dtype=f"mixed_{precision}")
+    layer = Attention(1, dtype=f"mixed_{precision}", form=form)
     layer.build((None, 512, 4))
     for name, scale in (("query", 0.0), ("key", 0.0), ("value", 1.0), ("out", 1.0)):
         getattr(layer, name).kernel.assign(scale * np.eye(4))
@@ -238,12 +299,13 @@ def test_attention_to_large_values_stays_finite(precision):
     np.testing.assert_allclose(tf.cast(y, tf.float32), np.full((1, 512, 4), 300.0), rtol=0.01)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_layer_norm_statistics_are_float32(precision):
+def test_layer_norm_statistics_are_float32(precision, form):
     # Squares of 300 overflow float16; a mean of 300 in bfloat16 is a multiple of 2.
     x = 300 + 20 * np.random.default_rng(0).standard_normal((4, 64))
     x = tf.cast(x, precision)
-    layer = layer_norm("norm", f"mixed_{precision}")
+    layer = layer_norm("norm", f"mixed_{precision}", form)
     exact = np.asarray(tf.cast(x, tf.float64))
     expected = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
     actual = layer(x)

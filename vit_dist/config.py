@@ -104,9 +104,11 @@ DEFAULTS: dict[str, Any] = {
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "drop_path": 0.0,  # stochastic depth at the last block
+        "drop_path_growth": "linear",  # from 0 at the first block, or constant (DeiT III)
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
+        "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
         "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
         "attention_block": _Typed(None, int),  # keys at a time, e.g. 512 for many tokens
         "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
@@ -114,6 +116,8 @@ DEFAULTS: dict[str, Any] = {
     "loss": {  # training/losses.py
         "name": "softmax",  # softmax | sigmoid
         "label_smoothing": 0.0,
+        "reduction": "sum",  # sigmoid, over the classes: sum | mean (PyTorch, DeiT III)
+        "threshold": _Typed(None, float),  # sigmoid: label shares above it count as 1, others as 0
     },
     "optimizer": {  # training/optim.py
         "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon

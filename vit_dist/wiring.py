@@ -15,9 +15,9 @@ from vit_dist.data.mixing import Mixing, check_groups, make_mixing
 from vit_dist.data.pipe import Pipe, output_spec, parse
 from vit_dist.feed import check_input, open_sources
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import PRECISIONS, vit_config
+from vit_dist.model.variants import PRECISIONS, choose_form, vit_config
 from vit_dist.model.vit import build_vit, named_weights, weight_shapes
-from vit_dist.strategy import check_strategy, make_strategy
+from vit_dist.strategy import check_strategy, device_kind, make_strategy
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
 from vit_dist.training.rules import check_names
@@ -213,8 +213,9 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
 
 def make_state(run: Run, strategy: tf.distribute.Strategy) -> TrainState:
     """Model, optimiser and moving average, new, under the strategy's scope."""
+    build = {**run.build, "form": choose_form(device_kind(strategy))}
     with strategy.scope():
-        model = build_vit(**run.build)
+        model = build_vit(**build)
         optimizer = make_optimizer(named_weights(model), **run.optimizer)
-        ema = build_vit(**run.build) if run.step["ema_decay"] else None
+        ema = build_vit(**build) if run.step["ema_decay"] else None
         return TrainState(model, optimizer, ema)

@@ -90,7 +90,7 @@ def resize(size, method="bilinear", antialias=False):
 
 
 @op
-def resize_small(smaller_size, method="area"):
+def resize_small(smaller_size, method="area", antialias=False):
     """Resizes so that the smaller side has `smaller_size` pixels, keeping the aspect ratio."""
     _check_positive(smaller_size=smaller_size)
     method = _method(method)
@@ -98,7 +98,7 @@ def resize_small(smaller_size, method="area"):
     def resize(image, seed):
         shape = tf.cast(tf.shape(_decoded(image))[:2], tf.float32)
         factor = smaller_size / tf.reduce_min(shape)
-        resized = _resize(image, tf.cast(tf.round(shape * factor), tf.int32), method, False)
+        resized = _resize(image, tf.cast(tf.round(shape * factor), tf.int32), method, antialias)
         static = image.shape[:2]
         if static.is_fully_defined():
             smaller = min(static)

@@ -23,6 +23,9 @@ SIZES: dict[str, dict[str, int]] = {
 POOLS = ("tok", "gap", "map", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
+SOFTMAXES = ("float32", "compute")
+GROWTHS = ("linear", "constant")
+FORMS = ("matrix", "tensor")
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
 PRECISIONS = {
     "float32": "float32",
@@ -65,6 +68,9 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    drop_path_growth: str,
+    softmax: str,
+    form: str = "matrix",
     remat: str,
     attention_block: int | None,
     **rest: Any,
@@ -86,6 +92,9 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("drop_path_growth", drop_path_growth, GROWTHS)
+    check_choice("softmax", softmax, SOFTMAXES)
+    check_choice("form", form, FORMS)
     check_choice("remat", remat, POLICIES)
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
@@ -110,6 +119,11 @@ def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
         )
 
 
+def choose_form(kind: str) -> str:
+    """The form of ViT that is fastest on a kind of device: "CPU", "GPU" or "TPU"."""
+    return "tensor" if kind == "TPU" else "matrix"
+
+
 def vit_config(
     variant: str,
     *,
@@ -125,9 +139,11 @@ def vit_config(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     drop_path: float = 0.0,
+    drop_path_growth: str = "linear",
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
+    softmax: str = "float32",
     remat: str = "none",
     attention_block: int | None = None,
 ) -> dict[str, Any]:
@@ -152,9 +168,11 @@ def vit_config(
         "dropout": dropout,
         "attention_dropout": attention_dropout,
         "drop_path": drop_path,
+        "drop_path_growth": drop_path_growth,
         "layer_scale": layer_scale,
         "gelu": gelu,
         "qkv_bias": qkv_bias,
+        "softmax": softmax,
         "remat": remat,
         "attention_block": attention_block,
     }

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding
 from vit_dist.model.memory import rematerialized_layer
+from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit
 
@@ -32,10 +33,14 @@ class ViT(keras.Model):
       rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
       dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
       attention_dropout: on the attention weights.
-      drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
+      drop_path: stochastic depth's rate at the last block.
+      drop_path_growth: "linear" from 0 at the first block, or "constant" over all (DeiT III).
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
+      softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
+        flax and big_vision have it.
+      form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
       remat: what a training step computes anew in its backward pass rather than keep: "none", the
         "attention" (logits, softmax and its product with the values), or blocks in "full".
       attention_block: None, or how many keys attention takes at a time; for many tokens.
@@ -61,9 +66,12 @@ class ViT(keras.Model):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        drop_path_growth: str = "linear",
         layer_scale: float | None = None,
         gelu: str = "tanh",
         qkv_bias: bool = True,
+        softmax: str = "float32",
+        form: str = "matrix",
         remat: str = "none",
         attention_block: int | None = None,
         channels: int = 3,
@@ -81,11 +89,13 @@ class ViT(keras.Model):
         self.prefix = int(pool == "tok")  # tokens before the patches
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        shared["dtype"] = dtype
-        self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
+        shared |= {"form": form, "dtype": dtype}
+        self.embedding = PatchEmbedding(
+            width, (patch_size,) * 2, form=form, name="embedding", dtype=dtype
+        )
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i) for i in range(depth)]
-        self.norm = layer_norm("encoder_norm", dtype)
+        self.norm = layer_norm("encoder_norm", dtype, form)
         self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
         self.pre_logits = (
             keras.layers.Dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype)
@@ -99,11 +109,13 @@ class ViT(keras.Model):
 
     def _make_block(self, index: int) -> EncoderBlock:
         config = self._config
+        linear = config["drop_path_growth"] == "linear"
+        share = index / max(self.depth - 1, 1) if linear else 1.0
         same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
         return EncoderBlock(
-            **{key: config[key] for key in same},
+            **{key: config[key] for key in (*same, "softmax", "form")},
             hidden=config["mlp_dim"],
-            drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
+            drop_path=config["drop_path"] * share,
             recompute_attention=self.remat == "attention",
             attention_block=config["attention_block"],
             name=f"encoderblock_{index}",
@@ -203,6 +215,7 @@ def build_vit(
     *,
     seed: int = 0,
     precision: str = "float32",
+    form: str = "matrix",
     head_bias: float = 0.0,
     posemb_stddev: float = 0.02,
 ) -> ViT:
@@ -212,6 +225,7 @@ def build_vit(
       config: what vit_config returned.
       seed: of the initial weights; each variable's draw depends on it and the variable's name only.
       precision: "float32", "bfloat16" or "float16" activations; variables are always float32.
+      form: of ViT; choose_form says which fits a kind of device.
       head_bias: initial bias of the head (-10 or -6.9 for sigmoid losses over 21k or 1k classes).
       posemb_stddev: of a learned position table; 0.02 in vision_transformer, 1/sqrt(width) in
         big_vision.
@@ -220,7 +234,7 @@ def build_vit(
       ValueError: unknown precision.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
-    model = ViT(**config, dtype=PRECISIONS[precision], name="vit")
+    model = ViT(**config, form=form, dtype=PRECISIONS[precision], name="vit")
     model.build()
     initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
     return model
