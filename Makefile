@@ -7,10 +7,10 @@ STAMP := .venv/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh) $(wildcard .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format bench bench-tpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with TensorFlow for CPUs and the developers' tools
 
@@ -53,6 +53,16 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors huggingface_hub
 	@touch $@
 
+bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v5e, without one, and compare
+	$(BIN)/python benchmarks/tpu_compile.py --peer
+
+# JAX and libtpu's compiler, away from TensorFlow, which brings another version of XLA.
+.venv-tpu-compile/.installed: pyproject.toml
+	@echo "installing JAX and libtpu into .venv-tpu-compile: a minute or more"
+	@test -x .venv-tpu-compile/bin/python || $(PYTHON) -m venv .venv-tpu-compile
+	@.venv-tpu-compile/bin/python -m pip install --quiet -e '.[tpu-compile]'
+	@touch $@
+
 clean: ## remove .venv, caches and build products, but no runs
-	rm -rf .venv .venv-interop build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-interop .venv-tpu-compile build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv-*' -prune -exec rm -rf {} +
