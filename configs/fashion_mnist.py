@@ -20,7 +20,7 @@ def get_config(arg: str = "pretrain"):
         raise ValueError(f"configs/fashion_mnist.py:{arg} is unknown; use :pretrain or :finetune")
     config = get_defaults()
     config.image_size = 16
-    config.total_epochs = 10.0
+    config.total_epochs = 5.0
 
     config.data.source = "tfds"
     config.data.name = "fashion_mnist"
@@ -39,7 +39,8 @@ def get_config(arg: str = "pretrain"):
     config.model.depth = 4
     config.model.mlp_dim = 256
     config.model.num_heads = 4
-    config.model.pool = "tok"
+    config.model.pool = "gap"
+    config.model.dropout = 0.05
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.05
@@ -48,6 +49,5 @@ def get_config(arg: str = "pretrain"):
 
     if arg == "finetune":
         config.image_size = 32
-        config.total_epochs = 5.0
-        config.optimizer.learning_rate = 1e-3
+        config.total_epochs = 10.0
     return config

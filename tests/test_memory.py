@@ -48,7 +48,7 @@ def test_the_same_gradients(precision, jit):
         policy: gradients(tiny_vit(remat=policy, precision=precision, **OPTIONS), jit=jit)
         for policy in POLICIES
     }
-    limit = 1e-6 if precision == "float32" else 0.02
+    limit = 1e-6 if precision == "float32" else 0.04  # sums of bfloat16 in another order
     total = norm(found["none"].values())
     for policy in ("attention", "full"):
         errors = {name: g - found["none"][name] for name, g in found[policy].items()}
