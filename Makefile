@@ -43,6 +43,7 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/input.py
 
 # timm on PyTorch, in an environment of its own: it and TensorFlow would contend for the same packages.
 .venv-interop/.installed: pyproject.toml
