@@ -137,8 +137,8 @@ class Worker:
         self.process.wait()
 
 
-def compare(folder: str, systems: list[str], rounds: int, images: int) -> None:
-    for kind in PIPES:
+def compare(folder: str, kinds: list[str], systems: list[str], rounds: int, images: int) -> None:
+    for kind in kinds:
         workers = {}
         try:
             for system in systems:
@@ -179,7 +179,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--skip-timm", action="store_true")
+    parser.add_argument("--skip-profile", action="store_true")
     parser.add_argument("--profile-only", action="store_true")
+    parser.add_argument("--pipes", nargs="+", choices=PIPES, default=list(PIPES))
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -191,8 +193,9 @@ def main() -> None:
         print(f"{len(sizes)} JPEGs of 500 x 375, {np.mean(sizes) / 1e3:.0f} KB on average")
         if not args.profile_only:
             systems = [name for name in PYTHONS if name != "timm" or not args.skip_timm]
-            compare(folder, systems, args.rounds, args.images)
-        profile(folder)
+            compare(folder, args.pipes, systems, args.rounds, args.images)
+        if not args.skip_profile:
+            profile(folder)
 
 
 if __name__ == "__main__":

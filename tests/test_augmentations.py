@@ -91,7 +91,7 @@ def trivial_value(name, bin_, sign):
     part = bin_ / 30
     return {
         "Posterize": int(8 - np.round(bin_ / 5)),
-        "Solarize": 255 - 255 * part,
+        "Solarize": float(np.linspace(255, 0, 31)[bin_]),
         "Rotate": 135 * part * sign,
         **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), 1 + 0.99 * part * sign),
         **dict.fromkeys(("ShearX", "ShearY"), 0.99 * part * sign),

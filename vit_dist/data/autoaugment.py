@@ -109,7 +109,7 @@ def trivial_layer(name: str, bin_: int, sign: int, height: int, width: int) -> L
         case "Posterize":
             return layer("table", table=color.posterize(8 - round(part * 6)))
         case "Solarize":
-            return layer("table", table=color.solarize(255 * (1 - part)))
+            return layer("table", table=color.solarize(255 - 8.5 * bin_))
         case "Brightness":
             return layer("table", table=color.brightness(1 + 0.99 * part * sign))
         case "Color" | "Contrast" | "Sharpness":

@@ -28,7 +28,7 @@ _LUMA_REFERENCE = (
 
 
 # Tables of numbers are numpy arrays, constants to XLA; those of tensors are tensors.
-LEVELS = np.arange(256, dtype=np.int32)
+LEVELS: np.ndarray = np.arange(256, dtype=np.int32)
 
 
 def invert() -> np.ndarray:
@@ -49,7 +49,7 @@ def solarize_add(addition):
 
 def posterize(bits):
     """Returns the table that keeps the `bits` (int, 0..8) highest bits."""
-    steps = 2 ** np.arange(8, -1, -1, dtype=np.int32)
+    steps: np.ndarray = 2 ** np.arange(8, -1, -1, dtype=np.int32)
     step = tf.gather(steps, bits) if isinstance(bits, tf.Tensor) else steps[bits]
     return LEVELS // step * step
 
@@ -192,12 +192,13 @@ def gaussian_blur(image: tf.Tensor, sigma: tf.Tensor, *, max_sigma: float) -> tf
             total += weight(k) * padded[reach + k : reach + k + count]
         return tf.bitwise.right_shift(total, tf.constant(24, tf.uint32))
 
-    pixels = tf.cast(image, tf.uint32)
-    for _ in range(2):  # along the rows, then along the columns
-        pixels = tf.transpose(pixels, (1, 0, 2))
-        for _ in range(3):
-            pixels = box(pixels)
-    return tf.cast(pixels, tf.uint8)
+    def along_rows(pixels: tf.Tensor) -> tf.Tensor:
+        start = (tf.constant(0), pixels)  # a loop, although short: compiled once
+        return tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, box(x)), start)[1]
+
+    pixels = tf.transpose(tf.cast(image, tf.uint32), (1, 0, 2))
+    pixels = tf.transpose(along_rows(pixels), (1, 0, 2))
+    return tf.cast(along_rows(pixels), tf.uint8)
 
 
 def _box_radius(sigma: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

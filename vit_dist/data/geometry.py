@@ -58,7 +58,7 @@ def rotate_reference(degrees: float, height: int, width: int):
     return matrix(cos, -sin, x, sin, cos, y)
 
 
-def warp_reference(image: tf.Tensor, transform: tf.Tensor, fill: int) -> tf.Tensor:
+def warp_reference(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
     """Warps to the nearest pixel as ImageProjectiveTransformV3 does, to the bit."""
     height, width, _ = image.shape
     a, b, c, d, e, f = tf.unstack(tf.cast(transform, tf.float32))

@@ -127,17 +127,19 @@ def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         height, width, _ = image.shape
-        words = augment.draw(seed, (n, 5))
-        drawn = []
-        for i in range(n):
-            level = _timm_level(words[i, 2:4], options)
-            sign = 1.0 - 2.0 * tf.cast(augment.below(words[i, 4], 2), tf.float32)
+
+        def one(words: tf.Tensor) -> tuple:
+            level = _timm_level(words[2:4], options)
+            sign = 1.0 - 2.0 * tf.cast(augment.below(words[4], 2), tf.float32)
             choices = [
                 timm_layer(name, level, sign, height, width, options["inc"]) for name in TIMM_OPS
             ]
-            chosen = augment.pick(choices, augment.below(words[i, 0], len(choices)))
-            drawn.append(augment.keep_if(augment.uniform(words[i, 1]) < options["p"], chosen))
-        layers = Layer(*(tf.stack(entries) for entries in zip(*drawn, strict=True)))
+            chosen = augment.pick(choices, augment.below(words[0], len(choices)))
+            return tuple(augment.keep_if(augment.uniform(words[1]) < options["p"], chosen))
+
+        spec = tuple(tf.TensorSpec(entry.shape, entry.dtype) for entry in augment.nothing())
+        drawn = tf.map_fn(one, augment.draw(seed, (n, 5)), fn_output_signature=spec)
+        layers = Layer(*drawn)
         return augment.augment(image, layers, style, actions=actions)
 
     return apply
