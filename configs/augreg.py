@@ -24,7 +24,7 @@ big_vision's config for i1k. The levels: none, light1, light2, medium1, medium2,
 | `:data=i1k,model=B/16`   | medium2, decay 0.1 | 92,897   | 20    | 81.10 %   |
 | `:data=i1k,model=L/16`   | medium2, decay 0.1 | 92,897   | 71    | -         |
 
-Hardware: TPU v5e-8; batches of 4096 images want 64 or more for the larger models.
+Hardware: TPU v5e-8; where memory is short, --config.step.accumulation or --config.model.remat.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s.
 Published: top-1 on ImageNet's validation set after fine-tuning at 384 px (configs/finetune_384.py);
 i21k from vision_transformer's table of checkpoints, i1k from timm's evaluation of the authors'

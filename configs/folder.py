@@ -3,6 +3,8 @@
     python -m vit_dist.train --config configs/folder.py --workdir runs/mine \
         --config.data.data_dir=/data/mine
 
+Hardware: one GPU; a CPU will do for a look.
+
 Light augmentation, cosine schedule, moving average. A ViT trained from scratch wants many images
 (tens of thousands and more); with fewer, fine-tune a pretrained one: --config.init_from=RUN.
 """

@@ -69,8 +69,10 @@ def make_strategy(replicas):
 class Engine:
     """A compiled step with its state, which each run sets back to the beginning."""
 
-    def __init__(self, make_model, *, replicas=1, ema_decay=None, optimizer=None, **options):
-        self.strategy = make_strategy(replicas)
+    def __init__(
+        self, make_model, *, replicas=1, strategy=None, ema_decay=None, optimizer=None, **options
+    ):
+        self.strategy = strategy or make_strategy(replicas)
         with self.strategy.scope():
             model = make_model()
             rule = make_optimizer(named_weights(model), **(optimizer or {}))

@@ -13,7 +13,9 @@ from vit_dist import config as config_lib
 from vit_dist import wiring
 from vit_dist.binding import bind
 from vit_dist.config import DEFAULTS, changes, finalize, get_defaults
-from vit_dist.data.sources import SOURCES
+from vit_dist.data.mixing import make_mixing
+from vit_dist.data.sources import SOURCES, _open_mixture
+from vit_dist.durations import without_durations
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit
 from vit_dist.strategy import check_strategy, make_strategy
@@ -72,11 +74,12 @@ def parameters(*functions):
         ("schedule", (make_schedule,)),
         ("step", (check_step,)),
         ("strategy", (make_strategy,)),
-        ("data", tuple(SOURCES.values())),
+        ("data", (*SOURCES.values(), _open_mixture)),
+        ("mixing", (make_mixing,)),
     ],
 )
 def test_keys_are_those_of_the_functions(section, functions):
-    values = config_lib.without_durations(get_defaults()[section])
+    values = without_durations(get_defaults()[section])
     extra = {"source", "train_split", "val_split", "test_split"} if section == "data" else set()
     assert set(values) - extra <= parameters(*functions)
 
@@ -104,7 +107,7 @@ def dotted_names(path):
 def test_every_other_key_is_read():
     names = {name for path in COMMANDS for name in dotted_names(path)}
     keys = [k for k, v in DEFAULTS.items() if not isinstance(v, dict)]
-    keys = list(config_lib.without_durations(dict.fromkeys(keys)))
+    keys = list(without_durations(dict.fromkeys(keys)))
     keys += [f"input.{key}" for key in DEFAULTS["input"]]
     unread = [k for k in keys if not any(f".{n}".endswith(f".config.{k}") for n in names)]
     assert unread == []

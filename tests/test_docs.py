@@ -20,6 +20,7 @@ from vit_dist.data.sources import SOURCES
 from vit_dist.export import ALL_FORMATS
 from vit_dist.model.posemb import METHODS
 from vit_dist.strategy import NAMES
+from vit_dist.training.optim import NAMES as OPTIMIZERS
 from vit_dist.training.schedules import NAMES as SCHEDULES
 from vit_dist.training.step import JITS
 from vit_dist.wiring import check
@@ -65,7 +66,7 @@ def config_of(words: list[str]):
     values = flags.FlagValues()
     paths = [re.sub(r"^(--config=)?configs/", rf"\1{ROOT}/configs/", word) for word in words]
     config_flags.DEFINE_config_file("config", flag_values=values)
-    for name in ("workdir", "checkpoint", "splits"):
+    for name in ("workdir", "checkpoint", "splits", "output", "count"):
         flags.DEFINE_string(name, None, "", flag_values=values)
     with mock.patch.object(sys, "argv", ["command", *paths]):  # ml_collections reads it there
         rest = values(sys.argv)[1:]
@@ -156,7 +157,7 @@ def test_readme_begins_with_the_two_commands():
 @pytest.mark.parametrize("words", commands(starting="python -m vit_dist."))
 def test_python_commands_parse(words):
     module, rest = words[2], words[3:]
-    if module not in ("vit_dist.train", "vit_dist.evaluate"):
+    if module not in ("vit_dist.train", "vit_dist.evaluate", "vit_dist.convert", "vit_dist.show"):
         assert all(word.startswith("--") for word in rest)
         return
     config = config_of(rest)
@@ -213,17 +214,20 @@ def test_table_of_ops():
         ("finetuning.md", "Method", METHODS),
         ("finetuning.md", "Format", ALL_FORMATS),
         ("step.md", "`schedule.name`", SCHEDULES),
+        ("step.md", "`optimizer.name`", OPTIMIZERS),
+        ("step.md", "`step.jit`", [name for name in JITS if name != "auto"]),
     ],
 )
 def test_tables_are_complete(page, title, names):
     assert first_column(page, title) == list(names)
 
 
-def test_table_of_jits():
-    assert {*re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs/step.md").read_text(), re.M)} == {
-        *SCHEDULES,
-        *(set(JITS) - {"auto"}),
-    }
+@pages
+def test_tests_exist(page):
+    """Those that a page names as proof."""
+    for path, name in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", page.read_text()):
+        source = (ROOT / path).read_text()
+        assert not name or re.search(rf"^def {name}\(", source, re.M), f"{path} has no {name}"
 
 
 def test_messages_are_real():

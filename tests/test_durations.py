@@ -5,7 +5,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vit_dist import wiring
-from vit_dist.config import UNITS, duration, finalize, get_defaults
+from vit_dist.config import finalize, get_defaults
+from vit_dist.durations import UNITS, duration
 
 
 def make(values):

@@ -11,18 +11,19 @@ from networks import arrays_of, images_for, tiny_config, tiny_vit
 
 from vit_dist.model import layers as layers_lib
 from vit_dist.model import masks as masks_lib
+from vit_dist.model import norm as norm_lib
 from vit_dist.model.layers import (
     Attention,
     Dropout,
     DropPath,
     EncoderBlock,
-    LayerNorm,
     LayerScale,
     Linear,
     MapHead,
     Mlp,
     PatchEmbedding,
 )
+from vit_dist.model.norm import LayerNorm
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 
@@ -109,7 +110,7 @@ LAYERS = [
     Dropout(0.3, name="a"),
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
-    PatchEmbedding(8, (4, 2), name="d"),
+    PatchEmbedding(8, (4, 2), form="tensor", name="d"),
     Attention(
         4,
         qkv_bias=False,
@@ -152,6 +153,7 @@ ODD_VIT = {
     "layer_scale": 0.4,
     "gelu": "erf",
     "qkv_bias": False,
+    "drop_path_growth": "constant",
     "remat": "full",
     "softmax": "compute",
     "cls_token": True,
@@ -183,7 +185,7 @@ def test_config_round_trip(layer):
 def test_every_layer_has_its_round_trip():
     classes = {
         c
-        for module in (layers_lib, masks_lib)
+        for module in (layers_lib, masks_lib, norm_lib)
         for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, keras.Layer) and not c.__name__.startswith("_")
         if c.__init__.__module__.startswith("vit_dist.")  # Keras sees to what it made

@@ -42,6 +42,14 @@ def test_loss(name, labels, targets, smoothing):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+def test_binary_cross_entropy_of_deit3(threshold):
+    """Mean over the classes; each label whose share is above the threshold counts in full."""
+    loss = make_loss(name="sigmoid", reduction="mean", threshold=threshold)
+    expected = sigmoid((threshold < MIXED).astype(float), LOGITS.astype(float)) / 3
+    np.testing.assert_allclose(loss(LOGITS, tf.constant(MIXED)), expected, rtol=1e-5)
+
+
 def test_every_loss_is_compared():
     assert set(LOSSES) == set(EXPECTED)
 
@@ -79,6 +87,10 @@ def test_class_numbers_become_rows(dtype):
         ({"name": "hinge"}, "loss 'hinge' is unknown; allowed: softmax, sigmoid"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ({"label_smoothing": -0.1}, "got -0.1"),
+        ({"name": "sigmoid", "reduction": "max"}, "reduction 'max' is unknown; allowed: sum, mean"),
+        ({"name": "sigmoid", "threshold": 1.0}, r"threshold must be in \[0, 1\), or None, got 1.0"),
+        ({"reduction": "mean"}, "for the sigmoid loss; 'softmax' takes"),
+        ({"threshold": 0.0}, "for the sigmoid loss; 'softmax' takes"),
     ],
 )
 def test_mistakes(options, message):

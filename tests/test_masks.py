@@ -112,6 +112,11 @@ def test_where_the_masks_are(monkeypatch):
     assert len({salt for *_, salt in seen.values()}) == len(seen)
 
 
+def test_stochastic_depth_of_one_rate():
+    model = tiny_vit(depth=3, drop_path=0.3, drop_path_growth="constant")
+    assert [path.rate for block in model.blocks for path in block.paths] == [0.3] * 6
+
+
 # In the step
 
 

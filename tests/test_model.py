@@ -8,8 +8,9 @@ import tensorflow as tf
 from networks import arrays_of, images_for, tiny_vit
 from scipy.special import erf, ndtr
 
-from vit_dist.model.layers import Attention, PatchEmbedding, layer_norm
+from vit_dist.model.layers import Attention, PatchEmbedding
 from vit_dist.model.layers import gelu as gelu_layer
+from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import FORMS, PRECISIONS, choose_form
 

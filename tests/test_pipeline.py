@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_dist.data import ops, order, pipeline
+from vit_dist.data.damage import explain_data_error
 from vit_dist.data.sources import open_source
 
 PIPE = "decode|random_shift(2)|flip_lr|value_range(-1, 1)|keep('image', 'label', 'index', 'epoch')"
@@ -123,9 +124,8 @@ def test_a_start_far_ahead_is_as_defined_by_position(demo):
     _, index = order.make_order(positions, num_examples=demo.num_examples, seed=7)
     np.testing.assert_array_equal(batch["index"], index)
     np.testing.assert_array_equal(batch["label"], demo.labels[index])
-    indices = order.train_indices(
-        num_examples=demo.num_examples, batch_size=BATCH, seed=7, first_step=step, num_steps=1
-    )
+    known = {"batch_size": BATCH, "seed": 7, "first_step": step, "num_steps": 1}
+    indices = pipeline.train_indices(demo, **known)
     np.testing.assert_array_equal(batch["index"], indices)
 
 
@@ -264,12 +264,12 @@ def test_a_truncated_file_is_named(tmp_path):
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         take(ds, 1)
     for options in ({}, {"pipe": pipe, "indices": [39, 20]}):
-        text = pipeline.explain_data_error(source, error.value, **options)
+        text = explain_data_error(source, error.value, **options)
         assert str(bad) in text and "Invalid JPEG" in text and "replace it or remove it" in text
-    assert pipeline.explain_data_error(source, ValueError("no")) is None
+    assert explain_data_error(source, ValueError("no")) is None
     bad.unlink()
     source = open_source("folder", split="train", data_dir=str(tmp_path))
-    assert pipeline.explain_data_error(source, error.value) is None
+    assert explain_data_error(source, error.value) is None
 
 
 def test_an_image_that_is_too_small_for_the_pipe_is_named(folder):
@@ -277,9 +277,9 @@ def test_an_image_that_is_too_small_for_the_pipe_is_named(folder):
     ds = pipeline.make_train_data(folder, pipe, batch_size=30, seed=0)
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         take(ds, 1)
-    text = pipeline.explain_data_error(folder, error.value, pipe=pipe)
+    text = explain_data_error(folder, error.value, pipe=pipe)
     assert ".jpg" in text and "example" in text
-    assert pipeline.explain_data_error(folder, error.value) is None  # each of them decodes
+    assert explain_data_error(folder, error.value) is None  # each of them decodes
 
 
 def test_distributes_replica_by_replica(demo, cpus):

@@ -5,14 +5,15 @@ import pytest
 from absl import logging
 from tiny import arrays, assert_same, make, make_folder, of_folder, rows, without_evaluation
 
-from vit_dist.data.order import train_indices
+from vit_dist.data.pipeline import train_indices
+from vit_dist.feed import train_data
 from vit_dist.preemption import Preemption
 from vit_dist.restore import Start, find_start, restore_or_init
 from vit_dist.strategy import make_strategy
 from vit_dist.train import train
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer
 from vit_dist.training.state import INITIAL_LOSS_SCALE
-from vit_dist.wiring import check, make_state, train_data
+from vit_dist.wiring import check, make_state
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def test_the_order_does_not_depend_on_the_replicas(replicas):
         parts = strategy.experimental_local_results(next(batches)["index"])
         assert [len(part) for part in parts] == [16 // replicas] * replicas
         seen += [int(i) for part in parts for i in part]
-    known = {"num_examples": 1257, "batch_size": 16, "seed": 0}
-    assert seen == train_indices(**known, first_step=77, num_steps=3).tolist()
+    known = {"batch_size": 16, "seed": 0}
+    assert seen == train_indices(run.sources["train"], **known, first_step=77, num_steps=3).tolist()
 
 
 @pytest.mark.parametrize(

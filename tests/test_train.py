@@ -159,12 +159,14 @@ def test_a_damaged_image_is_named(split, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_trains(precision, tmp_path):
+def test_lower_precision_trains(precision, tmp_path, capsys):
     config = without_evaluation(precision=precision, total_steps=4, step__clip_norm=None)
     metrics = train(config, str(tmp_path))
     assert metrics["loss"] == pytest.approx(np.log(10), abs=0.5)
     if precision == "float16":
         assert metrics["loss_scale"] <= 2.0**15 and metrics["skipped_steps"] < 4
+        assert {"train/loss_scale", "train/skipped_steps"} <= set(rows(tmp_path)[-1])
+        assert "  skipped_steps " in capsys.readouterr().out
     saved = arrays(tmp_path)
     assert {a.dtype for name, a in saved.items() if name.startswith("model/")} == {np.dtype("f4")}
     assert saved["updates"] > 0

@@ -43,7 +43,7 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
 
 def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
     counts = np.bincount(labels, minlength=len(names))
-    empty = [names[i] for i in np.flatnonzero(counts == 0)]
+    empty = [names[int(i)] for i in np.flatnonzero(counts == 0)]
     if split != "train":
         if not empty:
             return []

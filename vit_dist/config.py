@@ -6,15 +6,13 @@ changes values and returns the result. Any key can be overridden in the shell:
 """
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
 from vit_dist.binding import check_type, did_you_mean
-
-UNITS = ("steps", "epochs", "examples", "percent")
+from vit_dist.durations import UNITS
 
 
 class _Typed(NamedTuple):
@@ -47,15 +45,27 @@ DEFAULTS: dict[str, Any] = {
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
     "data": {  # data/sources.py; keys left None take the source's own default
-        "source": "demo",  # demo | tfds | folder
+        "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
         "train_split": "train",
         "val_split": "val",  # "" for none
         "test_split": "test",  # evaluated once, at the end; "" for none
         "name": _Typed(None, str),  # tfds: builder, e.g. imagenet2012
-        "data_dir": _Typed(None, str),  # tfds, folder: where it lies
+        "data_dir": _Typed(None, str),  # tfds, folder, array_record: where it lies
         "file_format": _Typed(None, str),  # tfds: array_record | tfrecord
         "val_fraction": _Typed(None, float),  # folder without val/
         "test_fraction": _Typed(None, float),  # folder without test/
+        "files": _Typed(None, str),  # tfrecord: pattern with {split}, e.g. /data/{split}-*
+        "class_file": _Typed(None, str),  # tfrecord: names of the classes, one a line
+        "image_key": _Typed(None, str),  # tfrecord: feature with the encoded image
+        "label_key": _Typed(None, str),  # tfrecord: feature with the class number
+        "first_label": _Typed(None, int),  # tfrecord: the number of the first class
+        "stream": _Typed(None, bool),  # tfrecord: in sequence rather than by index
+        "num_classes": _Typed(None, int),  # tfrecord without class_file; synthetic
+        "num_examples": _Typed(None, int),  # synthetic
+        "height": _Typed(None, int),  # synthetic: of the images, before the pipe
+        "width": _Typed(None, int),  # synthetic
+        "image_format": _Typed(None, str),  # synthetic: jpeg | array
+        "parts": _Typed(None, object),  # mixture: [{"source": ..., "weight": ..., options}, ...]
     },
     "input": {  # data/pipeline.py
         "batch_size": 1024,  # examples per optimiser step, over all replicas
@@ -68,6 +78,11 @@ DEFAULTS: dict[str, Any] = {
         ),
         "num_threads": _Typed(None, int),  # None: as many as tf.data finds useful
         "prefetch": 2,  # batches per replica kept ready
+        "repeats": 1,  # repeated augmentation: copies of each example in a batch; 3 in DeiT
+        "on_bad_example": "fail",  # fail: name it and end | mask: it counts as nothing
+        "max_bad_share": 0.001,  # mask: of an epoch (or of what was read, if more) before ending
+        "cache": "off",  # of train: off | raw (bytes of the files) | decoded (before the pipe)
+        "cache_dir": "",  # a folder for the cache, kept for later runs; "": in memory
     },
     "mixing": {  # data/mixing.py
         "mixup_alpha": 0.0,  # of Beta(alpha, alpha); 0: no mixup
@@ -91,6 +106,7 @@ DEFAULTS: dict[str, Any] = {
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "drop_path": 0.0,  # stochastic depth at the last block
+        "drop_path_growth": "linear",  # from 0 at the first block, or constant (DeiT III)
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
@@ -108,6 +124,8 @@ DEFAULTS: dict[str, Any] = {
     "loss": {  # training/losses.py
         "name": "softmax",  # softmax | sigmoid
         "label_smoothing": 0.0,
+        "reduction": "sum",  # sigmoid, over the classes: sum | mean (PyTorch, DeiT III)
+        "threshold": _Typed(None, float),  # sigmoid: label shares above it count as 1, others as 0
     },
     "optimizer": {  # training/optim.py
         "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon
@@ -236,53 +254,6 @@ def _keep_one(
         for key in given:
             if key not in chosen:
                 section[key] = None
-
-
-def duration(
-    section: ConfigDict,
-    name: str,
-    *,
-    batch_size: int,
-    num_examples: int,
-    total_steps: int | None = None,
-    where: str = "config",
-) -> int:
-    """The duration `name` of a section in optimiser steps, rounded to the nearest, at least 0.
-
-    Args:
-      section: a finalised config or section with keys such as log_steps and log_epochs.
-      name: "total", "log", "warmup", ...
-      batch_size: examples per step.
-      num_examples: examples per epoch.
-      total_steps: steps of the whole run, which `_percent` refers to.
-      where: the section's name, for messages.
-
-    Raises:
-      ValueError: none is set, or it is negative, or a percentage above 100.
-    """
-    units = [u for u in UNITS if f"{name}_{u}" in section]
-    for unit in units:
-        value = section[f"{name}_{unit}"]
-        if value is None:
-            continue
-        if not 0 <= value < math.inf or (unit == "percent" and value > 100):
-            limit = "0 to 100" if unit == "percent" else "0 or more"
-            raise ValueError(f"{where}.{name}_{unit} must be {limit}, got {value}")
-        per_unit = {
-            "steps": 1.0,
-            "epochs": num_examples / batch_size,
-            "examples": 1 / batch_size,
-            "percent": (total_steps or 0) / 100,
-        }[unit]
-        return round(value * per_unit)
-    raise ValueError(
-        f"{where}.{name} is not set; set one of " + ", ".join(f"{where}.{name}_{u}" for u in units)
-    )
-
-
-def without_durations(section: ConfigDict) -> dict[str, Any]:
-    """A section's keys but for the durations, for binding beside their values in steps."""
-    return {k: v for k, v in section.items() if k.rsplit("_", 1)[-1] not in UNITS}
 
 
 def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.feed import eval_data, explain_error
 from vit_dist.restore import init_from
 from vit_dist.strategy import device_kind, make_strategy
 from vit_dist.training.losses import make_loss
 from vit_dist.training.step import choose_jit
-from vit_dist.wiring import check, eval_data, explain_error, make_state
+from vit_dist.wiring import check, make_state
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's folder, or one checkpoint's")
 _SPLITS = flags.DEFINE_list("splits", None, "of train, val, test; all but train by default")

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_dist.config import did_you_mean
+from vit_dist.binding import did_you_mean
 
 # Published with TFDS: 1,281,167 training and 50,000 validation images of 1000 classes. The last
 # percent of the training images is for choosing; what papers report is validation, here "test".
@@ -54,3 +54,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
 def use_imagenet(config: ConfigDict) -> None:
     """Sets the data section for ImageNet-1k through TFDS, with a percent held out of training."""
     config.data.update(IMAGENET)
+
+
+def use_all_of_imagenet(config: ConfigDict) -> None:
+    """The same with every training image, and validation to evaluate on, as DeiT has it."""
+    use_imagenet(config)
+    config.data.train_split = "train"
+    config.data.val_split, config.data.test_split = "validation", ""

@@ -55,6 +55,28 @@ def check_hosts(start: Start, strategy: tf.distribute.Strategy) -> None:
         )
 
 
+def check_data(start: Start, run: Run) -> None:
+    """The training examples must be those of the checkpoint: their order depends on their number.
+
+    Raises:
+      ValueError: resuming, and some were added, removed or renamed since.
+    """
+    checkpoint = start.checkpoint
+    if checkpoint is None or start.how == "init_from":
+        return
+    then, now = checkpoint.notes.get("data"), run.sources["train"].fingerprint()
+    if then is None or then == now:
+        return
+    what = "; ".join(config_lib.changes(then, now))
+    text = f"the training data has changed since step {checkpoint.step} was saved ({what})"
+    if start.how == "resume":
+        raise ValueError(
+            f"{text}: put it back (or mask damaged examples with config.input.on_bad_example=mask "
+            "rather than remove them), or start in another workdir with config.resume_from"
+        )
+    logging.warning("%s", text)
+
+
 def _check_order(found: Checkpoint, config: ConfigDict) -> None:
     judged = ("data.val_split:", "data.test_split:")  # not trained on
     deciding = ("seed:", "input.batch_size:", "data.")

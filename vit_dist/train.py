@@ -19,27 +19,21 @@ from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
 from vit_dist.advice import data_warnings
+from vit_dist.data.damage import check_share
 from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.feed import eval_data, explain_error, first_images, train_data
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import Writer, make_writer
 from vit_dist.preemption import Preemption
-from vit_dist.restore import check_hosts, find_start, restore_or_init
+from vit_dist.restore import check_data, check_hosts, find_start, restore_or_init
 from vit_dist.strategy import all_hosts, describe, device_kind, is_chief, make_strategy
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.losses import make_loss
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import choose_jit, make_train_step
-from vit_dist.wiring import (
-    Run,
-    check,
-    check_parts,
-    eval_data,
-    explain_error,
-    make_state,
-    train_data,
-)
+from vit_dist.wiring import Run, check, check_parts, make_state
 
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
@@ -75,6 +69,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     run = check(config)
     start = find_start(workdir, run.config)
+    check_data(start, run)
     _make_folder(workdir)
     strategy = make_strategy(**run.strategy)
     check_parts(run.step, run.mixing, num_replicas=strategy.num_replicas_in_sync)
@@ -146,6 +141,7 @@ class _Loop:
             all_reduce_dtype=run.step["all_reduce_dtype"],
             jit=jit,
             mixing=run.mixing,
+            masked=bool(run.damage),
         )
         self.evaluate = make_evaluator(
             state.eval_model,
@@ -155,6 +151,8 @@ class _Loop:
             jit=jit != "off",
         )
         self.datasets: dict[str, Any] = {}
+        self.fingerprint = run.sources["train"].fingerprint()  # takes a second with many files
+        self.masked = tf.zeros(())  # examples of this process; on the device until logged
         self.saved = -1  # the step of the newest checkpoint of this process
         self.reading: tuple[str, range] = ("train", range(0))  # split and steps, for messages
 
@@ -162,6 +160,7 @@ class _Loop:
         """Steps `first` to the end; returns the last metrics."""
         run, total = self.r, self.r.total_steps
         metrics: dict[str, float] = {"step": float(first)}
+        self.first = first
         batches = iter(train_data(run, self.strategy, first_step=first))
         step = first
         self.meter.start(first)
@@ -169,6 +168,7 @@ class _Loop:
             n = self._until_next_event(step)
             self.reading = ("train", range(step, step + n + run.config.input.prefetch))
             tensors = self.train_steps(batches, tf.constant(n, tf.int64))
+            self.masked += tensors.pop("masked", 0.0)
             step += n
             if step % run.log_steps == 0 or step == total or step - n == first:
                 metrics |= self.log(step, tensors)
@@ -203,13 +203,28 @@ class _Loop:
             metrics["skipped_steps"] = float(step - int(self.state.updates.numpy()))
         metrics["weight_norm"] = _norm(self.state)
         metrics["epoch"] = step * self.r.batch_size / self.r.sources["train"].num_examples
+        if self.r.damage:
+            metrics |= self._count_masked(step)
         self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
         if self.chief:
             shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
             shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
+            shown += ["masked"] if metrics.get("masked") else []
             eta = self.meter.eta(step, self.r.total_steps)
             self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
         return metrics
+
+    def _count_masked(self, step: int) -> dict[str, float]:
+        """How many damaged examples this process has trained without, and why (this host's)."""
+        count = int(self.masked.numpy())
+        check_share(
+            count,
+            seen=(step - self.first) * self.r.batch_size,
+            num_examples=self.r.sources["train"].num_examples,
+            limit=self.r.config.input.max_bad_share,
+        )
+        reasons = self.r.damage["train"].counts()
+        return {"masked": float(count), **{f"masked_{k}": float(v) for k, v in reasons.items()}}
 
     def _check_finite(self) -> None:
         bad = int(self.state.first_bad_step.numpy())
@@ -247,6 +262,7 @@ class _Loop:
                 notes = {
                     "config": json.loads(config_lib.to_json(self.r.config)),
                     "model": self.state.model.get_config(),
+                    "data": self.fingerprint,
                     "class_names": list(self.r.sources["train"].class_names),
                 }
                 notes = json.loads(json.dumps(notes, default=str))
@@ -305,6 +321,10 @@ def _announce(
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
+    first = int(state.step.numpy())
+    # A stream would have to be skipped through once more.
+    if is_chief(strategy) and first < run.total_steps and (source.indexable or not first):
+        writer.images(first, "train/batch", first_images(run, strategy, first_step=first))
     note(f"TensorBoard: tensorboard --logdir {workdir}")
 
 

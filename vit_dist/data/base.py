@@ -1,9 +1,21 @@
 """What a source of labelled images offers to the pipeline, whichever kind it is."""
 
 import abc
+import os
+import platform
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
+from etils import epath
+
+from vit_dist.data import order
+
+# How messages of `read_records` begin.
+MISSING, CORRUPT = "the file is missing", "the storage is damaged"
 
 
 class Source(abc.ABC):
@@ -43,6 +55,10 @@ class Source(abc.ABC):
     def prepare(self) -> None:  # noqa: B027 (most sources have nothing to do)
         """Downloads or converts what is still missing; does nothing when all is there."""
 
+    def place(self, positions: tf.Tensor, *, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the epoch and the example number at each position of a run; (B,) int64 each."""
+        return order.make_order(positions, num_examples=self.num_examples, seed=seed)
+
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         """Returns the records of `indices` ((B,) int64), each entry with a leading B."""
         raise TypeError(f"{self} can only be streamed: it has no fetch()")
@@ -55,6 +71,10 @@ class Source(abc.ABC):
         """Returns the example number `index` (scalar int64), raw: nothing is decoded."""
         records = self.fetch(tf.reshape(tf.cast(index, tf.int64), (1,)))
         return self.decode_record({key: value[0] for key, value in records.items()})
+
+    def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        """Returns image (encoded, or uint8 (H, W, 3)) and label of an example; no TensorFlow."""
+        raise TypeError(f"{self} can only be streamed: it has no load()")
 
     def stream(self, *, seed: tf.Tensor | None, epoch: tf.Tensor | int) -> tf.data.Dataset:
         """Returns one epoch's records, each with its "index" (scalar int64) in the files.
@@ -69,9 +89,41 @@ class Source(abc.ABC):
         """Returns where example `index` is stored, for messages."""
         return f"example {index} of {self}"
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what a resume compares, to notice that the examples have changed meanwhile."""
+        return {
+            "num_examples": self.num_examples,
+            "classes": checksum(self.class_names),
+            "names": checksum(self.names()),
+        }
+
+    def names(self) -> Iterable[str]:
+        """What each example is called, as far as it has a name; the order of examples is theirs."""
+        return ()
+
     def find_damage(self) -> str | None:
         """Looks for storage that is cut or damaged; returns a description of the first found."""
         return None
+
+
+def checksum(names: Iterable[str]) -> int:
+    """Returns a CRC-32 of names, which also tells their order and where each ends."""
+    crc = 0
+    for name in names:
+        crc = zlib.crc32(name.encode() + b"\n", crc)
+    return crc
+
+
+def temporary_name(path: epath.Path) -> epath.Path:
+    """Returns a name beside `path` that no other process of any host uses, to write and rename."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """Writes a file so that it is never seen half written."""
+    temporary = temporary_name(path)
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def on_host(make):
@@ -82,6 +134,22 @@ def on_host(make):
     """
     with tf.init_scope(), tf.device("CPU:0"):
         return make()
+
+
+def read_records(getitems: Callable[[list[int]], Sequence[bytes]], indices: tf.Tensor) -> tf.Tensor:
+    """Returns the records of `indices` ((B,) int64) as (B,) strings, read by a Python function."""
+
+    def read(numbers: np.ndarray) -> np.ndarray:
+        try:
+            return np.array(getitems([int(i) for i in numbers]), object)
+        # TensorFlow would make UnknownErrors of all of these, and they are the data's fault.
+        except FileNotFoundError as error:
+            raise ValueError(f"{MISSING}: {error.filename}") from error
+        except (RuntimeError, ValueError) as error:  # the former is array_record's
+            raise ValueError(f"{CORRUPT}: {error}") from error
+
+    records = tf.numpy_function(read, [indices], tf.string, stateful=False)
+    return tf.ensure_shape(records, indices.shape)
 
 
 def log_streaming(source: Source) -> None:

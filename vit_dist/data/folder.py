@@ -37,6 +37,7 @@ class FolderSource(base.Source):
       data_dir: A local path, or one that `etils.epath` reads, such as gs://bucket/path.
       val_fraction: Share of each class in "val", in [0, 1).
       test_fraction: Share of each class in "test", in [0, 1).
+      check_files: Whether to read the first bytes of the files at opening.
 
     Raises:
       FileNotFoundError: `data_dir` is no directory.
@@ -52,6 +53,7 @@ class FolderSource(base.Source):
         data_dir: str,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
+        check_files: bool = True,
     ):
         self.split = split
         self.data_dir = epath.Path(data_dir).expanduser()
@@ -81,7 +83,8 @@ class FolderSource(base.Source):
             "path": tf.TensorSpec((), tf.string),
         }
         self._tables: dict[str, tf.Tensor] | None = None
-        _check_headers(list(self.paths))
+        if check_files:
+            _check_headers(list(self.paths))
 
     def _files_of_split_directory(self) -> dict[str, list[str]]:
         splits = [path.name for path in _directories(self.data_dir)]
@@ -121,6 +124,12 @@ class FolderSource(base.Source):
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return {**record, "image": tf.io.read_file(record["path"])}
+
+    def load(self, index: int) -> tuple[bytes, int]:
+        return epath.Path(self.paths[index]).read_bytes(), int(self.labels[index])
+
+    def names(self) -> list[str]:
+        return [path.removeprefix(f"{self._root}/") for path in self.paths.tolist()]
 
     def describe(self, index: int) -> str:
         return f"image file {str(self.paths[index])!r} (example {index} of {self})"

@@ -5,6 +5,7 @@ A `size` is an int (a square) or (height, width), in pixels.
 
 import tensorflow as tf
 
+from vit_dist.data import orientation
 from vit_dist.data.pipe import Pipe, op, output_spec, parse, switch
 
 __all__ = ["Pipe", "op", "output_spec", "parse", "switch"]
@@ -15,49 +16,58 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 # torchvision, timm and DeiT.
 STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 METHODS = ("bilinear", "bicubic", "nearest", "area", "lanczos3", "lanczos5")
+OVERSHOOTING = ("bicubic", "lanczos3", "lanczos5")  # kernels with negative weights
 
 
 @op
-def decode():
+def decode(exif=False):
     """Decodes JPEG, PNG, BMP, GIF (its first frame) or WebP bytes to (H, W, 3); grey is repeated.
 
-    An image that is an array already passes through, likewise with 3 channels.
+    `exif` turns a JPEG upright as its EXIF orientation says; the reference systems do not. An image
+    that is an array already passes through, likewise with 3 channels.
     """
-    return _on_image(lambda image, seed: _decode(image))
+
+    def upright(image, seed):
+        decoded = _decode(image)
+        return orientation.turn(decoded, image) if image.dtype == tf.string else decoded
+
+    return _on_image(upright if exif else lambda image, seed: _decode(image))
 
 
 @op
-def inception_crop(size, area_min=5, area_max=100):
+def inception_crop(size, area_min=5, area_max=100, method="bilinear", antialias=False):
     """Cuts a random window, of `area_min` to `area_max` percent of the area, and resizes it.
 
-    The aspect ratio is 3/4 to 4/3; bilinear without antialiasing.
+    The aspect ratio is 3/4 to 4/3; `method` and `antialias` as in `resize`.
     """
-    size, area = _size(size), _area_range(area_min, area_max)
+    size, area, method = _size(size), _area_range(area_min, area_max), _method(method)
 
     def crop(image, seed):
         begin, extent = _crop_window(tf.shape(_decoded(image)), area, seed)
         window = tf.slice(image, begin, extent)
         window.set_shape((None, None, image.shape[-1]))
-        return _resize(window, size, "bilinear", False)
+        return _resize(window, size, method, antialias)
 
     return _on_image(crop)
 
 
 @op
-def decode_jpeg_and_inception_crop(size, area_min=5, area_max=100):
+def decode_jpeg_and_inception_crop(
+    size, area_min=5, area_max=100, method="bilinear", antialias=False
+):
     """`decode|inception_crop(...)`, which decodes only the window of a JPEG."""
-    size, area = _size(size), _area_range(area_min, area_max)
+    size, area, method = _size(size), _area_range(area_min, area_max), _method(method)
 
     def crop_jpeg(data, seed):
         begin, extent = _crop_window(tf.image.extract_jpeg_shape(data), area, seed)
         window = tf.concat((begin[:2], extent[:2]), 0)
         image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
-        return _resize(image, size, "bilinear", False)
+        return _resize(image, size, method, antialias)
 
     def crop_decoded(image, seed):
         image = _decode(image)
         begin, extent = _crop_window(tf.shape(image), area, seed)
-        return _resize(tf.slice(image, begin, extent), size, "bilinear", False)
+        return _resize(tf.slice(image, begin, extent), size, method, antialias)
 
     def crop(image, seed):
         if image.dtype != tf.string:
@@ -80,7 +90,7 @@ def resize(size, method="bilinear", antialias=False):
 
 
 @op
-def resize_small(smaller_size, method="area"):
+def resize_small(smaller_size, method="area", antialias=False):
     """Resizes so that the smaller side has `smaller_size` pixels, keeping the aspect ratio."""
     _check_positive(smaller_size=smaller_size)
     method = _method(method)
@@ -88,7 +98,7 @@ def resize_small(smaller_size, method="area"):
     def resize(image, seed):
         shape = tf.cast(tf.shape(_decoded(image))[:2], tf.float32)
         factor = smaller_size / tf.reduce_min(shape)
-        resized = _resize(image, tf.cast(tf.round(shape * factor), tf.int32), method, False)
+        resized = _resize(image, tf.cast(tf.round(shape * factor), tf.int32), method, antialias)
         static = image.shape[:2]
         if static.is_fully_defined():
             smaller = min(static)
@@ -228,7 +238,12 @@ def _decoded(image: tf.Tensor) -> tf.Tensor:
 def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
     """Resizes and returns to uint8, rounding (a cast alone would darken by half a level)."""
     resized = tf.image.resize(image, size, method=method, antialias=antialias)
-    return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
+    if resized.dtype == tf.uint8:  # nearest
+        return resized
+    resized = tf.round(resized)
+    if method in OVERSHOOTING:  # clipping takes as long as half of a bilinear resize
+        resized = tf.clip_by_value(resized, 0, 255)
+    return tf.cast(resized, tf.uint8)
 
 
 def _crop_window(shape: tf.Tensor, area: tuple[float, float], seed: tf.Tensor):

@@ -1,6 +1,5 @@
 """Which example stands at which position of a training run, and with which seed: pure functions."""
 
-import numpy as np
 import tensorflow as tf
 
 MAX_SEED = 2**62
@@ -42,6 +41,28 @@ def make_order(
     return epoch, index
 
 
+def repeat_in_batch(
+    positions: tf.Tensor, *, batch_size: int, repeats: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Repeated augmentation (arXiv 1901.09335): each example stands `repeats` times in its batch.
+
+    Copies lie batch_size / repeats (rounded up) apart, so that as in DeiT they go to different
+    replicas, and no example is mixed with itself. Where `repeats` does not divide the batch, the
+    last few examples of a batch have one copy less.
+
+    Args:
+      positions: (B,) int64, of the run.
+      batch_size: Global.
+      repeats: 1 or more; 1 leaves the positions as they are.
+
+    Returns:
+      The positions to read, and the number of the copy, from 0: (B,) int64 each.
+    """
+    distinct = -(-batch_size // repeats)
+    step, place = positions // batch_size, positions % batch_size
+    return step * distinct + place % distinct, place // distinct
+
+
 def example_seeds(epoch: tf.Tensor, index: tf.Tensor, *, seed: int) -> tf.Tensor:
     """Returns fold_in(fold_in(seed, epoch), index) for (B,) int64 each, as (B, 2) int32."""
 
@@ -51,15 +72,6 @@ def example_seeds(epoch: tf.Tensor, index: tf.Tensor, *, seed: int) -> tf.Tensor
 
     draws = _per_epoch(draw, epoch, tf.TensorSpec((), tf.int32))
     return tf.stack([draws, tf.cast(index, tf.int32)], axis=1)
-
-
-def train_indices(
-    *, num_examples: int, batch_size: int, seed: int, first_step: int, num_steps: int
-) -> np.ndarray:
-    """Returns the indices of these steps' examples, (num_steps * batch_size,) int64."""
-    start = first_step * batch_size
-    positions = tf.range(start, start + num_steps * batch_size, dtype=tf.int64)
-    return make_order(positions, num_examples=num_examples, seed=seed)[1].numpy()
 
 
 def seed_words(seed: int) -> tuple[int, int]:
@@ -72,7 +84,6 @@ def _epoch_seed(epoch: tf.Tensor, seed: int) -> tf.Tensor:
 
 
 def _per_epoch(function, epoch: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
-    """Maps (B,) epochs, calling `function` once for each epoch in the range they span."""
-    first = tf.reduce_min(epoch)
-    span = tf.range(first, tf.reduce_max(epoch) + 1)
-    return tf.gather(tf.map_fn(function, span, fn_output_signature=spec), epoch - first)
+    """Maps (B,) epochs, calling `function` once for each distinct one."""
+    distinct, place = tf.unique(epoch)
+    return tf.gather(tf.map_fn(function, distinct, fn_output_signature=spec), place)

@@ -4,22 +4,29 @@ A pipe string is a Python expression and is only ever parsed, never evaluated. A
 function: decorated with `op`, it takes the op's parameters and returns a function example ->
 example, which draws its randomness from `example["seed"]` ((2,) int32) with stateless calls. Ops
 are traced without AutoGraph: branch with `tf.cond`, and among many with `switch`.
+
+Ops that XLA can compile are compiled, together and as a loop over many images: TensorFlow's own
+kernels take 5 to 10 times as long for a look-up per byte, and a branch costs nothing there.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
 from vit_dist.data.base import Source
+from vit_dist.data.tracing import deviceless_graph, is_deviceless, switch
+
+__all__ = ["Op", "Pipe", "Step", "op", "output_spec", "parse", "switch"]
 
 # Modules that register ops when imported; parse() imports them, so that no caller has to.
-OP_MODULES = ("vit_dist.data.ops",)
+OP_MODULES = tuple(f"vit_dist.data.{name}" for name in ("ops", "randaug", "autoaugment", "erasing"))
 DEFAULT_KEEP = ("image", "label")
 
 Example = dict[str, tf.Tensor]
@@ -33,12 +40,19 @@ class Op:
     make: Callable
     on_device: bool
     image: bool
+    compiled: bool
 
 
 _REGISTRY: dict[str, Op] = {}
 
 
-def op(make: Callable | None = None, *, on_device: bool = False, image: bool = True):
+def op(
+    make: Callable | None = None,
+    *,
+    on_device: bool = False,
+    image: bool = True,
+    compiled: bool = False,
+):
     """Registers `make` as an op under its own name.
 
     Args:
@@ -47,11 +61,14 @@ def op(make: Callable | None = None, *, on_device: bool = False, image: bool = T
         (B, H, W, C) of values 0..255 -> float32 of the same shape, in XLA-compilable TensorFlow. It
         comes after all ops on the host that touch the image, and a pipe has at most one.
       image: False for an op that neither reads nor writes the image; it may stand anywhere.
+      compiled: It returns (image, seed) -> image, (H, W, 3) uint8 of a static shape that it keeps,
+        and XLA compiles it for the host. Those that come last among the host's ops on images run as
+        one loop over a chunk of examples; it is slower to have one before others.
     """
     if make is None:
-        return lambda make: op(make, on_device=on_device, image=image)
+        return lambda make: op(make, on_device=on_device, image=image, compiled=compiled)
     assert make.__name__ not in _REGISTRY, f"op {make.__name__!r} is registered twice"
-    _REGISTRY[make.__name__] = Op(make.__name__, make, on_device, image)
+    _REGISTRY[make.__name__] = Op(make.__name__, make, on_device, image, compiled)
     return make
 
 
@@ -92,17 +109,48 @@ class Pipe:
         Raises:
           ValueError: While tracing: an op does not fit what it gets. Names the op.
         """
+        example = self.host_each(example)
+        if not self.last:
+            return example
+        examples = self.host_chunk({key: value[tf.newaxis] for key, value in example.items()})
+        return {key: value[0] for key, value in examples.items()}
+
+    @tf.autograph.experimental.do_not_convert
+    def host_each(self, example: Example) -> Example:
+        """The part of `host` that comes before `host_chunk`, on one example."""
         seed = example["seed"]
         kept = tuple(key for key in DEFAULT_KEEP if key in example)
         for step in self.steps:
-            if step.op.on_device:
+            if step.op.on_device or step in self.last:
                 continue
             # Each op has a stream of its own, else a flip would go with the crop's corner.
             own = {**example, "seed": tf.random.fold_in(seed, step.position)}
-            example = {**_apply(step, own), "seed": seed}
+            if step.op.compiled:
+                image = _compiled((step,))(own["image"][tf.newaxis], seed[tf.newaxis])[0]
+                own = {**own, "image": image}
+            else:
+                own = _apply(step, own)
+            example = {**own, "seed": seed}
             if step.op.name == "keep":
                 kept = step.args
-        return {key: example[key] for key in kept}
+        return {key: example[key] for key in ((*kept, "seed") if self.last else kept)}
+
+    @tf.autograph.experimental.do_not_convert
+    def host_chunk(self, examples: Example) -> Example:
+        """The rest of `host`, on what `host_each` returned for several examples, batched."""
+        if not self.last:
+            return examples
+        images = _compiled(self.last)(examples["image"], examples["seed"])
+        kept = [step.args for step in self.steps if step.op.name == "keep"]
+        dropped = () if kept and "seed" in kept[-1] else ("seed",)
+        rest = {key: value for key, value in examples.items() if key not in dropped}
+        return {**rest, "image": images}
+
+    @functools.cached_property
+    def last(self) -> tuple[Step, ...]:
+        """The compiled ops that no other op on the host's images follows."""
+        images = [step for step in self.steps if step.op.image and not step.op.on_device]
+        return tuple(itertools.takewhile(lambda step: step.op.compiled, images[::-1]))[::-1]
 
     def device(self, images: tf.Tensor) -> tf.Tensor:
         """Returns a batch of images, (B, H, W, C) in 0..255, as the model's float32 input."""
@@ -112,13 +160,44 @@ class Pipe:
         return tf.cast(images, tf.float32)
 
 
-def _apply(step: Step, example: Example) -> Example:
+def _apply(step: Step, *args):
     try:
-        return step.apply(example)
+        return step.apply(*args)
     except KeyError as error:
-        raise ValueError(f"{step} needs {error}; the example has {sorted(example)}") from None
+        raise ValueError(f"{step} needs {error}; it got {sorted(args[0])}") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{step} does not fit its input: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(steps: tuple[Step, ...]) -> Callable:
+    """Returns images (B, H, W, 3) uint8, seeds (B, 2) of the examples -> images after `steps`."""
+
+    @tf.autograph.experimental.do_not_convert
+    def each(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        def one(element):
+            image, seed = element
+            for step in steps:
+                image = _apply(step, image, tf.random.fold_in(seed, step.position))
+            return image
+
+        spec = tf.TensorSpec(images.shape[1:], tf.uint8)
+        return tf.map_fn(one, (images, seeds), parallel_iterations=1, fn_output_signature=spec)
+
+    function = tf.function(each, jit_compile=True)
+
+    def run(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        step, shape = steps[0], images.shape[1:]
+        if images.dtype != tf.uint8:
+            raise ValueError(f"{step}: the image is still encoded; put decode before this op")
+        if not shape.is_fully_defined() or shape[-1] != 3:
+            raise ValueError(
+                f"{step} takes images of one fixed size with 3 channels, not {shape}; put decode "
+                "and resize(...) or a crop of fixed size before it"
+            )
+        return each(images, seeds) if is_deviceless() else function(images, seeds)
+
+    return run
 
 
 def parse(pipe: str, **names) -> Pipe:
@@ -229,7 +308,7 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
     Raises:
       ValueError: An op does not fit its input, or the image has no static shape in the end.
     """
-    with _deviceless_graph():
+    with deviceless_graph():
         example = {
             key: tf.compat.v1.placeholder(spec.dtype, spec.shape)
             for key, spec in {**source.element_spec, **POSITION_SPEC}.items()
@@ -248,32 +327,6 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
         device = pipe.device(image[tf.newaxis])[0]
         spec = {key: tf.TensorSpec(value.shape, value.dtype) for key, value in output.items()}
         return {**spec, "device_image": tf.TensorSpec(device.shape, device.dtype)}
-
-
-def switch(index: tf.Tensor, branches: Sequence[Callable]):
-    """Returns `branches[index]()`: a tf.switch_case for ops, which `output_spec` can trace."""
-    if tf.executing_eagerly() or tf.inside_function():
-        return tf.switch_case(index, branches)
-    *first, last = branches
-    return tf.case([(tf.equal(index, i), fn) for i, fn in enumerate(first)], default=last)
-
-
-@contextlib.contextmanager
-def _deviceless_graph() -> Iterator[None]:
-    """A graph in which tracing initialises no device.
-
-    The branches of version 2 control flow are functions, which are registered with the devices, so
-    that strategies could no longer configure those; version 1's are plain nodes. The only public
-    switch is global to the process.
-    """
-    enabled = tf.compat.v1.control_flow_v2_enabled()
-    tf.compat.v1.disable_control_flow_v2()
-    try:
-        with tf.Graph().as_default():
-            yield
-    finally:
-        if enabled:
-            tf.compat.v1.enable_control_flow_v2()
 
 
 # What the pipeline adds to each example.

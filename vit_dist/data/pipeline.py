@@ -7,21 +7,23 @@ batch.
 """
 
 import functools
-import re
-from collections.abc import Sequence
-from concurrent import futures
+import os
+from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from vit_dist.data import order
 from vit_dist.data.base import Source
+from vit_dist.data.damage import Damage, masking
 from vit_dist.data.mixing import Mixing
 from vit_dist.data.pipe import POSITION_SPEC, Pipe, output_spec
 
 # Examples handled by one call in tf.data, whose overhead (about 50 us) would be that of a small
 # image; larger chunks only hold more images in memory per thread.
 MAX_CHUNK = 32
-MAX_EXAMINED = 20_000  # a minute or two of decoding on a small machine
+Tensors = dict[str, tf.Tensor]
+
 PREFETCH = 4  # batches of one replica; they hide the jitter of reading, and cost memory
 
 
@@ -37,6 +39,8 @@ def make_train_data(
     num_threads: int | None = None,
     prefetch: int = PREFETCH,
     mixing: Mixing | None = None,
+    repeats: int = 1,
+    damage: Damage | None = None,
 ) -> tf.data.Dataset:
     """Returns endless training batches, from `first_step` on.
 
@@ -54,6 +58,9 @@ def make_train_data(
       num_threads: Threads for reading and preprocessing; None lets tf.data choose.
       prefetch: Batches of one replica prepared ahead.
       mixing: Adds "mix", (b, 6) float32: what its `images` and `labels` take on the accelerator.
+      repeats: How often each example stands in its batch, each time augmented anew.
+      damage: Given, an example that cannot be read becomes zeros with a "mask" ((b,) float32, else
+        1) of 0, and is counted there; otherwise it is an error of the iterator.
 
     Returns:
       A dataset of dicts with what the pipe keeps, each (batch_size / num_replicas, ...), static.
@@ -62,27 +69,25 @@ def make_train_data(
       ValueError: Numbers that do not fit each other, or a pipe that does not fit the source.
     """
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
-    if not 0 <= seed < order.MAX_SEED:
-        raise ValueError(f"seed={seed} must be in [0, 2**62)")
-    if first_step < 0:
-        raise ValueError(f"first_step={first_step} must be 0 or more")
+    _check_training(source, seed, first_step, repeats)
     source.prepare()
     share = batch_size // num_replicas
     first = first_step * batch_size
     if source.indexable:
         positions = _positions(batch_size, share, first, local_replicas)
-        records = positions.map(lambda p: _train_records(source, p, seed), _parallel(num_threads))
+        place = functools.partial(places, source, seed=seed, batch_size=batch_size, repeats=repeats)
+        records = positions.map(place, _parallel(num_threads))
     else:
         stream = _train_stream(source, seed, first)
         stream = stream.filter(lambda p, _: _is_local(p, batch_size, share, local_replicas))
         records = stream.batch(_chunk(share), drop_remainder=True)
         records = records.map(lambda p, record: _placed(source, p, record, seed))
-    ds = _batches(source, pipe, records, share, spec, num_threads)
+    ds = _batches(source, pipe, records, share, spec, num_threads, damage)
     if mixing is not None:
         size = tuple(spec["image"].shape[:2])
         draw = functools.partial(mixing.draw, seed=seed, batch_size=batch_size, size=size)
-        ds = _with_rows(ds, draw, share, first_step, local_replicas)
-    return _finish(ds, num_threads, prefetch)
+        ds = _with_rows(ds, draw, mixing, share, first_step, local_replicas)
+    return _finish(ds, num_threads, prefetch, damage)
 
 
 def make_eval_data(
@@ -93,6 +98,7 @@ def make_eval_data(
     num_replicas: int = 1,
     local_replicas: range = range(1),
     num_threads: int | None = None,
+    damage: Damage | None = None,
 ) -> tf.data.Dataset:
     """Returns batches that hold each example once over all replicas, in the source's order.
 
@@ -101,7 +107,7 @@ def make_eval_data(
 
     Returns:
       A finite dataset of dicts with what the pipe keeps, and "mask", (b,) float32: 1 for an
-      example, 0 for padding.
+      example, 0 for padding and, given `damage`, for examples that cannot be read.
     """
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
     spec["mask"] = tf.TensorSpec((), tf.float32)
@@ -110,7 +116,8 @@ def make_eval_data(
     num_steps = -(-source.num_examples // batch_size)
     if source.indexable:
         positions = _positions(batch_size, share, 0, local_replicas, num_steps)
-        records = positions.map(lambda p: _eval_records(source, p), _parallel(num_threads))
+        last = source.num_examples - 1
+        records = positions.map(lambda p: _eval_place(source, p, {"index": tf.minimum(p, last)}))
     else:
         stream = source.stream(seed=None, epoch=0)
         padding = stream.take(1).repeat(num_steps * batch_size - source.num_examples)
@@ -118,63 +125,24 @@ def make_eval_data(
         stream = stream.filter(lambda p, _: _is_local(p, batch_size, share, local_replicas))
         records = stream.batch(_chunk(share), drop_remainder=True)
         records = records.map(lambda p, record: _eval_place(source, p, record))
-    ds = _batches(source, pipe, records, share, spec, num_threads)
-    return _finish(ds, num_threads, PREFETCH)
+    ds = _batches(source, pipe, records, share, spec, num_threads, damage)
+    return _finish(ds, num_threads, PREFETCH, damage)
 
 
-def explain_data_error(
+def train_indices(
     source: Source,
-    error: Exception,
     *,
-    pipe: Pipe | None = None,
-    indices: Sequence[int] = (),
-    max_examples: int = MAX_EXAMINED,
-) -> str | None:
-    """Finds which example makes the data fail, as TensorFlow's own error does not name it.
-
-    Args:
-      source: What the data was made from.
-      error: What the iterator raised.
-      pipe: Applied to each example examined; None only decodes.
-      indices: Examples to examine first, e.g. `order.train_indices` of the steps that failed.
-      max_examples: How many further ones to examine, in the source's order.
-
-    Returns:
-      The file or example, what is wrong with it and what to do, or None if none was found.
-    """
-    if not isinstance(error, tf.errors.OpError):
-        return None
-    damage = source.find_damage()
-    if damage is not None or not source.indexable:
-        return damage and f"{damage}; prepare or copy it again"
-    count = min(max_examples, source.num_examples)
-    candidates = list(dict.fromkeys([*(int(i) for i in indices), *range(count)]))
-    with futures.ThreadPoolExecutor() as pool:
-        for start in range(0, len(candidates), 256):  # in parts, to stop at the first found
-            part = candidates[start : start + 256]
-            problems = pool.map(lambda i: _problem(source, pipe, i), part)
-            for index, problem in zip(part, problems, strict=True):
-                if problem:
-                    where = source.describe(index)
-                    return f"{where} cannot be read: {problem}; replace it or remove it"
-    return None
-
-
-def _problem(source: Source, pipe: Pipe | None, index: int) -> str | None:
-    """Returns why example `index` cannot be preprocessed, None if it can."""
-    with tf.device("CPU:0"):
-        number = tf.constant(index, tf.int64)
-        place = {"index": number, "epoch": tf.zeros_like(number), "seed": tf.zeros((2,), tf.int32)}
-        try:
-            example = {**source.read(number), **place}
-            if pipe is not None:
-                pipe.host(example)
-            elif source.encoded:
-                tf.io.decode_image(example["image"], expand_animations=False)
-        except (tf.errors.OpError, ValueError) as error:
-            text = error.message if isinstance(error, tf.errors.OpError) else str(error)
-            return re.sub(r"{{.*?}}\s*|\s*\[Op:.*", "", text)
-    return None
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    num_steps: int,
+    repeats: int = 1,
+) -> np.ndarray:
+    """Returns the numbers of these steps' examples, (num_steps * batch_size,) int64."""
+    start = first_step * batch_size
+    positions = tf.range(start, start + num_steps * batch_size, dtype=tf.int64)
+    where = places(source, positions, seed=seed, batch_size=batch_size, repeats=repeats)
+    return where["index"].numpy()
 
 
 def _check(
@@ -190,6 +158,15 @@ def _check(
     spec = output_spec(source, pipe)
     del spec["device_image"]
     return spec
+
+
+def _check_training(source: Source, seed: int, first_step: int, repeats: int) -> None:
+    if repeats < 1 or (repeats > 1 and not source.indexable):
+        raise ValueError(f"repeats={repeats} must be 1 or more, and 1 for {source} if streamed")
+    if not 0 <= seed < order.MAX_SEED:
+        raise ValueError(f"seed={seed} must be in [0, 2**62)")
+    if first_step < 0:
+        raise ValueError(f"first_step={first_step} must be 0 or more")
 
 
 def _chunk(share: int) -> int:
@@ -225,18 +202,17 @@ def _is_local(position: tf.Tensor, batch_size: int, share: int, local: range) ->
     return (replica >= local.start) & (replica < local.stop)
 
 
-def _train_records(source: Source, positions: tf.Tensor, seed: int) -> dict[str, tf.Tensor]:
-    epoch, index = order.make_order(positions, num_examples=source.num_examples, seed=seed)
-    seeds = order.example_seeds(epoch, index, seed=seed)
-    return {**source.fetch(index), "index": index, "epoch": epoch, "seed": seeds}
+def places(
+    source: Source, positions: tf.Tensor, *, seed: int, batch_size: int, repeats: int
+) -> Tensors:
+    """Returns which example stands at each position, with its epoch and seed."""
+    slots, copy = order.repeat_in_batch(positions, batch_size=batch_size, repeats=repeats)
+    epoch, index = source.place(slots, seed=seed)
+    seeds = order.example_seeds(epoch * repeats + copy, index, seed=seed)
+    return {"index": index, "epoch": epoch, "seed": seeds}
 
 
-def _eval_records(source: Source, positions: tf.Tensor) -> dict[str, tf.Tensor]:
-    index = tf.minimum(positions, source.num_examples - 1)
-    return _eval_place(source, positions, {**source.fetch(index), "index": index})
-
-
-def _eval_place(source: Source, positions: tf.Tensor, records: dict) -> dict[str, tf.Tensor]:
+def _eval_place(source: Source, positions: tf.Tensor, records: Tensors) -> Tensors:
     epoch = tf.zeros_like(positions)
     # For pipes that augment all the same.
     seeds = tf.cast(tf.stack([epoch, records["index"]], axis=1), tf.int32)
@@ -256,7 +232,7 @@ def _train_stream(source: Source, seed: int, first: int) -> tf.data.Dataset:
     return tf.data.Dataset.counter(first_epoch).flat_map(one_epoch).enumerate(first)
 
 
-def _placed(source: Source, positions: tf.Tensor, records: dict, seed: int) -> dict:
+def _placed(source: Source, positions: tf.Tensor, records: Tensors, seed: int) -> dict:
     epoch = positions // source.num_examples
     seeds = order.example_seeds(epoch, records["index"], seed=seed)
     return {**records, "epoch": epoch, "seed": seeds}
@@ -269,44 +245,74 @@ def _batches(
     share: int,
     spec: dict[str, tf.TensorSpec],
     num_threads: int | None,
+    damage: Damage | None,
 ) -> tf.data.Dataset:
     """Turns chunks of records into batches of `share` examples, as `spec` says each is."""
+    if damage is not None:
+        spec["mask"] = tf.TensorSpec((), tf.float32)
+    make_chunk: Callable[[Tensors], Tensors] = _chunk_maker(source, pipe, spec)
+    if damage is not None:
+        make_chunk = masking(make_chunk, records.element_spec, spec, damage)
 
-    def make_example(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        place = {key: value for key, value in record.items() if key in (*POSITION_SPEC, "mask")}
-        own = {key: value for key, value in record.items() if key not in place}
-        mask = {"mask": place.pop("mask")} if "mask" in place else {}
-        return {**pipe.host({**source.decode_record(own), **place}), **mask}
-
-    def make_chunk(chunk: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=spec)
-
-    def join(chunks: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def join(chunks: Tensors) -> Tensors:
         return {key: tf.reshape(chunks[key], (share, *spec[key].shape)) for key in spec}
 
     ds = records.map(make_chunk, _parallel(num_threads))
     return ds.batch(share // _chunk(share), drop_remainder=True).map(join)
 
 
+def _chunk_maker(source: Source, pipe: Pipe, spec: dict[str, tf.TensorSpec]):
+    """Makes make_chunk: places (and records, if streamed) -> examples; a leading axis each."""
+
+    def make_example(record: Tensors) -> Tensors:
+        place = {key: value for key, value in record.items() if key in (*POSITION_SPEC, "mask")}
+        own = {key: value for key, value in record.items() if key not in place}
+        mask = {"mask": place.pop("mask", tf.constant(1.0))} if "mask" in spec else {}
+        return {**pipe.host_each({**source.decode_record(own), **place}), **mask}
+
+    def make_chunk(chunk: Tensors) -> Tensors:
+        if source.indexable:
+            chunk = {**chunk, **source.fetch(chunk["index"])}
+        each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.last else spec
+        examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)
+        return pipe.host_chunk(examples)
+
+    return make_chunk
+
+
 def _with_rows(
-    ds: tf.data.Dataset, draw, share: int, first_step: int, local: range
+    ds: tf.data.Dataset,
+    draw: Callable[[tf.Tensor], tf.Tensor],
+    mixing: Mixing,
+    share: int,
+    first_step: int,
+    local: range,
 ) -> tf.data.Dataset:
     """Adds each replica's part of what is drawn for the global batch."""
 
-    def add(i: tf.Tensor, batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    def add(i: tf.Tensor, batch: Tensors) -> Tensors:
         rows = draw(first_step + i // len(local))
         start = (local.start + i % len(local)) * share
-        return {**batch, "mix": tf.ensure_shape(rows[start : start + share], (share, 6))}
+        rows = tf.ensure_shape(rows[start : start + share], (share, 6))
+        if "mask" in batch:
+            rows = mixing.spare_masked(rows, batch["mask"])
+        return {**batch, "mix": rows}
 
     return ds.enumerate().map(add)
 
 
-def _finish(ds: tf.data.Dataset, num_threads: int | None, prefetch: int) -> tf.data.Dataset:
+def _finish(
+    ds: tf.data.Dataset, num_threads: int | None, prefetch: int, damage: Damage | None
+) -> tf.data.Dataset:
     ds = ds.prefetch(prefetch)
     options = tf.data.Options()
     options.deterministic = True
     # Each host reads its own share already.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    if damage is not None:
+        # Masking runs TensorFlow functions inside of a call to Python: they need a thread of the
+        # common pool while that call waits in one of these.
+        num_threads = num_threads or os.cpu_count()
     if num_threads is not None:
         options.threading.private_threadpool_size = num_threads
     return ds.with_options(options)

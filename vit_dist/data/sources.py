@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,7 +11,11 @@ import tensorflow as tf
 from vit_dist.data import base
 from vit_dist.data.base import Source
 from vit_dist.data.folder import FolderSource
+from vit_dist.data.mixture import MixtureSource
+from vit_dist.data.shards import ArrayRecordSource
+from vit_dist.data.synthetic import SyntheticSource
 from vit_dist.data.tfds_source import TfdsSource
+from vit_dist.data.tfrecord import TfrecordSource
 
 
 class DemoSource(Source):
@@ -47,6 +53,9 @@ class DemoSource(Source):
         }
         self._tables: dict[str, tf.Tensor] | None = None
 
+    def load(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.labels[index])
+
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._tables is None:
             self._tables = base.on_host(
@@ -55,7 +64,15 @@ class DemoSource(Source):
         return {key: tf.gather(table, indices) for key, table in self._tables.items()}
 
 
-SOURCES = {"demo": DemoSource, "folder": FolderSource, "tfds": TfdsSource}
+SOURCES: dict[str, Callable[..., Source]] = {
+    "demo": DemoSource,
+    "folder": FolderSource,
+    "tfds": TfdsSource,
+    "tfrecord": TfrecordSource,
+    "array_record": ArrayRecordSource,
+    "synthetic": SyntheticSource,
+    "mixture": MixtureSource,
+}
 
 
 def open_source(source: str, *, split: str, **options) -> Source:
@@ -76,6 +93,8 @@ def open_source(source: str, *, split: str, **options) -> Source:
             f"unknown source {source!r}{_nearest(source, SOURCES)}; known: {sorted(SOURCES)}"
         )
     given = {key: value for key, value in options.items() if value is not None}
+    if source == "mixture":
+        return _open_mixture(split, **given)
     signature = inspect.signature(SOURCES[source])
     allowed = [name for name in signature.parameters if name != "split"]
     for option in given:
@@ -89,6 +108,27 @@ def open_source(source: str, *, split: str, **options) -> Source:
     except TypeError as error:
         raise ValueError(f"source {source!r}: {error}; it takes {allowed}") from None
     return SOURCES[source](split=split, **given)
+
+
+def _open_mixture(split: str, parts: Any = None, **options) -> Source:
+    """Opens the sources that `parts` describes; other options hold for each that takes them."""
+    if not isinstance(parts, (list, tuple)) or not all(
+        isinstance(part, Mapping) and {"source", "weight"} <= set(part) for part in parts
+    ):
+        raise ValueError(
+            "source 'mixture' needs parts: a list of dicts, each with source, weight, its options "
+            f"and, where it differs, split; got {parts!r}"
+        )
+    opened = []
+    for part in parts:
+        own = {k: v for k, v in part.items() if k not in ("source", "weight", "split")}
+        kind = SOURCES.get(part["source"])
+        known = inspect.signature(kind).parameters if kind else {}
+        common = {k: v for k, v in options.items() if k in known}
+        opened.append(
+            open_source(part["source"], split=part.get("split", split), **{**common, **own})
+        )
+    return MixtureSource(opened, [part["weight"] for part in parts])
 
 
 def _nearest(word: str, known) -> str:

@@ -11,11 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from vit_dist.data import base
-
-# Streams are shuffled by file and then within blocks of this many records: the two blocks held at a
-# time are 0.9 GB of ImageNet's JPEGs (110 kB each).
-SHUFFLE_BLOCK = 4096
-CYCLE_LENGTH = 16  # files read at a time while shuffling
+from vit_dist.data.records import Keys, find_cut, stream_records
 
 
 class TfdsSource(base.Source):
@@ -87,11 +83,7 @@ class TfdsSource(base.Source):
         if not self.indexable:
             return super().fetch(indices)
 
-        def read(numbers: np.ndarray) -> np.ndarray:
-            return np.array(self._reader.__getitems__([int(i) for i in numbers]), object)
-
-        records = tf.numpy_function(read, [indices], tf.string, stateful=False)
-        return {"record": tf.ensure_shape(records, indices.shape)}
+        return {"record": base.read_records(self._reader.__getitems__, indices)}
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         import tensorflow_datasets as tfds
@@ -101,55 +93,27 @@ class TfdsSource(base.Source):
         )
         return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
 
+    def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        if not self.indexable:
+            return super().load(index)
+        return Keys("image", "label").load(self._reader.__getitems__([index])[0])
+
     def stream(self, *, seed: tf.Tensor | None, epoch: tf.Tensor | int) -> tf.data.Dataset:
         base.log_streaming(self)
         files = self._split_info.file_instructions
-        takes = np.array([file.take for file in files], np.int64)
-        columns = {
-            "filename": tf.constant([str(file.filename) for file in files]),
-            "skip": tf.constant([file.skip for file in files], tf.int64),
-            "take": tf.constant(takes),
-            "start": tf.constant(np.cumsum(takes) - takes),
-        }
-        if seed is not None:
-            seed = tf.random.fold_in(seed, tf.cast(epoch, tf.int32))
-            columns = _shuffled(columns, seed)
-        ds = tf.data.Dataset.from_tensor_slices(columns).interleave(
-            _read_shard, cycle_length=1 if seed is None else CYCLE_LENGTH
+        return stream_records(
+            [file.filename for file in files],
+            [file.skip for file in files],
+            [file.take for file in files],
+            seed=seed,
+            epoch=epoch,
         )
-        if seed is not None:
-            ds = ds.batch(SHUFFLE_BLOCK).enumerate()
-            ds = ds.map(lambda i, block: _shuffled(block, tf.random.fold_in(seed, i))).prefetch(1)
-            ds = ds.unbatch()
-        # A TFRecord that was cut between two records ends like a complete one.
-        return ds.apply(tf.data.experimental.assert_cardinality(self.num_examples))
 
     def find_damage(self) -> str | None:
         if self.indexable:
             return None
-        for file in self._split_info.file_instructions:
-            try:
-                count = sum(1 for _ in tf.data.TFRecordDataset(str(file.filename)))
-            except tf.errors.OpError as error:
-                return f"file {file.filename} cannot be read: {error.message}"
-            if count != file.examples_in_shard:
-                return (
-                    f"file {file.filename} holds {count} records instead of "
-                    f"{file.examples_in_shard}: it has been cut"
-                )
-        return None
-
-
-def _read_shard(shard: dict[str, tf.Tensor]) -> tf.data.Dataset:
-    records = tf.data.TFRecordDataset(shard["filename"]).skip(shard["skip"]).take(shard["take"])
-    return records.enumerate(shard["start"]).map(lambda i, x: {"index": i, "record": x})
-
-
-def _shuffled(columns: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Reorders the first axis; unlike Dataset.shuffle it does not heed tf.random.set_seed."""
-    count = tf.shape(next(iter(columns.values())))[0]
-    order = tf.random.experimental.stateless_shuffle(tf.range(count), tf.cast(seed, tf.int32))
-    return {key: tf.gather(value, order) for key, value in columns.items()}
+        files = self._split_info.file_instructions
+        return find_cut([f.filename for f in files], [f.examples_in_shard for f in files])
 
 
 def _make_builder(name: str, data_dir: str | None, file_format: str | None):

@@ -1,4 +1,4 @@
-"""Dense layers and attention as contractions of the tensors as they are: the form for TPUs.
+"""Dense layers and heads as contractions of the tensors as they are: the form for TPUs.
 
 A TPU keeps tensors in tiles of 8 x 128, so that merging B and N, or splitting D into H and K,
 copies them; one contraction over the named axes leaves the layout to the compiler. Compiled for a
@@ -7,7 +7,6 @@ v5e, a ViT-Ti/16 step accesses 30 % fewer bytes in this form. On CPUs flat matri
 Shapes: B batch, N tokens, D width, H heads, K = D / H.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -56,55 +55,20 @@ def dense(x: tf.Tensor, projection: Projection) -> tf.Tensor:
     return y if bias is None else y + bias
 
 
-def attend(
-    x: tf.Tensor,
-    context: tf.Tensor,
-    *projections: Projection,
-    num_heads: int,
-    softmax_dtype: str,
-    drop: Callable[[tf.Tensor], tf.Tensor],
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Multi-head attention with its four projections.
-
-    Args:
-      x: (B, N, D), for the queries.
-      context: (B, N', D), for keys and values.
-      *projections: of query, key, value and output, kernels (D, D).
-      num_heads: H.
-      softmax_dtype: in which the softmax is computed.
-      drop: dropout on the weights.
-
-    Returns:
-      (B, N, D), and the weights before dropout (B, H, N, N') in `softmax_dtype`.
-    """
-    width = x.shape[-1]
-    heads = (num_heads, width // num_heads)
-
-    def split(tokens: tf.Tensor, projection: Projection) -> tf.Tensor:
-        kernel, bias = projection
-        y = tf.einsum("bnd,dhk->bnhk", tokens, tf.reshape(kernel, (width, *heads)))
-        return y if bias is None else y + tf.reshape(bias, heads)
-
-    to_query, to_key, to_value, to_out = projections
-    query, key, value = split(x, to_query), split(context, to_key), split(context, to_value)
-    query = query * tf.cast(heads[1] ** -0.5, query.dtype)
-    logits = tf.cast(tf.einsum("bnhk,bmhk->bhnm", query, key), softmax_dtype)
-    weights = tf.exp(logits - tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True)))
-    # Divided at once: the compiler keeps the sums and repeats the division where it needs it.
-    weights = weights / tf.reduce_sum(weights, axis=-1, keepdims=True)
-    y = tf.einsum("bhnm,bmhk->bnhk", drop(tf.cast(weights, value.dtype)), value)
-    kernel, bias = to_out
-    y = tf.einsum("bnhk,hkd->bnd", y, tf.reshape(kernel, (*heads, width)))
-    return (y if bias is None else y + bias), weights
+def project_to_heads(x: tf.Tensor, projection: Projection, num_heads: int) -> tf.Tensor:
+    """(B, N, D) with a kernel (D, D) -> (B, H, N, K)."""
+    kernel, bias = projection
+    # N goes to the end: D before it splits into H and K without a copy.
+    y = tf.einsum("bnd,de->ben", x, kernel)
+    y = y if bias is None else y + bias[:, tf.newaxis]
+    y = tf.reshape(y, (-1, num_heads, y.shape[1] // num_heads, x.shape[1]))
+    return tf.transpose(y, (0, 1, 3, 2))
 
 
-def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
-    """LayerNorm with float32 statistics in one pass: the variance as E[x^2] - E[x]^2.
-
-    Meant for x of 16 bits: what cancellation costs in float32 is below the rounding of x itself.
-    """
-    wide = tf.cast(x, tf.float32)
-    mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
-    square = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
-    scale = tf.math.rsqrt(tf.maximum(square - tf.square(mean), 0.0) + epsilon) * gamma
-    return tf.cast((wide - mean) * scale + beta, x.dtype)
+def project_from_heads(y: tf.Tensor, projection: Projection) -> tf.Tensor:
+    """(B, H, N, K) with a kernel (D, D) -> (B, N, D)."""
+    kernel, bias = projection
+    y = tf.transpose(y, (0, 1, 3, 2))
+    y = tf.reshape(y, (-1, kernel.shape[0], y.shape[3]))
+    y = tf.einsum("ben,ed->bnd", y, kernel)
+    return y if bias is None else y + bias

@@ -4,7 +4,6 @@ Shapes: B batch, N tokens, D width, H heads, K = D / H, M hidden width of the ML
 
 Layers compute the same numbers in two forms: "matrix" for CPUs and GPUs, "tensor" for TPUs (see
 `contract`).
-
 """
 
 from typing import Any
@@ -16,32 +15,7 @@ from vit_dist.model import contract
 from vit_dist.model.attention import Attention
 from vit_dist.model.contract import Linear
 from vit_dist.model.masks import Dropout, DropPath
-
-LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other logits
-
-
-class LayerNorm(keras.layers.LayerNormalization):
-    """LayerNorm (Ba et al. 2016); its statistics are float32 under every policy."""
-
-    def __init__(self, *, form: str = "matrix", **kwargs: Any):
-        super().__init__(**kwargs)
-        self.form = form
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "form": self.form}
-
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        if self.form == "matrix" or self.compute_dtype == "float32":
-            return super().call(x)  # on CPUs 3 times faster than contract.normalize
-        gamma, beta = (tf.convert_to_tensor(v) for v in (self.gamma, self.beta))
-        return contract.normalize(x, gamma, beta, self.epsilon)
-
-
-def layer_norm(
-    name: str, dtype: Any, *, epsilon: float = LAYER_NORM_EPSILON, form: str = "matrix"
-) -> keras.layers.Layer:
-    """LayerNorm with the reference's epsilon, unless told otherwise."""
-    return LayerNorm(epsilon=epsilon, form=form, name=name, dtype=dtype)
+from vit_dist.model.norm import LAYER_NORM_EPSILON, layer_norm
 
 
 def gelu(x: tf.Tensor, kind: str) -> tf.Tensor:
@@ -83,12 +57,12 @@ class PatchEmbedding(keras.layers.Layer):
     (B, height, width, C) -> (B, N, D). The kernel is kept in the convolution's layout (p, q, C, D).
     """
 
-    def __init__(self, width: int, patch: tuple[int, int], **kwargs: Any):
+    def __init__(self, width: int, patch: tuple[int, int], *, form: str = "matrix", **kwargs: Any):
         super().__init__(**kwargs)
-        self.width, self.patch = width, tuple(patch)
+        self.width, self.patch, self.form = width, tuple(patch), form
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "width": self.width, "patch": self.patch}
+        return {**super().get_config(), "width": self.width, "patch": self.patch, "form": self.form}
 
     def build(self, input_shape: Any) -> None:
         self.kernel = self.add_weight(
@@ -101,9 +75,12 @@ class PatchEmbedding(keras.layers.Layer):
         rows, columns = height // p, width // q
         x = tf.reshape(images, (-1, rows, p, columns, q, channels))
         x = tf.transpose(x, (0, 1, 3, 2, 4, 5))
-        x = tf.reshape(x, (-1, p * q * channels))
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.width))
-        x = tf.matmul(x, kernel) + tf.convert_to_tensor(self.bias)
+        bias = tf.convert_to_tensor(self.bias)
+        if self.form == "tensor":
+            x = tf.reshape(x, (-1, rows * columns, p * q * channels))
+            return contract.dense(x, (kernel, bias))
+        x = tf.matmul(tf.reshape(x, (-1, p * q * channels)), kernel) + bias
         return tf.reshape(x, (-1, rows * columns, self.width))
 
 
@@ -115,18 +92,13 @@ class Mlp(keras.layers.Layer):
         **kwargs: Any,
     ):  # fmt: skip
         super().__init__(**kwargs)
-        self.hidden, self.gelu, self.dropout, self.form = hidden, gelu, dropout, form
+        self._config = {"hidden": hidden, "gelu": gelu, "dropout": dropout, "form": form}
+        self.hidden, self.gelu, self.form = hidden, gelu, form
         self.drop_0 = Dropout(dropout, name="dropout_0", dtype=self.dtype_policy)
         self.drop_1 = Dropout(dropout, name="dropout_1", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "hidden": self.hidden,
-            "gelu": self.gelu,
-            "dropout": self.dropout,
-            "form": self.form,
-        }
+        return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any) -> None:
         shared: dict[str, Any] = {"form": self.form, "dtype": self.dtype_policy}

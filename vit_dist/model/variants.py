@@ -26,6 +26,7 @@ PREFIX_POSEMBS = ("cls", "all", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
 SOFTMAXES = ("float32", "compute")
+GROWTHS = ("linear", "constant")
 FORMS = ("matrix", "tensor")
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "channels")
 PRECISIONS = {
@@ -74,6 +75,7 @@ def check_vit(
     pool: str,
     posemb: str,
     gelu: str,
+    drop_path_growth: str,
     remat: str,
     attention_block: int | None,
     softmax: str,
@@ -102,6 +104,7 @@ def check_vit(
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
     check_choice("remat", remat, POLICIES)
+    check_choice("drop_path_growth", drop_path_growth, GROWTHS)
     check_choice("softmax", softmax, SOFTMAXES)
     check_choice("form", form, FORMS)
     check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
@@ -154,6 +157,7 @@ def vit_config(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     drop_path: float = 0.0,
+    drop_path_growth: str = "linear",
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,

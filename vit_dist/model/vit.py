@@ -11,8 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding, layer_norm
+from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding
 from vit_dist.model.memory import rematerialized_layer
+from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit, needs_cls
 
@@ -33,7 +34,8 @@ class ViT(keras.Model):
       rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
       dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
       attention_dropout: on the attention weights.
-      drop_path: stochastic depth's rate at the last block; it grows linearly from 0 at the first.
+      drop_path: stochastic depth's rate at the last block.
+      drop_path_growth: "linear" from 0 at the first block, or "constant" over all (DeiT III).
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
@@ -71,6 +73,7 @@ class ViT(keras.Model):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        drop_path_growth: str = "linear",
         layer_scale: float | None = None,
         gelu: str = "tanh",
         qkv_bias: bool = True,
@@ -100,32 +103,41 @@ class ViT(keras.Model):
         self.prefix = int(cls_token) + registers  # tokens before the patches
         # ... of which the learned table has an entry for the first so many
         self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
-        dtype = self.dtype_policy
-        self.embedding = PatchEmbedding(width, (patch_size,) * 2, name="embedding", dtype=dtype)
-        self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.blocks = [self._make_block(i) for i in range(depth)]
-        self.norm = layer_norm("encoder_norm", dtype, epsilon=norm_epsilon, form=form)
-        shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        shared |= {"norm_epsilon": norm_epsilon, "form": form, "dtype": dtype}
-        self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
-        dense = keras.layers.Dense
+        self._make_layers()
+
+    def _make_layers(self) -> None:
+        config, dtype = self._config, self.dtype_policy
+        shared = {k: config[k] for k in ("num_heads", "gelu", "norm_epsilon", "form")}
+        shared |= {"hidden": config["mlp_dim"], "dtype": dtype}
+        self.embedding = PatchEmbedding(
+            self.width, (self.patch_size,) * 2, form=config["form"], name="embedding", dtype=dtype
+        )
+        self.drop = Dropout(config["dropout"], name="dropout", dtype=dtype)
+        self.blocks = [self._make_block(i, **shared) for i in range(self.depth)]
+        self.norm = layer_norm(
+            "encoder_norm", dtype, epsilon=config["norm_epsilon"], form=config["form"]
+        )
+        self.map_head = MapHead(**shared, name="map_head") if self.pool == "map" else None
+        dense, rep_size = keras.layers.Dense, config["rep_size"]
         self.pre_logits = (
             dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype) if rep_size else None
         )
         # Logits in float32 under every policy: the loss subtracts large numbers.
-        self.head = dense(num_classes, name="head", dtype="float32") if num_classes else None
+        classes = self.num_classes
+        self.head = dense(classes, name="head", dtype="float32") if classes else None
 
-    def _make_block(self, index: int) -> EncoderBlock:
+    def _make_block(self, index: int, **shared: Any) -> EncoderBlock:
         config = self._config
-        same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
+        linear = config["drop_path_growth"] == "linear"
+        share = index / max(self.depth - 1, 1) if linear else 1.0
+        same = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
         return EncoderBlock(
-            **{key: config[key] for key in (*same, "norm_epsilon", "softmax", "form")},
-            hidden=config["mlp_dim"],
-            drop_path=config["drop_path"] * index / max(self.depth - 1, 1),
+            **shared,
+            **{key: config[key] for key in same},
+            drop_path=config["drop_path"] * share,
             recompute_attention=self.remat == "attention",
             attention_block=config["attention_block"],
             name=f"encoderblock_{index}",
-            dtype=self.dtype_policy,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -255,7 +267,7 @@ def build_vit(
       ValueError: unknown precision.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
-    model = ViT(**config, form=form, dtype=PRECISIONS[precision], name="vit")
+    model = ViT(**{**config, "form": form}, dtype=PRECISIONS[precision], name="vit")
     model.build()
     initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
     return model

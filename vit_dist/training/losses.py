@@ -17,6 +17,7 @@ def _sigmoid(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 LOSSES: dict[str, Loss] = {"softmax": _softmax, "sigmoid": _sigmoid}
+REDUCTIONS = ("sum", "mean")
 
 
 def as_distribution(labels: tf.Tensor, num_classes: int) -> tf.Tensor:
@@ -26,30 +27,53 @@ def as_distribution(labels: tf.Tensor, num_classes: int) -> tf.Tensor:
     return tf.cast(labels, tf.float32)
 
 
-def make_loss(*, name: str = "softmax", label_smoothing: float = 0.0) -> Loss:
+def make_loss(
+    *,
+    name: str = "softmax",
+    label_smoothing: float = 0.0,
+    reduction: str = "sum",
+    threshold: float | None = None,
+) -> Loss:
     """Makes loss(logits, labels) -> float32 (B,).
 
     Args:
-      name: "softmax" cross-entropy, or "sigmoid": binary cross-entropy summed over the classes.
+      name: "softmax" cross-entropy, or "sigmoid": binary cross-entropy over the classes.
       label_smoothing: s in labels * (1 - s) + s / C (arXiv 1512.00567); the same for both.
+      reduction: of "sigmoid" over the classes: "sum" as AugReg, "mean" as PyTorch and DeiT III.
+      threshold: of "sigmoid": shares of a label above it count as 1, the others as 0; 0.0 for
+        DeiT III, where mixup and CutMix leave two whole labels. None takes shares as they are.
 
     Returns:
       A function of logits (B, C), any float type, and labels: int (B,) or float (B, C).
 
     Raises:
-      ValueError: unknown name, or smoothing outside [0, 1).
+      ValueError: unknown name or reduction, a number out of range, or what is sigmoid's alone.
     """
     if name not in LOSSES:
         raise ValueError(f"loss {name!r} is unknown; allowed: {', '.join(LOSSES)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"loss.label_smoothing must be in [0, 1), got {label_smoothing}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"loss.reduction {reduction!r} is unknown; allowed: {', '.join(REDUCTIONS)}"
+        )
+    if threshold is not None and not 0 <= threshold < 1:
+        raise ValueError(f"loss.threshold must be in [0, 1), or None, got {threshold}")
+    if name != "sigmoid" and (reduction != "sum" or threshold is not None):
+        raise ValueError(
+            f"loss.reduction and loss.threshold are for the sigmoid loss; {name!r} takes "
+            "reduction 'sum' and threshold None"
+        )
 
     def loss(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
         logits = tf.cast(logits, tf.float32)
         num_classes = logits.shape[-1]
         targets = as_distribution(labels, num_classes)
+        if threshold is not None:
+            targets = tf.cast(targets > threshold, tf.float32)
         if label_smoothing:
             targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
-        return LOSSES[name](targets, logits)
+        each = LOSSES[name](targets, logits)
+        return each / num_classes if reduction == "mean" else each
 
     return loss

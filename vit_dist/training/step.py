@@ -91,14 +91,10 @@ def make_gradients(
     accumulation: int,
     seed: int,
     mixing: Mixing | None = None,
+    masked: bool = False,
 ) -> Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
     """Makes gradients(batch, replica): this replica's share of the global gradient."""
     variables = [v.value for v in state.optimizer.variables.values()]
-
-    def per_batch(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
-        # A masked example counts as 0 and stays in the denominator; its values may be anything.
-        counted = tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values
-        return tf.reduce_sum(counted) / batch_size
 
     def micro(batch: Tensors, key: tf.Tensor):
         images = preprocess(batch["image"])
@@ -110,12 +106,14 @@ def make_gradients(
             targets = as_distribution(batch["label"], logits.shape[-1])
             if mixing is not None:
                 targets = mixing.labels(targets, batch["mix"])
-            loss = per_batch(loss_fn(logits, targets), batch)
+            loss = _sum(loss_fn(logits, targets), batch) / batch_size
             scaled = loss * state.loss_scale
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
-        share = per_batch(tf.cast(hits, tf.float32), batch)
         grads = tape.gradient(scaled, variables, unconnected_gradients="zero")
-        return grads, {"loss": loss, "accuracy": share}
+        sums = {"loss": loss, "accuracy": _sum(tf.cast(hits, tf.float32), batch) / batch_size}
+        if masked:
+            sums["masked"] = tf.reduce_sum(1 - batch["mask"])
+        return grads, sums
 
     def gradients(batch: Tensors, replica: tf.Tensor):
         key = tf.stack([tf.constant(seed, tf.int32), tf.cast(state.step.value(), tf.int32)])
@@ -134,13 +132,19 @@ def make_gradients(
             return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
 
         zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
-        start = (tf.constant(0), zeros, {"loss": tf.constant(0.0), "accuracy": tf.constant(0.0)})
+        names = ("loss", "accuracy", *(("masked",) if masked else ()))
+        start = (tf.constant(0), zeros, {name: tf.constant(0.0) for name in names})
         _, grads, sums = tf.while_loop(
             lambda i, *_: i < accumulation, body, start, maximum_iterations=accumulation
         )
         return grads, sums
 
     return gradients
+
+
+def _sum(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
+    """Sum over the examples; a masked one is 0, whatever became of it (a select, no product)."""
+    return tf.reduce_sum(tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values)
 
 
 def make_update(
@@ -161,7 +165,8 @@ def make_update(
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
         gate = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:
-            grads = [g * tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30)) for g in grads]
+            factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
+            grads = [g * factor for g in grads]
         rate = schedule(step)
         state.optimizer.apply(grads, learning_rate=rate, count=state.updates.value(), gate=gate)
         if state.ema is not None and ema_decay is not None:
@@ -205,6 +210,7 @@ def make_train_step(
     all_reduce_dtype: str = "float32",
     jit: str = "whole",
     mixing: Mixing | None = None,
+    masked: bool = False,
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     """Makes train_steps(batches, n), which runs n steps without the host in between (law 4).
 
@@ -223,23 +229,19 @@ def make_train_step(
         of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
       jit: "whole", "split" or "off"; see choose_jit.
       mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
+      masked: batches have a "mask", float32 (b,); examples where it is 0 add nothing to the sums.
 
     Returns:
-      train_steps(batches, n): `batches` iterates over {"image", "label"}, with "mix" (what `mixing`
-      takes, by example) if there is mixing and "mask" (0: counts nowhere) if examples may be
-      damaged; n is a scalar int tensor.
+      train_steps(batches, n): `batches` iterates over {"image", "label"}, with "mix" (by example
+      what `mixing` takes) if there is mixing; n is a scalar int tensor.
       It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
-      (before clipping) and "learning_rate" those of the last.
+      (before clipping) and "learning_rate" those of the last, "masked" (if so) is the number of
+      examples masked in them.
     """
     gradients = make_gradients(
-        state,
-        loss_fn,
-        preprocess=preprocess,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=seed,
-        mixing=mixing,
-    )
+        state, loss_fn, preprocess=preprocess, batch_size=batch_size, accumulation=accumulation,
+        seed=seed, mixing=mixing, masked=masked,
+    )  # fmt: skip
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     if jit == "split":
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
@@ -249,7 +251,7 @@ def make_train_step(
     run = _make_replica_step(gradients, update, sent_as=all_reduce_dtype if several else None)
     if jit == "whole":
         run = tf.function(run, jit_compile=True, autograph=False)
-    return _make_loop(run, strategy)
+    return _make_loop(run, strategy, counted=("masked",) if masked else ())
 
 
 def _make_replica_step(
@@ -271,9 +273,12 @@ def _make_replica_step(
 
 
 def _make_loop(
-    run: Callable[[Tensors], Tensors], strategy: tf.distribute.Strategy
+    run: Callable[[Tensors], Tensors],
+    strategy: tf.distribute.Strategy,
+    counted: tuple[str, ...] = (),
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
-    summed, last = ("loss", "accuracy"), ("grad_norm", "learning_rate")
+    means, last = ("loss", "accuracy"), ("grad_norm", "learning_rate")
+    summed = means + counted
 
     @tf.function
     def train_steps(batches: Iterator[Any], n: tf.Tensor) -> Tensors:
@@ -286,6 +291,6 @@ def _make_loop(
             new = {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
             out = {k: new[k] + out[k] if k in summed else new[k] for k in out}
         count = tf.cast(n, tf.float32)
-        return {k: v / count if k in summed else v for k, v in out.items()}
+        return {k: v / count if k in means else v for k, v in out.items()}
 
     return train_steps

@@ -1,0 +1,199 @@
+"""Images/s of the input pipeline on the CPU, against the forms that other systems have.
+
+    .venv/bin/python benchmarks/input.py [--rounds 5] [--images 512] [--skip-timm]
+
+Peers, on the same files and cores, taking turns: the reference systems' form in tf.data (plain,
+per image, float on the host; RandAugment through tf.switch_case) and timm with Pillow and two
+worker processes. Prints images/s, CPU time for an image, the ratios, and where the time goes.
+The files are 240 JPEGs of 500 x 375, cut from photographs that scikit-learn and Matplotlib ship.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+BATCH = 64
+WARM_UP = 6 * BATCH  # more than what waits in any of the pipelines
+CROP = "decode_jpeg_and_inception_crop(224)|flip_lr"
+PIPES = {"crop": f"{CROP}|value_range", "randaug": f"{CROP}|randaug(2, 10)|value_range"}
+GOALS = {"reference": {"crop": 1.25, "randaug": 2.0}, "timm": {"crop": 3.0, "randaug": 3.0}}
+PYTHONS = {
+    "ours": (sys.executable, str(HERE / "input.py"), "--worker", "ours"),
+    "reference": (sys.executable, str(HERE / "input.py"), "--worker", "reference"),
+    "timm": (
+        str(HERE.parent / ".venv-interop/bin/python"),
+        str(HERE / "_timm_input_worker.py"),
+    ),
+}
+
+
+def write_images(folder: Path, count: int = 240) -> None:
+    """Writes `count` JPEGs of 500 x 375, in two classes."""
+    from matplotlib import cbook
+    from sklearn.datasets import load_sample_images
+
+    with cbook.get_sample_data("grace_hopper.jpg", asfileobj=True) as file:
+        hopper = np.asarray(Image.open(file).convert("RGB"))
+    photos = [*load_sample_images().images, hopper]
+    random = np.random.RandomState(0)
+    for i in range(count):
+        photo = Image.fromarray(photos[i % len(photos)])
+        width = random.uniform(0.6, 1.0) * min(photo.width, photo.height * 4 / 3)
+        left = random.uniform(0, photo.width - width)
+        top = random.uniform(0, photo.height - width * 3 / 4)
+        box = (left, top, left + width, top + width * 3 / 4)
+        cut = photo.resize((500, 375), Image.Resampling.BICUBIC, box=box)
+        path = folder / "train" / str(i % 2) / f"{i:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut.save(path, quality=int(random.randint(84, 93)))
+
+
+def make_data(system: str, kind: str, folder: str):
+    """Returns the batches of our pipeline, or of the reference systems' form."""
+    if system == "reference":
+        import _input_peers
+
+        files = sorted(map(str, Path(folder).rglob("*.jpg")))
+        return _input_peers.make_data(files, BATCH, augmented=kind == "randaug")
+    from vit_dist.data import ops, sources
+    from vit_dist.data.pipeline import make_train_data
+
+    source = sources.open_source("folder", split="train", data_dir=folder)
+    return make_train_data(source, ops.parse(PIPES[kind]), batch_size=BATCH, seed=0, prefetch=2)
+
+
+def work(system: str, folder: str, kind: str) -> None:
+    """Reads a number of images from stdin, loads them and prints the seconds."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    batches = iter(make_data(system, kind, folder))
+    next(batches)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line) // BATCH):
+            next(batches)
+        print(time.perf_counter() - began, flush=True)
+
+
+class Worker:
+    """One pipeline in a process of its own, which is stopped while others are measured."""
+
+    def __init__(self, system: str, kind: str, folder: str):
+        self.process = subprocess.Popen(
+            [*PYTHONS[system], folder, kind, str(BATCH)],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        if self.process.stdout.readline().strip() != "ready":
+            raise SystemExit(f"the {system} pipeline did not start")
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def measure(self, images: int) -> tuple[float, float]:
+        """Seconds of wall clock and of CPU for an image."""
+        self.signal(signal.SIGCONT)
+        self.load(WARM_UP)
+        before = self.cpu_seconds()
+        seconds = self.load(images)
+        cpu = self.cpu_seconds() - before
+        self.signal(signal.SIGSTOP)
+        return seconds / images, cpu / images
+
+    def load(self, images: int) -> float:
+        self.process.stdin.write(f"{images}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far of the process and its workers."""
+        ticks = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # a process that has just ended
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.process.pid:  # the session
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def end(self) -> None:
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def compare(folder: str, systems: list[str], rounds: int, images: int) -> None:
+    for kind in PIPES:
+        workers = {}
+        try:
+            for system in systems:
+                workers[system] = Worker(system, kind, folder)
+            results = {system: [] for system in systems}
+            for _ in range(rounds):
+                for system, worker in workers.items():
+                    results[system].append(worker.measure(images))
+        finally:
+            for worker in workers.values():
+                worker.end()
+        report(kind, results)
+
+
+def report(kind: str, results: dict[str, list[tuple[float, float]]]) -> None:
+    print(f"\n{PIPES[kind]}  (n={len(results['ours'])}, medians)")
+    for system, measured in results.items():
+        seconds, cpu = (statistics.median(column) for column in zip(*measured, strict=True))
+        line = f"  {system:10} {1 / seconds:7.0f} images/s  {cpu * 1e3:6.2f} ms CPU per image"
+        if system != "ours":
+            pairs = list(zip(measured, results["ours"], strict=True))
+            wall, work = (statistics.median(m[i] / o[i] for m, o in pairs) for i in (0, 1))
+            goal = GOALS[system][kind]
+            line += f"  ours is {wall:.2f}x (goal {goal}x), by CPU time {work:.2f}x"
+        print(line, flush=True)
+
+
+def profile(folder: str) -> None:
+    """CPU time for an image of what the pipeline consists of, by one thread."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    import _input_profile
+
+    _input_profile.main(sorted(map(str, Path(folder).rglob("*.jpg")))[:64])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--skip-timm", action="store_true")
+    parser.add_argument("--profile-only", action="store_true")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(*args.worker[:3])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder))
+        sizes = [path.stat().st_size for path in Path(folder).rglob("*.jpg")]
+        print(f"{len(sizes)} JPEGs of 500 x 375, {np.mean(sizes) / 1e3:.0f} KB on average")
+        if not args.profile_only:
+            systems = [name for name in PYTHONS if name != "timm" or not args.skip_timm]
+            compare(folder, systems, args.rounds, args.images)
+        profile(folder)
+
+
+if __name__ == "__main__":
+    main()

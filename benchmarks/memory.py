@@ -1,0 +1,128 @@
+"""Peak memory of a step: what rematerialisation, micro-batches and blockwise attention save.
+
+    .venv/bin/python benchmarks/memory.py [--variant S/16] [--batch_size 32] [--image_size 224]
+
+Each setting runs in a process of its own (Linux), on one CPU device, compiled by XLA: the peak of
+its resident memory during two steps, less what it holds between steps (weights, optimiser state),
+and the CPU time that they took. Long: many tokens, a small batch at --long_size pixels.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dict]:
+    """What is compared; each names what it differs in."""
+    plain = {"batch_size": batch, "image_size": size}
+    long = {"batch_size": long_batch, "image_size": long_size}
+    return [
+        {"name": "plain", **plain},
+        {"name": "remat attention", **plain, "remat": "attention"},
+        {"name": "remat full", **plain, "remat": "full"},
+        {"name": "4 micro-batches", **plain, "accumulation": 4},
+        {"name": "8 micro-batches", **plain, "accumulation": 8},
+        {"name": "remat full, 4 micro-batches", **plain, "remat": "full", "accumulation": 4},
+        {"name": "long plain", **long},
+        {"name": "long remat attention", **long, "remat": "attention"},
+        {"name": "long remat full", **long, "remat": "full"},
+        {"name": "long blocks of 256", **long, "attention_block": 256},
+        {"name": "long blocks of 256, remat full", **long, "attention_block": 256, "remat": "full"},
+    ]
+
+
+def measure(variant: str, setting: dict) -> dict[str, float]:
+    """Runs in a fresh process: bytes that a step takes at most, and CPU seconds."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.path.insert(0, str(HERE.parent))
+    import numpy as np
+    import tensorflow as tf
+
+    from vit_dist.model.variants import vit_config
+    from vit_dist.model.vit import build_vit, named_weights
+    from vit_dist.strategy import make_strategy
+    from vit_dist.training.losses import make_loss
+    from vit_dist.training.optim import make_optimizer
+    from vit_dist.training.schedules import make_schedule
+    from vit_dist.training.state import TrainState
+    from vit_dist.training.step import make_train_step
+
+    strategy, size = make_strategy(name="single"), setting["image_size"]
+    with strategy.scope():
+        options = {k: setting[k] for k in ("remat", "attention_block") if k in setting}
+        model = build_vit(vit_config(variant, image_size=size, num_classes=1000, **options))
+        state = TrainState(model, make_optimizer(named_weights(model), weight_decay=0.1))
+    train_steps = make_train_step(
+        state,
+        make_loss(),
+        strategy=strategy,
+        schedule=make_schedule(1e-3, total_steps=10**6),
+        preprocess=lambda images: tf.cast(images, tf.float32) / 127.5 - 1,
+        batch_size=setting["batch_size"],
+        seed=0,
+        accumulation=setting.get("accumulation", 1),
+    )
+    shape = (setting["batch_size"], size, size, 3)
+    batch = {"image": np.zeros(shape, np.uint8), "label": np.zeros(shape[:1], np.int32)}
+    batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
+    one = tf.constant(1, tf.int64)
+    train_steps(batches, one)["loss"].numpy()  # compiles
+    ctypes.CDLL(None).malloc_trim(0)  # what the compiler left
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the steps to come
+    began = time.process_time()
+    for _ in range(2):
+        train_steps(batches, one)["loss"].numpy()
+    seconds = (time.process_time() - began) / 2
+    return {"bytes": memory("VmHWM") - before, "seconds": seconds}
+
+
+def memory(key: str) -> int:
+    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most."""
+    line = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", default="S/16")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--long_batch", type=int, default=2)
+    parser.add_argument("--long_size", type=int, default=768)
+    parser.add_argument("--one", help="measure this setting only (JSON), in this process")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.variant, json.loads(args.one))), flush=True)
+        return
+    base: dict[str, float] = {}
+    print(f"{args.variant}, float32, AdamW, one CPU device: {args.image_size} px, batch "
+          f"{args.batch_size}; long: {args.long_size} px, batch {args.long_batch}")  # fmt: skip
+    for setting in settings(args.batch_size, args.image_size, args.long_batch, args.long_size):
+        command = [sys.executable, __file__, "--variant", args.variant, "--one"]
+        done = subprocess.run(
+            [*command, json.dumps(setting)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{setting} ended with code {done.returncode}: {done.stderr[-2000:]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        if "plain" in setting["name"]:
+            base = found
+        print(
+            f"{setting['name']:32} {found['bytes'] / 2**20:8,.0f} MiB "
+            f"({found['bytes'] / base['bytes']:4.0%})  {found['seconds']:6.2f} CPU s/step "
+            f"({found['seconds'] / base['seconds']:4.0%})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

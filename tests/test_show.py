@@ -1,0 +1,118 @@
+"""What people see: the contact sheet, the first batch in TensorBoard, and converting by command."""
+
+import functools
+import importlib
+import sys
+
+import numpy as np
+import processes
+import pytest
+import tensorflow as tf
+import tiny
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vit_dist import cli
+from vit_dist.data import ops
+from vit_dist.data.sources import open_source
+from vit_dist.data.view import stages, viewable
+from vit_dist.show import GAP, LABEL_HEIGHT, contact_sheet
+from vit_dist.train import train
+from vit_dist.wiring import check
+
+MIXING = {"mixing__mixup_alpha": 0.8, "mixing__mode": "elem"}
+
+
+def test_stages_are_what_the_pipe_does():
+    source = open_source("demo", split="val")
+    pipe = ops.parse("random_shift(2)|resize(16)|flip_lr|normalize|onehot(10)|keep('image')")
+    for i in range(4):
+        place = {"index": i, "epoch": 0, "seed": tf.constant([3, i])}
+        example = {**source.read(tf.constant(i, tf.int64)), **place}
+        shown = stages(pipe, example)
+        assert [s.shape[0] for s in shown] == [8, 8, 16, 16, 16]
+        np.testing.assert_array_equal(shown[0], source.images[i])
+        np.testing.assert_array_equal(shown[3], pipe.host(example)["image"])
+        np.testing.assert_array_equal(shown[4], shown[3])  # scaled, and back
+
+
+@pytest.mark.parametrize("op", ["value_range(0, 1)", "value_range(-1, 1)", "normalize"])
+def test_viewable_undoes_the_scaling(op):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
+    pipe = ops.parse(f"decode|{op}")
+    np.testing.assert_array_equal(viewable(pipe, pipe.device(tf.constant(pixels))), pixels)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_sheet_has_a_row_an_example_and_a_column_an_op(split):
+    run = check(tiny.make(input__eval_ops=tiny.OPS, **MIXING))
+    sheet = contact_sheet(run, split=split, step=7, count=3)
+    pixels = np.asarray(sheet)
+    rows = (sheet.height - LABEL_HEIGHT - GAP) // (64 + LABEL_HEIGHT + GAP)
+    assert rows == 3
+    top = 2 * LABEL_HEIGHT + GAP
+    first = pixels[top : top + 64]
+    white = (first == 255).all(axis=(0, 2))
+    columns = np.flatnonzero(~white[1:] & white[:-1]).size + (not white[0])
+    assert columns == (4 if split == "train" else 2)  # stored, random_shift, value_range, mixing
+    source = run.sources[split]
+    index = 0 if split == "val" else None
+    if index == 0:
+        stored = np.repeat(np.repeat(source.images[0], 8, 0), 8, 1)
+        np.testing.assert_array_equal(first[:, GAP : GAP + 64], stored)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"split": "x"}, "'x' is not configured"), ({"count": 0}, "--count"), ({"step": -1}, "-1")],
+)
+def test_mistakes(options, words):
+    with pytest.raises(ValueError, match=words):
+        contact_sheet(check(tiny.make()), **options)
+
+
+def test_the_first_batch_goes_to_tensorboard(tmp_path):
+    config = tiny.without_evaluation(total_steps=2, **MIXING)
+    train(config, str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0}).Reload()
+    width, height, *pngs = events.Tensors("train/batch")[0].tensor_proto.string_val
+    assert (int(width), int(height), len(pngs)) == (8, 8, 16)
+    shown = [tf.io.decode_png(png).numpy() for png in pngs]
+    run = check(config)
+    sheet = functools.partial(contact_sheet, run, count=1)
+    last = np.asarray(sheet())[2 * LABEL_HEIGHT + GAP :][:64]
+    enlarged = np.repeat(np.repeat(shown[0], 8, 0), 8, 1)
+    left = np.flatnonzero((last != 255).any(axis=(0, 2)))
+    np.testing.assert_array_equal(last[:, left[left > left[-1] - 64][0] :][:, :64], enlarged)
+
+
+def command(name, *arguments):
+    """Runs `python -m vit_dist.name ARGUMENTS` in a fork; it ends with the command's exit code."""
+    sys.argv = [name, *arguments]
+    module = importlib.import_module(f"vit_dist.{name}")
+    cli.define_config()
+    module.define_flags()
+    cli.run(module.main)
+
+
+def test_the_commands(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    ops = f"decode|{tiny.ANY_SIZE}"
+    flags = [f"--config={processes.TINY}", "--config.data.source=folder"]
+    flags += [f"--config.data.data_dir={folder}", "--config.data.test_split="]
+    flags += [f"--config.input.train_ops={ops}", f"--config.input.eval_ops={ops}"]
+    out, sheet = tmp_path / "shards", tmp_path / "sheet.png"
+    code, text = call("convert", *flags, f"--output={out}", log=tmp_path / "a")
+    assert code == 0 and "train: 16 examples, 1 shards written, all verified" in text
+    assert open_source("array_record", split="val", data_dir=str(out)).num_examples == 16
+    code, text = call("show", *flags, f"--output={sheet}", log=tmp_path / "b")
+    assert code == 0 and f"{sheet}: " in text
+    with Image.open(sheet) as opened:
+        assert opened.height > 8 * 64
+    for name in ("convert", "show"):
+        code, text = call(name, *flags, log=tmp_path / name)
+        assert code == 2 and "error: give" in text and "--output" in text
+
+
+def call(*args, log):
+    return processes.call(command, *args, log=log)

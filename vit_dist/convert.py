@@ -1,0 +1,58 @@
+"""Converts a config's data to indexed shards, which train by index and start anywhere at once.
+
+python -m vit_dist.convert --config FILE --output FOLDER [--splits train,val]
+
+Stopped or killed, the same command goes on. Then train with --config.data.source=array_record
+--config.data.data_dir=FOLDER and the splits train, val and test.
+"""
+
+import functools
+
+from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+
+# isort: split
+from absl import flags
+
+from vit_dist.data.shards import convert
+from vit_dist.feed import open_sources
+from vit_dist.monitoring.progress import Progress
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's own flags; not at import, where other commands' have the same names."""
+    flags.DEFINE_string("output", None, "local folder for the shards, one directory a split")
+    flags.DEFINE_list("splits", None, "of train, val, test; all that are configured")
+    flags.DEFINE_integer("examples_per_shard", 8192, "0.9 GB of ImageNet's JPEGs")
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    config = cli.load_config()
+    if not FLAGS.output:
+        raise ValueError("give a folder for the shards: --output data/shards")
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.input.cache = "off"
+    sources = open_sources(config)
+    for name in FLAGS.splits or sources:
+        if name not in sources:
+            raise ValueError(f"split {name!r} is not configured; there are {sorted(sources)}")
+        source = sources[name]
+        with Progress(source.num_examples, title=f"convert {name}") as progress:
+            written = convert(
+                source,
+                FLAGS.output,
+                split=name,
+                examples_per_shard=FLAGS.examples_per_shard,
+                report=functools.partial(progress.update, metrics={}),
+            )
+        print(f"{name}: {source.num_examples:,} examples, {written} shards written, all verified")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    define_flags()
+    cli.run(main)

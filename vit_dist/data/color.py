@@ -1,0 +1,226 @@
+"""Colour operations on one image, (H, W, 3) uint8, for XLA on the host.
+
+What depends on one channel's value alone is a table of 256 entries, so that several such operations
+become one look-up. Whatever is rounded is computed in integers, or so that a fused multiply-add
+cannot round otherwise: results do not depend on the processor.
+
+Formulas: those of Pillow (ImageOps, ImageEnhance, ImageFilter) and of the TPU reference models'
+autoaugment.py, which differ in few places; arguments say which.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+# Fixed point of `blend`: the largest factor, 7, times 255 still fits 31 bits. The bias makes up for
+# the rounding of the factor, so that 1.9 * 10 is 19; both are far below the 1/100 of a level.
+_BITS = 20
+_BIAS = 1 << 8
+MAX_FACTOR = 7.0
+
+# Luma in 16 bits of fixed point as Pillow has it (ITU-R 601-2), and in 22 bits the weights of
+# tf.image.rgb_to_grayscale, which scales by 255.5 / 255 and truncates.
+_LUMA = ((19595, 38470, 7471), 1 << 15, 16)
+_LUMA_REFERENCE = (
+    tuple(round(weight * 255.5 / 255 * 2**22) for weight in (0.2989, 0.5870, 0.1140)),
+    1 << 8,
+    22,
+)
+
+
+# Tables of numbers are numpy arrays, constants to XLA; those of tensors are tensors.
+LEVELS = np.arange(256, dtype=np.int32)
+
+
+def invert() -> np.ndarray:
+    """Returns the table of a negative."""
+    return 255 - LEVELS
+
+
+def solarize(threshold):
+    """Returns the table that inverts the values from `threshold` (int) on."""
+    return _where(threshold > LEVELS, LEVELS, 255 - LEVELS)
+
+
+def solarize_add(addition):
+    """Returns the table that adds `addition` (int of 0 or more) to the values below 128."""
+    added = addition + LEVELS
+    return _where(LEVELS < 128, _where(added < 255, added, 0 * added + 255), LEVELS)
+
+
+def posterize(bits):
+    """Returns the table that keeps the `bits` (int, 0..8) highest bits."""
+    steps = 2 ** np.arange(8, -1, -1, dtype=np.int32)
+    step = tf.gather(steps, bits) if isinstance(bits, tf.Tensor) else steps[bits]
+    return LEVELS // step * step
+
+
+def brightness(factor):
+    """Returns the table that blends with black: 0 is black, 1 the image."""
+    return blend(0, LEVELS, factor)
+
+
+def contrast(factor, mean):
+    """Returns the table that blends with the grey level `mean` (int)."""
+    return blend(mean, LEVELS, factor)
+
+
+def autocontrast(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
+    """Returns the (3, 256) table that stretches each channel to 0..255.
+
+    `reference` computes in float32 as the reference models do, else float64 as Pillow does.
+    """
+    dtype = tf.float32 if reference else tf.float64
+    low, high = (f(tf.cast(image, tf.int32), axis=(0, 1)) for f in (tf.reduce_min, tf.reduce_max))
+    low_, high_ = tf.cast(low, dtype), tf.cast(high, dtype)
+    scale = 255 / tf.maximum(high_ - low_, 1)
+    offset = _product(-low_, scale)
+    stretched = _product(tf.cast(LEVELS, dtype), scale[:, tf.newaxis]) + offset[:, tf.newaxis]
+    stretched = tf.clip_by_value(tf.cast(stretched, tf.int32), 0, 255)
+    return tf.where((high > low)[:, tf.newaxis], stretched, LEVELS)
+
+
+def equalize(image: tf.Tensor) -> tf.Tensor:
+    """Returns the (3, 256) table that flattens each channel's histogram."""
+    bins = tf.cast(image, tf.int32) + tf.constant([0, 256, 512])
+    ones = tf.ones((image.shape.num_elements(),), tf.int32)
+    histogram = tf.math.unsorted_segment_sum(ones, tf.reshape(bins, (-1,)), 768)
+    histogram = tf.reshape(histogram, (3, 256))
+    highest = tf.reduce_max(tf.where(histogram > 0, LEVELS, -1), axis=1)
+    last = tf.gather(histogram, highest, axis=1, batch_dims=1)[:, tf.newaxis]
+    step = (image.shape[0] * image.shape[1] - last) // 255
+    below = tf.cumsum(histogram, axis=1, exclusive=True)
+    flat = tf.minimum((below + step // 2) // tf.maximum(step, 1), 255)
+    return tf.where(step > 0, flat, LEVELS)
+
+
+def apply_table(image: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+    """Returns the image seen through a table, (256,) or one for each channel (3, 256)."""
+    at = tf.cast(image, tf.int32)
+    if table.shape.rank == 2:
+        at += tf.constant([0, 256, 512])
+    found = tf.gather(tf.reshape(tf.cast(table, tf.uint8), (-1,)), tf.reshape(at, (-1,)))
+    return tf.reshape(found, image.shape)
+
+
+def blend(first, second, factor) -> tf.Tensor:
+    """Returns first + factor * (second - first), truncated and clipped to 0..255, as int32.
+
+    Args:
+      first: int32 in 0..255; also a number.
+      second: int32 in 0..255.
+      factor: In [0, MAX_FACTOR], a number or a scalar; beyond 1 it extrapolates.
+    """
+    if isinstance(factor, tf.Tensor):
+        scale = tf.cast(tf.round(tf.cast(factor, tf.float32) * 2**_BITS), tf.int32)
+    else:
+        scale = np.int32(round(factor * 2**_BITS))
+    mixed = first * (1 << _BITS) + scale * (second - first) + _BIAS
+    if isinstance(mixed, tf.Tensor):
+        return tf.clip_by_value(tf.bitwise.right_shift(mixed, _BITS), 0, 255)
+    return np.clip(mixed >> _BITS, 0, 255)
+
+
+def luma(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
+    """Returns the image's grey levels, (H, W, 1) int32."""
+    weights, bias, shift = _LUMA_REFERENCE if reference else _LUMA
+    red, green, blue = tf.split(tf.cast(image, tf.int32), 3, axis=-1)
+    mixed = red * weights[0] + green * weights[1] + blue * weights[2] + bias
+    return tf.bitwise.right_shift(mixed, shift)
+
+
+def mean_luma(image: tf.Tensor) -> tf.Tensor:
+    """Returns the mean grey level as Pillow rounds it, a scalar int32."""
+    count = image.shape[0] * image.shape[1]
+    total = tf.reduce_sum(tf.cast(luma(image, reference=False), tf.int64))
+    return tf.cast((2 * total + count) // (2 * count), tf.int32)
+
+
+def color(image: tf.Tensor, factor, *, reference: bool) -> tf.Tensor:
+    """Returns the image blended with its grey levels: 0 is grey, 1 the image."""
+    mixed = blend(luma(image, reference=reference), tf.cast(image, tf.int32), factor)
+    return tf.cast(mixed, tf.uint8)
+
+
+def sharpness(image: tf.Tensor, factor, *, reference: bool) -> tf.Tensor:
+    """Returns the image blended with a smoothed one: 0 is smooth, 1 the image, 2 sharper.
+
+    The smoothing is Pillow's SMOOTH, 3 x 3 with a weight of 5/13 in the middle, and leaves the
+    border as it is; the reference models truncate where Pillow rounds.
+    """
+    pixels = tf.cast(image, tf.int32)
+    height, width, _ = image.shape
+    if min(height, width) < 3:
+        return image
+    rows = pixels[:-2] + pixels[1:-1] + pixels[2:]
+    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * pixels[1:-1, 1:-1]
+    smooth = (total + (0 if reference else 6)) // 13
+    inner = blend(smooth, pixels[1:-1, 1:-1], factor)
+    inner = tf.pad(inner, ((1, 1), (1, 1), (0, 0)))
+    border = np.ones((height, width), bool)
+    border[1:-1, 1:-1] = False
+    return tf.cast(tf.where(border[..., tf.newaxis], pixels, inner), tf.uint8)
+
+
+def gaussian_blur(image: tf.Tensor, sigma: tf.Tensor, *, max_sigma: float) -> tf.Tensor:
+    """Returns the image blurred as Pillow's GaussianBlur(sigma) does.
+
+    That is three box filters along each axis, whose fractional radius gives the variance (Gwosdek
+    et al., SSVM 2011), each in 24 bits of fixed point; borders are repeated.
+
+    Args:
+      image: (H, W, 3) uint8.
+      sigma: () float32 in (0, max_sigma], in pixels.
+      max_sigma: Static bound.
+    """
+    whole, rest = _box_radius(sigma)
+    reach = int(((12 * max_sigma**2 / 3 + 1) ** 0.5 - 1) / 2) + 1
+    full = tf.cast(2**24 / (2 * (whole + rest) + 1), tf.uint32)
+    taps = tf.cast(2 * whole + 1, tf.uint32)
+    edge = (tf.constant(2**24, tf.uint32) - taps * full) // tf.constant(2, tf.uint32)
+
+    def weight(k: int) -> tf.Tensor:
+        zero = tf.zeros((), tf.uint32)
+        k_ = float(abs(k))
+        return tf.where(whole >= k_, full, tf.where(tf.equal(whole, k_ - 1), edge, zero))
+
+    def box(rows: tf.Tensor) -> tf.Tensor:
+        count = rows.shape[0]
+        first, last = (tf.repeat(one, reach, axis=0) for one in (rows[:1], rows[-1:]))
+        padded = tf.concat([first, rows, last], axis=0)
+        total = tf.constant(2**23, tf.uint32)
+        for k in range(-reach, reach + 1):
+            total += weight(k) * padded[reach + k : reach + k + count]
+        return tf.bitwise.right_shift(total, tf.constant(24, tf.uint32))
+
+    pixels = tf.cast(image, tf.uint32)
+    for _ in range(2):  # along the rows, then along the columns
+        pixels = tf.transpose(pixels, (1, 0, 2))
+        for _ in range(3):
+            pixels = box(pixels)
+    return tf.cast(pixels, tf.uint8)
+
+
+def _box_radius(sigma: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the whole and the fractional part of the radius of each of three boxes."""
+    variance = sigma * sigma / 3
+    whole = tf.floor((tf.sqrt(12 * variance + 1) - 1) / 2)
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole, rest / (6 * (variance - (whole + 1) * (whole + 1)))
+
+
+def _where(condition, first, second):
+    tensors = isinstance(condition, tf.Tensor) or isinstance(first, tf.Tensor)
+    return tf.where(condition, first, second) if tensors else np.where(condition, first, second)
+
+
+def _product(factor: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """Returns factor * scale, rounded; `factor` holds integers of at most 8 bits.
+
+    A compiler may fuse a product with the sum it goes into, and so not round it. Here it is a sum
+    already, of two products that are exact.
+    """
+    integer, mask = (
+        (tf.int32, ~((1 << 10) - 1)) if scale.dtype == tf.float32 else (tf.int64, ~((1 << 20) - 1))
+    )
+    high = tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(scale, integer), mask), scale.dtype)
+    return factor * high + factor * (scale - high)

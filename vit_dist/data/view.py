@@ -1,0 +1,52 @@
+"""What the model will see, as uint8 images for people."""
+
+import numpy as np
+import tensorflow as tf
+
+from vit_dist.data.mixing import Mixing
+from vit_dist.data.pipe import Pipe
+
+Tensors = dict[str, tf.Tensor]
+
+
+def stages(pipe: Pipe, example: Tensors) -> list[np.ndarray]:
+    """Returns an example's image as stored and after each op of the pipe that works on images.
+
+    Args:
+      pipe: Its steps keep their positions, so each prefix of it draws what the whole does.
+      example: As a source gives it, with "index", "epoch" and "seed".
+
+    Returns:
+      uint8 (H, W, 3) each; the sizes differ.
+    """
+    image = example["image"]
+    if image.dtype == tf.string:
+        image = tf.io.decode_image(image, channels=3, expand_animations=False)
+    shown = [image.numpy()]
+    for i, step in enumerate(pipe.steps, 1):
+        if step.op.on_device:
+            last = shown[-1]
+            shown.append(viewable(pipe, pipe.device(tf.constant(last)[tf.newaxis]))[0])
+        elif step.op.image:
+            image = Pipe(pipe.text, pipe.steps[:i]).host(example)["image"]
+            shown.append(shown[0] if image.dtype == tf.string else image.numpy())
+    return shown
+
+
+def viewable(pipe: Pipe, images: tf.Tensor) -> np.ndarray:
+    """Returns images as `pipe.device` gives them, (B, H, W, 3) float32, in 0..255 as uint8."""
+    ends = np.array([0, 255], np.uint8)[:, None, None, None]
+    black, white = pipe.device(tf.constant(np.broadcast_to(ends, (2, *images.shape[1:])))).numpy()
+    shown = (np.asarray(images) - black) / (white - black) * 255
+    return np.clip(np.round(shown), 0, 255).astype(np.uint8)
+
+
+def batch_images(pipe: Pipe, batch: Tensors, mixing: Mixing | None, count: int) -> np.ndarray:
+    """Returns the first `count` images of a training batch as the model sees them, uint8."""
+    if mixing is not None:
+        count = -(-count // mixing.group_size) * mixing.group_size
+    count = min(count, batch["image"].shape[0])
+    images = pipe.device(batch["image"][:count])
+    if mixing is not None:
+        images = mixing.images(images, batch["mix"][:count])
+    return viewable(pipe, images)

@@ -1,0 +1,54 @@
+"""Durations of a run: in a config exactly one of _steps, _epochs, _examples, _percent counts."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+def duration(
+    section: Mapping[str, Any],
+    name: str,
+    *,
+    batch_size: int,
+    num_examples: int,
+    total_steps: int | None = None,
+    where: str = "config",
+) -> int:
+    """The duration `name` of a section in optimiser steps, rounded to the nearest, at least 0.
+
+    Args:
+      section: a finalised config or section with keys such as log_steps and log_epochs.
+      name: "total", "log", "warmup", ...
+      batch_size: examples per step.
+      num_examples: examples per epoch.
+      total_steps: steps of the whole run, which `_percent` refers to.
+      where: the section's name, for messages.
+
+    Raises:
+      ValueError: none is set, or it is negative, or a percentage above 100.
+    """
+    units = [u for u in UNITS if f"{name}_{u}" in section]
+    for unit in units:
+        value = section[f"{name}_{unit}"]
+        if value is None:
+            continue
+        if not 0 <= value < math.inf or (unit == "percent" and value > 100):
+            limit = "0 to 100" if unit == "percent" else "0 or more"
+            raise ValueError(f"{where}.{name}_{unit} must be {limit}, got {value}")
+        per_unit = {
+            "steps": 1.0,
+            "epochs": num_examples / batch_size,
+            "examples": 1 / batch_size,
+            "percent": (total_steps or 0) / 100,
+        }[unit]
+        return round(value * per_unit)
+    raise ValueError(
+        f"{where}.{name} is not set; set one of " + ", ".join(f"{where}.{name}_{u}" for u in units)
+    )
+
+
+def without_durations(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's keys but for the durations, for binding beside their values in steps."""
+    return {k: v for k, v in section.items() if k.rsplit("_", 1)[-1] not in UNITS}

