@@ -29,8 +29,8 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-test-interop: $(STAMP) .venv-interop/.installed ## compare with timm and transformers on PyTorch
-	$(BIN)/python -m pytest tests/test_interop.py
+test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
+	$(BIN)/python -m pytest $(wildcard tests/test_interop*.py)
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Commands in processes of their own, forked from one that has imported TensorFlow already."""
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -70,6 +71,16 @@ def call(function, *args, log):
     process.start()
     process.join(120)
     return process.exitcode, Path(log).read_text()
+
+
+def main(name, *arguments):
+    """Runs the command of a module, such as vit_dist.export; for `call`."""
+    from vit_dist import cli
+
+    sys.argv = [name, *arguments]
+    module = importlib.import_module(name)
+    module.define_flags()
+    cli.run(module.main)
 
 
 def _call(function, args, log):

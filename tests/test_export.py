@@ -1,13 +1,14 @@
 """From a run to what others load: files, a SavedModel with preprocessing inside, predictions."""
 
 import json
-import subprocess
+import re
 import sys
 from types import SimpleNamespace
 
 import flax_vit
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 from tiny import make, make_folder, of_folder
@@ -188,7 +189,7 @@ def test_weights_of_a_bucket_are_copied_and_removed_again(tmp_path, monkeypatch)
         origins.epath, "Path", lambda path: real(str(path).replace(url, str(bucket)))
     )
     origin = open_origin(f"{url}/weights.npz")
-    copies = list(origins.Path(origin.download.name).iterdir())
+    copies = list(origin.download.folder.iterdir())
     assert sorted(path.name for path in copies) == ["config.json", "weights.npz"]
     assert np.asarray(origin.tensors["head/bias"]).shape == (5,)
     del origin
@@ -200,14 +201,37 @@ def test_weights_of_a_bucket_are_copied_and_removed_again(tmp_path, monkeypatch)
         open_origin("ftp://a/b.npz")
 
 
-def test_the_commands_say_what_is_missing(tmp_path):
-    for module, message in (
-        ("vit_dist.export", "give what to export and where to"),
-        ("vit_dist.predict", "give a model and images"),
-    ):
-        command = [sys.executable, "-m", module, "--checkpoint", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and message in done.stderr
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "message"),
+    [
+        ("vit_dist.export", ["--checkpoint=a"], 2, "error: give what to export and where to"),
+        (
+            "vit_dist.export",
+            ["--checkpoint=a", "--output=b"],
+            2,
+            "error: there is no checkpoint at",
+        ),
+        ("vit_dist.predict", ["--checkpoint=a"], 2, "error: give a model and images"),
+        ("vit_dist.predict", ["--checkpoint=a", "--images=b.jpg"], 2, "error: there are no images"),
+    ],
+)
+def test_the_commands_say_what_is_wrong(tmp_path, name, arguments, code, message):
+    done, text = processes.call(processes.main, name, *arguments, log=tmp_path / "log")
+    assert done == code and message in text
+
+
+def test_the_commands(run, folder, tmp_path):
+    image, path = folder / "val/cats/0.jpg", tmp_path / "weights.npz"
+    arguments = [f"--checkpoint={run}", f"--output={path}", "--image_size=12,16"]
+    done, text = processes.call(
+        processes.main, "vit_dist.export", *arguments, log=tmp_path / "a.log"
+    )
+    assert done == 0 and f"wrote {path}" in text and path.exists()
+    arguments = [f"--checkpoint={run}", f"--images={image}", "--top=2"]
+    done, text = processes.call(
+        processes.main, "vit_dist.predict", *arguments, log=tmp_path / "b.log"
+    )
+    assert done == 0 and re.search(rf"{image}\t(cats|dogs) [\d.]+%\t(cats|dogs) [\d.]+%", text)
 
 
 def test_images_that_cannot_be_read(run, folder, tmp_path):

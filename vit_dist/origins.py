@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,14 @@ from vit_dist.training.checkpoint import Checkpoint, is_checkpoint, open_checkpo
 _HUB = "hf://"
 _SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 _WANTED = ("config.json", "preprocessor_config.json")  # of a repository, beside the weights
+
+
+class _Download:
+    """A folder that goes when the last reference to it does."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vit_dist-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Origin:
     pipe: Pipe | None = None
     class_names: Sequence[str] = ()
     checkpoint: Checkpoint | None = None
-    download: tempfile.TemporaryDirectory | None = None
+    download: _Download | None = None
 
     def black_and_white(self, channels: int) -> np.ndarray | None:
         """What pixels of 0 and 255 become: (2, 1 or channels); None where nothing tells."""
@@ -87,8 +97,8 @@ def open_origin(path: str, *, image_size: Any = None) -> Origin:
     if path.startswith(_HUB):
         local = _from_hub(path)
     elif "://" in path:
-        download = tempfile.TemporaryDirectory(prefix="vit_dist-")
-        local = _copied(epath.Path(path), Path(download.name))
+        download = _Download()
+        local = _copied(epath.Path(path), download.folder)
     else:
         local = Path(path)
     found = open_pretrained(local, image_size=image_size)
