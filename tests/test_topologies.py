@@ -65,7 +65,7 @@ def work(index, addresses, out):
     for name in NAMES:
         engine = Engine(make_net, strategy=strategy, accumulation=2, **options_of(name))
         data = {"image": IMAGES[:STEPS, half], "label": LABELS[:STEPS, half]}
-        data = tf.data.Dataset.from_tensor_slices(data)
+        data = tf.data.Dataset.from_tensor_slices(data).repeat()  # endless: so shapes are static
         batches = strategy.distribute_datasets_from_function(lambda _, data=data: data)
         engine.step(iter(batches), tf.constant(STEPS))
         found = weights_of(engine.state.to_arrays())
