@@ -295,6 +295,13 @@ def test_default_levels_are_those_of_the_table():
         assert row["Default level"] == f"{level}, decay {decay}"
 
 
+# Lambda, weight and box of the first steps with seed 0.
+FIRST_DRAWS = {
+    "vit_s16_i1k": [(x, x, 0, 0, 0, 0) for x in (0.807364, 0.788633, 0.754829)],
+    "deit": [(0.557557, 1, 76, 224, 18, 168), (0.883167, 0.883167, 0, 0, 0, 0)],
+}
+
+
 @pytest.mark.parametrize(("name", "arg"), [("vit_s16_i1k", "90"), ("deit", "S/16")])
 def test_mixing_draws(name, arg):
     """One draw for the whole batch; big_vision's favours the example itself, DeiT's cuts half."""
@@ -302,6 +309,7 @@ def test_mixing_draws(name, arg):
     draw = functools.partial(run.mixing.draw, seed=0, batch_size=4, size=(224, 224))
     rows = np.stack([draw(tf.constant(step, tf.int64)) for step in range(60)])
     np.testing.assert_array_equal(rows, np.broadcast_to(rows[:, :1], rows.shape))
+    np.testing.assert_allclose(rows[: len(FIRST_DRAWS[name]), 0], FIRST_DRAWS[name], atol=1e-5)
     own, cut = rows[:, 0, 0], rows[:, 0, 2:].any(-1)
     if name == "deit":
         assert 0.3 < cut.mean() < 0.7 and own.min() < 0.3
