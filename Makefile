@@ -7,10 +7,10 @@ STAMP := .venv/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh) $(wildcard .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-tpu clean
+.PHONY: help install demo test test-interop lint format bench bench-tpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with TensorFlow for CPUs and the developers' tools
 
@@ -29,6 +29,9 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
+test-interop: $(STAMP) .venv-interop/.installed ## compare with timm and transformers on PyTorch
+	$(BIN)/python -m pytest tests/test_interop.py
+
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,14 +46,16 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/load_weights.py
 
-# timm on PyTorch, in an environment of its own: it and TensorFlow would contend for the same packages.
-.venv-interop/.installed: pyproject.toml
-	@echo "installing timm and PyTorch into .venv-interop: a minute or more"
+# The peers that we compare with, in an environment of their own: they and TensorFlow would contend
+# for the same packages.
+.venv-interop/.installed: Makefile
+	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: some minutes"
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	@.venv-interop/bin/python -m pip install --quiet torch==2.13.0
 	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20
-	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors huggingface_hub
+	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy
 	@touch $@
 
 bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v5e, without one, and compare

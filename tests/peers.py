@@ -106,10 +106,10 @@ def cutout(image, y, x, half):
     return out
 
 
-def reference_op(image, name, m, sign, place):
+def reference_op(image, name, m, sign, place, *, translate=100):
     """One of the 16 operations of the reference's RandAugment at magnitude m, quirks included."""
     factor = m / 10 * 1.8 + 0.1
-    shear, shift = m / 10 * 0.3 * sign, m / 10 * 100 * sign
+    shear, shift = m / 10 * 0.3 * sign, m / 10 * translate * sign
     threshold = np.array([int(m / 10 * 256)]).astype(np.uint8)  # wraps
     mean = min(255, image.shape[0] * image.shape[1] // 256)
     added = np.clip(image.astype(int) + int(m / 10 * 110), 0, 255).astype(np.uint8)

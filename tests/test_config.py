@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 import vit_dist
 from vit_dist import config as config_lib
 from vit_dist import wiring
-from vit_dist.config import DEFAULTS, bind, changes, finalize, get_defaults
+from vit_dist.binding import bind
+from vit_dist.config import DEFAULTS, changes, finalize, get_defaults
 from vit_dist.data.mixing import make_mixing
 from vit_dist.data.sources import SOURCES, _open_mixture
 from vit_dist.durations import without_durations

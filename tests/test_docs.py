@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from vit_dist.config import DEFAULTS, finalize
 from vit_dist.data.pipe import _REGISTRY, parse
 from vit_dist.data.sources import SOURCES
+from vit_dist.export import ALL_FORMATS
 from vit_dist.model.posemb import METHODS
 from vit_dist.strategy import NAMES
 from vit_dist.training.optim import NAMES as OPTIMIZERS
@@ -211,6 +212,7 @@ def test_table_of_ops():
         ("data.md", "Source", SOURCES),
         ("distributed.md", "`config.strategy.name`", NAMES),
         ("finetuning.md", "Method", METHODS),
+        ("finetuning.md", "Format", ALL_FORMATS),
         ("step.md", "`schedule.name`", SCHEDULES),
         ("step.md", "`optimizer.name`", OPTIMIZERS),
         ("step.md", "`step.jit`", [name for name in JITS if name != "auto"]),

@@ -116,9 +116,9 @@ LAYERS = [
         qkv_bias=False,
         dropout=0.1,
         softmax="compute",
-        form="tensor",
         recompute=True,
         block_size=3,
+        form="tensor",
         name="e",
     ),
     Mlp(12, gelu="erf", dropout=0.4, form="tensor", name="f"),
@@ -131,14 +131,15 @@ LAYERS = [
         attention_dropout=0.2,
         drop_path=0.3,
         layer_scale=0.4,
-        softmax="compute",
-        form="tensor",
         recompute_attention=True,
         attention_block=3,
+        softmax="compute",
+        norm_epsilon=1e-5,
+        form="tensor",
         name="g",
         dtype="mixed_bfloat16",
     ),
-    MapHead(num_heads=2, hidden=12, gelu="erf", form="tensor", name="h"),
+    MapHead(num_heads=2, hidden=12, gelu="erf", norm_epsilon=1e-5, form="tensor", name="h"),
     Linear(6, form="tensor", name="i"),
     LayerNorm(form="tensor", name="j"),
 ]
@@ -153,13 +154,19 @@ ODD_VIT = {
     "gelu": "erf",
     "qkv_bias": False,
     "drop_path_growth": "constant",
-    "softmax": "compute",
     "remat": "full",
+    "softmax": "compute",
+    "cls_token": True,
+    "registers": 2,
+    "prefix_posemb": "all",
+    "norm_epsilon": 1e-5,
+    "norm_after_pool": True,
+    "channels": 1,
 }
 # What does not go together.
 VITS = [
-    ViT(**tiny_config(**ODD_VIT), form="tensor", channels=1),
-    ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3}), channels=1),
+    ViT(**tiny_config(**ODD_VIT), form="tensor"),
+    ViT(**tiny_config(**{**ODD_VIT, "attention_dropout": 0.0, "attention_block": 3})),
 ]
 
 

@@ -305,7 +305,7 @@ def test_layer_norm_statistics_are_float32(precision, form):
     # Squares of 300 overflow float16; a mean of 300 in bfloat16 is a multiple of 2.
     x = 300 + 20 * np.random.default_rng(0).standard_normal((4, 64))
     x = tf.cast(x, precision)
-    layer = layer_norm("norm", f"mixed_{precision}", form)
+    layer = layer_norm("norm", f"mixed_{precision}", form=form)
     exact = np.asarray(tf.cast(x, tf.float64))
     expected = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
     actual = layer(x)

@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from vit_dist.data import ops, pipe
+from vit_dist.data import ops, tracing
 from vit_dist.data.base import Source
 
 
@@ -99,7 +99,7 @@ def test_switch_is_switch_case_wherever_it_is_traced():
     assert [int(ops.switch(tf.constant(i), branches)) for i in range(4)] == [0, 10, 20, 30]
     ds = tf.data.Dataset.range(4).map(lambda i: ops.switch(tf.cast(i, tf.int32), branches))
     assert [int(x) for x in ds] == [0, 10, 20, 30]
-    with pipe._deviceless_graph() as _, tf.compat.v1.Session() as session:
+    with tracing.deviceless_graph() as _, tf.compat.v1.Session() as session:
         index = tf.compat.v1.placeholder(tf.int32, ())
         output = ops.switch(index, branches)
         assert [session.run(output, {index: i}) for i in range(4)] == [0, 10, 20, 30]

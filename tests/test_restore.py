@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit(trained, tmp_path):
         train(wide, str(tmp_path))
     assert "config.init_from" in str(error.value)
     wide = without_evaluation(model__width=32, init_from=str(trained))
-    with pytest.raises(ValueError, match=r"set model.variant \(and width"):
+    with pytest.raises(ValueError, match=r"Set --config\.model\.width=16"):
         train(wide, str(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
 

@@ -95,7 +95,7 @@ def test_sizes_can_be_replaced():
         ("S/16", {"image_size": (32, 40)}, "images of 32x40"),
         ("S/16", {"image_size": 0}, "images of 0x0"),
         ("S/16", {"num_heads": 5}, "width 384 is not divisible by num_heads 5"),
-        ("S/16", {"pool": "cls"}, "pool 'cls' is unknown; allowed: tok, gap, map, none"),
+        ("S/16", {"pool": "cls"}, "pool 'cls' is unknown; allowed: tok, gap, tok_gap, map, none"),
         ("S/16", {"posemb": "rope"}, "posemb 'rope' is unknown"),
         ("S/16", {"gelu": "exact"}, "gelu 'exact' is unknown; allowed: tanh, erf"),
         ("S/16", {"dropout": 1.0}, "dropout is a probability below 1, got 1.0"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from vit_dist.model.posemb import resize_posemb
 from vit_dist.model.variants import vit_config
@@ -34,7 +35,7 @@ MAP_NAMES = [n for n in arrays_of(vit(pool="map")) if n.startswith("map_head/")]
 
 # From a ViT with a learned table at 16 x 16 pixels and 5 classes, pool "gap" unless said.
 @pytest.mark.parametrize(
-    ("source", "target", "resized", "replaced", "skipped"),
+    ("source", "target", "resized", "new", "unused"),
     [
         ({}, {}, [], [], []),
         ({"pool": "tok"}, {"pool": "tok"}, [], [], []),
@@ -44,21 +45,23 @@ MAP_NAMES = [n for n in arrays_of(vit(pool="map")) if n.startswith("map_head/")]
         ({}, {"num_classes": 3}, [], HEAD, []),
         ({}, {"num_classes": 0}, [], [], HEAD),
         ({"num_classes": 0}, {}, [], HEAD, []),
-        ({"pool": "tok"}, {}, POSITIONS, [], ["cls"]),
-        ({}, {"pool": "tok"}, POSITIONS, ["cls"], []),
-        ({"pool": "map"}, {}, [], [], MAP_NAMES),
-        ({}, {"pool": "map"}, [], MAP_NAMES, []),
+        # A head learnt on other features is of no use, though the shape fits.
+        ({"pool": "tok"}, {}, POSITIONS, HEAD, ["cls"]),
+        ({}, {"pool": "tok"}, POSITIONS, [*HEAD, "cls"], []),
+        ({"pool": "map"}, {}, [], HEAD, MAP_NAMES),
+        ({}, {"pool": "map"}, [], [*HEAD, *MAP_NAMES], []),
+        ({"pool": "tok"}, {"cls_token": True}, [], HEAD, []),
+        ({"pool": "tok"}, {"pool": "tok_gap"}, [], HEAD, []),
         ({"posemb": "sincos2d"}, {"posemb": "sincos2d", "image_size": 24}, [], [], []),
         ({}, {"posemb": "sincos2d"}, [], [], POSITIONS),
         ({"posemb": "sincos2d"}, {}, [], POSITIONS, []),
-        # A head on the representation layer is of no use without it, though the shape fits.
         ({"rep_size": -1}, {}, [], HEAD, PRE_LOGITS),
         ({}, {"rep_size": -1}, [], [*HEAD, *PRE_LOGITS], []),
         ({"rep_size": -1}, {"rep_size": -1}, [], [], []),
         ({"layer_scale": 0.1, "depth": 2}, {"layer_scale": 0.1, "depth": 2}, [], [], []),
     ],
 )
-def test_what_becomes_of_each_tensor(source, target, resized, replaced, skipped):
+def test_what_becomes_of_each_tensor(source, target, resized, new, unused):
     arrays, config = trained(**source)
     model = vit(seed=1, **target)
     before = arrays_of(model)
@@ -69,13 +72,13 @@ def test_what_becomes_of_each_tensor(source, target, resized, replaced, skipped)
         return sorted(line.split()[0] for line in lines)
 
     assert first_words(report.resized) == sorted(resized)
-    assert first_words(report.replaced) == sorted(replaced)
-    assert first_words(report.skipped) == sorted(skipped)
-    assert sorted(report.loaded) == sorted(set(after) - set(resized) - set(replaced))
-    assert set(arrays) <= set(report.loaded) | set(resized) | set(replaced) | set(skipped)
+    assert first_words(report.new) == sorted(new)
+    assert first_words(report.unused) == sorted(unused)
+    assert sorted(report.loaded) == sorted(set(after) - set(resized) - set(new))
+    assert set(arrays) <= set(report.loaded) | set(resized) | set(new) | set(unused)
     for name in report.loaded:
         np.testing.assert_array_equal(after[name], arrays[name])
-    for name in replaced:
+    for name in new:
         np.testing.assert_array_equal(after[name], before[name])
     for name in resized:
         expected = resize_posemb(
@@ -94,10 +97,11 @@ def test_the_report_reads_well():
     assert str(report).splitlines() == [
         "loaded 20 tensors unchanged",
         "resized: pos_embedding (1, 17, 16) -> (1, 36, 16) (align_corners)",
-        "replaced: head/kernel (16, 3), the checkpoint's is (16, 5)",
-        "replaced: head/bias (3,), the checkpoint's is (5,)",
-        "skipped: cls (1, 1, 16)",
+        "new: head/kernel (16, 3), as model.pool differs",
+        "new: head/bias (3,), as model.pool differs",
+        "unused: cls (1, 1, 16)",
     ]
+    assert len(report.full().splitlines()) == 24
 
 
 def test_the_method_of_resampling_is_passed_on():
@@ -123,18 +127,21 @@ def test_the_same_network_at_the_same_size_computes_the_same():
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ({}, {"width": 32}, r"is \(1, 16, 16\) in the checkpoint and \(1, 16, 32\).*model.variant"),
-        ({}, {"mlp_dim": 32}, "mlp/dense_0/kernel is .*mlp_dim"),
-        ({}, {"depth": 2}, "has no encoderblock_1/norm_0/gamma"),
-        ({"depth": 2}, {}, "has encoderblock_1/.* no place for.*model.depth"),
-        ({}, {"layer_scale": 0.1}, "has no encoderblock_0/layer_scale_0/gamma"),
-        ({"layer_scale": 0.1}, {}, "has encoderblock_0/layer_scale_0/gamma, .*model.layer_scale"),
-        ({}, {"qkv_bias": False}, "has encoderblock_0/attention/key/bias"),
-        ({}, {"gelu": "erf"}, "trained with gelu 'tanh', this config has 'erf': set model.gelu"),
-        ({}, {"variant": "mu/8"}, "patch_size 4, this config has 8: set the patch"),
+        ({}, {"width": 32}, r"width 16 \(here 32\).*Set --config.model.width=16"),
+        ({}, {"mlp_dim": 32}, r"mlp_dim 24 \(here 32\).*--config.model.mlp_dim=24"),
+        ({}, {"depth": 2}, r"depth 1 \(here 2\).*--config.model.depth=1"),
+        ({"depth": 2}, {}, r"depth 2 \(here 1\).*--config.model.depth=2"),
+        ({}, {"layer_scale": 0.1}, r"layer_scale None \(here 0.1\)"),
+        ({"layer_scale": 0.1}, {}, r"layer_scale 1e-05 \(here None\)"),
+        ({}, {"qkv_bias": False}, r"qkv_bias True \(here False\).*--config.model.qkv_bias=True"),
+        ({}, {"gelu": "erf"}, r"gelu 'tanh' \(here 'erf'\).*--config.model.gelu=tanh"),
+        ({}, {"norm_epsilon": 1e-3}, "--config.model.norm_epsilon=1e-06"),
+        ({}, {"variant": "mu/8"}, r"patch_size 4 \(here 8\).*config.patch_method=pinv"),
         # No shape tells: 2 heads of 8 channels or 4 of 4.
-        ({}, {"num_heads": 4}, "num_heads 2, this config has 4: set model.num_heads"),
-        ({"rep_size": 8}, {"rep_size": 4}, r"pre_logits/kernel is \(16, 8\) .*rep_size"),
+        ({}, {"num_heads": 4}, r"num_heads 2 \(here 4\).*--config.model.num_heads=2"),
+        ({}, {"norm_after_pool": True}, "--config.model.norm_after_pool=False"),
+        # All that differs is said at once.
+        ({}, {"gelu": "erf", "depth": 2}, "depth=1 --config.model.gelu=tanh"),
     ],
 )
 def test_another_network_is_refused(source, target, message):
@@ -147,13 +154,88 @@ def test_another_network_is_refused(source, target, message):
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_a_source_that_does_not_know_its_heads():
+def test_a_source_that_does_not_tell_all():
     arrays, config = trained()
-    del config["num_heads"]  # fused projections of other libraries do not say
-    assert len(adapt_weights(vit(), arrays, source=config).loaded) == len(arrays)
+    for key in ("num_heads", "gelu"):  # fused projections, bare files of weights
+        del config[key]
+    report = adapt_weights(vit(), arrays, source=config)
+    assert len(report.loaded) == len(arrays)
+    assert report.assumed == [
+        "num_heads 2, which the file does not tell",
+        "gelu 'tanh', which the file does not tell",
+    ]
 
 
 def test_a_table_of_another_grid_than_the_source_says():
     arrays, config = trained()
     with pytest.raises(ValueError, match="does not hold 0 prefix tokens and a grid of 6x6"):
         adapt_weights(vit(), arrays, source={**config, "image_size": (24, 24)})
+
+
+def test_tensors_that_nothing_accounts_for():
+    arrays, config = trained()
+    named = {"unused": ["txt/a"], "unknown": ["head_dist.bias"]}
+    with pytest.raises(ValueError, match=r"head_dist.bias .*init_ignore='head_dist"):
+        adapt_weights(vit(), arrays, source=config, **named)
+    report = adapt_weights(vit(), arrays, source=config, ignore=r"^head_dist\.", **named)
+    assert report.unused == ["txt/a", "head_dist.bias"]
+
+
+def test_a_representation_layer_of_another_width_is_new():
+    arrays, config = trained(rep_size=8)
+    report = adapt_weights(vit(rep_size=4), arrays, source=config)
+    assert {line.split()[0] for line in report.new} == {*HEAD, *PRE_LOGITS}
+
+
+PREFIXES = [
+    {"pool": "tok"},
+    {"pool": "tok", "prefix_posemb": "none"},
+    {"pool": "tok", "registers": 2},
+    {"pool": "tok", "registers": 2, "prefix_posemb": "all"},
+    {"pool": "tok", "registers": 2, "prefix_posemb": "none"},
+]
+
+
+@pytest.mark.parametrize("target", PREFIXES, ids=str)
+@pytest.mark.parametrize("source", PREFIXES, ids=str)
+def test_positions_before_the_patches_move_without_a_change(source, target):
+    """Whichever tokens have positions, the network computes the same."""
+    if source.get("registers") != target.get("registers"):
+        pytest.skip("another network")
+    arrays, config = trained(**source)
+    models = [vit(**source), vit(seed=1, **target)]
+    for model in models:
+        adapt_weights(model, arrays, source=config)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_allclose(*(model(images) for model in models), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [8, 2])
+def test_patches_of_another_size(patch):
+    """Images of twice the size in patches of twice the size give the same tokens."""
+    arrays, config = trained()
+    model = vit(variant=f"mu/{patch}", image_size=4 * patch)
+    report = adapt_weights(model, arrays, source=config, patch_method="pinv")
+    shape = arrays["embedding/kernel"].shape
+    kernel = f"embedding/kernel {shape} -> ({patch}, {patch}, 3, 16) (pinv)"
+    assert report.resized == [kernel]
+    if patch == 8:  # where patches shrink, not every image fits
+        patches = np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32)
+        large = tf.image.resize(patches, (8, 8)).numpy()
+        before = np.einsum("bijc,ijcd->bd", patches, arrays["embedding/kernel"])
+        after = np.einsum("bijc,ijcd->bd", large, arrays_of(model)["embedding/kernel"])
+        np.testing.assert_allclose(after, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_images_of_other_channels(channels):
+    arrays, config = trained()
+    model = vit(channels=channels)
+    adapt_weights(model, arrays, source=config)
+    old, new = arrays["embedding/kernel"], arrays_of(model)["embedding/kernel"]
+    grey = np.random.default_rng(0).uniform(-1, 1, (4, 4, 1))
+    before = np.einsum("ijc,ijcd->d", np.repeat(grey, 3, -1), old)
+    after = np.einsum("ijc,ijcd->d", np.repeat(grey, channels, -1), new)
+    if channels != 4:  # red twice: near, not equal
+        np.testing.assert_allclose(after, before, atol=1e-4)
+    assert new.shape == (4, 4, channels, 16)

@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from vit_dist import config as config_lib
+from vit_dist.binding import did_you_mean
 
 FAILURE = 1  # exit code of a run that broke: disk full, loss not finite, a worker lost
 USAGE_ERROR = 2  # exit code of a user's mistake, as in GNU tools and argparse
@@ -165,7 +166,7 @@ def _unknown_key() -> str | None:
         known: Any = {"config": config_lib.get_defaults()}
         for part in name.split(".") if name.startswith("config.") else ():
             if not isinstance(known, (dict, ConfigDict)) or part not in known:
-                near = config_lib.did_you_mean(part, known if isinstance(known, ConfigDict) else ())
+                near = did_you_mean(part, known if isinstance(known, ConfigDict) else ())
                 return f"--{name}: there is no key {part!r}{near}"
             known = known[part]
     return None

@@ -1,18 +1,17 @@
-"""Every config key with its default, durations, and binding a section to the function it feeds.
+"""Every config key with its default, and durations.
 
 A config file is a Python file with `get_config(arg=None)` that starts from `get_defaults()`,
 changes values and returns the result. Any key can be overridden in the shell:
 --config.section.key=value.
 """
 
-import difflib
-import inspect
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference
 
+from vit_dist.binding import check_type, did_you_mean
 from vit_dist.durations import UNITS
 
 
@@ -40,8 +39,11 @@ DEFAULTS: dict[str, Any] = {
     **_durations("save", percent=10),  # how often to save; always at the end
     "keep_checkpoints": 2,  # the newest so many stay on disk
     "resume_from": "",  # another run's folder: continue it here, optimiser and step included
-    "init_from": "",  # another run's folder: its weights only; head and positions adapt
+    "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
+    "init_image_size": _Typed(None, object),  # pixels of those, where their file does not tell
+    "init_ignore": "",  # regex: tensors of theirs that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
+    "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
     "data": {  # data/sources.py; keys left None take the source's own default
         "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
         "train_split": "train",
@@ -97,7 +99,7 @@ DEFAULTS: dict[str, Any] = {
         "depth": _Typed(None, int),
         "mlp_dim": _Typed(None, int),
         "num_heads": _Typed(None, int),
-        "pool": "gap",  # tok | gap | map
+        "pool": "gap",  # tok | gap | tok_gap | map
         "posemb": "learned",  # learned | sincos2d
         "posemb_stddev": 0.02,  # initial spread of learned positions
         "rep_size": 0,  # representation layer before the head; -1: as wide as the model
@@ -108,9 +110,15 @@ DEFAULTS: dict[str, Any] = {
         "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
-        "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
         "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
         "attention_block": _Typed(None, int),  # keys at a time, e.g. 512 for many tokens
+        "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
+        "cls_token": _Typed(None, bool),  # None: if the pool needs one
+        "registers": 0,  # further learned tokens, e.g. 4
+        "prefix_posemb": "cls",  # which tokens before the patches have a position: cls | all | none
+        "norm_epsilon": 1e-6,  # LayerNorm's; 1e-12 in Hugging Face's ViT and DeiT
+        "norm_after_pool": False,  # timm's fc_norm
+        "channels": 3,  # of the images that the pipes give
         "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
     },
     "loss": {  # training/losses.py
@@ -181,12 +189,6 @@ def get_defaults() -> ConfigDict:
     return build(DEFAULTS).lock()
 
 
-def did_you_mean(name: str, allowed: Any) -> str:
-    """ "; did you mean 'x'?" with the nearest of `allowed`, or nothing."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """Leaves one unit of each duration: the shell's, else the config file's, else the default's.
 
@@ -232,9 +234,9 @@ def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> 
                 raise ValueError(f"{name} must be a section of keys, got {value!r}")
             _check_keys(value, default, name)
         elif not isinstance(default, _Typed):
-            _check_type(name, value, type(default))
+            check_type(name, value, type(default))
         elif default.type is not object:
-            _check_type(name, value, default.type | None)
+            check_type(name, value, default.type | None)
 
 
 def _keep_one(
@@ -254,50 +256,8 @@ def _keep_one(
                 section[key] = None
 
 
-def bind(
-    function: Callable[..., Any], section: Mapping[str, Any], *, name: str, **given: Any
-) -> dict[str, Any]:
-    """The keyword arguments of `function` from a section of the config and values computed by us.
-
-    Replacing a whole section passes a locked ConfigDict silently; the signature is what counts.
-
-    Raises:
-      ValueError: a key the function does not take, one that it needs, or one given twice.
-    """
-    parameters = inspect.signature(function).parameters
-    for key in section:
-        if key not in parameters or key in given:
-            allowed = sorted(set(parameters) - set(given))
-            raise ValueError(
-                f"config.{name}.{key} is unknown{did_you_mean(key, allowed)} "
-                f"Keys of config.{name}: {', '.join(allowed)}"
-            )
-    arguments = {**section, **given}
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
-    if missing:
-        raise ValueError(f"config.{name} lacks {', '.join(missing)}")
-    for key, value in section.items():
-        _check_type(f"config.{name}.{key}", value, parameters[key].annotation)
-    return arguments
-
-
-def _check_type(key: str, value: Any, annotation: Any) -> None:
-    if isinstance(annotation, str):
-        raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
-    allowed = get_args(annotation) or (annotation,)
-    if not all(isinstance(t, type) for t in allowed):
-        return  # a generic such as tuple[int, int]: the function's own checks judge it
-    if isinstance(value, bool):  # an int to Python, but a mistake where a number belongs
-        fits = bool in allowed
-    else:
-        fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
-    if not fits:
-        wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        raise ValueError(f"{key} must be {wanted}, got {value!r}")
-
-
-def parse_image_size(value: Any) -> tuple[int, int]:
-    """(height, width) of config.image_size: a positive int, or a pair of them.
+def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
+    """(height, width) of config.image_size or another key: a positive int, or a pair of them.
 
     Raises:
       ValueError: anything else.
@@ -308,9 +268,7 @@ def parse_image_size(value: Any) -> tuple[int, int]:
         and len(pair) == 2
         and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
     ):
-        raise ValueError(
-            f"config.image_size must be a positive int or (height, width), got {value!r}"
-        )
+        raise ValueError(f"config.{key} must be a positive int or (height, width), got {value!r}")
     return int(pair[0]), int(pair[1])
 
 

@@ -70,8 +70,8 @@ def evaluate(
             raise ValueError(f"split {split!r} is not configured; there are {sorted(run.sources)}")
     strategy = make_strategy(**run.strategy)
     state = make_state(run, strategy)
-    report = init_from(state, checkpoint, method=run.config.posemb_method)
-    for name in report.replaced:
+    report = init_from(state, checkpoint, run)
+    for name in report.new:
         if name.startswith("head/"):
             raise ValueError(f"{checkpoint} cannot classify this data: it would need {name}")
     replicas = strategy.num_replicas_in_sync

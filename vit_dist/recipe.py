@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_dist.config import did_you_mean
+from vit_dist.binding import did_you_mean
 
 # Published with TFDS: 1,281,167 training and 50,000 validation images of 1000 classes. The last
 # percent of the training images is for choosing; what papers report is validation, here "test".

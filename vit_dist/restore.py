@@ -3,12 +3,15 @@
 import json
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
+from vit_dist.data.pipe import Pipe
 from vit_dist.model.weights import LoadReport, adapt_weights
+from vit_dist.origins import Origin, open_origin, scaled
 from vit_dist.strategy import all_hosts
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import TrainState
@@ -20,6 +23,7 @@ class Start(NamedTuple):
 
     how: str  # resume | resume_from | init_from | scratch
     checkpoint: Checkpoint | None
+    origin: Origin | None = None  # of init_from
 
 
 def find_start(workdir: str, config: ConfigDict) -> Start:
@@ -32,9 +36,11 @@ def find_start(workdir: str, config: ConfigDict) -> Start:
     if found is not None:
         _check_order(found, config)
         return Start("resume", found)
-    for how, path in (("resume_from", config.resume_from), ("init_from", config.init_from)):
-        if path:
-            return Start(how, open_checkpoint(path))
+    if config.resume_from:
+        return Start("resume_from", open_checkpoint(config.resume_from))
+    if config.init_from:
+        origin = open_origin(config.init_from, image_size=config.init_image_size)
+        return Start("init_from", origin.checkpoint, origin)
     return Start("scratch", None)
 
 
@@ -94,12 +100,13 @@ def restore_or_init(state: TrainState, run: Run, start: Start) -> str:
     Raises:
       ValueError: the checkpoint does not fit the config.
     """
+    if start.origin is not None:
+        report = _adopt(state, start.origin, run)
+        logging.info("weights from %s:\n%s", start.origin.path, report.full())
+        return f"weights from {start.origin.path}\n{report}"
     checkpoint = start.checkpoint
     if checkpoint is None:
         return "starting from scratch"
-    if start.how == "init_from":
-        report = _adopt(state, checkpoint, method=run.config.posemb_method)
-        return f"weights from {checkpoint.path}\n{report}"
     for change in _changes(checkpoint, run.config):
         logging.warning("going on with a changed config: %s", change)
     arrays = dict(checkpoint.arrays)
@@ -111,29 +118,54 @@ def restore_or_init(state: TrainState, run: Run, start: Start) -> str:
     return f"{verb} step {checkpoint.step} ({checkpoint.path})"
 
 
-def init_from(state: TrainState, path: str, *, method: str) -> LoadReport:
-    """Takes the weights (the moving average where there is one) of another run.
+def init_from(state: TrainState, path: str, run: Run) -> LoadReport:
+    """Takes the weights (the moving average where there is one) of another run, or of a file.
 
     Returns:
       The load report.
 
     Raises:
-      ValueError: no checkpoint there, or one of another network.
+      ValueError: no weights there, or those of another network.
     """
-    return _adopt(state, open_checkpoint(path), method=method)
+    return _adopt(state, open_origin(path, image_size=run.config.init_image_size), run)
 
 
-def _adopt(state: TrainState, checkpoint: Checkpoint, *, method: str) -> LoadReport:
-    averaged = any(name.startswith("ema/") for name in checkpoint.arrays)
-    prefix = "ema/" if averaged else "model/"
-    arrays = {
-        name.removeprefix(prefix): array
-        for name, array in checkpoint.arrays.items()
-        if name.startswith(prefix)
-    }
-    source = checkpoint.notes["model"]
-    report = adapt_weights(state.model, arrays, source=source, method=method)
+def _adopt(state: TrainState, origin: Origin, run: Run) -> LoadReport:
+    _check_scaling(origin, {"train": run.train_pipe, "eval": run.eval_pipe}, state.model.channels)
+    report = adapt_weights(
+        state.model,
+        origin.tensors,
+        source=origin.network,
+        method=run.config.posemb_method,
+        patch_method=run.config.patch_method,
+        unused=origin.unused,
+        unknown=origin.unknown,
+        ignore=run.config.init_ignore,
+    )
+    if origin.black_and_white(state.model.channels) is None:
+        report.assumed.append("images scaled as config.input says, which the file does not tell")
     if state.ema is not None:
         for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
             average.assign(weight)
     return report
+
+
+def _check_scaling(origin: Origin, pipes: dict[str, Pipe], channels: int) -> None:
+    """What a black and a white pixel become must be what the weights were trained on."""
+    expected = origin.black_and_white(channels)
+    if expected is None or expected.shape[1] not in (1, channels):
+        return  # nothing tells, or colours became grey
+    for name, pipe in pipes.items():
+        got = scaled(pipe, channels)
+        if np.allclose(got, expected, atol=2e-2):
+            continue
+        op = "the same op as the run did"
+        if origin.mean is not None and origin.std is not None:
+            op = f"normalize({tuple(origin.mean)}, {tuple(origin.std)})"
+            if np.allclose(expected, [[-1], [1]], atol=1e-3):
+                op = "value_range(-1, 1)"
+        said, have = (np.round(v, 3).tolist() for v in (expected, got))
+        raise ValueError(
+            f"the weights of {origin.path} take black as {said[0]} and white as {said[1]}; "
+            f"config.input.{name}_ops gives {have[0]} and {have[1]}: scale with {op}"
+        )

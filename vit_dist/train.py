@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
+from vit_dist.advice import data_warnings
 from vit_dist.data.damage import check_share
 from vit_dist.evaluators.classification import make_evaluator
 from vit_dist.feed import eval_data, explain_error, first_images, train_data
@@ -207,8 +208,8 @@ class _Loop:
         self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
         if self.chief:
             shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
-            shown += ["masked"] if metrics.get("masked") else []
             shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
+            shown += ["masked"] if metrics.get("masked") else []
             eta = self.meter.eta(step, self.r.total_steps)
             self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
         return metrics
@@ -316,6 +317,8 @@ def _announce(
         f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
         f"{source.num_classes} classes; {run.total_steps:,} steps"
     )
+    for line in data_warnings(run.sources, run.model["image_size"]) if is_chief(strategy) else ():
+        note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
     first = int(state.step.numpy())

@@ -1,6 +1,7 @@
 """From a config to the parts of a run, checked before any device starts (law 3)."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
 from vit_dist import durations as durations_lib
+from vit_dist.binding import bind
 from vit_dist.data.base import Source
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing, check_groups, make_mixing
@@ -17,6 +19,7 @@ from vit_dist.feed import check_input, open_sources
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, choose_form, vit_config
 from vit_dist.model.vit import build_vit, named_weights, weight_shapes
+from vit_dist.model.weights import PATCH_METHODS
 from vit_dist.strategy import check_strategy, device_kind, make_strategy
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
@@ -63,21 +66,21 @@ def check(config: ConfigDict) -> Run:
       ValueError: the first mistake found; says what was given, what is allowed, what to do.
     """
     config = config_lib.finalize(config)
-    strategy = config_lib.bind(make_strategy, config.strategy, name="strategy")
+    strategy = bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
-    optimizer = config_lib.bind(make_optimizer, config.optimizer, name="optimizer", variables={})
+    optimizer = bind(make_optimizer, config.optimizer, name="optimizer", variables={})
     optimizer.pop("variables")
     check_optimizer(**optimizer)
-    loss = config_lib.bind(make_loss, config.loss, name="loss")
+    loss = bind(make_loss, config.loss, name="loss")
     make_loss(**loss)
     size = config_lib.parse_image_size(config.image_size)
     _check_ranges(config)
     check_input(config)
-    step = config_lib.bind(
+    step = bind(
         check_step, config.step, name="step", batch_size=config.input.batch_size,
         num_replicas=max(config.strategy.virtual_cpus, 1),
     )  # fmt: skip
-    mixing = make_mixing(**config_lib.bind(make_mixing, config.mixing, name="mixing"))
+    mixing = make_mixing(**bind(make_mixing, config.mixing, name="mixing"))
     check_parts(step, mixing, num_replicas=step["num_replicas"])
     _durations(config, num_examples=1)  # a mistake there shows before a data set is prepared
     sources = open_sources(config)
@@ -90,7 +93,7 @@ def check(config: ConfigDict) -> Run:
         "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
         "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),
     }
-    _check_images(sources, pipes, size)
+    _check_images(sources, pipes, (*size, model["channels"]))
     durations = _durations(config, sources["train"].num_examples)
     schedule = _bind_schedule(config, durations["total"], sources["train"].num_examples)
     make_schedule(**schedule)
@@ -130,7 +133,19 @@ def _check_ranges(config: ConfigDict) -> None:
         )
     if not 0 <= config.seed <= MAX_SEED:
         raise ValueError(f"config.seed must be in 0..{MAX_SEED}, got {config.seed}")
-    allowed = {"precision": tuple(PRECISIONS), "posemb_method": METHODS}
+    if config.init_image_size is not None:
+        config_lib.parse_image_size(config.init_image_size, key="init_image_size")
+    try:
+        re.compile(config.init_ignore)
+    except re.error as error:
+        raise ValueError(
+            f"config.init_ignore {config.init_ignore!r} is no regex: {error}"
+        ) from None
+    allowed = {
+        "precision": tuple(PRECISIONS),
+        "posemb_method": tuple(METHODS),
+        "patch_method": PATCH_METHODS,
+    }
     for key, names in allowed.items():
         if config[key] not in names:
             raise ValueError(
@@ -142,10 +157,8 @@ def _check_model(
     config: ConfigDict, size: tuple[int, int], num_classes: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
-    model = config_lib.bind(
-        vit_config, section, name="model", image_size=size, num_classes=num_classes
-    )
-    build = config_lib.bind(
+    model = bind(vit_config, section, name="model", image_size=size, num_classes=num_classes)
+    build = bind(
         build_vit,
         {k: v for k, v in config.model.items() if k in _BUILD_KEYS},
         name="model",
@@ -159,7 +172,7 @@ def _check_model(
 
 
 def _check_images(
-    sources: Mapping[str, Source], pipes: Mapping[str, Pipe], size: tuple[int, int]
+    sources: Mapping[str, Source], pipes: Mapping[str, Pipe], shape: tuple[int, int, int]
 ) -> None:
     for name, source in sources.items():
         key = "train" if name == "train" else "eval"
@@ -168,10 +181,11 @@ def _check_images(
             if needed not in spec:
                 raise ValueError(f"config.input.{key}_ops must keep '{needed}': {pipes[key]}")
         got = tuple(spec["image"].shape)
-        if got != (*size, 3):
+        if got != shape:
             raise ValueError(
-                f"config.input.{key}_ops gives images of {got}, but config.image_size is {size}: "
-                "end the pipe with resize(size) or a crop to size"
+                f"config.input.{key}_ops gives images of {got}, but config.image_size is "
+                f"{shape[:2]} and config.model.channels {shape[2]}: end the pipe with resize(size) "
+                "or a crop to size"
             )
         if not any(step.op.on_device for step in pipes[key].steps):
             raise ValueError(
@@ -201,7 +215,7 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
         )
         for name in ("warmup", "cooldown", "timescale", "hold")
     }
-    return config_lib.bind(
+    return bind(
         make_schedule,
         durations_lib.without_durations(config.schedule),
         name="schedule",

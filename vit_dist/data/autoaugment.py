@@ -45,6 +45,7 @@ TRIVIAL_OPS = (
     *("Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
 TRIVIAL_BINS = 31
+ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)  # of color_jitter's operations
 
 
 @op(compiled=True)
@@ -155,7 +156,6 @@ def color_jitter(brightness=0.4, contrast=0.4, saturation=0.4):
     for value in strengths:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 5:
             raise ValueError(f"strengths must be numbers in 0..5, not {strengths}")
-    orders = np.array(list(itertools.permutations(range(3))), np.int32)
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         words = augment.draw(seed, (4,))
@@ -167,7 +167,7 @@ def color_jitter(brightness=0.4, contrast=0.4, saturation=0.4):
             layer("contrast", factor=factors[1]),
             layer("color", factor=factors[2]),
         ]
-        chosen = augment.pick(choices, tf.gather(orders, augment.below(words[0], len(orders))))
+        chosen = augment.pick(choices, tf.gather(ORDERS, augment.below(words[0], len(ORDERS))))
         return augment.augment(image, chosen, _PILLOW, actions=("table", "contrast", "color"))
 
     return apply

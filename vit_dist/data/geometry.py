@@ -92,7 +92,7 @@ def warp_nearest(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
 
 
 def warp_smooth(image: tf.Tensor, transform: tf.Tensor, fill, taps: int) -> tf.Tensor:
-    """Warps as Pillow does, bilinearly (`taps` is 2) or bicubically (4; a = -0.5), truncating."""
+    """Warps as Pillow does, bilinearly (`taps` is 2) or bicubically (4), truncating."""
     height, width, _ = image.shape
     a, b, c, d, e, f = tf.unstack(transform)
     x = tf.range(width, dtype=tf.float64)[tf.newaxis] + 0.5
@@ -148,8 +148,8 @@ def _linear(distance: tf.Tensor) -> tf.Tensor:
 
 
 def _cubic(distance: tf.Tensor) -> tf.Tensor:
-    """Keys' kernel with a = -0.5 (IEEE Trans. ASSP 29, 1981)."""
+    """The cubic convolution kernel with a = -1, as Pillow's transforms (its resize has -0.5)."""
     t = tf.abs(distance)
-    near = (1.5 * t - 2.5) * t * t + 1
-    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+    near = (t - 2) * t * t + 1
+    far = ((5 - t) * t - 8) * t + 4
     return tf.where(t < 1, near, tf.where(t < 2, far, 0.0))

@@ -69,12 +69,7 @@ def make_train_data(
       ValueError: Numbers that do not fit each other, or a pipe that does not fit the source.
     """
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
-    if repeats < 1 or (repeats > 1 and not source.indexable):
-        raise ValueError(f"repeats={repeats} must be 1 or more, and 1 for {source} if streamed")
-    if not 0 <= seed < order.MAX_SEED:
-        raise ValueError(f"seed={seed} must be in [0, 2**62)")
-    if first_step < 0:
-        raise ValueError(f"first_step={first_step} must be 0 or more")
+    _check_training(source, seed, first_step, repeats)
     source.prepare()
     share = batch_size // num_replicas
     first = first_step * batch_size
@@ -163,6 +158,15 @@ def _check(
     spec = output_spec(source, pipe)
     del spec["device_image"]
     return spec
+
+
+def _check_training(source: Source, seed: int, first_step: int, repeats: int) -> None:
+    if repeats < 1 or (repeats > 1 and not source.indexable):
+        raise ValueError(f"repeats={repeats} must be 1 or more, and 1 for {source} if streamed")
+    if not 0 <= seed < order.MAX_SEED:
+        raise ValueError(f"seed={seed} must be in [0, 2**62)")
+    if first_step < 0:
+        raise ValueError(f"first_step={first_step} must be 0 or more")
 
 
 def _chunk(share: int) -> int:

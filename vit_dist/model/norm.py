@@ -25,9 +25,11 @@ class LayerNorm(keras.layers.LayerNormalization):
         return normalize(x, gamma, beta, self.epsilon)
 
 
-def layer_norm(name: str, dtype: Any, form: str = "matrix") -> keras.layers.Layer:
-    """LayerNorm with the reference's epsilon."""
-    return LayerNorm(epsilon=LAYER_NORM_EPSILON, form=form, name=name, dtype=dtype)
+def layer_norm(
+    name: str, dtype: Any, *, epsilon: float = LAYER_NORM_EPSILON, form: str = "matrix"
+) -> keras.layers.Layer:
+    """LayerNorm with the reference's epsilon, unless told otherwise."""
+    return LayerNorm(epsilon=epsilon, form=form, name=name, dtype=dtype)
 
 
 def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:

@@ -20,13 +20,15 @@ SIZES: dict[str, dict[str, int]] = {
     "G": {"width": 1664, "depth": 48, "mlp_dim": 8192, "num_heads": 16},
     "e": {"width": 1792, "depth": 56, "mlp_dim": 15360, "num_heads": 16},
 }
-POOLS = ("tok", "gap", "map", "none")
+POOLS = ("tok", "gap", "tok_gap", "map", "none")
+CLS_POOLS = ("tok", "tok_gap")  # those that need a cls token
+PREFIX_POSEMBS = ("cls", "all", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
 SOFTMAXES = ("float32", "compute")
 GROWTHS = ("linear", "constant")
 FORMS = ("matrix", "tensor")
-_POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads")
+_POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "channels")
 PRECISIONS = {
     "float32": "float32",
     "bfloat16": "mixed_bfloat16",
@@ -59,6 +61,11 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
+def needs_cls(pool: str) -> bool:
+    """Whether the pooling reads a cls token."""
+    return pool in CLS_POOLS
+
+
 def check_vit(
     *,
     image_size: int | tuple[int, int],
@@ -69,15 +76,19 @@ def check_vit(
     posemb: str,
     gelu: str,
     drop_path_growth: str,
-    softmax: str,
-    form: str = "matrix",
     remat: str,
     attention_block: int | None,
+    softmax: str,
+    cls_token: bool,
+    prefix_posemb: str,
+    norm_epsilon: float,
+    form: str = "matrix",
     **rest: Any,
 ) -> None:
     """Raises ValueError for sizes no ViT can have; touches no device."""
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
-    for names, least in ((_POSITIVE, 1), (("num_classes", "rep_size"), 0)):
+    zeros = ("num_classes", "rep_size", "registers")
+    for names, least in ((_POSITIVE, 1), (zeros, 0)):
         for name in names:
             if sizes[name] < least:
                 raise ValueError(f"{name} must be {least} or more, got {sizes[name]}")
@@ -92,10 +103,17 @@ def check_vit(
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
+    check_choice("remat", remat, POLICIES)
     check_choice("drop_path_growth", drop_path_growth, GROWTHS)
     check_choice("softmax", softmax, SOFTMAXES)
     check_choice("form", form, FORMS)
-    check_choice("remat", remat, POLICIES)
+    check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
+    if pool in CLS_POOLS and not cls_token:
+        raise ValueError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
+    if pool == "tok_gap" and rest["norm_after_pool"]:
+        raise ValueError("pool 'tok_gap' takes normalised tokens: leave norm_after_pool False")
+    if not 0 < norm_epsilon < 1:
+        raise ValueError(f"norm_epsilon must be above 0 and below 1, got {norm_epsilon}")
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
@@ -143,9 +161,15 @@ def vit_config(
     layer_scale: float | None = None,
     gelu: str = "tanh",
     qkv_bias: bool = True,
-    softmax: str = "float32",
     remat: str = "none",
     attention_block: int | None = None,
+    softmax: str = "float32",
+    cls_token: bool | None = None,
+    registers: int = 0,
+    prefix_posemb: str = "cls",
+    norm_epsilon: float = 1e-6,
+    norm_after_pool: bool = False,
+    channels: int = 3,
 ) -> dict[str, Any]:
     """The arguments of ViT for a variant such as "S/16", checked; touches no device.
 
@@ -155,26 +179,10 @@ def vit_config(
     Raises:
       ValueError: see ViT and parse_variant.
     """
-    sizes: dict[str, Any] = parse_variant(variant)
-    given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
-    sizes.update({k: v for k, v in given.items() if v is not None})
-    config = {
-        **sizes,
-        "image_size": image_size,
-        "num_classes": num_classes,
-        "pool": pool,
-        "posemb": posemb,
-        "rep_size": sizes["width"] if rep_size == -1 else rep_size,
-        "dropout": dropout,
-        "attention_dropout": attention_dropout,
-        "drop_path": drop_path,
-        "drop_path_growth": drop_path_growth,
-        "layer_scale": layer_scale,
-        "gelu": gelu,
-        "qkv_bias": qkv_bias,
-        "softmax": softmax,
-        "remat": remat,
-        "attention_block": attention_block,
-    }
+    config = dict(locals())
+    sizes: dict[str, Any] = parse_variant(config.pop("variant"))
+    config |= {k: v if config.get(k) is None else config[k] for k, v in sizes.items()}
+    config["rep_size"] = config["width"] if rep_size == -1 else rep_size
+    config["cls_token"] = needs_cls(pool) if cls_token is None else cls_token
     check_vit(**config)
     return config

@@ -15,7 +15,7 @@ from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding
 from vit_dist.model.memory import rematerialized_layer
 from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
-from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit
+from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit, needs_cls
 
 
 @keras.saving.register_keras_serializable("vit_dist")
@@ -27,9 +27,10 @@ class ViT(keras.Model):
       patch_size: side of a patch in pixels.
       width, depth, mlp_dim, num_heads: D, blocks, hidden width of the MLP, H.
       num_classes: C; 0 leaves the head away.
-      pool: "tok" a cls token, "gap" mean over the patch tokens, "map" attention pooling, "none"
-        keeps all tokens (the head applies to each).
-      posemb: "learned" (with an entry for the cls token), or the fixed "sincos2d".
+      pool: "tok" a cls token, "gap" mean over the patch tokens, "tok_gap" both, one behind the
+        other (DINOv2's classifier), "map" attention pooling of the patches, "none" keeps all
+        tokens (the head applies to each).
+      posemb: "learned", or the fixed "sincos2d" of the patches.
       rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
       dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
       attention_dropout: on the attention weights.
@@ -38,12 +39,18 @@ class ViT(keras.Model):
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
-      softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
-        flax and big_vision have it.
-      form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
       remat: what a training step computes anew in its backward pass rather than keep: "none", the
         "attention" (logits, softmax and its product with the values), or blocks in "full".
       attention_block: None, or how many keys attention takes at a time; for many tokens.
+      softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
+        flax and big_vision have it.
+      form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
+      cls_token: whether there is one; None: if the pool needs it.
+      registers: further learned tokens between the cls token and the patches (arXiv 2309.16588).
+      prefix_posemb: which tokens before the patches have an entry in the learned table: "cls",
+        "all" or "none" (DeiT III, timm's no_embed_class).
+      norm_epsilon: of every LayerNorm: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
+      norm_after_pool: the last LayerNorm stands behind the pooling (timm's fc_norm), not before.
       channels: colour channels of the images.
 
     Raises:
@@ -70,13 +77,19 @@ class ViT(keras.Model):
         layer_scale: float | None = None,
         gelu: str = "tanh",
         qkv_bias: bool = True,
-        softmax: str = "float32",
-        form: str = "matrix",
         remat: str = "none",
         attention_block: int | None = None,
+        softmax: str = "float32",
+        form: str = "matrix",
+        cls_token: bool | None = None,
+        registers: int = 0,
+        prefix_posemb: str = "cls",
+        norm_epsilon: float = 1e-6,
+        norm_after_pool: bool = False,
         channels: int = 3,
         **kwargs: Any,
     ):
+        cls_token = needs_cls(pool) if cls_token is None else cls_token
         config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
         self._config = {**config, "image_size": as_pair(image_size)}
@@ -85,41 +98,46 @@ class ViT(keras.Model):
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
-        self.remat = remat
-        self.prefix = int(pool == "tok")  # tokens before the patches
-        dtype = self.dtype_policy
-        shared: dict[str, Any] = {"num_heads": num_heads, "hidden": mlp_dim, "gelu": gelu}
-        shared |= {"form": form, "dtype": dtype}
+        self.remat, self.norm_after_pool, self.cls_token = remat, norm_after_pool, cls_token
+        self.registers_count = registers
+        self.prefix = int(cls_token) + registers  # tokens before the patches
+        # ... of which the learned table has an entry for the first so many
+        self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
+        self._make_layers()
+
+    def _make_layers(self) -> None:
+        config, dtype = self._config, self.dtype_policy
+        shared = {k: config[k] for k in ("num_heads", "gelu", "norm_epsilon", "form")}
+        shared |= {"hidden": config["mlp_dim"], "dtype": dtype}
         self.embedding = PatchEmbedding(
-            width, (patch_size,) * 2, form=form, name="embedding", dtype=dtype
+            self.width, (self.patch_size,) * 2, form=config["form"], name="embedding", dtype=dtype
         )
-        self.drop = Dropout(dropout, name="dropout", dtype=dtype)
-        self.blocks = [self._make_block(i) for i in range(depth)]
-        self.norm = layer_norm("encoder_norm", dtype, form)
-        self.map_head = MapHead(**shared, name="map_head") if pool == "map" else None
+        self.drop = Dropout(config["dropout"], name="dropout", dtype=dtype)
+        self.blocks = [self._make_block(i, **shared) for i in range(self.depth)]
+        self.norm = layer_norm(
+            "encoder_norm", dtype, epsilon=config["norm_epsilon"], form=config["form"]
+        )
+        self.map_head = MapHead(**shared, name="map_head") if self.pool == "map" else None
+        dense, rep_size = keras.layers.Dense, config["rep_size"]
         self.pre_logits = (
-            keras.layers.Dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype)
-            if rep_size
-            else None
+            dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype) if rep_size else None
         )
         # Logits in float32 under every policy: the loss subtracts large numbers.
-        self.head = (
-            keras.layers.Dense(num_classes, name="head", dtype="float32") if num_classes else None
-        )
+        classes = self.num_classes
+        self.head = dense(classes, name="head", dtype="float32") if classes else None
 
-    def _make_block(self, index: int) -> EncoderBlock:
+    def _make_block(self, index: int, **shared: Any) -> EncoderBlock:
         config = self._config
         linear = config["drop_path_growth"] == "linear"
         share = index / max(self.depth - 1, 1) if linear else 1.0
-        same = ("num_heads", "gelu", "qkv_bias", "dropout", "attention_dropout", "layer_scale")
+        same = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
         return EncoderBlock(
-            **{key: config[key] for key in (*same, "softmax", "form")},
-            hidden=config["mlp_dim"],
+            **shared,
+            **{key: config[key] for key in same},
             drop_path=config["drop_path"] * share,
             recompute_attention=self.remat == "attention",
             attention_block=config["attention_block"],
             name=f"encoderblock_{index}",
-            dtype=self.dtype_policy,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -129,41 +147,56 @@ class ViT(keras.Model):
         tokens = self.prefix + self.grid[0] * self.grid[1]
         shape = (None, tokens, self.width)
         self.embedding.build((None, *self.image_size, self.channels))
-        if self.prefix:
+        if self.cls_token:
             self.cls = self.add_weight(name="cls", shape=(1, 1, self.width))
-        if self.posemb == "learned":
-            self.pos_embedding = self.add_weight(
-                name="pos_embedding", shape=(1, tokens, self.width)
+        if self.registers_count:
+            self.registers = self.add_weight(
+                name="registers", shape=(1, self.registers_count, self.width)
             )
-        for layer in (self.drop, *self.blocks, self.norm):
+        if self.posemb == "learned":
+            entries = tokens - self.prefix + self.posemb_prefix
+            self.pos_embedding = self.add_weight(
+                name="pos_embedding", shape=(1, entries, self.width)
+            )
+        parts: list[Any] = [self.drop, *self.blocks, self.norm]
+        for layer in parts:
             layer.build(shape)
         if self.map_head:
-            self.map_head.build(shape)
+            self.map_head.build((None, tokens - self.prefix, self.width))
+        features = 2 * self.width if self.pool == "tok_gap" else self.width
         if self.pre_logits:
-            self.pre_logits.build((None, self.width))
+            self.pre_logits.build((None, features))
+            features = self.pre_logits.units
         if self.head:
-            features = self.pre_logits.units if self.pre_logits else self.width
             self.head.build((None, features))
         self.built = True
 
     def _embed(self, images: tf.Tensor, **mode: Any) -> tf.Tensor:
-        """(B, height, width, C) -> (B, N, D): patches, positions, the cls token first."""
+        """(B, height, width, C) -> (B, N, D): cls token, registers, patches; with positions."""
         x = self.embedding(images)
+        parts = [self.cls] if self.cls_token else []
+        parts += [self.registers] if self.registers_count else []
+        prefix = tf.concat([tf.cast(part, x.dtype) for part in parts], axis=1) if parts else None
         if self.posemb == "sincos2d":
             x = x + tf.constant(sincos2d(self.grid, self.width), x.dtype)
-        if self.prefix:
-            cls = tf.tile(tf.cast(self.cls, x.dtype), (tf.shape(x)[0], 1, 1))
-            x = tf.concat([cls, x], axis=1)
-        if self.posemb == "learned":
-            x = x + tf.cast(self.pos_embedding, x.dtype)
+        else:
+            table, entries = tf.cast(self.pos_embedding, x.dtype), self.posemb_prefix
+            x = x + table[:, entries:]
+            if entries:
+                rest = ((0, 0), (0, self.prefix - entries), (0, 0))
+                prefix = prefix + tf.pad(table[:, :entries], rest)
+        if prefix is not None:
+            x = tf.concat([tf.tile(prefix, (tf.shape(x)[0], 1, 1)), x], axis=1)
         return self.drop(x, **mode)
 
     def _pool(self, x: tf.Tensor) -> tf.Tensor:
+        if self.pool in ("gap", "tok_gap"):
+            patches = tf.cast(x[:, self.prefix :], tf.float32)
+            mean = tf.cast(tf.reduce_mean(patches, axis=1), x.dtype)
+            return mean if self.pool == "gap" else tf.concat([x[:, 0], mean], axis=-1)
         if self.pool == "tok":
             return x[:, 0]
-        if self.pool == "gap":
-            return tf.cast(tf.reduce_mean(tf.cast(x, tf.float32), axis=1), x.dtype)
-        return self.map_head(x) if self.map_head else x
+        return self.map_head(x[:, self.prefix :]) if self.map_head else x
 
     def features(self, images: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
         """(B, height, width, C) -> what the head sees: (B, D or rep_size), or (B, N, ...)."""
@@ -177,7 +210,7 @@ class ViT(keras.Model):
         for block in self.blocks:
             recompute = training and self.remat == "full"
             x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
-        x = self._pool(self.norm(x))
+        x = self.norm(self._pool(x)) if self.norm_after_pool else self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
 
     def call(self, images: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
@@ -234,7 +267,7 @@ def build_vit(
       ValueError: unknown precision.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
-    model = ViT(**config, form=form, dtype=PRECISIONS[precision], name="vit")
+    model = ViT(**{**config, "form": form}, dtype=PRECISIONS[precision], name="vit")
     model.build()
     initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
     return model
@@ -249,6 +282,7 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
         (r"^head/bias$", lambda _: init.Constant(head_bias)),
         (r"gamma$", lambda _: init.Ones()),
         (r"^embedding/kernel$|^pre_logits/kernel$", lambda s: init.LecunNormal(seed=s)),
+        (r"^registers$", lambda s: init.RandomNormal(stddev=1e-6, seed=s)),  # as timm and DINOv2
         (r"pos_embedding$", lambda s: init.RandomNormal(stddev=posemb_stddev, seed=s)),
         (r"mlp/dense_\d/bias$", lambda s: init.RandomNormal(stddev=1e-6, seed=s)),
         (r"kernel$|probe$", lambda s: init.GlorotUniform(seed=s)),

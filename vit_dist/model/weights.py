@@ -1,16 +1,25 @@
-"""Weights of one ViT into another: other resolution, other pooling, other classes."""
+"""Weights of one ViT into another: other resolution, patches, channels, pooling, classes."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vit_dist.model.formats.mapping import Arrays
+from vit_dist.model.formats.pretrained import explain_unknown
+from vit_dist.model.patches import change_channels, resize_kernel
 from vit_dist.model.posemb import resize_posemb
 from vit_dist.model.vit import ViT, named_weights
 
+PATCH_METHODS = ("refuse", "pinv")
 # What may be absent from a checkpoint, or be of no use here, when pooling or task change.
-_OPTIONAL = ("head/", "pre_logits/", "map_head/", "cls", "pos_embedding")
+_OPTIONAL = ("head/", "pre_logits/", "map_head/", "cls", "registers", "pos_embedding")
+# What must be equal, where both sides know it. Shapes tell some of it; one message tells all.
+_NETWORK = ("width", "depth", "mlp_dim", "num_heads", "gelu", "norm_epsilon", "qkv_bias")
+_UNTOLD = ("num_heads", "gelu", "norm_epsilon")  # what a file may not tell
 
 
 @dataclasses.dataclass
@@ -19,115 +28,283 @@ class LoadReport:
 
     loaded: list[str] = dataclasses.field(default_factory=list)
     resized: list[str] = dataclasses.field(default_factory=list)  # "name (1,16,64) -> (1,64,64)"
-    replaced: list[str] = dataclasses.field(default_factory=list)  # keeps its initial value here
-    skipped: list[str] = dataclasses.field(default_factory=list)  # of the checkpoint, not used
+    new: list[str] = dataclasses.field(default_factory=list)  # keeps its initial value here
+    unused: list[str] = dataclasses.field(default_factory=list)  # of the checkpoint
+    assumed: list[str] = dataclasses.field(default_factory=list)  # what the checkpoint did not tell
 
     def __str__(self) -> str:
         lines = [f"loaded {len(self.loaded)} tensors unchanged"]
-        for title in ("resized", "replaced", "skipped"):
-            names = getattr(self, title)
-            lines += [f"{title}: {name}" for name in names]
+        for title in ("resized", "new", "unused", "assumed"):
+            lines += [f"{title}: {text}" for text in _collapsed(getattr(self, title))]
         return "\n".join(lines)
+
+    def full(self) -> str:
+        """Every tensor, one a line."""
+        titles = ("loaded", "resized", "new", "unused", "assumed")
+        return "\n".join(f"{title}: {text}" for title in titles for text in getattr(self, title))
+
+
+def _collapsed(lines: Sequence[str]) -> list[str]:
+    """Long lists, such as another model's tower, by the first part of their names."""
+    if len(lines) <= 12:
+        return list(lines)
+    groups: dict[str, int] = {}
+    for line in lines:
+        group = re.split(r"[/. ]", line)[0]
+        groups[group] = groups.get(group, 0) + 1
+    return [f"{count} tensors {group}..." for group, count in groups.items()]
 
 
 def adapt_weights(
     model: ViT,
-    arrays: Mapping[str, np.ndarray],
+    arrays: Arrays,
     *,
     source: Mapping[str, Any],
     method: str = "align_corners",
+    patch_method: str = "refuse",
+    unused: Sequence[str] = (),
+    unknown: Sequence[str] = (),
+    ignore: str = "",
 ) -> LoadReport:
-    """Loads the weights of another ViT of ours, resampling its positions to this one's grid.
+    """Loads the weights of another ViT, resampling its positions to this one's grid.
 
-    A head for another number of classes stays as this model has it (recipes: zeros); a fixed
-    sincos2d table is this model's own, computed for its grid.
+    A head for other classes, or on other features, stays as this model has it (recipes: zeros); a
+    fixed sincos2d table is this model's own, computed for its grid. A position that a token before
+    the patches loses is added to the token itself: the network computes the same.
 
     Args:
       model: takes the weights; nothing is changed if an error is raised.
-      arrays: name -> array, the names those of named_weights.
-      source: the other ViT's get_config(): at least image_size, patch_size, pool, gelu; num_heads
-        where it is known, since no shape tells it.
+      arrays: name -> array or LazyArray, the names those of named_weights; read one at a time.
+      source: the other ViT's get_config(), as far as known; image_size is needed for positions.
       method: how positions are resampled; see posemb.resize_posemb.
+      patch_method: for a kernel of another patch size: "refuse" it, or resample it by "pinv"
+        (FlexiViT's pseudo-inverse).
+      unused: names, in the file, of what is known to be no part of a ViT; for the report.
+      unknown: names, in the file, of tensors that nothing accounts for: an error.
+      ignore: regex; `unknown` tensors and those without a place here that match are unused instead.
 
     Raises:
-      ValueError: the two are not the same network: names what differs and what to set.
+      ValueError: the two are not the same network: names all that differs and what to set.
     """
-    _check_numerics(model, source)
-    report, values = LoadReport(), {}
+    _check_network(model, source, arrays, patch_method)
+    names = [n for n in unknown if not _matches(ignore, n)]
+    if names:
+        raise ValueError(
+            f"the checkpoint has tensors that no ViT of ours has: {', '.join(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''} ({explain_unknown(names)}). If they may be left "
+            f"out, name them: --config.init_ignore='{re.escape(names[0])}'"
+        )
+    report = LoadReport(unused=[*unused, *(n for n in unknown if n not in names)])
+    report.assumed = [
+        f"{key} {model.get_config()[key]!r}, which the file does not tell"
+        for key in _UNTOLD
+        if source.get(key) is None
+    ]
+    plan = _Plan(model, arrays, source, method, report)
+    values = plan.make(ignore)
     variables = named_weights(model)
-    # A head learnt on the representation layer means nothing without it, and the reverse.
-    same_features = ("pre_logits/kernel" in arrays) == ("pre_logits/kernel" in variables)
-    for name, variable in variables.items():
-        want = tuple(variable.shape)
-        if name not in arrays:
-            if not name.startswith(_OPTIONAL):
-                raise ValueError(f"the checkpoint has no {name}; its model is another one")
-            report.replaced.append(f"{name} {want}, which the checkpoint lacks")
-            continue
-        value, have = arrays[name], tuple(arrays[name].shape)
-        if name == "pos_embedding":
-            value = _resampled(model, value, source, method)
-        if name.startswith("head/") and not same_features:
-            report.replaced.append(f"{name} {want}, as model.rep_size differs")
-        elif tuple(value.shape) == want:
-            values[name] = value
-            if value is arrays[name]:
-                report.loaded.append(name)
+    # In the file's order: a fused or stacked tensor is then unpacked once, not again and again.
+    for name in sorted(values, key=lambda n: getattr(arrays.get(n), "source", n)):
+        variables[name].assign(values[name]())
+    return report
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return bool(pattern) and re.search(pattern, name) is not None
+
+
+def _check_network(
+    model: ViT, source: Mapping[str, Any], arrays: Arrays, patch_method: str
+) -> None:
+    """Raises ValueError, with all that differs and the flags that mend it."""
+    mine = model.get_config()
+    wrong, flags = [], []
+
+    def differs(key: str, theirs: Any, flag: str = "", ours: Any = None) -> None:
+        wrong.append(f"{key} {theirs!r} (here {mine.get(key) if ours is None else ours!r})")
+        flags.append(flag or f"--config.model.{key}={theirs}")
+
+    for key in _NETWORK:
+        have = source.get(key)
+        same = have == mine[key] or (key == "norm_epsilon" and _near(have, mine[key]))
+        if have is not None and not same:
+            differs(key, have)
+    scaled = "encoderblock_0/layer_scale_0/gamma" in arrays
+    if scaled != (mine["layer_scale"] is not None):
+        differs("layer_scale", 1e-5 if scaled else None)
+    patch = source.get("patch_size")
+    if patch not in (None, mine["patch_size"]) and patch_method == "refuse":
+        differs(
+            "patch_size",
+            patch,
+            f"the patch in --config.model.variant=.../{patch}, or --config.patch_method=pinv",
+        )
+    pools = {source.get("pool"), mine["pool"]}
+    after = source.get("norm_after_pool")
+    if len(pools) == 1 and pools <= {"gap", "map"} and after not in (None, mine["norm_after_pool"]):
+        differs("norm_after_pool", after)
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is another network than the config's: {', '.join(wrong)}. "
+            f"Set {' '.join(flags)}"
+        )
+
+
+def _near(a: Any, b: float) -> bool:
+    return a is not None and math.isclose(a, b, rel_tol=1e-3)
+
+
+class _Plan:
+    """Decides, from shapes alone, where each variable's value comes from."""
+
+    def __init__(
+        self,
+        model: ViT,
+        arrays: Arrays,
+        source: Mapping[str, Any],
+        method: str,
+        report: LoadReport,
+    ):
+        self.model, self.arrays, self.source = model, arrays, source
+        self.method, self.report = method, report
+        self.mine = model.get_config()
+        self.values: dict[str, Callable[[], np.ndarray]] = {}
+        registers = arrays["registers"].shape[1] if "registers" in arrays else 0
+        entries = {"cls": int("cls" in arrays), "none": 0}
+        entries["all"] = entries["cls"] + registers
+        # Entries of the position table for the cls token, and for registers.
+        self.theirs, self.ours = (0, 0), (0, 0)
+        if "pos_embedding" in arrays:
+            self.theirs = _entries(entries[source.get("prefix_posemb", "cls")], entries["cls"])
+        if model.posemb == "learned":
+            self.ours = _entries(model.posemb_prefix, int(model.cls_token))
+        # A head learnt on a representation layer or on another pooling means nothing without it.
+        self.other_features = ""
+        if _shape(arrays, "pre_logits/kernel") != _shape(named_weights(model), "pre_logits/kernel"):
+            self.other_features = "model.rep_size"
+        elif source.get("pool", self.mine["pool"]) != self.mine["pool"]:
+            self.other_features = "model.pool"
+
+    def make(self, ignore: str) -> dict[str, Callable[[], np.ndarray]]:
+        """By name the value, still to be read; what is left out keeps its initial value."""
+        variables = named_weights(self.model)
+        for name, variable in variables.items():
+            want = tuple(variable.shape)
+            if name not in self.arrays:
+                if not name.startswith(_OPTIONAL):
+                    raise ValueError(f"the checkpoint has no {name}; its model is another one")
+                self.report.new.append(f"{name} {want}, which the checkpoint lacks")
+            elif name == "pos_embedding":
+                self._positions(want)
+            elif name == "embedding/kernel":
+                self._kernel(want)
+            elif name.startswith("head/") and self.other_features:
+                self.report.new.append(f"{name} {want}, as {self.other_features} differs")
             else:
-                report.resized.append(f"{name} {have} -> {want} ({method})")
-        elif name.startswith("head/"):
-            report.replaced.append(f"{name} {want}, the checkpoint's is {have}")
+                self._take(name, want)
+        for name in sorted(set(self.arrays) - set(variables)):
+            if not name.startswith(_OPTIONAL) and not _matches(ignore, name):
+                raise ValueError(
+                    f"the checkpoint has {name}, which this config has no place for: set "
+                    "model.variant, model.depth and model.layer_scale as it was trained"
+                )
+            self.report.unused.append(f"{name} {tuple(self.arrays[name].shape)}")
+        return self.values
+
+    def _read(self, name: str) -> np.ndarray:
+        return np.asarray(self.arrays[name], np.float32)
+
+    def _take(self, name: str, want: tuple[int, ...]) -> None:
+        have = tuple(self.arrays[name].shape)
+        folded = self._lost_positions(name)
+        if have == want:
+            if folded is not None:
+                self.values[name] = lambda: self._read(name) + folded()
+                self.report.resized.append(f"{name} {want}, with its position added")
+            else:
+                self.values[name] = lambda: self._read(name)
+                self.report.loaded.append(name)
+        elif name.startswith(("head/", "registers", "pre_logits/")):
+            self.report.new.append(f"{name} {want}, the checkpoint's is {have}")
         else:
             raise ValueError(
                 f"{name} is {have} in the checkpoint and {want} in this config: "
                 "set model.variant (and width, mlp_dim, rep_size) as it was trained"
             )
-    _account_for_rest(report, arrays, variables)
-    for name, value in values.items():
-        variables[name].assign(value)
-    return report
 
+    def _lost_positions(self, name: str) -> Callable[[], np.ndarray] | None:
+        """The entries of a token in their table of positions, where ours has none for it."""
+        index = ("cls", "registers").index(name) if name in ("cls", "registers") else -1
+        if index < 0 or not self.theirs[index] or self.ours[index]:
+            return None
+        begin = index * self.theirs[0]
+        return lambda: self._read("pos_embedding")[:, begin : begin + self.theirs[index]]
 
-def _check_numerics(model: ViT, source: Mapping[str, Any]) -> None:
-    remedies = {"gelu": "model.gelu", "patch_size": "the patch in model.variant"}
-    if "num_heads" in source:
-        remedies["num_heads"] = "model.num_heads"
-    for key, remedy in remedies.items():
-        have, want = source[key], model.get_config()[key]
-        if have != want:
+    def _positions(self, want: tuple[int, ...]) -> None:
+        have = tuple(self.arrays["pos_embedding"].shape)
+        old_grid, new_grid = _grid(self.source), self.model.grid
+        prefix = sum(self.theirs)
+        if len(have) != 3 or have[1] != prefix + old_grid[0] * old_grid[1] or have[2] != want[2]:
             raise ValueError(
-                f"the checkpoint was trained with {key} {have!r}, this config has {want!r}: "
-                f"set {remedy} to match"
+                f"a position table of shape {have} does not hold {prefix} prefix tokens and a grid "
+                f"of {old_grid[0]}x{old_grid[1]} in width {want[2]}"
+            )
+        if old_grid == new_grid and self.theirs == self.ours:
+            self._take("pos_embedding", want)
+            return
+
+        def resampled() -> np.ndarray:
+            table = self._read("pos_embedding")
+            cls, registers, patches = np.split(table, (self.theirs[0], prefix), axis=1)
+            patches = resize_posemb(
+                patches, old_grid=old_grid, new_grid=new_grid, method=self.method
+            )
+            parts = zip((cls, registers), self.ours, strict=True)
+            return np.concatenate([*(_with_length(t, n) for t, n in parts), patches], axis=1)
+
+        self.values["pos_embedding"] = resampled
+        how = self.method if old_grid != new_grid else "as the tokens before the patches differ"
+        self.report.resized.append(f"pos_embedding {have} -> {want} ({how})")
+
+    def _kernel(self, want: tuple[int, ...]) -> None:
+        name = "embedding/kernel"
+        have = tuple(self.arrays[name].shape)
+        if have == want:
+            self._take(name, want)
+            return
+        if len(have) != 4 or have[3] != want[3]:
+            raise ValueError(
+                f"{name} is {have} in the checkpoint and {want} in this config: set model.variant"
             )
 
+        def changed() -> np.ndarray:
+            kernel = self._read(name)
+            if have[2] != want[2]:
+                kernel = change_channels(kernel, want[2])
+            return resize_kernel(kernel, want[0]) if have[:2] != want[:2] else kernel
 
-def _resampled(model: ViT, table: np.ndarray, source: Mapping[str, Any], method: str) -> np.ndarray:
-    """The position table for the model's grid; the very same array if it fits already."""
-    old_prefix = int(source["pool"] == "tok")
-    if _grid(source) == model.grid and old_prefix == model.prefix:
-        return table
-    return resize_posemb(
-        table,
-        old_grid=_grid(source),
-        new_grid=model.grid,
-        old_prefix=old_prefix,
-        new_prefix=model.prefix,
-        method=method,
-    )
-
-
-def _account_for_rest(
-    report: LoadReport, arrays: Mapping[str, np.ndarray], variables: Mapping[str, Any]
-) -> None:
-    for name in sorted(set(arrays) - set(variables)):
-        if not name.startswith(_OPTIONAL):
-            raise ValueError(
-                f"the checkpoint has {name}, which this config has no place for: set "
-                "model.variant, model.depth and model.layer_scale as it was trained"
-            )
-        report.skipped.append(f"{name} {tuple(arrays[name].shape)}")
+        self.values[name] = changed
+        how = [
+            *(["channels repeated or summed"] if have[2] != want[2] else []),
+            *(["pinv"] if have[:2] != want[:2] else []),
+        ]
+        self.report.resized.append(f"{name} {have} -> {want} ({', '.join(how)})")
 
 
 def _grid(source: Mapping[str, Any]) -> tuple[int, int]:
     height, width = source["image_size"]
     return height // source["patch_size"], width // source["patch_size"]
+
+
+def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
+def _entries(total: int, cls: int) -> tuple[int, int]:
+    return min(total, cls), total - min(total, cls)
+
+
+def _with_length(entries: np.ndarray, count: int) -> np.ndarray:
+    """(1, n, D) -> (1, count, D): cut, or filled up with zeros."""
+    missing = max(count - entries.shape[1], 0)
+    return np.pad(entries[:, :count], ((0, 0), (0, missing), (0, 0)))

@@ -112,6 +112,12 @@ class Checkpointer:
         return None
 
 
+def is_checkpoint(folder: epath.Path) -> bool:
+    """Whether it is a run's folder with checkpoints, or one checkpoint's, whole or not."""
+    inside = (folder / MANIFEST).exists() or (folder / "checkpoints").exists()
+    return inside or _FOLDER.fullmatch(folder.name) is not None
+
+
 def open_checkpoint(path: str) -> Checkpoint:
     """The checkpoint at `path`: one checkpoint's folder, or a run's, of which the newest whole one.
 

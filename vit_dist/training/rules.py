@@ -6,7 +6,7 @@ from typing import Any
 
 Rules = Sequence[tuple[str, float]]
 
-_FIRST = re.compile(r"^(embedding/|cls$|pos_embedding$)")  # what the first block reads
+_FIRST = re.compile(r"^(embedding/|cls$|registers$|pos_embedding$)")  # what the first block reads
 _BLOCK = re.compile(r"^encoderblock_(\d+)/")
 
 

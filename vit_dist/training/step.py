@@ -165,7 +165,8 @@ def make_update(
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
         gate = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:
-            grads = [g * tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30)) for g in grads]
+            factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
+            grads = [g * factor for g in grads]
         rate = schedule(step)
         state.optimizer.apply(grads, learning_rate=rate, count=state.updates.value(), gate=gate)
         if state.ema is not None and ema_decay is not None:
@@ -238,15 +239,9 @@ def make_train_step(
       examples masked in them.
     """
     gradients = make_gradients(
-        state,
-        loss_fn,
-        preprocess=preprocess,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=seed,
-        mixing=mixing,
-        masked=masked,
-    )
+        state, loss_fn, preprocess=preprocess, batch_size=batch_size, accumulation=accumulation,
+        seed=seed, mixing=mixing, masked=masked,
+    )  # fmt: skip
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     if jit == "split":
         gradients = tf.function(gradients, jit_compile=True, autograph=False)

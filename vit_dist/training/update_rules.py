@@ -19,10 +19,36 @@ class _Rule:
 
     count: tf.Tensor | int = 0
     momentum_dtype = "float32"
+    _corrections: dict[float, tf.Tensor]
 
     @property
     def iterations(self) -> tf.Tensor | int:
         return self.count
+
+    def begin(self, count: tf.Tensor | int) -> None:
+        """Before the variables of one update: `count` updates are done."""
+        self.count = count
+        self._corrections = {}
+
+    def correction(self, decay: float) -> tf.Tensor:
+        """1 - decay ** t, of Adam's moments; computed once for all variables of an update."""
+        if decay not in self._corrections:
+            self._corrections[decay] = 1 - decay ** tf.cast(self.count + 1, tf.float32)
+        return self._corrections[decay]
+
+    # Keras's own of these four go round a StatelessScope.
+
+    def _var_key(self, variable: keras.Variable) -> int:
+        return id(variable)
+
+    def assign(self, variable: keras.Variable, value: tf.Tensor) -> None:
+        variable.assign(value)
+
+    def assign_add(self, variable: keras.Variable, value: tf.Tensor) -> None:
+        variable.assign_add(value)
+
+    def assign_sub(self, variable: keras.Variable, value: tf.Tensor) -> None:
+        variable.assign_sub(value)
 
     def add_variable_from_reference(
         self, reference_variable: keras.Variable, name: str = "", initializer: Any = "zeros"
@@ -57,10 +83,10 @@ class Adam(_Rule, keras.optimizers.Adam):
 
     def direction(self, gradient: tf.Tensor, variable: keras.Variable) -> tf.Tensor:
         """Moves both moments; returns m^ / (sqrt(v^) + epsilon)."""
-        index, t = self._get_variable_index(variable), tf.cast(self.count + 1, tf.float32)
+        index = self._get_variable_index(variable)
         m = _average(self._momentums[index], gradient, self.beta_1)
         v = _average(self._velocities[index], tf.square(gradient), self.beta_2)
-        m_hat, v_hat = m / (1 - self.beta_1**t), v / (1 - self.beta_2**t)
+        m_hat, v_hat = m / self.correction(self.beta_1), v / self.correction(self.beta_2)
         return m_hat / (tf.sqrt(v_hat) + self.epsilon)
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):

@@ -1,0 +1,218 @@
+"""From a run to what others load: files, a SavedModel with preprocessing inside, predictions."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import flax_vit
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny import make, make_folder, of_folder
+
+from vit_dist import origins
+from vit_dist.evaluate import evaluate
+from vit_dist.export import ALL_FORMATS, export, load_model
+from vit_dist.model.formats.writing import write_pretrained
+from vit_dist.model.vit import named_weights
+from vit_dist.origins import open_origin
+from vit_dist.predict import predict
+from vit_dist.train import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """The folder of a run of two steps on cats and dogs, with a cls token and a moving average."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = of_folder(folder, model__pool="tok", step__ema_decay=0.5, optimizer__learning_rate=0.1)
+    train(config, str(workdir))
+    return workdir
+
+
+def arrays_of(model):
+    return {name: v.numpy() for name, v in named_weights(model).items()}
+
+
+def test_a_saved_model_takes_files_and_gives_probabilities(run, folder, tmp_path):
+    path = tmp_path / "saved"
+    assert "savedmodel" in ALL_FORMATS
+    export(str(run), "savedmodel", str(path))
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    files = sorted((folder / "val").rglob("*.jpg"))
+    data = tf.constant([file.read_bytes() for file in files])
+    out = serve(image_bytes=data)
+    probabilities = out["probabilities"].numpy()
+    assert probabilities.shape == (16, 2)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    assert (path / "labels.txt").read_text() == "cats\ndogs\n"
+    # The accuracy is that of evaluate, which reads and prepares in its own way.
+    config = of_folder(folder, model__pool="tok")
+    judged = evaluate(config, str(run))["val"]["accuracy"]
+    labels = np.array([file.parent.name == "dogs" for file in files])
+    assert (probabilities.argmax(1) == labels).mean() == judged
+    found = list(predict(str(run), [str(folder / "val" / "cats"), str(files[-1])], top=2))
+    assert [p.path for p in found] == [str(f) for f in [*files[:8], files[-1]]]
+    for row, expected in zip(found, probabilities[[*range(8), 15]], strict=True):
+        assert row.classes[0] == ("cats", "dogs")[expected.argmax()]
+        np.testing.assert_allclose(row.probabilities, sorted(expected, reverse=True), rtol=1e-5)
+
+
+def test_a_keras_file(run, tmp_path):
+    export(str(run), "keras", str(tmp_path / "model.keras"))
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    model = load_model(open_origin(str(run)))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_array_equal(loaded(images), model(images))
+
+
+@pytest.mark.parametrize("system", ["npz", "timm", "huggingface"])
+def test_a_run_leaves_and_comes_back(run, folder, tmp_path, system):
+    """Run -> file -> init_from of another run: the same weights, evaluated alike."""
+    path = tmp_path / ("weights.npz" if system == "npz" else "weights")
+    export(str(run), system, str(path))
+    mine, again = open_origin(str(run)), open_origin(str(path))
+    for name, array in mine.tensors.items():
+        np.testing.assert_array_equal(np.asarray(again.tensors[name]), array)
+    config = of_folder(folder, model__pool="tok")
+    assert evaluate(config, str(path)) == evaluate(config, str(run))
+    if system != "npz":
+        assert list(again.class_names) == ["cats", "dogs"]
+
+
+def test_at_another_size(run, tmp_path):
+    path = tmp_path / "weights.npz"
+    export(str(run), "npz", str(path), image_size=(12, 16), method="bicubic")
+    assert open_origin(str(path), image_size=(12, 16)).tensors["pos_embedding"].shape[1] == 13
+
+
+def test_fine_tuning_begins_with_a_file(tmp_path, capsys):
+    """A published layout at 12 px with 5 classes, into a run at 16 px with 10."""
+    tree = flax_vit.make_tree(cls=True, positions=10, rep=True)
+    np.savez(tmp_path / "weights.npz", **flax_vit.published(tree))
+    sizes = {
+        "model__width": 12, "model__depth": 2, "model__mlp_dim": 20, "model__num_heads": 3,
+    }  # fmt: skip
+    config = make(
+        **sizes, model__pool="tok", init_from=str(tmp_path / "weights.npz"), image_size=16,
+        total_steps=1, optimizer__learning_rate=0.0, input__train_ops=f"resize(size)|{SCALED}",
+        input__eval_ops=f"resize(size)|{SCALED}", data__val_split="", data__test_split="",
+    )  # fmt: skip
+    train(config, str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "loaded 37 tensors unchanged" in out
+    assert "resized: pos_embedding (1, 10, 12) -> (1, 17, 12) (align_corners)" in out
+    assert "new: head/kernel (12, 10), as model.rep_size differs" in out
+    assert "unused: pre_logits/kernel (12, 8)" in out
+    kernel = open_origin(str(tmp_path / "run")).tensors["embedding/kernel"]
+    np.testing.assert_array_equal(kernel, tree["embedding/kernel"])
+
+
+SCALED = "value_range(-1, 1)"
+
+
+def test_numerics_that_do_not_match_are_refused(tmp_path):
+    path = str(tmp_path / "weights.npz")
+    np.savez(path, **flax_vit.big_vision(flax_vit.make_tree()))
+    sizes = {
+        "model__width": 12, "model__depth": 2, "model__mlp_dim": 20, "model__num_heads": 3,
+    }  # fmt: skip
+    imagenet = "resize(size)|normalize('imagenet')"
+    with pytest.raises(ValueError, match=r"take black as \[-1.0\] .*: scale with value_range\(-1"):
+        train(
+            make(**sizes, init_from=path, input__eval_ops=imagenet, image_size=12,
+                 input__train_ops=imagenet), str(tmp_path / "run"),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"Set --config\.model\.width=12 .*gelu=tanh"):
+        train(make(init_from=path, model__gelu="erf"), str(tmp_path / "run"))
+
+
+def test_a_folder_of_hugging_face_tells_its_scaling(tmp_path, folder):
+    model = load_model(_origin(), system="huggingface")
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    names = ["cats", "dogs", "birds"]
+    arrays = arrays_of(model)
+    write_pretrained(
+        tmp_path, "huggingface", arrays, model.get_config(), **imagenet, class_names=names
+    )
+    found = next(iter(predict(str(tmp_path), [str(folder / "val/cats/0.jpg")], top=3)))
+    assert sorted(found.classes) == sorted(names) and sum(found.probabilities) > 0.999
+    ends = open_origin(str(tmp_path)).black_and_white(3)
+    np.testing.assert_allclose(ends[0], -np.divide(imagenet["mean"], imagenet["std"]), rtol=1e-6)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="does not tell how images are scaled"):
+        export(str(tmp_path), "savedmodel", str(tmp_path / "out"))
+
+
+def _origin():
+    from networks import tiny_vit
+
+    model = tiny_vit(pool="tok", num_classes=3)
+    return origins.Origin("memory", arrays_of(model), model.get_config())
+
+
+def test_weights_of_the_hub(monkeypatch, tmp_path):
+    """hf://org/name, by the hub's own library (here one that finds its file at once)."""
+    np.savez(tmp_path / "weights.npz", **flax_vit.published(flax_vit.make_tree()))
+    asked = []
+
+    def snapshot_download(repository, *, allow_patterns):
+        asked.append((repository, allow_patterns[0]))
+        return str(tmp_path)
+
+    hub = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert open_origin("hf://org/name").network["width"] == 12
+    assert open_origin("hf://org/name/weights.npz").network["width"] == 12
+    assert asked == [("org/name", "model*.safetensors"), ("org/name", "weights.npz")]
+    with pytest.raises(ValueError, match="hf://org is not hf://org/name"):
+        open_origin("hf://org")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        open_origin("hf://org/name")
+
+
+def test_weights_of_a_bucket_are_copied_and_removed_again(tmp_path, monkeypatch):
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    np.savez(bucket / "weights.npz", **flax_vit.published(flax_vit.make_tree()))
+    (bucket / "config.json").write_text(json.dumps({}))
+    url, real = "gs://bucket", origins.epath.Path
+    monkeypatch.setattr(
+        origins.epath, "Path", lambda path: real(str(path).replace(url, str(bucket)))
+    )
+    origin = open_origin(f"{url}/weights.npz")
+    copies = list(origins.Path(origin.download.name).iterdir())
+    assert sorted(path.name for path in copies) == ["config.json", "weights.npz"]
+    assert np.asarray(origin.tensors["head/bias"]).shape == (5,)
+    del origin
+    assert not copies[0].exists()
+    with pytest.raises(ValueError, match="there is no"):
+        open_origin(f"{url}/missing.npz")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"ftp://a/b.npz: only local paths, hf:// and"):
+        open_origin("ftp://a/b.npz")
+
+
+def test_the_commands_say_what_is_missing(tmp_path):
+    for module, message in (
+        ("vit_dist.export", "give what to export and where to"),
+        ("vit_dist.predict", "give a model and images"),
+    ):
+        command = [sys.executable, "-m", module, "--checkpoint", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_images_that_cannot_be_read(run, folder, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    with pytest.raises(ValueError, match=r"bad.jpg' cannot be read"):
+        list(predict(str(run), [str(tmp_path)]))
+    with pytest.raises(ValueError, match="there are no images at"):
+        list(predict(str(run), [str(tmp_path / "*.gif")]))

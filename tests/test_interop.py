@@ -1,0 +1,197 @@
+"""Logits of timm's and transformers' ViTs, from their files; and of ours, in timm and transformers.
+
+`make test-interop` makes the environment with PyTorch (.venv-interop) and runs this; without it the
+tests are skipped.
+"""
+
+import ast
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import randomize
+
+from vit_dist.export import export, load_model
+from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
+from vit_dist.model.variants import vit_config
+from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.origins import open_origin
+
+HERE = Path(__file__).resolve().parent
+PYTHON = Path(os.environ.get("INTEROP_PYTHON", HERE.parent / ".venv-interop" / "bin" / "python"))
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"
+)
+TOLERANCE = 1e-4  # of the largest logit, float32
+# What a bare file of timm's does not tell.
+HEADS = {"s_width": 6, "b_width": 12}
+BEHIND = {"tok_p32_wide": (64, 128)}  # trained on images that are not square
+
+
+def run_peer(mode, folder):
+    command = [PYTHON, HERE / "interop_peer.py", mode, folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder with files of random models, and their logits by "name@size"."""
+    folder = tmp_path_factory.mktemp("made")
+    run_peer("make", folder)
+    with np.load(folder / "logits.npz") as logits:
+        return folder, dict(logits)
+
+
+def assert_close(mine, theirs, name=""):
+    assert mine.shape == theirs.shape
+    error = np.abs(mine - theirs).max() / np.abs(theirs).max()
+    assert error <= TOLERANCE, (name, error)
+
+
+def images_of(size):
+    height, width = (size, size) if isinstance(size, int) else size
+    rng = np.random.default_rng(height * 1000 + width)
+    return rng.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+
+
+def logits_of(path, size, *, name="", method="bicubic_antialias"):
+    origin = open_origin(str(path), image_size=BEHIND.get(name))
+    told = {"num_heads": HEADS.get(name, 3), "gelu": "erf"}
+    return load_model(origin, image_size=size, method=method, **told)(images_of(size)).numpy()
+
+
+def cases(logits, names):
+    for key, expected in logits.items():
+        name, size = key.split("@")
+        if name in names:
+            yield name, ast.literal_eval(size), expected
+
+
+def test_logits_of_timm(made):
+    """Patches of 8, 14, 16 and 32, LayerScale, registers, every pooling; other resolutions."""
+    folder, logits = made
+    names = {path.stem for path in folder.glob("*.safetensors")} - {"bfloat16"}
+    seen = 0
+    for name, size, expected in cases(logits, names):
+        assert_close(
+            logits_of(folder / f"{name}.safetensors", size, name=name), expected, f"{name}@{size}"
+        )
+        seen += 1
+    assert len(names) == 13 and seen > len(names)
+
+
+def test_logits_of_transformers(made):
+    folder, logits = made
+    names = {path.parent.name for path in folder.glob("*/config.json")}
+    for name, size, expected in cases(logits, names):
+        method = "bicubic_antialias" if name == "dinov2_registers" else "bicubic"
+        assert_close(logits_of(folder / name, size, method=method), expected, f"{name}@{size}")
+    assert len(names) == 7
+
+
+@pytest.mark.parametrize("name", ["state", "wrapped", "ema", "half", "strided"])
+def test_files_of_torch_save(made, name):
+    folder, logits = made
+    mine = logits_of(folder / f"{name}.pth", 32)
+    if name == "half":
+        assert np.abs(mine - logits["pth@32"]).max() < 0.02 * np.abs(mine).max()
+    else:
+        assert_close(mine, logits["pth@32"])
+
+
+def test_bfloat16(made):
+    folder, logits = made
+    assert_close(logits_of(folder / "bfloat16.safetensors", 32), logits["bfloat16@32"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unsafe", "names argparse.Namespace.*save its tensors alone"),
+        ("legacy", "is a pickle, which could run any code.*weights_only=True"),
+    ],
+)
+def test_what_could_run_code_is_refused(made, name, message):
+    with pytest.raises(ValueError, match=message):
+        open_origin(str(made[0] / f"{name}.pth"))
+
+
+def test_a_model_taken_through_every_system_comes_back(made, tmp_path):
+    """timm -> our .safetensors for timm -> again: the same bits."""
+    folder, _ = made
+    for name in ("deit3_p8", "dinov2_p14", "registers_with_positions", "gap_with_cls", "map"):
+        first, second = folder / f"{name}.safetensors", tmp_path / f"{name}.safetensors"
+        origin = open_origin(str(first))
+        model = load_model(origin, num_heads=3, gelu="erf", system="timm")
+        arrays = {n: v.numpy() for n, v in named_weights(model).items()}
+        write_pretrained(second, "timm", arrays, model.get_config(), mean=[0.5], std=[0.5])
+        again = open_origin(str(second))
+        assert again.network["num_heads"] == 3 and again.network["gelu"] == "erf"
+        assert set(again.tensors) == set(origin.tensors)
+        for key, tensor in origin.tensors.items():
+            np.testing.assert_array_equal(np.asarray(again.tensors[key]), np.asarray(tensor))
+
+
+# What ours has -> the systems that have it too.
+OURS = {
+    "plain": ({"pool": "tok"}, ("timm", "huggingface", "npz")),
+    "erf": ({"pool": "tok", "gelu": "erf", "norm_epsilon": 1e-12}, ("huggingface",)),
+    "sincos": ({"pool": "tok", "posemb": "sincos2d"}, ("timm", "huggingface", "npz")),
+    "rectangle": ({"pool": "tok", "image_size": (32, 16)}, ("timm", "huggingface")),
+    "deit": ({"pool": "tok", "registers": 1, "prefix_posemb": "all"}, ("timm", "huggingface")),
+    "dinov2": (
+        {"pool": "tok_gap", "layer_scale": 0.1, "registers": 2, "gelu": "erf"},
+        ("huggingface",),
+    ),
+    "dinov2_bare": (
+        {"pool": "tok", "layer_scale": 0.1, "num_classes": 0},
+        ("timm", "huggingface"),
+    ),
+    "features": ({"pool": "tok", "num_classes": 0, "rep_size": 48}, ("huggingface",)),
+    "gap": ({"norm_after_pool": True, "qkv_bias": False}, ("timm",)),
+    "map": ({"pool": "map", "registers": 2}, ("timm",)),
+}
+
+
+def test_ours_in_timm_and_transformers(tmp_path):
+    expected, sizes = {}, {}
+    for name, (options, systems) in OURS.items():
+        options = {"image_size": 32, "num_classes": 7, **options}
+        config = vit_config("mu/8", width=48, depth=2, num_heads=3, mlp_dim=192, **options)
+        model = randomize(build_vit(config), scale=0.1)
+        images = images_of(model.image_size)
+        for system in systems:
+            path = tmp_path / (f"{system}-{name}" + (".npz" if system == "npz" else ""))
+            source = open_ours(model)
+            ready = load_model(source, system=system)
+            arrays = {n: v.numpy() for n, v in named_weights(ready).items()}
+            half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+            write_pretrained(path, system, arrays, ready.get_config(), **half)
+            expected[path.name] = model(images).numpy()
+            sizes[path.name] = list(model.image_size)
+            assert ready.get_config()["prefix_posemb"] == prefix_posemb_for(system, config)
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    run_peer("load", tmp_path)
+    with np.load(tmp_path / "loaded.npz") as loaded:
+        assert set(loaded) == set(expected)
+        for name, logits in expected.items():
+            assert_close(loaded[name], logits, name)
+
+
+def open_ours(model):
+    """A model in memory as the origin that its checkpoint would be."""
+    from vit_dist.origins import Origin
+
+    arrays = {name: v.numpy() for name, v in named_weights(model).items()}
+    return Origin(path="memory", tensors=arrays, network=model.get_config())
+
+
+def test_the_command_writes_what_another_system_wrote(made, tmp_path):
+    """From Hugging Face's folder to timm's."""
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    files = export(str(made[0] / "vit"), "timm", str(tmp_path / "out"), **imagenet)
+    assert [file.name for file in files] == ["model.safetensors", "config.json"]

@@ -1,0 +1,89 @@
+"""What a folder of images is likely to do to a run: warnings, before it starts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from PIL import Image
+
+_SAMPLE = 200  # images whose size is looked at
+_UNBALANCED = 10.0  # the largest class over the smallest
+_FEW = 20  # images of a class
+
+
+def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[str]:
+    """What deserves a look before training; reads labels and the headers of some images.
+
+    Args:
+      sources: split -> Source; those with labels and paths, such as folders, are looked at.
+      image_size: (height, width) that the model takes.
+
+    Returns:
+      One line for each: no validation split, classes that it lacks, classes of very different
+      sizes or with few images, images smaller than image_size.
+    """
+    found = []
+    train = sources["train"]
+    if "val" not in sources:
+        found.append(
+            "no val split: nothing will tell when to stop, or which run was best. Set "
+            "config.data.val_split, and for a folder without val/ config.data.val_fraction"
+        )
+    for name, source in sources.items():
+        labels = getattr(source, "labels", None)
+        if labels is not None and len(labels):
+            found += _class_warnings(name, np.asarray(labels), train.class_names)
+    paths = getattr(train, "paths", None)
+    if paths is not None and len(paths):
+        found += _size_warnings([str(path) for path in paths], image_size)
+    return found
+
+
+def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    counts = np.bincount(labels, minlength=len(names))
+    empty = [names[int(i)] for i in np.flatnonzero(counts == 0)]
+    if split != "train":
+        if not empty:
+            return []
+        shown = ", ".join(empty[:5])
+        return [f"{split} holds no image of {len(empty)} of {len(names)} classes: {shown}"]
+    found = []
+    most, least = int(counts.argmax()), int(counts.argmin())
+    if counts[most] > _UNBALANCED * counts[least]:
+        found.append(
+            f"classes are unbalanced: {counts[most]} images of {names[most]!r}, {counts[least]} of "
+            f"{names[least]!r}. Accuracy will tell little of the rare ones"
+        )
+    if counts[least] < _FEW:
+        few = int((counts < _FEW).sum())
+        found.append(
+            f"{few} of {len(names)} classes have fewer than {_FEW} training images, "
+            f"{names[least]!r} {counts[least]}: fine-tune a pretrained model, with few epochs"
+        )
+    return found
+
+
+def _size_warnings(paths: Sequence[str], image_size: tuple[int, int]) -> list[str]:
+    step = max(len(paths) // _SAMPLE, 1)
+    sizes = [size for path in paths[::step] if (size := _size(path)) is not None]
+    small = [s for s in sizes if s[0] < image_size[0] or s[1] < image_size[1]]
+    if not small:
+        return []
+    height, width = (int(n) for n in np.median(np.array(sizes), axis=0))
+    return [
+        f"{len(small)} of {len(sizes)} training images looked at are smaller than "
+        f"{image_size[0]}x{image_size[1]} (median {height}x{width}) and will be enlarged: a lower "
+        "config.image_size costs less and may be as good"
+    ]
+
+
+def _size(path: str) -> tuple[int, int] | None:
+    """(height, width) from an image file's header."""
+    try:
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
+            return image.height, image.width
+    except (OSError, ValueError) as error:  # the pipeline will name it when it matters
+        logging.info("%s: size unknown (%s)", path, error)
+        return None

@@ -1,0 +1,110 @@
+"""Multi-head attention.
+
+Shapes: B batch, N tokens, D width, H heads, K = D / H.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from vit_dist.model import contract
+from vit_dist.model.contract import Linear
+from vit_dist.model.masks import Dropout
+from vit_dist.model.memory import blockwise_attention, rematerialized
+
+
+class Attention(keras.layers.Layer):
+    """Multi-head dot-product attention (Vaswani et al. 2017), queries from x, keys from context.
+
+    q, k and v are three projections: compiled for a TPU that takes less memory traffic than one
+    fused projection. The softmax is float32 under every policy, unless `softmax` is "compute".
+    `recompute` and `block_size` save memory: see memory.py.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        softmax: str = "float32",
+        form: str = "matrix",
+        recompute: bool = False,
+        block_size: int | None = None,
+        **kwargs: Any,
+    ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        super().__init__(**kwargs)
+        self._config = config
+        self.num_heads, self.qkv_bias = num_heads, qkv_bias
+        self.softmax, self.form = softmax, form
+        self.recompute, self.block_size = recompute, block_size
+        self.drop = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self._config}
+
+    def build(self, input_shape: Any) -> None:
+        width, dtype = input_shape[-1], self.dtype_policy
+        for name in ("query", "key", "value"):
+            dense = Linear(width, use_bias=self.qkv_bias, form=self.form, name=name, dtype=dtype)
+            dense.build(input_shape)
+            setattr(self, name, dense)
+        self.out = Linear(width, form=self.form, name="out", dtype=dtype)
+        self.out.build(input_shape)
+        self.drop.build(input_shape)
+
+    def _split(self, dense: Linear, x: tf.Tensor) -> tf.Tensor:
+        """(B, N, D), projected -> (B, H, N, K)."""
+        if self.form == "tensor":
+            return contract.project_to_heads(x, dense.projection(), self.num_heads)
+        x = dense(x)
+        x = tf.reshape(x, (-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads))
+        return tf.transpose(x, (0, 2, 1, 3))
+
+    def _join(self, y: tf.Tensor) -> tf.Tensor:
+        """(B, H, N, K) -> (B, N, D), projected."""
+        if self.form == "tensor":
+            return contract.project_from_heads(y, self.out.projection())
+        y = tf.transpose(y, (0, 2, 1, 3))
+        return self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
+
+    def _attend(self, query, key, value, *, training: bool, seed: tf.Tensor | None):
+        """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N')."""
+        dtype = "float32" if self.softmax == "float32" else value.dtype
+        logits = tf.cast(tf.matmul(query, key, transpose_b=True), dtype)
+        # Softmax with the division after the product with the values, as in FlashAttention-2
+        # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
+        peak = tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
+        weights = tf.exp(logits - peak)
+        total = tf.reduce_sum(weights, axis=-1, keepdims=True)
+        # Not in float16, where values summed over many tokens would overflow, nor on TPUs, whose
+        # compiler keeps the sums and divides again where it needs to.
+        if value.dtype == tf.float16 or self.form == "tensor":
+            weights, total = weights / total, tf.ones_like(total)
+        dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
+        return tf.matmul(dropped, value) / tf.cast(total, value.dtype), weights / total
+
+    def call(
+        self,
+        x: tf.Tensor,
+        context: tf.Tensor | None = None,
+        training: bool = False,
+        seed: tf.Tensor | None = None,
+        return_weights: bool = False,
+    ):
+        """(B, N, D), context (B, N', D) -> (B, N, D), and the weights (B, H, N, N') if asked."""
+        context = x if context is None else context
+        query = self._split(self.query, x)
+        key, value = self._split(self.key, context), self._split(self.value, context)
+        query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
+        if self.block_size and not return_weights:
+            y = blockwise_attention(query, key, value, block_size=self.block_size)
+        elif self.recompute and training:
+            again = rematerialized(lambda *x: self._attend(*x, training=True, seed=seed)[0])
+            y = again(query, key, value)
+        else:
+            y, weights = self._attend(query, key, value, training=training, seed=seed)
+        y = self._join(y)
+        return (y, weights) if return_weights else y

@@ -1,0 +1,231 @@
+"""Files of tensors: .npz, .safetensors and PyTorch's .pth, opened without running what is in them.
+
+Opening reads names and shapes only; a tensor is read when asked for, so a file takes up the memory
+of its largest tensor. All sizes are checked against the file before memory is asked for.
+"""
+
+import dataclasses
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+# Weights hardly compress: a file that grows more than this much is no checkpoint. The slack is for
+# zero tensors, such as the head kernels of the old ImageNet-21k files (67 MB of zeros).
+MAX_GROWTH = 20
+SLACK = 2**28
+_MAX_HEADER = 2**16  # bytes of a .npy header
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """A tensor of a file: its shape now, its numbers (np.asarray) when they are wanted.
+
+    Attributes:
+      source: of the tensor in the file that the numbers come from; reading in its order is fastest.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    source: str = ""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """What a file holds.
+
+    Attributes:
+      tensors: by the file's own names.
+      kind: "npz", "safetensors" or "pth".
+      metadata: text that the file carries besides.
+    """
+
+    tensors: Mapping[str, LazyArray]
+    kind: str
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Opens a file of tensors, whatever its extension says.
+
+    Raises:
+      ValueError: no such file, none of the kinds, damaged, cut, or not safe to open.
+    """
+    from vit_dist.model.formats.torch_file import open_torch  # it needs what is above
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:4] == b"PK\x03\x04":
+        with _zip(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("data.pkl") for name in names):
+            return _remember_last(open_torch(path))
+        if any(name.endswith(".npy") for name in names):
+            return _remember_last(_open_npz(path))
+        raise ValueError(f"{path} is a zip file without arrays (it holds e.g. {names[:1]})")
+    if head[8:9] == b"{" and path.stat().st_size > int.from_bytes(head[:8], "little"):
+        return _remember_last(_open_safetensors(path))
+    if head[:1] == b"\x80":
+        raise ValueError(
+            f"{path} is a pickle, which could run any code and is not opened. A PyTorch file of "
+            "before version 1.6: where you trust it, save it anew with torch.save(torch.load("
+            "path, weights_only=True), new_path)"
+        )
+    raise ValueError(
+        f"{path} is damaged, or no .npz, .safetensors or .pth: it begins with {head!r}"
+    )
+
+
+def _remember_last(file: TensorFile) -> TensorFile:
+    """The same, but that what several arrays are cut from in a row is read once."""
+    last: dict[str, np.ndarray] = {}
+
+    def remembering(name: str, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        def reread() -> np.ndarray:
+            if name not in last:
+                last.clear()  # before the next one takes up its memory
+                last[name] = read()
+            return last[name]
+
+        return reread
+
+    tensors = {n: LazyArray(t.shape, remembering(n, t.read), n) for n, t in file.tensors.items()}
+    return TensorFile(tensors, file.kind, file.metadata)
+
+
+def merge(files: Mapping[str, TensorFile]) -> TensorFile:
+    """The parts of a sharded checkpoint as one."""
+    tensors: dict[str, LazyArray] = {}
+    for file in files.values():
+        tensors.update(file.tensors)
+    first = next(iter(files.values()))
+    return TensorFile(tensors, first.kind, first.metadata)
+
+
+def _zip(path: Path) -> zipfile.ZipFile:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or was cut: {error}") from None
+    size = sum(info.file_size for info in archive.infolist())
+    limit = MAX_GROWTH * path.stat().st_size + SLACK
+    if size > limit:
+        archive.close()
+        raise ValueError(
+            f"{path} would unpack to {size:,} bytes, more than {MAX_GROWTH} times its own size: a "
+            "zip bomb, no checkpoint"
+        )
+    return archive
+
+
+def read_member(path: Path, name: str, limit: int | None = None) -> bytes:
+    """A member of a zip file, its checksum verified; at most `limit` bytes, and then not verified.
+
+    Raises:
+      ValueError: it is damaged or cut.
+    """
+    try:
+        with _zip(path) as archive, archive.open(name) as member:
+            return member.read() if limit is None else member.read(limit)
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: {name} is damaged or was cut ({error})") from None
+    except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
+        raise ValueError(f"{path}: {name} cannot be read ({error})") from error
+
+
+def _open_npz(path: Path) -> TensorFile:
+    tensors = {}
+    with _zip(path) as archive:
+        infos = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        for info in infos:
+            shape, dtype, fortran, start = _npy_header(path, archive, info)
+            name = info.filename.removesuffix(".npy")
+
+            def read(info=info, shape=shape, dtype=dtype, fortran=fortran, start=start):
+                data = memoryview(read_member(path, info.filename))[start:]
+                array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+                return as_float(array)
+
+            tensors[name] = LazyArray(shape, read, name)
+    return TensorFile(tensors, "npz")
+
+
+def _npy_header(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    where = f"{path}: {info.filename}"
+    try:
+        with archive.open(info) as member:
+            version = np.lib.format.read_magic(member)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = read(member, max_header_size=_MAX_HEADER)
+            start = member.tell()
+    except Exception as error:  # whatever a damaged file makes zipfile, zlib and NumPy raise
+        raise ValueError(f"{where} is damaged or was cut ({error})") from error
+    if dtype.hasobject:
+        raise ValueError(f"{where} holds pickled objects, which could run any code; not opened")
+    if dtype == np.dtype("V2"):
+        dtype = np.dtype(ml_dtypes.bfloat16)  # as NumPy writes what it does not know
+    check_size(where, shape, dtype, info.file_size - start)
+    return tuple(shape), dtype, fortran, start
+
+
+def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
+    """Raises ValueError unless `size` bytes are what the shape needs."""
+    needed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed != size:
+        raise ValueError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes")
+
+
+def as_float(array: np.ndarray) -> np.ndarray:
+    """Floating tensors as float32, others as they are; float32 is not copied."""
+    if array.dtype == ml_dtypes.bfloat16 or np.issubdtype(array.dtype, np.floating):
+        return array.astype(np.float32, copy=False)
+    return array
+
+
+_BFLOAT16 = {"BF16": ml_dtypes.bfloat16}
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:  # checks the whole header
+            metadata, names = file.metadata() or {}, list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            shapes = {name: tuple(slices[name].get_shape()) for name in names}
+            types = {name: slices[name].get_dtype() for name in names}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or was cut: {error}") from None
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+
+    def reader(name: str) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            if types[name] not in _BFLOAT16:
+                with safetensors.safe_open(path, framework="np") as file:
+                    return as_float(file.get_tensor(name))
+            begin, end = header[name]["data_offsets"]  # NumPy's reader knows no bfloat16
+            with path.open("rb") as raw:
+                raw.seek(8 + length + begin)
+                data = raw.read(end - begin)
+            return as_float(np.frombuffer(data, _BFLOAT16[types[name]]).reshape(shapes[name]))
+
+        return read
+
+    tensors = {name: LazyArray(shapes[name], reader(name), name) for name in names}
+    return TensorFile(tensors, "safetensors", metadata)

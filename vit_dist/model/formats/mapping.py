@@ -1,0 +1,158 @@
+"""Rules between another system's tensors and ours: one table reads and writes.
+
+A transform only moves numbers (transposes, reshapes, joins), so that what is written and read again
+has the same bits. Names hold {i} where the number of a block belongs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_dist.model.formats.containers import LazyArray
+
+Arrays = Mapping[str, np.ndarray | LazyArray]
+
+
+class Transform(NamedTuple):
+    """How one tensor of theirs becomes one or more of ours, and back.
+
+    Attributes:
+      split: their array -> our arrays, in the order of the rule's names.
+      join: our arrays, number of heads -> their array.
+    """
+
+    split: Callable[[np.ndarray], Sequence[np.ndarray]]
+    join: Callable[[Sequence[np.ndarray], int], np.ndarray]
+
+
+def _fused(count: int) -> Transform:
+    """Rows of `count` matrices (D, D) or biases (D,), stacked; as torch's Linear has them."""
+    return Transform(
+        lambda a: [part.T for part in np.split(a, count)],
+        lambda parts, heads: np.concatenate([part.T for part in parts]),
+    )
+
+
+SAME = Transform(lambda a: [a], lambda parts, heads: parts[0])
+LINEAR = Transform(lambda a: [a.T], lambda parts, heads: parts[0].T)  # (out, in) <-> (in, out)
+CONV = Transform(  # (D, C, p, q) <-> (p, q, C, D)
+    lambda a: [a.transpose(2, 3, 1, 0)], lambda parts, heads: parts[0].transpose(3, 2, 0, 1)
+)
+QKV, KV = _fused(3), _fused(2)
+HEADS_OUT = Transform(  # flax: (D, H, K) <-> (D, D)
+    lambda a: [a.reshape(a.shape[0], -1)],
+    lambda parts, heads: parts[0].reshape(parts[0].shape[0], heads, -1),
+)
+HEADS_BIAS = Transform(  # flax: (H, K) <-> (D,)
+    lambda a: [a.reshape(-1)], lambda parts, heads: parts[0].reshape(heads, -1)
+)
+HEADS_IN = Transform(  # flax: (H, K, D) <-> (D, D)
+    lambda a: [a.reshape(-1, a.shape[-1])],
+    lambda parts, heads: parts[0].reshape(heads, -1, parts[0].shape[-1]),
+)
+
+
+class Rule(NamedTuple):
+    """One of their tensors, and what it is here."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transform: Transform = SAME
+
+
+def pair(theirs: str, ours: str, kernel: Transform = LINEAR, bias: Transform = SAME) -> list[Rule]:
+    """The two rules of a layer with weight and bias, as PyTorch names them."""
+    return [
+        Rule(f"{theirs}.weight", (f"{ours}/kernel",), kernel),
+        Rule(f"{theirs}.bias", (f"{ours}/bias",), bias),
+    ]
+
+
+def norm(theirs: str, ours: str) -> list[Rule]:
+    """The two rules of a LayerNorm, as PyTorch names them."""
+    return [Rule(f"{theirs}.weight", (f"{ours}/gamma",)), Rule(f"{theirs}.bias", (f"{ours}/beta",))]
+
+
+@dataclasses.dataclass
+class Converted:
+    """Tensors under our names, and the names of theirs that no rule took."""
+
+    tensors: dict[str, LazyArray]
+    rest: list[str]
+
+
+def from_theirs(tensors: Mapping[str, LazyArray], rules: Sequence[Rule]) -> Converted:
+    """Applies the rules; nothing is read, only names and shapes count.
+
+    Raises:
+      ValueError: a tensor whose shape cannot be what its name says.
+    """
+    found: dict[str, LazyArray] = {}
+    used = set()
+    for rule, block in _expand(rules, lambda name: name in tensors, "theirs"):
+        theirs = rule.theirs.format(i=block)
+        used.add(theirs)
+        for k, name in enumerate(rule.ours):
+            found[name.format(i=block)] = _lazy(theirs, tensors[theirs], rule.transform, k)
+    return Converted(found, [name for name in tensors if name not in used])
+
+
+def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[str, np.ndarray]:
+    """Applies the rules the other way round.
+
+    Raises:
+      ValueError: a tensor of ours that the other system has no place for.
+    """
+    written: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    for rule, block in _expand(rules, lambda name: name in arrays, "ours"):
+        names = [name.format(i=block) for name in rule.ours]
+        if used.issuperset(names):
+            continue  # a second name for the same tensor
+        parts = [np.asarray(arrays[name]) for name in names]
+        theirs = rule.transform.join(parts, num_heads)
+        written[rule.theirs.format(i=block)] = np.ascontiguousarray(theirs).reshape(theirs.shape)
+        used.update(names)
+    rest = sorted(set(arrays) - used)
+    if rest:
+        raise ValueError(f"the format has no place for {', '.join(rest[:5])}")
+    return written
+
+
+def _expand(rules: Sequence[Rule], has: Callable[[str], bool], side: str):
+    """Each rule whose tensors are there, with the number of the block."""
+    for rule in rules:
+        names = (rule.theirs,) if side == "theirs" else rule.ours
+        block = 0
+        while all(has(name.format(i=block)) for name in names):
+            yield rule, block
+            block += 1
+            if "{i}" not in rule.theirs:
+                break
+
+
+def _lazy(name: str, tensor: LazyArray, transform: Transform, index: int) -> LazyArray:
+    try:
+        # A view of one number, as large as the tensor: the transform shows its shapes for nothing.
+        parts = transform.split(np.broadcast_to(np.float32(0), tensor.shape))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{name} has the odd shape {tensor.shape} ({error})") from None
+    return LazyArray(
+        tuple(parts[index].shape),
+        lambda: transform.split(np.asarray(tensor))[index],
+        tensor.source or name,
+    )
+
+
+def stacked(tensor: LazyArray, block: int) -> LazyArray:
+    """The tensor of one block, of one with a leading axis for all of them (flax's nn.scan)."""
+    return LazyArray(tensor.shape[1:], lambda: np.asarray(tensor)[block], tensor.source)
+
+
+def depth_of(names: Any) -> int:
+    """Number of blocks among names of ours."""
+    prefix = "encoderblock_"
+    blocks = [n.split("/")[0].removeprefix(prefix) for n in names if n.startswith(prefix)]
+    return 1 + max(map(int, blocks), default=-1)

@@ -1,0 +1,119 @@
+"""Writes a ViT of ours as another system's file or folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from vit_dist.model.formats import huggingface, npz, timm
+from vit_dist.model.formats.mapping import to_theirs
+from vit_dist.model.formats.pretrained import METADATA
+
+FORMATS = ("npz", "big_vision", "timm", "huggingface")
+
+
+def prefix_posemb_for(system: str, network: Mapping[str, Any]) -> str:
+    """Which tokens before the patches have positions in a format: those ours must have as well.
+
+    The rest is folded into the tokens, or filled up with zeros, when weights are adapted to it.
+    """
+    kind = network["prefix_posemb"]
+    if not network["cls_token"] and not network["registers"]:
+        return kind
+    if system == "big_vision":
+        return "none"
+    if system == "npz":
+        return "cls"
+    if system == "timm":
+        return "all" if kind == "cls" and network["registers"] else kind
+    return "cls" if kind == "none" or network["layer_scale"] is not None else kind
+
+
+def write_pretrained(
+    path: Path,
+    system: str,
+    arrays: Mapping[str, np.ndarray],
+    network: Mapping[str, Any],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str] = (),
+) -> list[Path]:
+    """Writes the weights, and what the other system needs to build the network.
+
+    Args:
+      path: the .npz or .safetensors file; for "timm" and "huggingface" a folder otherwise.
+      system: one of FORMATS.
+      arrays: by our names; all of them.
+      network: ViT.get_config(), positions as prefix_posemb_for says.
+      mean, std: of images in 0..1.
+      class_names: in the order of the head's outputs.
+
+    Returns:
+      The files written.
+
+    Raises:
+      ValueError: the other system has no such network; says why.
+    """
+    style = {"npz": "npz", "big_vision": "big_vision"}.get(system)
+    heads = network["num_heads"]
+    if style:
+        _refuse(system, npz.refuse(network, style))
+        if not (np.allclose(mean, 0.5) and np.allclose(std, 0.5)):
+            raise ValueError(f"format {system}: images are scaled to [-1, 1] there; use timm")
+        written = npz.layout(to_theirs(arrays, npz.RULES, num_heads=heads), style)
+        return [_write_npz(path, written)]
+    if system == "timm":
+        _refuse(system, timm.refuse(network))
+        written = to_theirs(arrays, timm.RULES, num_heads=heads)
+        if network["norm_after_pool"]:
+            written = {_fc_norm(name): array for name, array in written.items()}
+        configs = {"config.json": timm.to_config(network, mean=mean, std=std, labels=class_names)}
+    else:
+        config = huggingface.to_config(network, labels=class_names)
+        family = config["model_type"]
+        written = to_theirs(arrays, huggingface.rules_for(family), num_heads=heads)
+        written = huggingface.with_backbone(written, family, headless=not network["num_classes"])
+        processor = huggingface.to_preprocessor(network, mean=mean, std=std)
+        configs = {"config.json": config, "preprocessor_config.json": processor}
+    return _write_safetensors(path, written, network, configs)
+
+
+def _refuse(system: str, reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(f"format {system} cannot hold this network: {'; '.join(reasons)}")
+
+
+def _fc_norm(name: str) -> str:
+    return f"fc_{name}" if name in ("norm.weight", "norm.bias") else name
+
+
+def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    if path.suffix != ".npz":
+        raise ValueError(f"give a file that ends in .npz, not {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole: Any = dict(arrays)
+    np.savez(path, **whole)
+    return path
+
+
+def _write_safetensors(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    network: Mapping[str, Any],
+    configs: Mapping[str, Any],
+) -> list[Path]:
+    metadata = {"format": "pt", METADATA: json.dumps(dict(network), default=str)}
+    alone = path.suffix == ".safetensors"
+    file = path if alone else path / "model.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Not save_file: it makes files that only their owner may read.
+    file.write_bytes(safetensors.numpy.save(dict(arrays), metadata))
+    files = [file]
+    for name, content in configs.items() if not alone else ():
+        (path / name).write_text(json.dumps(content, indent=2) + "\n")
+        files.append(path / name)
+    return files
