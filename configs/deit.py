@@ -9,7 +9,7 @@
 |---------------------|---------|-------|-----------|
 | `:S/16`             | 375,300 | 5.3   | 79.9 %    |
 | `:B/16`             | 375,300 | 20    | 81.8 %    |
-| `:B/16,stage=384`   | 75,060  | 6.5   | 82.9 %    |
+| `:B/16,stage=384`   | 75,060  | 6.4   | 82.9 %    |
 
 Hardware: TPU v5e-8, or 8 GPUs; the published runs took 4 and 16 V100s.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s.

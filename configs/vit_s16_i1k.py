@@ -7,9 +7,9 @@
 |----------|---------|-------|-----------|
 | `:90`    | 111,477 | 1.6   | 76.5 %    |
 | `:150`   | 185,794 | 2.6   | 78.5 %    |
-| `:300`   | 371,588 | 5.2   | 80.0 %    |
+| `:300`   | 371,588 | 5.3   | 80.0 %    |
 
-Hardware: TPU v5e-8; one H100 takes 1.5 times as long by the same count.
+Hardware: TPU v5e-8.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s. Hosts
 must decode 20,000 images/s for that. big_vision reports 6-7 hours for 90 epochs on a TPU v3-8.
 Published: top-1 on ImageNet's validation set, in arXiv 2205.01580. Not run here.
