@@ -90,17 +90,17 @@ class Worker:
     """One pipeline in a process of its own, which is stopped while others are measured."""
 
     def __init__(self, system: str, kind: str, folder: str):
+        self.system, self.errors = system, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*PYTHONS[system], folder, kind, str(BATCH)],
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             text=True,
             start_new_session=True,
         )
-        if self.process.stdout.readline().strip() != "ready":
-            raise SystemExit(f"the {system} pipeline did not start")
+        self.answer()
         self.signal(signal.SIGSTOP)
 
     def signal(self, number: int) -> None:
@@ -119,7 +119,17 @@ class Worker:
     def load(self, images: int) -> float:
         self.process.stdin.write(f"{images}\n")
         self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        return float(self.answer())
+
+    def answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.errors.seek(0)
+            raise SystemExit(
+                f"{self.errors.read()[-2000:]}\nthe pipeline {self.system!r} ended with code {code}"
+            )
+        return line
 
     def cpu_seconds(self) -> float:
         """CPU time so far of the process and its workers."""
@@ -132,9 +142,10 @@ class Worker:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
-        self.signal(signal.SIGCONT)
-        self.signal(signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)  # reaches stopped processes too
+            self.process.wait()
+        self.errors.close()
 
 
 def compare(folder: str, kinds: list[str], systems: list[str], rounds: int, images: int) -> None:
