@@ -118,8 +118,9 @@ def test_repeats_stand_apart_and_differ(sources):
     for batch in batches:
         index = batch["index"].reshape(3, 4)
         assert (index == index[0]).all() and len(set(index[0])) == 4
-        copies = batch["image"].reshape(3, 4, -1)
-        assert (copies[0] != copies[1]).any(1).all() and (copies[1] != copies[2]).any(1).all()
+    copies = np.concatenate([b["image"].reshape(3, 4, -1) for b in batches], axis=1)
+    for one, other in itertools.combinations(copies, 2):  # crops of one colour are all the same
+        assert (one != other).any(1).mean() > 0.5
     distinct = np.concatenate([b["index"][:4] for b in batches])
     plain = order.make_order(tf.range(40, dtype=tf.int64), num_examples=COUNT, seed=11)[1]
     np.testing.assert_array_equal(distinct, plain)  # the usual order, only slower
