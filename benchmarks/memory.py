@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/memory.py [--variant S/16] [--batch_size 32] [--image_size 224]
 
 Each setting runs in a process of its own (Linux), on one CPU device, compiled by XLA: the peak of
-its resident memory during two steps, less what it holds between steps (weights, optimiser state),
-and the CPU time that they took. Long: many tokens, a small batch at --long_size pixels.
+its resident memory during two steps, less what it held before the first (weights, optimiser state;
+XLA's buffers stay resident between steps), and the CPU time that they took. Long: many tokens, a
+small batch at --long_size pixels.
 """
 
 import argparse
@@ -73,10 +74,9 @@ def measure(variant: str, setting: dict) -> dict[str, float]:
     shape = (setting["batch_size"], size, size, 3)
     batch = {"image": np.zeros(shape, np.uint8), "label": np.zeros(shape[:1], np.int32)}
     batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
-    one = tf.constant(1, tf.int64)
+    one, before = tf.constant(1, tf.int64), memory("VmRSS")
     train_steps(batches, one)["loss"].numpy()  # compiles
     ctypes.CDLL(None).malloc_trim(0)  # what the compiler left
-    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the steps to come
     began = time.process_time()
     for _ in range(2):
