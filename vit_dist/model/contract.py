@@ -56,19 +56,32 @@ def dense(x: tf.Tensor, projection: Projection) -> tf.Tensor:
 
 
 def project_to_heads(x: tf.Tensor, projection: Projection, num_heads: int) -> tf.Tensor:
-    """(B, N, D) with a kernel (D, D) -> (B, H, N, K)."""
+    """(B, N, D) with a kernel (D, D) -> (B, H, K, N)."""
     kernel, bias = projection
     # N goes to the end: D before it splits into H and K without a copy.
     y = tf.einsum("bnd,de->ben", x, kernel)
     y = y if bias is None else y + bias[:, tf.newaxis]
-    y = tf.reshape(y, (-1, num_heads, y.shape[1] // num_heads, x.shape[1]))
-    return tf.transpose(y, (0, 1, 3, 2))
+    return tf.reshape(y, (-1, num_heads, y.shape[1] // num_heads, x.shape[1]))
+
+
+def logits(query: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """(B, H, K, N), (B, H, K, N') -> (B, H, N, N')."""
+    return tf.einsum("bhkn,bhkm->bhnm", query, key)
+
+
+def weigh(weights: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    """(B, H, N, N'), (B, H, K, N') -> (B, H, K, N)."""
+    return tf.einsum("bhnm,bhkm->bhkn", weights, value)
+
+
+def turn(x: tf.Tensor) -> tf.Tensor:
+    """(B, H, K, N) <-> (B, H, N, K)."""
+    return tf.transpose(x, (0, 1, 3, 2))
 
 
 def project_from_heads(y: tf.Tensor, projection: Projection) -> tf.Tensor:
-    """(B, H, N, K) with a kernel (D, D) -> (B, N, D)."""
+    """(B, H, K, N) with a kernel (D, D) -> (B, N, D)."""
     kernel, bias = projection
-    y = tf.transpose(y, (0, 1, 3, 2))
     y = tf.reshape(y, (-1, kernel.shape[0], y.shape[3]))
     y = tf.einsum("ben,ed->bnd", y, kernel)
     return y if bias is None else y + bias
