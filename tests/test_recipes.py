@@ -163,7 +163,6 @@ def test_rate_of_the_second_epoch(name, arg, second):
 # Golden values: the optimiser and what decays
 
 OPTIMIZERS = [
-    # name, peak, decay, scaled by, moments, clip
     ("vit_s16_i1k", "90", "adamw", 1e-3, 1e-4, "schedule", "bfloat16", 1.0),
     ("augreg", "data=i21k,model=Ti/16", "adamw", 1e-3, 0.03, "learning_rate", "bfloat16", 1.0),
     ("augreg", "data=i1k,model=B/16", "adamw", 1e-3, 0.1, "learning_rate", "bfloat16", 1.0),
@@ -347,8 +346,5 @@ def test_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             parse_arg(arg, **spec)
-
-
-def test_deit3_has_no_second_stage_at_224_for_s16():
     with pytest.raises(ValueError, match="S/16 trains at 224 px already"):
         load(RECIPES["deit3"], "S/16,stage=224")
