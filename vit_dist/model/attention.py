@@ -56,7 +56,7 @@ class Attention(keras.layers.Layer):
         self.drop.build(input_shape)
 
     def _split(self, dense: Linear, x: tf.Tensor) -> tf.Tensor:
-        """(B, N, D), projected -> (B, H, N, K), or (B, H, K, N) in the tensor form."""
+        """(B, N, D), projected -> (B, H, N, K), or (B, N, H, K) in the tensor form."""
         if self.form == "tensor":
             return contract.project_to_heads(x, dense.projection(), self.num_heads)
         x = dense(x)
@@ -73,7 +73,7 @@ class Attention(keras.layers.Layer):
     def _attend(self, query, key, value, *, training: bool, seed: tf.Tensor | None):
         """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N').
 
-        In the tensor form K stands before N everywhere.
+        In the tensor form N stands before H in all but the weights.
         """
         tensor = self.form == "tensor"
         logits = contract.logits(query, key) if tensor else tf.matmul(query, key, transpose_b=True)
