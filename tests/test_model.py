@@ -231,6 +231,14 @@ def test_dropped_attention_weights_are_the_same_in_both_forms():
     np.testing.assert_allclose(*outputs, atol=2e-5)
 
 
+@pytest.mark.parametrize("options", [{"attention_block": 3}, {"remat": "attention"}], ids=str)
+def test_less_memory_in_tensor_form(options):
+    model, plain = tiny_vit(form="tensor", **options), tiny_vit()
+    mode = {"training": True, "seed": (1, 2)}
+    images = images_for(model)
+    np.testing.assert_allclose(model(images, **mode), plain(images, **mode), atol=1e-5)
+
+
 def test_each_kind_of_device_has_its_form():
     assert [choose_form(kind) for kind in ("CPU", "GPU", "TPU")] == ["matrix", "matrix", "tensor"]
 

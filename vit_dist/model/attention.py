@@ -56,7 +56,7 @@ class Attention(keras.layers.Layer):
         self.drop.build(input_shape)
 
     def _split(self, dense: Linear, x: tf.Tensor) -> tf.Tensor:
-        """(B, N, D), projected -> (B, H, N, K)."""
+        """(B, N, D), projected -> (B, H, N, K), or (B, N, H, K) in the tensor form."""
         if self.form == "tensor":
             return contract.project_to_heads(x, dense.projection(), self.num_heads)
         x = dense(x)
@@ -64,16 +64,20 @@ class Attention(keras.layers.Layer):
         return tf.transpose(x, (0, 2, 1, 3))
 
     def _join(self, y: tf.Tensor) -> tf.Tensor:
-        """(B, H, N, K) -> (B, N, D), projected."""
+        """What `_split` gives -> (B, N, D), projected."""
         if self.form == "tensor":
             return contract.project_from_heads(y, self.out.projection())
         y = tf.transpose(y, (0, 2, 1, 3))
         return self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
 
     def _attend(self, query, key, value, *, training: bool, seed: tf.Tensor | None):
-        """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N')."""
-        dtype = "float32" if self.softmax == "float32" else value.dtype
-        logits = tf.cast(tf.matmul(query, key, transpose_b=True), dtype)
+        """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N').
+
+        In the tensor form N stands before H in all but the weights.
+        """
+        tensor = self.form == "tensor"
+        logits = contract.logits(query, key) if tensor else tf.matmul(query, key, transpose_b=True)
+        logits = tf.cast(logits, "float32" if self.softmax == "float32" else value.dtype)
         # Softmax with the division after the product with the values, as in FlashAttention-2
         # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
         peak = tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
@@ -81,9 +85,11 @@ class Attention(keras.layers.Layer):
         total = tf.reduce_sum(weights, axis=-1, keepdims=True)
         # Not in float16, where values summed over many tokens would overflow, nor on TPUs, whose
         # compiler keeps the sums and divides again where it needs to.
-        if value.dtype == tf.float16 or self.form == "tensor":
+        if value.dtype == tf.float16 or tensor:
             weights, total = weights / total, tf.ones_like(total)
         dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
+        if tensor:
+            return contract.weigh(dropped, value), weights
         return tf.matmul(dropped, value) / tf.cast(total, value.dtype), weights / total
 
     def call(
@@ -98,9 +104,12 @@ class Attention(keras.layers.Layer):
         context = x if context is None else context
         query = self._split(self.query, x)
         key, value = self._split(self.key, context), self._split(self.value, context)
-        query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
+        query = query * tf.cast((x.shape[-1] // self.num_heads) ** -0.5, query.dtype)
         if self.block_size and not return_weights:
-            y = blockwise_attention(query, key, value, block_size=self.block_size)
+            turn = contract.turn if self.form == "tensor" else tf.identity
+            y = turn(
+                blockwise_attention(*map(turn, (query, key, value)), block_size=self.block_size)
+            )
         elif self.recompute and training:
             again = rematerialized(lambda *x: self._attend(*x, training=True, seed=seed)[0])
             y = again(query, key, value)
