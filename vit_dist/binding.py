@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 
 def bind(
@@ -38,7 +38,7 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
     if isinstance(annotation, str):
         raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
     allowed = get_args(annotation) or (annotation,)
-    if not all(isinstance(t, type) for t in allowed):
+    if any(get_origin(t) or not isinstance(t, type) for t in allowed):
         return  # a generic such as tuple[int, int]: the function's own checks judge it
     if isinstance(value, bool):  # an int to Python, but a mistake where a number belongs
         fits = bool in allowed
