@@ -71,8 +71,7 @@ def make_train_data(
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
     _check_training(source, seed, first_step, repeats)
     source.prepare()
-    share = batch_size // num_replicas
-    first = first_step * batch_size
+    share, first = batch_size // num_replicas, first_step * batch_size
     if source.indexable:
         positions = _positions(batch_size, share, first, local_replicas)
         place = functools.partial(places, source, seed=seed, batch_size=batch_size, repeats=repeats)
