@@ -100,7 +100,7 @@ def check_optimizer(**options: Any) -> None:
     if given["name"] == "muon" and not update_rules.HAS_MUON:
         raise ValueError(
             f"optimizer 'muon' needs a newer Keras than the {keras.__version__} here: "
-            "pip install --upgrade keras"
+            "pip install --upgrade keras (3.13 or later wants Python 3.11)"
         )
     for key in ("decay_multipliers", "lr_multipliers"):
         check_rules(key, given[key])

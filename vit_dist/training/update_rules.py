@@ -4,6 +4,7 @@ Slots may be stored in bfloat16; a rule computes in float32 and uses what it com
 stored, as optax does. Decay is the Optimizer's, but for LAMB's, which is part of its update.
 """
 
+import inspect
 from typing import Any
 
 import keras
@@ -222,7 +223,8 @@ def _rms(x: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_mean(tf.square(x)))
 
 
-HAS_MUON = hasattr(keras.optimizers, "Muon")
+# Keras 3.12, the last for Python 3.10, has a Muon of other constants, without this scaling.
+HAS_MUON = "rms_rate" in inspect.signature(getattr(keras.optimizers, "Muon", object)).parameters
 if HAS_MUON:
 
     class Muon(_Rule, keras.optimizers.Muon):
