@@ -8,21 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import _torch_alone  # noqa: F401 (before timm)
 import torch
-
-# See _timm_worker.py.
-_register_fake = torch.library.register_fake
-
-
-def _lenient(op, *args, **kwargs):
-    if isinstance(op, str) and op.startswith("torchvision::"):
-        return lambda function: function
-    return _register_fake(op, *args, **kwargs)
-
-
-torch.library.register_fake = _lenient
-from PIL import Image  # noqa: E402
-from timm.data import create_transform  # noqa: E402
+from PIL import Image
+from timm.data import create_transform
 
 
 class Images(torch.utils.data.IterableDataset):

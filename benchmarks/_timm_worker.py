@@ -7,21 +7,9 @@ them and prints the seconds, until stdin ends.
 import sys
 import time
 
+import _torch_alone  # noqa: F401 (before timm)
+import timm
 import torch
-
-# torchvision's compiled ops do not load beside a CPU build of torch from another source; timm needs
-# none of them, so their registrations may do nothing.
-_register_fake = torch.library.register_fake
-
-
-def _lenient(op, *args, **kwargs):
-    if isinstance(op, str) and op.startswith("torchvision::"):
-        return lambda function: function
-    return _register_fake(op, *args, **kwargs)
-
-
-torch.library.register_fake = _lenient
-import timm  # noqa: E402
 
 NAMES = {"Ti/16": "vit_tiny_patch16_224", "S/16": "vit_small_patch16_224"}
 

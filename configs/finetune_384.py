@@ -22,23 +22,17 @@ in the published ImageNet runs, for B/32, S/32 and L/16.
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg, use_imagenet
-
-# Steps, warmup, training share, held-out share, test split.
-TASKS = {
-    "imagenet2012": (20_000, 500, "train[:99%]", "train[99%:]", "validation"),
-    "cifar10": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
-    "cifar100": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
-    "oxford_iiit_pet": (500, 100, "train[:90%]", "train[90%:]", "test"),
-    "oxford_flowers102": (500, 100, "train[:90%]", "train[90%:]", "test"),
-}
+from vit_dist.recipe import TRANSFER_TASKS, parse_arg, use_imagenet
 
 
 def get_config(arg=None):
     arg = parse_arg(
-        arg, data=tuple(TASKS), model=("B/16", "Ti/16", "S/32", "S/16", "B/32", "L/16"), lr=0.0
+        arg,
+        data=tuple(TRANSFER_TASKS),
+        model=("B/16", "Ti/16", "S/32", "S/16", "B/32", "L/16"),
+        lr=0.0,
     )
-    steps, warmup, train, val, test = TASKS[arg.data]
+    steps, warmup, train, val, test = TRANSFER_TASKS[arg.data]
     slow = arg.data == "cifar10" or (
         arg.data == "imagenet2012" and arg.model in ("B/32", "S/32", "L/16")
     )

@@ -33,16 +33,8 @@ CIFAR-100 91.35, Pets 93.78, Flowers 99.43 %. Measured here: nothing but that it
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg
+from vit_dist.recipe import TRANSFER_TASKS, parse_arg
 
-# Steps, warmup, training share, held-out share, test split; big_vision's and vision_transformer's.
-TASKS = {
-    "cifar10": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
-    "cifar100": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
-    "oxford_iiit_pet": (500, 100, "train[:90%]", "train[90%:]", "test"),
-    "oxford_flowers102": (500, 100, "train[:90%]", "train[90%:]", "test"),
-    "imagenet2012": (20_000, 500, "train[:99%]", "train[99%:]", "validation"),
-}
 # Whose weights -> what config.model must be, and the op that scales images.
 MINUS_ONE_TO_ONE, IMAGENET = "value_range(-1, 1)", "normalize('imagenet')"
 WEIGHTS = {
@@ -65,7 +57,7 @@ def get_config(arg=None):
     arg = parse_arg(
         arg,
         model="B/16",
-        dataset=("cifar10", *TASKS, "folder"),
+        dataset=("cifar10", *TRANSFER_TASKS, "folder"),
         res=384,
         weights=tuple(WEIGHTS),
         recipe=RECIPES,
@@ -90,7 +82,9 @@ def _set_data(config, dataset):
         config.data.test_split = ""
         return
     config.data.source, config.data.name = "tfds", dataset
-    _, _, config.data.train_split, config.data.val_split, config.data.test_split = TASKS[dataset]
+    _, _, config.data.train_split, config.data.val_split, config.data.test_split = TRANSFER_TASKS[
+        dataset
+    ]
 
 
 def _set_pipes(config, arg, scale):
@@ -107,7 +101,7 @@ def _set_pipes(config, arg, scale):
 def _set_recipe(config, recipe, dataset):
     config.step.clip_norm = 1.0
     if recipe in ("vision_transformer", "big_vision"):
-        steps, warmup = TASKS[dataset][:2] if dataset in TASKS else (500, 100)
+        steps, warmup = TRANSFER_TASKS[dataset][:2] if dataset in TRANSFER_TASKS else (500, 100)
         config.total_steps, config.schedule.warmup_steps = steps, warmup
         config.input.batch_size = 512
         config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0

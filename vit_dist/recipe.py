@@ -16,6 +16,15 @@ IMAGENET = {
     "val_split": "train[99%:]",
     "test_split": "validation",
 }
+# Fine-tuning as vision_transformer and big_vision have it: steps, warmup, training share, held-out
+# share, test split.
+TRANSFER_TASKS = {
+    "imagenet2012": (20_000, 500, "train[:99%]", "train[99%:]", "validation"),
+    "cifar10": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
+    "cifar100": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
+    "oxford_iiit_pet": (500, 100, "train[:90%]", "train[90%:]", "test"),
+    "oxford_flowers102": (500, 100, "train[:90%]", "train[90%:]", "test"),
+}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:

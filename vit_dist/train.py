@@ -305,10 +305,10 @@ def _announce(
     writer: Writer,
     note: Any,
 ) -> None:
-    text = config_lib.to_json(run.config)
-    if is_chief(strategy):
+    text, first, chief = config_lib.to_json(run.config), int(state.step.numpy()), is_chief(strategy)
+    if chief:
         (epath.Path(workdir) / "config.json").write_text(text)
-        writer.text(int(state.step.numpy()), "config", f"```json\n{text}\n```")
+        writer.text(first, "config", f"```json\n{text}\n```")
     logging.info("config: %s", text)
     source = run.sources["train"]
     note(describe(strategy, batch_size=run.batch_size, accumulation=run.step["accumulation"]))
@@ -317,13 +317,12 @@ def _announce(
         f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
         f"{source.num_classes} classes; {run.total_steps:,} steps"
     )
-    for line in data_warnings(run.sources, run.model["image_size"]) if is_chief(strategy) else ():
+    for line in data_warnings(run.sources, run.model["image_size"]) if chief else ():
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
-    first = int(state.step.numpy())
     # A stream would have to be skipped through once more.
-    if is_chief(strategy) and first < run.total_steps and (source.indexable or not first):
+    if chief and first < run.total_steps and (source.indexable or not first):
         writer.images(first, "train/batch", first_images(run, strategy, first_step=first))
     note(f"TensorBoard: tensorboard --logdir {workdir}")
 

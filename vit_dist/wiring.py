@@ -88,7 +88,7 @@ def check(config: ConfigDict) -> Run:
     model, build = _check_model(config, size, num_classes)
     patterns = {k: optimizer[k] for k in ("decay_multipliers", "lr_multipliers")}
     if patterns != {k: config_lib.get_defaults().optimizer[k] for k in patterns}:  # takes a second
-        check_names(weight_shapes(vit_config(**model)), **patterns)
+        check_names(weight_shapes(build["config"]), **patterns)
     pipes = {
         "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
         "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),

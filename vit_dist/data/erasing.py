@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.data import augment
-from vit_dist.data.ops import STATISTICS
+from vit_dist.data.ops import statistics_of
 from vit_dist.data.pipe import op
 
 MODES = ("pixel", "const")
@@ -47,12 +47,7 @@ def random_erasing(p=0.25, mode="pixel", area_min=2.0, area_max=100 / 3, mean="i
 
 def levels(mode: str, mean, std) -> np.ndarray:
     """Returns (3, 256) uint8: what equally likely bytes stand for, in each channel."""
-    if isinstance(mean, str):
-        if mean not in STATISTICS or std is not None:
-            raise ValueError(f"give mean and std, or one of the names {sorted(STATISTICS)}")
-        mean, std = STATISTICS[mean]
-    if std is None:
-        raise ValueError("std is missing")
+    mean, std = statistics_of(mean, std)
     means, stds = (np.broadcast_to(np.asarray(v, np.float64), (3,))[:, None] for v in (mean, std))
     normal = statistics.NormalDist()
     noise = np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)])

@@ -179,15 +179,25 @@ def value_range(vmin=-1.0, vmax=1.0):
     return lambda images: tf.cast(images, tf.float32) / 255.0 * (vmax - vmin) + vmin
 
 
-@op(on_device=True)
-def normalize(mean="imagenet", std=None):
-    """(x / 255 - mean) / std per channel; both in [0, 1], or `mean` names one of STATISTICS."""
+def statistics_of(mean, std):
+    """Returns mean and std as given, or those that `mean` names.
+
+    Raises:
+      ValueError: An unknown name, a name with a std, or a mean without one.
+    """
     if isinstance(mean, str):
         if mean not in STATISTICS or std is not None:
             raise ValueError(f"give mean and std, or one of the names {sorted(STATISTICS)}")
         mean, std = STATISTICS[mean]
     if std is None:
         raise ValueError("std is missing")
+    return mean, std
+
+
+@op(on_device=True)
+def normalize(mean="imagenet", std=None):
+    """(x / 255 - mean) / std per channel; both in [0, 1], or `mean` names one of STATISTICS."""
+    mean, std = statistics_of(mean, std)
     if any(value <= 0 for value in (std if isinstance(std, tuple) else (std,))):
         raise ValueError(f"std={std} must be positive")
 

@@ -61,13 +61,13 @@ class Attention(keras.layers.Layer):
             return contract.project_to_heads(x, dense.projection(), self.num_heads)
         x = dense(x)
         x = tf.reshape(x, (-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads))
-        return tf.transpose(x, (0, 2, 1, 3))
+        return contract.turn(x)
 
     def _join(self, y: tf.Tensor) -> tf.Tensor:
         """What `_split` gives -> (B, N, D), projected."""
         if self.form == "tensor":
             return contract.project_from_heads(y, self.out.projection())
-        y = tf.transpose(y, (0, 2, 1, 3))
+        y = contract.turn(y)
         return self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
 
     def _attend(self, query, key, value, *, training: bool, seed: tf.Tensor | None):

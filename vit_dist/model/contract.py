@@ -35,16 +35,15 @@ class Linear(keras.layers.Dense):
         return tf.convert_to_tensor(self.kernel), bias
 
     def call(self, x: tf.Tensor, training: bool = False):
+        kernel, bias = self.projection()
         if self.form == "tensor":
-            return dense(x, self.projection())
-        kernel = tf.convert_to_tensor(self.kernel)
-        y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
-        if self.use_bias:
+            y = dense(x, (kernel, bias))
+        else:
+            y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), kernel)
             # Not bias_add: XLA takes longer for its gradient, to compile it and to compute it.
-            y = y + tf.convert_to_tensor(self.bias)
-        if self.activation is not None:
-            y = self.activation(y)
-        return tf.reshape(y, (-1, *x.shape[1:-1], self.units))
+            y = y if bias is None else y + bias
+            y = tf.reshape(y, (-1, *x.shape[1:-1], self.units))
+        return y if self.activation is None else self.activation(y)
 
 
 def dense(x: tf.Tensor, projection: Projection) -> tf.Tensor:

@@ -75,7 +75,7 @@ class Optimizer:
         for (name, variable), gradient in zip(self.variables.items(), gradients, strict=True):
             rate = learning_rate if self.rates[name] == 1 else learning_rate * self.rates[name]
             # Functional: what the rule assigns stays in the scope, and each variable is assigned
-            # once, after the gate. With 200 variables that is half of what XLA has to compile.
+            # once, after the gate: the step has a quarter fewer operations to compile.
             owned = [variable, *self._slots_of[name]]
             before = [(v, tf.convert_to_tensor(v.value)) for v in owned]
             with keras.StatelessScope(state_mapping=before) as scope:
