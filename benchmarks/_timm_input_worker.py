@@ -37,7 +37,7 @@ def main() -> None:
         scale=(0.05, 1.0),
         interpolation="bilinear",
         color_jitter=None,
-        auto_augment="rand-m9-mstd0.5-inc1" if kind == "randaug" else None,
+        auto_augment="rand-m9-inc1" if kind == "randaug" else None,
     )
     files = sorted(map(str, Path(folder).rglob("*.jpg")))
     torch.set_num_threads(1)
