@@ -8,8 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from vit_dist.model import contract
-from vit_dist.model.contract import Linear
+from vit_dist.model.linear import Linear
 from vit_dist.model.masks import Dropout
 from vit_dist.model.memory import blockwise_attention, rematerialized
 
@@ -56,27 +55,19 @@ class Attention(keras.layers.Layer):
         self.drop.build(input_shape)
 
     def _split(self, dense: Linear, x: tf.Tensor) -> tf.Tensor:
-        """(B, N, D), projected -> (B, H, N, K), or (B, N, H, K) in the tensor form."""
-        if self.form == "tensor":
-            return contract.project_to_heads(x, dense.projection(), self.num_heads)
+        """(B, N, D), projected -> (B, H, N, K)."""
         x = dense(x)
         x = tf.reshape(x, (-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads))
-        return contract.turn(x)
+        return tf.transpose(x, (0, 2, 1, 3))
 
     def _join(self, y: tf.Tensor) -> tf.Tensor:
-        """What `_split` gives -> (B, N, D), projected."""
-        if self.form == "tensor":
-            return contract.project_from_heads(y, self.out.projection())
-        y = contract.turn(y)
+        """(B, H, N, K) -> (B, N, D), projected."""
+        y = tf.transpose(y, (0, 2, 1, 3))
         return self.out(tf.reshape(y, (-1, y.shape[1], y.shape[2] * y.shape[3])))
 
     def _attend(self, query, key, value, *, training: bool, seed: tf.Tensor | None):
-        """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N').
-
-        In the tensor form N stands before H in all but the weights.
-        """
-        tensor = self.form == "tensor"
-        logits = contract.logits(query, key) if tensor else tf.matmul(query, key, transpose_b=True)
+        """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N')."""
+        logits = tf.matmul(query, key, transpose_b=True)
         logits = tf.cast(logits, "float32" if self.softmax == "float32" else value.dtype)
         # Softmax with the division after the product with the values, as in FlashAttention-2
         # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
@@ -85,11 +76,9 @@ class Attention(keras.layers.Layer):
         total = tf.reduce_sum(weights, axis=-1, keepdims=True)
         # Not in float16, where values summed over many tokens would overflow, nor on TPUs, whose
         # compiler keeps the sums and divides again where it needs to.
-        if value.dtype == tf.float16 or tensor:
+        if value.dtype == tf.float16 or self.form == "tensor":
             weights, total = weights / total, tf.ones_like(total)
         dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
-        if tensor:
-            return contract.weigh(dropped, value), weights
         return tf.matmul(dropped, value) / tf.cast(total, value.dtype), weights / total
 
     def call(
@@ -106,10 +95,7 @@ class Attention(keras.layers.Layer):
         key, value = self._split(self.key, context), self._split(self.value, context)
         query = query * tf.cast((x.shape[-1] // self.num_heads) ** -0.5, query.dtype)
         if self.block_size and not return_weights:
-            turn = contract.turn if self.form == "tensor" else tf.identity
-            y = turn(
-                blockwise_attention(*map(turn, (query, key, value)), block_size=self.block_size)
-            )
+            y = blockwise_attention(query, key, value, block_size=self.block_size)
         elif self.recompute and training:
             again = rematerialized(lambda *x: self._attend(*x, training=True, seed=seed)[0])
             y = again(query, key, value)

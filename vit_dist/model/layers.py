@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens, D width, H heads, K = D / H, M hidden width of the MLP.
 
 Layers compute the same numbers in two forms: "matrix" for CPUs and GPUs, "tensor" for TPUs (see
-`contract`).
+`Linear`).
 """
 
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from vit_dist.model import contract
 from vit_dist.model.attention import Attention
-from vit_dist.model.contract import Linear
+from vit_dist.model.linear import Linear
 from vit_dist.model.masks import Dropout, DropPath
 from vit_dist.model.norm import LAYER_NORM_EPSILON, layer_norm
 
@@ -52,9 +51,11 @@ class LayerScale(keras.layers.Layer):
 
 
 class PatchEmbedding(keras.layers.Layer):
-    """Cuts images into patches and projects each: a convolution with stride = kernel, as a matmul.
+    """Cuts images into patches and projects each: a convolution with stride = kernel.
 
     (B, height, width, C) -> (B, N, D). The kernel is kept in the convolution's layout (p, q, C, D).
+    The matrix form cuts and multiplies; a TPU would move the image several times for that (10 % of
+    a step's bytes) and takes the convolution as it is.
     """
 
     def __init__(self, width: int, patch: tuple[int, int], *, form: str = "matrix", **kwargs: Any):
@@ -73,14 +74,15 @@ class PatchEmbedding(keras.layers.Layer):
     def call(self, images: tf.Tensor) -> tf.Tensor:
         (p, q), (height, width, channels) = self.patch, images.shape[1:]
         rows, columns = height // p, width // q
+        if self.form == "tensor":
+            kernel, bias = (tf.convert_to_tensor(v) for v in (self.kernel, self.bias))
+            x = tf.nn.conv2d(images, kernel, (p, q), "VALID") + bias
+            return tf.reshape(x, (-1, rows * columns, self.width))
         x = tf.reshape(images, (-1, rows, p, columns, q, channels))
         x = tf.transpose(x, (0, 1, 3, 2, 4, 5))
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.width))
-        bias = tf.convert_to_tensor(self.bias)
-        if self.form == "tensor":
-            x = tf.reshape(x, (-1, rows * columns, p * q * channels))
-            return contract.dense(x, (kernel, bias))
-        x = tf.matmul(tf.reshape(x, (-1, p * q * channels)), kernel) + bias
+        x = tf.matmul(tf.reshape(x, (-1, p * q * channels)), kernel)
+        x = x + tf.convert_to_tensor(self.bias)
         return tf.reshape(x, (-1, rows * columns, self.width))
 
 

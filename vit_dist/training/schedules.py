@@ -70,7 +70,9 @@ def make_schedule(
 
     def schedule(step: tf.Tensor) -> tf.Tensor:
         step = tf.convert_to_tensor(step)
-        t = tf.cast(step // hold_steps * hold_steps, tf.float32)
+        if hold_steps > 1:  # a TPU has no 64-bit division: it takes 2000 operations
+            step = step // hold_steps * hold_steps
+        t = tf.cast(step, tf.float32)
         factor = decayed(t)
         if warmup_steps:
             rising = start_factor + (1 - start_factor) * t / warmup_steps
