@@ -18,11 +18,12 @@ Published: 78.22 (Ti/16), 79.58 (S/32), 83.73 (S/16), 83.59 (B/32), 85.49 (B/16)
 top-1 on ImageNet from AugReg's checkpoints, in vision_transformer's README. Not run here.
 
 `model` is the one that was pretrained; `lr` is the peak: 0.03 by default, 0.01 for CIFAR-10 and,
-in the published ImageNet runs, for B/32, S/32 and L/16.
+in the published ImageNet runs, for B/32, S/32 and L/16. The same as configs/transfer.py with
+recipe=vision_transformer, which takes any model, resolution and weights, and folders.
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import TRANSFER_TASKS, parse_arg, use_imagenet
+from vit_dist.recipe import TRANSFER_TASKS, parse_arg, use_transfer_data, use_vision_transformer
 
 
 def get_config(arg=None):
@@ -32,34 +33,11 @@ def get_config(arg=None):
         model=("B/16", "Ti/16", "S/32", "S/16", "B/32", "L/16"),
         lr=0.0,
     )
-    steps, warmup, train, val, test = TRANSFER_TASKS[arg.data]
-    slow = arg.data == "cifar10" or (
-        arg.data == "imagenet2012" and arg.model in ("B/32", "S/32", "L/16")
-    )
     config = get_defaults()
     config.image_size = 384
-    config.total_steps = steps
-    use_imagenet(config)
-    config.data.name, config.data.test_split = arg.data, test
-    config.data.train_split, config.data.val_split = train, val
-
-    config.input.batch_size = 512
-    config.input.train_ops = (
-        "decode_jpeg_and_inception_crop(size)|flip_lr|value_range(-1, 1)"
-        if arg.data == "imagenet2012"
-        else "decode|inception_crop(size)|flip_lr|value_range(-1, 1)"
-    )
-    config.input.eval_ops = "decode|resize(size)|value_range(-1, 1)"
-
-    config.model.variant = arg.model
-    config.model.pool = "tok"
-
-    config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = arg.lr or (0.01 if slow else 0.03)
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.momentum = 0.9
-    config.optimizer.momentum_dtype = "bfloat16"
-    config.schedule.warmup_steps = warmup
-    config.step.clip_norm = 1.0
-    config.step.accumulation = 8
+    config.model.variant, config.model.pool = arg.model, "tok"
+    use_transfer_data(config, arg.data)
+    use_vision_transformer(config, dataset=arg.data, scale="value_range(-1, 1)")
+    if arg.lr:
+        config.optimizer.learning_rate = arg.lr
     return config

@@ -1,7 +1,11 @@
-"""timm and transformers on CPU PyTorch, for test_interop.py; runs in an environment of its own.
+"""timm and transformers on CPU PyTorch, for test_interop*.py; runs in an environment of its own.
 
-interop_peer.py make FOLDER    random models: weights as files, logits on images, in logits.npz
-interop_peer.py load FOLDER    loads what we exported there; logits in loaded.npz
+interop_peer.py make FOLDER     small random models: weights as files, their logits in logits.npz
+interop_peer.py full FOLDER     the same of S and B in full depth
+interop_peer.py load FOLDER     loads what we exported there; logits in loaded.npz
+interop_peer.py surgery FOLDER  timm's and transformers' resampling of weights, in surgery.npz
+
+Its PYTHONPATH holds benchmarks/, for _torch_alone.
 """
 
 import json
@@ -9,25 +13,17 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import _torch_alone  # noqa: F401  before timm
+
+# isort: split
 import numpy as np
+import timm
 import torch
-
-# torchvision's compiled ops do not load beside a CPU build of torch from another source; timm and
-# transformers need none of them here, so their registrations may do nothing.
-_register_fake = torch.library.register_fake
-
-
-def _lenient(op, *args, **kwargs):
-    if isinstance(op, str) and op.startswith("torchvision::"):
-        return lambda function: function
-    return _register_fake(op, *args, **kwargs)
-
-
-torch.library.register_fake = _lenient
-import timm  # noqa: E402
-import transformers  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from timm.models.vision_transformer import checkpoint_filter_fn  # noqa: E402
+import transformers
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models._manipulate import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 # name: (arguments of timm's VisionTransformer, other image sizes)
@@ -83,6 +79,21 @@ TIMM = {
         [],
     ),
 }
+# In full depth: every patch size, over both widths; native size, and others.
+S = {"embed_dim": 384, "num_heads": 6, "depth": 12, "num_classes": 1000}
+B = {"embed_dim": 768, "num_heads": 12, "depth": 12, "num_classes": 1000}
+FULL_TIMM = {
+    "s8": ({**S, "img_size": 64, "patch_size": 8}, [(48, 96)]),
+    "s16": ({**S, "img_size": 224, "patch_size": 16}, [(160, 256), 288]),
+    "b32": ({**B, "img_size": 224, "patch_size": 32}, [(256, 192)]),
+    "b14_registers": (
+        {
+            **{**B, "img_size": 98, "patch_size": 14},
+            **{"no_embed_class": True, "reg_tokens": 4, "init_values": 0.1},
+        },
+        [(70, 126)],
+    ),
+}
 _HF = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
@@ -110,7 +121,27 @@ HUGGINGFACE = {
         transformers.Dinov2WithRegistersConfig(**_HF, mlp_ratio=2, num_register_tokens=4),
     ),
 }
+_FULL = {"num_hidden_layers": 12, "num_labels": 1000}
+_S = {**_FULL, "hidden_size": 384, "num_attention_heads": 6}
+_B = {**_FULL, "hidden_size": 768, "num_attention_heads": 12}
+FULL_HUGGINGFACE = {
+    "vit_s16": (
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig(**_S, intermediate_size=1536, image_size=224, patch_size=16),
+    ),
+    "vit_b32": (
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig(**_B, intermediate_size=3072, image_size=224, patch_size=32),
+    ),
+    "dinov2_b14_registers": (
+        transformers.Dinov2WithRegistersForImageClassification,
+        transformers.Dinov2WithRegistersConfig(
+            **_B, image_size=98, patch_size=14, num_register_tokens=4
+        ),
+    ),
+}
 SIZES = {"vit": [48, (24, 40)], "dinov2": [48, (24, 40)], "dinov2_registers": [(24, 40)]}
+SIZES |= {"vit_s16": [(160, 256)], "vit_b32": [(256, 192)], "dinov2_b14_registers": [(70, 126)]}
 
 
 def images_of(size):
@@ -143,32 +174,45 @@ def run(model, size, **options):
 
 def make(folder: Path) -> None:
     found = {}
-    for name, (arguments, sizes) in TIMM.items():
+    _make_timm(folder, TIMM, found)
+    _make_pth(folder, found)
+    _make_huggingface(folder, HUGGINGFACE, found)
+    np.savez(folder / "logits.npz", **found)
+
+
+def full(folder: Path) -> None:
+    found = {}
+    _make_timm(folder, FULL_TIMM, found)
+    _make_huggingface(folder, FULL_HUGGINGFACE, found)
+    np.savez(folder / "logits.npz", **found)
+
+
+def _make_timm(folder: Path, table: dict, found: dict) -> None:
+    for name, (arguments, sizes) in table.items():
         arguments = {**SMALL, **arguments}
-        model = randomize(timm.models.vision_transformer.VisionTransformer(**arguments))
+        model = randomize(VisionTransformer(**arguments))
         save_file(model.state_dict(), folder / f"{name}.safetensors")
         found[f"{name}@{arguments['img_size']}"] = run(model, arguments["img_size"])
         for size in sizes:
             square = arguments["img_size"]  # timm resamples from square grids alone
-            other = timm.models.vision_transformer.VisionTransformer(
-                **{**arguments, "img_size": size}
-            )
+            other = VisionTransformer(**{**arguments, "img_size": size})
             if isinstance(square, int):
                 other.load_state_dict(checkpoint_filter_fn(dict(model.state_dict()), other))
                 found[f"{name}@{size}"] = run(other.eval(), size)
-    _make_pth(folder, found)
-    for name, (kind, config) in HUGGINGFACE.items():
+
+
+def _make_huggingface(folder: Path, table: dict, found: dict) -> None:
+    for name, (kind, config) in table.items():
         model = randomize(kind(config))
         model.save_pretrained(folder / name)
-        found[f"{name}@32"] = run(model, 32)
+        found[f"{name}@{config.image_size}"] = run(model, config.image_size)
         for size in SIZES.get(name, []):
-            options = {"interpolate_pos_encoding": True} if name == "vit" else {}
+            options = {"interpolate_pos_encoding": True} if name.startswith("vit") else {}
             found[f"{name}@{size}"] = run(model, size, **options)
-    np.savez(folder / "logits.npz", **found)
 
 
 def _make_pth(folder: Path, found: dict) -> None:
-    model = timm.models.vision_transformer.VisionTransformer(**SMALL, img_size=32, patch_size=8)
+    model = VisionTransformer(**SMALL, img_size=32, patch_size=8)
     state = randomize(model).state_dict()
     found["pth@32"] = run(model, 32)
     torch.save(state, folder / "state.pth")
@@ -187,15 +231,14 @@ def _make_pth(folder: Path, found: dict) -> None:
 
 
 def load(folder: Path) -> None:
-    found = {}
+    found, exported = {}, json.loads((folder / "exported.json").read_text())
     for path in sorted(folder.iterdir()):
         kind = path.name.partition("-")[0]
-        size = json.loads((folder / "sizes.json").read_text()).get(path.name)
+        size, arguments = exported.get(path.name, (None, None))
         if kind == "timm":
             model = timm.create_model(f"local-dir:{path}", pretrained=True)
         elif kind == "npz":
-            arguments = {**SMALL, "img_size": size, "patch_size": 8, "act_layer": "gelu_tanh"}
-            model = timm.models.vision_transformer.VisionTransformer(**arguments)
+            model = VisionTransformer(**arguments, img_size=size, act_layer="gelu_tanh")
             model.load_pretrained(str(path))
         elif kind == "huggingface":
             name = json.loads((path / "config.json").read_text())["architectures"][0]
@@ -210,5 +253,41 @@ def load(folder: Path) -> None:
     np.savez(folder / "loaded.npz", **found)
 
 
+def surgery(folder: Path) -> None:
+    """What timm and transformers make of the arrays in given.npz; a key says what was asked."""
+    found = {}
+    for key, array in np.load(folder / "given.npz").items():
+        what, *options = key.split()
+        given = torch.from_numpy(array)
+        if what == "kernel":
+            size = int(options[0])
+            made = resample_patch_embed(given, [size, size], "bilinear", antialias=False)
+        elif what == "channels":
+            made = adapt_input_conv(int(options[0]), given)
+        elif what == "timm":
+            method, antialias, *grids = options
+            old, new = np.array(grids, int).reshape(2, 2).tolist()
+            made = resample_abs_pos_embed(
+                given, new, old, 2, interpolation=method, antialias=antialias == "antialias"
+            )
+        else:
+            made = _transformers_positions(given, *map(int, options))
+        found[key] = made.numpy()
+    np.savez(folder / "surgery.npz", **found)
+
+
+@torch.no_grad()
+def _transformers_positions(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    side = round((table.shape[1] - 1) ** 0.5)
+    config = transformers.ViTConfig(
+        hidden_size=table.shape[2], image_size=side * 8, patch_size=8, num_attention_heads=1
+    )
+    embeddings = transformers.ViTModel(config).embeddings
+    embeddings.position_embeddings.copy_(table)
+    patches = torch.zeros(1, 1 + rows * columns, table.shape[2])
+    return embeddings.interpolate_pos_encoding(patches, rows * 8, columns * 8)
+
+
 if __name__ == "__main__":
-    {"make": make, "load": load}[sys.argv[1]](Path(sys.argv[2]))
+    modes = {"make": make, "full": full, "load": load, "surgery": surgery}
+    modes[sys.argv[1]](Path(sys.argv[2]))

@@ -211,3 +211,58 @@ def test_headers_of_safetensors_that_lie(tmp_path):
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     with pytest.raises(ValueError, match="damaged"):
         open_pretrained(path)
+
+
+def test_a_type_that_is_not_read(tmp_path):
+    header = {"a": {"dtype": "F8_E4M3", "shape": [16], "data_offsets": [0, 16]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(ValueError, match=r"a.safetensors: a is of type F8_E4M3.*float16"):
+        open_pretrained(path)
+
+
+SAVERS = {
+    "a.npz": lambda path, arrays: np.savez(path, **arrays),
+    "compressed.npz": lambda path, arrays: np.savez_compressed(path, **arrays),
+    "a.safetensors": lambda path, arrays: safetensors.numpy.save_file(arrays, path),
+    "a.pth": lambda path, arrays: path.write_bytes(torch_file(arrays)),
+}
+
+
+@pytest.fixture(scope="module", params=SAVERS)
+def large(request, tmp_path_factory):
+    """A file of tensors that are read in several pieces, and what they are."""
+    path = tmp_path_factory.mktemp("large") / request.param
+    draw = np.random.default_rng(0).standard_normal
+    arrays = {"a": draw((600, 1001), "f"), "b": draw((2**18,), "f"), "c": draw((3, 4), "f")}
+    SAVERS[request.param](path, arrays)
+    return path, arrays
+
+
+def test_large_tensors_are_read_whole(large):
+    path, arrays = large
+    for name, tensor in tensors_of(path).items():
+        np.testing.assert_array_equal(np.asarray(tensor), arrays[name])
+
+
+def test_a_file_cut_after_it_was_opened(large, tmp_path):
+    path = tmp_path / large[0].name
+    path.write_bytes(large[0].read_bytes())
+    tensors = tensors_of(path)
+    path.write_bytes(large[0].read_bytes()[: 2**20])
+    with pytest.raises(ValueError, match=f"{path.name}.* is damaged or was cut"):
+        for tensor in tensors.values():
+            np.asarray(tensor)
+
+
+def test_a_flipped_bit_in_a_large_tensor(large, tmp_path):
+    if large[0].suffix == ".safetensors":
+        pytest.skip("this kind of file has no checksums")
+    data = bytearray(large[0].read_bytes())
+    data[2**20 + 2**19] ^= 16
+    path = tmp_path / large[0].name
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{path.name}: .*(damaged|cannot be read)"):
+        for tensor in tensors_of(path).values():
+            np.asarray(tensor)

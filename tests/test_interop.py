@@ -7,6 +7,7 @@ tests are skipped.
 import ast
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,13 +28,14 @@ pytestmark = pytest.mark.skipif(
 )
 TOLERANCE = 1e-4  # of the largest logit, float32
 # What a bare file of timm's does not tell.
-HEADS = {"s_width": 6, "b_width": 12}
+HEADS = {"s_width": 6, "b_width": 12, "s8": 6, "s16": 6, "b32": 12, "b14_registers": 12}
 BEHIND = {"tok_p32_wide": (64, 128)}  # trained on images that are not square
 
 
 def run_peer(mode, folder):
     command = [PYTHON, HERE / "interop_peer.py", mode, folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent / "benchmarks")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -44,6 +46,16 @@ def made(tmp_path_factory):
     run_peer("make", folder)
     with np.load(folder / "logits.npz") as logits:
         return folder, dict(logits)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The same of S and B in full depth; 1.2 GB, removed at the end."""
+    folder = tmp_path_factory.mktemp("full")
+    run_peer("full", folder)
+    with np.load(folder / "logits.npz") as logits:
+        yield folder, dict(logits)
+    shutil.rmtree(folder)
 
 
 def assert_close(mine, theirs, name=""):
@@ -91,6 +103,27 @@ def test_logits_of_transformers(made):
         method = "bicubic_antialias" if name == "dinov2_registers" else "bicubic"
         assert_close(logits_of(folder / name, size, method=method), expected, f"{name}@{size}")
     assert len(names) == 7
+
+
+@pytest.mark.parametrize("name", ["s8", "s16", "b32", "b14_registers"])
+def test_full_depth_of_timm(full, name):
+    """12 blocks of S and B, as saved and at other resolutions, one of them not square."""
+    folder, logits = full
+    found = list(cases(logits, {name}))
+    assert len(found) > 1 and any(isinstance(size, tuple) for _, size, _ in found)
+    for _, size, expected in found:
+        mine = logits_of(folder / f"{name}.safetensors", size, name=name)
+        assert_close(mine, expected, f"{name}@{size}")
+
+
+@pytest.mark.parametrize("name", ["vit_s16", "vit_b32", "dinov2_b14_registers"])
+def test_full_depth_of_transformers(full, name):
+    folder, logits = full
+    found = list(cases(logits, {name}))
+    assert len(found) > 1 and any(isinstance(size, tuple) for _, size, _ in found)
+    for _, size, expected in found:
+        method = "bicubic" if name.startswith("vit") else "bicubic_antialias"
+        assert_close(logits_of(folder / name, size, method=method), expected, f"{name}@{size}")
 
 
 @pytest.mark.parametrize("name", ["state", "wrapped", "ema", "half", "strided"])
@@ -154,15 +187,23 @@ OURS = {
     "features": ({"pool": "tok", "num_classes": 0, "rep_size": 48}, ("huggingface",)),
     "gap": ({"norm_after_pool": True, "qkv_bias": False}, ("timm",)),
     "map": ({"pool": "map", "registers": 2}, ("timm",)),
+    "S16": (
+        {"variant": "S/16", "pool": "tok", "image_size": (96, 64)},
+        ("timm", "huggingface", "npz"),
+    ),
 }
+SMALL = {"variant": "mu/8", "width": 48, "depth": 2, "num_heads": 3, "mlp_dim": 192}
 
 
 def test_ours_in_timm_and_transformers(tmp_path):
-    expected, sizes = {}, {}
+    expected, exported = {}, {}
     for name, (options, systems) in OURS.items():
         options = {"image_size": 32, "num_classes": 7, **options}
-        config = vit_config("mu/8", width=48, depth=2, num_heads=3, mlp_dim=192, **options)
+        options = options if "variant" in options else {**SMALL, **options}
+        config = vit_config(options.pop("variant"), **options)
         model = randomize(build_vit(config), scale=0.1)
+        plain = {"embed_dim": model.width, "depth": model.depth, "num_heads": config["num_heads"]}
+        plain |= {"patch_size": model.patch_size, "num_classes": model.num_classes}
         images = images_of(model.image_size)
         for system in systems:
             path = tmp_path / (f"{system}-{name}" + (".npz" if system == "npz" else ""))
@@ -172,9 +213,9 @@ def test_ours_in_timm_and_transformers(tmp_path):
             half = {"mean": [0.5] * 3, "std": [0.5] * 3}
             write_pretrained(path, system, arrays, ready.get_config(), **half)
             expected[path.name] = model(images).numpy()
-            sizes[path.name] = list(model.image_size)
+            exported[path.name] = list(model.image_size), plain
             assert ready.get_config()["prefix_posemb"] == prefix_posemb_for(system, config)
-    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    (tmp_path / "exported.json").write_text(json.dumps(exported))
     run_peer("load", tmp_path)
     with np.load(tmp_path / "loaded.npz") as loaded:
         assert set(loaded) == set(expected)

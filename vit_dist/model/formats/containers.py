@@ -7,10 +7,11 @@ of its largest tensor. All sizes are checked against the file before memory is a
 import dataclasses
 import json
 import math
+import mmap
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,7 @@ import safetensors
 MAX_GROWTH = 20
 SLACK = 2**28
 _MAX_HEADER = 2**16  # bytes of a .npy header
+_CHUNK = 2**20  # bytes read at once, so that decompression and checksums need no second copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,19 +131,32 @@ def _zip(path: Path) -> zipfile.ZipFile:
     return archive
 
 
-def read_member(path: Path, name: str, limit: int | None = None) -> bytes:
-    """A member of a zip file, its checksum verified; at most `limit` bytes, and then not verified.
+def read_member(path: Path, name: str) -> memoryview:
+    """A member of a zip file, its checksum verified.
 
     Raises:
       ValueError: it is damaged or cut.
     """
     try:
         with _zip(path) as archive, archive.open(name) as member:
-            return member.read() if limit is None else member.read(limit)
+            return _read(member, archive.getinfo(name).file_size)
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: {name} is damaged or was cut ({error})") from None
     except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
         raise ValueError(f"{path}: {name} cannot be read ({error})") from error
+
+
+def _read(file: IO[bytes], size: int) -> memoryview:
+    """The next `size` bytes, in memory that goes back to the system with the last use of them.
+
+    A heap would keep it, in pieces between tensors that stay: a tenth of a large file in the end.
+    """
+    data = memoryview(mmap.mmap(-1, size) if size >= _CHUNK else bytearray(size))
+    for start in range(0, size, _CHUNK):
+        part = data[start : start + _CHUNK]
+        if file.readinto(part) != len(part):  # type: ignore[attr-defined]
+            raise EOFError("it ends early")
+    return data
 
 
 def _open_npz(path: Path) -> TensorFile:
@@ -153,7 +168,7 @@ def _open_npz(path: Path) -> TensorFile:
             name = info.filename.removesuffix(".npy")
 
             def read(info=info, shape=shape, dtype=dtype, fortran=fortran, start=start):
-                data = memoryview(read_member(path, info.filename))[start:]
+                data = read_member(path, info.filename)[start:]
                 array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
                 return as_float(array)
 
@@ -198,34 +213,48 @@ def as_float(array: np.ndarray) -> np.ndarray:
     return array
 
 
-_BFLOAT16 = {"BF16": ml_dtypes.bfloat16}
+# Those of safetensors that NumPy, with bfloat16 of ml_dtypes, has too.
+_SAFETENSORS_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BOOL": np.dtype(np.bool_),
+    **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+}
 
 
 def _open_safetensors(path: Path) -> TensorFile:
     try:
         with safetensors.safe_open(path, framework="np") as file:  # checks the whole header
-            metadata, names = file.metadata() or {}, list(file.keys())
-            slices = {name: file.get_slice(name) for name in names}
-            shapes = {name: tuple(slices[name].get_shape()) for name in names}
-            types = {name: slices[name].get_dtype() for name in names}
+            metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or was cut: {error}") from None
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
+    header.pop("__metadata__", None)
 
-    def reader(name: str) -> Callable[[], np.ndarray]:
+    def reader(name: str, entry: Mapping[str, Any]) -> Callable[[], np.ndarray]:
+        begin, end = entry["data_offsets"]
+
         def read() -> np.ndarray:
-            if types[name] not in _BFLOAT16:
-                with safetensors.safe_open(path, framework="np") as file:
-                    return as_float(file.get_tensor(name))
-            begin, end = header[name]["data_offsets"]  # NumPy's reader knows no bfloat16
-            with path.open("rb") as raw:
-                raw.seek(8 + length + begin)
-                data = raw.read(end - begin)
-            return as_float(np.frombuffer(data, _BFLOAT16[types[name]]).reshape(shapes[name]))
+            try:
+                with path.open("rb") as raw:
+                    raw.seek(8 + length + begin)
+                    data = _read(raw, end - begin)
+            except (EOFError, OSError) as error:
+                raise ValueError(f"{path}: {name} is damaged or was cut ({error})") from None
+            array = np.frombuffer(data, _SAFETENSORS_DTYPES[entry["dtype"]])
+            return as_float(array.reshape(entry["shape"]))
 
         return read
 
-    tensors = {name: LazyArray(shapes[name], reader(name), name) for name in names}
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"{path}: {name} is of type {entry['dtype']}, which is not read: save it as "
+                "float32, float16 or bfloat16"
+            )
+        tensors[name] = LazyArray(tuple(entry["shape"]), reader(name, entry), name)
     return TensorFile(tensors, "safetensors", metadata)

@@ -97,7 +97,7 @@ def open_torch(path: Path) -> TensorFile:
     if sizes[member] > _MAX_PICKLE:
         raise ValueError(f"{path}: {member} has {sizes[member]:,} bytes; not that of a checkpoint")
     order = f"{root}byteorder"
-    if order in sizes and read_member(path, order).strip() != b"little":
+    if order in sizes and bytes(read_member(path, order)).strip() != b"little":
         raise ValueError(f"{path} was written on a big-endian machine; save it on another")
     data = read_member(path, member)
     try:
