@@ -5,21 +5,25 @@ stored, as optax does. Decay is the Optimizer's, but for LAMB's, which is part o
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.training.sharding import Remote
+
 
 class _Rule:
-    """What the Optimizer sets: the count of updates, and the type of first moments.
+    """What the Optimizer sets: the count of updates, the type of first moments, where slots go.
 
     Keras's own counter needs Keras's own apply().
     """
 
     count: tf.Tensor | int = 0
     momentum_dtype = "float32"
+    place: Callable[..., Any]  # variable, kind, what it is like, how to make it -> a slot
     _corrections: dict[float, tf.Tensor]
 
     @property
@@ -53,16 +57,20 @@ class _Rule:
 
     def add_variable_from_reference(
         self, reference_variable: keras.Variable, name: str = "", initializer: Any = "zeros"
-    ) -> keras.Variable:
+    ) -> Any:
         return self.add_slot(reference_variable, reference_variable.shape, name, initializer)
 
     def add_slot(
         self, variable: keras.Variable, shape: Any, kind: str, initializer: Any = "zeros"
-    ) -> keras.Variable:
+    ) -> Any:
         """A slot named as Keras names its own: the variable's path, then the kind."""
         dtype = self.momentum_dtype if kind == "momentum" else variable.dtype
         name = f"{variable.path.replace('/', '_')}_{kind}"
-        return self.add_variable(shape, initializer, dtype, name=name)  # type: ignore[attr-defined]
+
+        def make() -> keras.Variable:
+            return self.add_variable(shape, initializer, dtype, name=name)  # type: ignore[attr-defined]
+
+        return self.place(variable, kind, Remote(tuple(shape), dtype), make)
 
 
 def _read(variable: keras.Variable) -> tf.Tensor:
