@@ -2,13 +2,14 @@
 
     .venv/bin/python tests/sharding_cost.py [--variant S/16] [--image_size 64] [--batch_size 16]
 
-On two replicas, as two virtual CPUs of one process and as two worker processes, AdamW, XLA. Each
-setting runs in processes of its own, with and without in turn. The memory is what a process holds
-after the last step (VmRSS) and at most (VmHWM), less the same before the model was made; the time
-is the process's CPU time (user + system) over --steps steps.
+On two replicas, as two virtual CPUs of one process and as two worker processes, AdamW. Each
+setting runs in processes of its own, with and without in turn. "held": MB that a process holds
+between two steps; "peak": at most, both less what it held before the model was made (by default
+without XLA, whose compiler takes more than what is measured). "cpu": its CPU seconds a step.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def memory() -> dict[str, float]:
     """MB held now, and at most so far."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM")}
@@ -59,7 +61,7 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     step = make_train_step(
         state, make_loss(), strategy=strategy, schedule=make_schedule(1e-3, total_steps=100),
         preprocess=lambda x: tf.cast(x, tf.float32) / 127.5 - 1, batch_size=args.batch_size,
-        seed=0, jit="split",
+        seed=0, jit=args.jit,
     )  # fmt: skip
     share = args.batch_size // 2
     images = np.random.default_rng(0).integers(0, 256, (share, *[args.image_size] * 2, 3))
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jit", default="off", choices=("off", "split"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -70,9 +70,10 @@ def check(config: ConfigDict) -> Run:
     strategy = bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
     optimizer = bind(
-        make_optimizer, config.optimizer, name="optimizer", variables={}, strategy=None
-    )
-    for given in ("variables", "strategy"):
+        make_optimizer, config.optimizer, name="optimizer", variables={}, strategy=None,
+        num_heads=None,
+    )  # fmt: skip
+    for given in ("variables", "strategy", "num_heads"):
         optimizer.pop(given)
     check_optimizer(**optimizer)
     loss = bind(make_loss, config.loss, name="loss")
@@ -237,7 +238,10 @@ def make_state(run: Run, strategy: tf.distribute.Strategy) -> TrainState:
         ema = build_vit(**build) if run.step["ema_decay"] else None
     # Sharded, a slot is on one device alone, which the scope does not have.
     scope = contextlib.nullcontext() if run.optimizer["shard_state"] else strategy.scope()
+    heads = run.build["config"]["num_heads"]
     with scope:
-        optimizer = make_optimizer(named_weights(model), **run.optimizer, strategy=strategy)
+        optimizer = make_optimizer(
+            named_weights(model), **run.optimizer, strategy=strategy, num_heads=heads
+        )
     with strategy.scope():
         return TrainState(model, optimizer, ema)

@@ -9,7 +9,14 @@ import keras
 import tensorflow as tf
 
 from vit_dist.training import update_rules
-from vit_dist.training.rules import Rules, check_names, check_rules, multiplier, rate_multipliers
+from vit_dist.training.rules import (
+    Rules,
+    check_names,
+    check_rules,
+    multiplier,
+    rate_multipliers,
+    split_heads,
+)
 from vit_dist.training.sharding import Remote, Shards
 
 # Each with what its None's stand for: the values of its paper.
@@ -187,6 +194,7 @@ def make_optimizer(
     momentum: float | None = None,
     shard_state: bool = False,
     strategy: tf.distribute.Strategy | None = None,
+    num_heads: int | None = None,
 ) -> Optimizer:
     """Makes an optimiser for the named variables; call it under the strategy's scope.
 
@@ -205,13 +213,15 @@ def make_optimizer(
       shard_state: each replica holds the slots of a part of the variables only (sharding.py); call
         it outside of the strategy's scope then, which would make every slot on every replica.
       strategy: of the replicas, for shard_state.
+      num_heads: of the model's attention, for adafactor_vit, which factors each head for itself.
 
     Raises:
-      ValueError: unknown name, a number out of range, a pattern that matches no variable, or
-        shard_state under a scope, without a strategy, or on TPUs.
+      ValueError: unknown name, a number out of range, a pattern that matches no variable,
+        shard_state under a scope, without a strategy, or on TPUs, or adafactor_vit without
+        num_heads for a model with attention.
     """
     given = dict(locals())
-    for key in ("variables", "strategy"):
+    for key in ("variables", "strategy", "num_heads"):
         del given[key]
     check_optimizer(**given)
     used = decay_multipliers if weight_decay else ()
@@ -226,10 +236,26 @@ def make_optimizer(
     own = {k: v if given[k] is None else given[k] for k, v in NAMES[name].items()}
     rule = _make_rule(name, float(learning_rate), {"beta_1": beta_1, **own})
     rule.momentum_dtype = momentum_dtype
+    if name == "adafactor_vit":
+        rule.views = _views(variables, num_heads)
     if shard_state and (strategy is None or tf.distribute.has_strategy()):
         raise ValueError("shard_state needs the strategy, and no scope of it around make_optimizer")
     shared = strategy if shard_state else None
     return Optimizer(rule, variables, rates=rates, decays=decays, strategy=shared)
+
+
+def _views(
+    variables: dict[str, keras.Variable], num_heads: int | None
+) -> dict[int, tuple[int, ...]]:
+    """By id the shapes, heads apart, of attention's variables."""
+    found = {}
+    for name, variable in variables.items():
+        shape = tuple(variable.shape)
+        if split_heads(name, shape, 1) != shape:
+            if num_heads is None:
+                raise ValueError(f"adafactor_vit needs num_heads, to factor {name} by heads")
+            found[id(variable)] = split_heads(name, shape, num_heads)
+    return found
 
 
 def _make_rule(name: str, rate: float, own: dict[str, float]) -> Any:
