@@ -19,6 +19,30 @@ except ImportError as error:
     sys.exit(3)
 
 
+KERNEL = re.compile(r"attention/(query|key|value|out)/kernel$")
+
+
+def with_heads(w, heads):
+    """Attention's kernels as flax and big_vision store them: (D, H, K), and (H, K, D) for out."""
+
+    def cut(name, value):
+        inside, size = KERNEL.search(name), value.shape[-1]
+        if not inside:
+            return value
+        parts = (heads, size // heads)
+        return value.reshape((*parts, size) if inside[1] == "out" else (size, *parts))
+
+    return {name: cut(name, value) for name, value in w.items()}
+
+
+def flat(w):
+    """Back: attention's kernels as matrices (D, D)."""
+    return {
+        name: value.reshape(round(value.size**0.5), -1) if KERNEL.search(name) else value
+        for name, value in w.items()
+    }
+
+
 def vit(w, x, *, heads, patch):
     """A pre-LN ViT with learned positions, mean pooling, tanh GELU; weights by vit_dist's names."""
     rows, columns = x.shape[1] // patch, x.shape[2] // patch
@@ -47,6 +71,25 @@ def vit(w, x, *, heads, patch):
         x = x + y + w[f"{block}/mlp/dense_1/bias"]
     x = norm(x, "encoder_norm").mean(1)
     return x @ w["head/kernel"] + w["head/bias"]
+
+
+FIRST = ("mu", "trace", "ema")  # how optax's states name first moments
+
+
+def stored(inner, dtype):
+    """`inner`, in float32, with its first moments kept as `dtype` from one update to the next."""
+
+    def cast(state, to):
+        if not hasattr(state, "_fields"):  # of a chain
+            return tuple(cast(part, to) for part in state)
+        own = {name: getattr(state, name) for name in FIRST if name in state._fields}
+        return state._replace(**jax.tree.map(lambda x: x.astype(to), own))
+
+    def update(gradient, state, params):
+        moved, state = inner.update(gradient, cast(state, jnp.float32), params)
+        return moved, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def rule(name, momentum_dtype):
@@ -86,7 +129,9 @@ def optimizer(recipe, weights):
     trust = [optax.masked(optax.scale_by_trust_ratio(), mask)] if recipe["name"] == "lamb" else []
     return optax.chain(
         optax.clip_by_global_norm(recipe["clip"]),
-        rule(recipe["name"], recipe["momentum_dtype"]),
+        rule(recipe["name"], recipe["momentum_dtype"])
+        if recipe["optax_multiplies"]
+        else stored(rule(recipe["name"], "float32"), recipe["momentum_dtype"]),
         decay,
         *trust,
         optax.scale_by_schedule(schedule),
@@ -95,10 +140,12 @@ def optimizer(recipe, weights):
 
 
 def train(recipe, weights, images, labels, *, heads, patch):
+    if recipe["name"] == "adafactor_vit":
+        weights = with_heads(weights, heads)
     transform = optimizer(recipe, weights)
 
     def loss_of(w, x, y):
-        logits = vit(w, x, heads=heads, patch=patch)
+        logits = vit(flat(w), x, heads=heads, patch=patch)
         targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[-1]), recipe["smoothing"])
         return optax.softmax_cross_entropy(logits, targets).mean()
 
@@ -113,7 +160,28 @@ def train(recipe, weights, images, labels, *, heads, patch):
     for x, y in zip(images, labels, strict=True):
         weights, average, state, loss = step(weights, average, state, x, y)
         losses.append(loss)
-    return losses, weights, average
+    return losses, flat(weights), flat(average)
+
+
+def factored(cases):
+    """JSON: name -> shape; what 20 updates of big_vision's Adafactor sum up to, by name.
+
+    The gradients of update i are numpy's default_rng(i) in the order of the names.
+    """
+    transform = rule("adafactor_vit", "float32")
+    total = {name: jnp.zeros(shape) for name, shape in cases.items()}
+    state, update = transform.init(total), jax.jit(transform.update)
+    for i in range(20):
+        rng = np.random.default_rng(i)
+        gradient = {n: jnp.asarray(rng.standard_normal(s, np.float32)) for n, s in cases.items()}
+        moved, state = update(gradient, state, total)
+        total = {name: total[name] + moved[name] for name in cases}
+    return {f"factored/{name}": np.asarray(value) for name, value in total.items()}
+
+
+def rsqrt(peak, timescale):
+    """big_vision's, counted from the end of its warmup."""
+    return lambda count: peak / jnp.sqrt((count + timescale) / timescale)
 
 
 def schedules(cases):
@@ -121,7 +189,8 @@ def schedules(cases):
     out = {}
     for name, (function, arguments, boundaries, steps) in cases.items():
         if boundaries:
-            parts = [optax.linear_schedule(*boundaries[:3]), getattr(optax, function)(**arguments)]
+            make = rsqrt if function == "rsqrt" else getattr(optax, function)
+            parts = [optax.linear_schedule(*boundaries[:3]), make(**arguments)]
             schedule = optax.join_schedules(parts, [boundaries[2]])
         else:
             if "boundaries_and_scales" in arguments:
@@ -136,6 +205,7 @@ def main():
     data = dict(np.load(sys.argv[1]))
     recipes = json.loads(str(data.pop("recipes")))
     out = schedules(json.loads(str(data.pop("schedules"))))
+    out |= factored(json.loads(str(data.pop("factored"))))
     sizes = {"heads": int(data.pop("heads")), "patch": int(data.pop("patch"))}
     images, labels = data.pop("images"), data.pop("labels")
     weights = {k.removeprefix("model/"): jnp.asarray(v) for k, v in data.items()}

@@ -1,5 +1,6 @@
 """A compiled step around a small network, and the same step in NumPy."""
 
+import contextlib
 import functools
 
 import keras
@@ -73,10 +74,14 @@ class Engine:
         self, make_model, *, replicas=1, strategy=None, ema_decay=None, optimizer=None, **options
     ):
         self.strategy = strategy or make_strategy(replicas)
+        optimizer = {"strategy": self.strategy, **(optimizer or {})}
         with self.strategy.scope():
             model = make_model()
-            rule = make_optimizer(named_weights(model), **(optimizer or {}))
             ema = make_model() if ema_decay else None
+        sharded = optimizer.get("shard_state")
+        with contextlib.nullcontext() if sharded else self.strategy.scope():
+            rule = make_optimizer(named_weights(model), **optimizer)
+        with self.strategy.scope():
             self.state = TrainState(model, rule, ema)
         self.step = make_train_step(
             self.state,

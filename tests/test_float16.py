@@ -18,7 +18,7 @@ from stepping import (
     weights_of,
 )
 
-from vit_dist.training import step as step_lib
+from vit_dist.training import update as update_lib
 from vit_dist.training.state import INITIAL_LOSS_SCALE
 
 
@@ -26,7 +26,7 @@ from vit_dist.training.state import INITIAL_LOSS_SCALE
 def half():
     """float16 on two replicas; the loss scale doubles after 3 good steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_lib, "GROWTH_STEPS", 3)
+        patch.setattr(update_lib, "GROWTH_STEPS", 3)
         engine = Engine(
             functools.partial(make_net, "mixed_float16"),
             replicas=2,

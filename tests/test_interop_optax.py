@@ -9,17 +9,20 @@ import os
 import subprocess
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import make
 
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import make_optimizer
-from vit_dist.training.schedules import make_schedule
+from vit_dist.training.schedules import NAMES, make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import make_train_step
+from vit_dist.wiring import check
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = Path(os.environ.get("VIT_DIST_INTEROP_PYTHON") or ROOT / ".venv-interop" / "bin" / "python")
@@ -34,17 +37,22 @@ CONFIG = vit_config(
 )  # fmt: skip
 COMMON = {
     "decay": 0.1, "clip": 0.5, "ema": 0.9, "smoothing": 0.1, "momentum_dtype": "float32",
-    "warmup": 4, "total": STEPS, "start": 0.1, "end": 0.05,
+    "optax_multiplies": False, "warmup": 4, "total": STEPS, "start": 0.1, "end": 0.05,
 }  # fmt: skip
 RECIPES = {
-    "adamw": {"rate": 1e-3},
+    "adamw": {"rate": 1e-3, "decay": 1.0},
     "adamw, bfloat16": {"rate": 1e-3, "momentum_dtype": "bfloat16"},
+    "adamw, as optax multiplies": {
+        "rate": 1e-3,
+        "momentum_dtype": "bfloat16",
+        "optax_multiplies": True,
+    },
     "sgd": {"rate": 0.03},
     "sgd, bfloat16": {"rate": 0.03, "momentum_dtype": "bfloat16"},
     "lamb": {"rate": 4e-3},
     "lion": {"rate": 1e-4, "decay": 1.0},
     "adafactor": {"rate": 1e-2},
-    "adafactor_vit": {"rate": 1e-3},
+    "adafactor_vit": {"rate": 1e-3, "decay": 1.0},
     "adafactor_vit, bfloat16": {"rate": 1e-3, "momentum_dtype": "bfloat16"},
 }
 RECIPES = {k: {**COMMON, **v, "name": k.split(",")[0]} for k, v in RECIPES.items()}
@@ -74,12 +82,26 @@ SCHEDULES = {
         RISE,
     ),
     "constant": ({}, "constant_schedule", {"value": PEAK}, RISE),
+    "rsqrt": (  # optax has none: big_vision's formula
+        {"timescale_steps": 50}, "rsqrt", {"peak": PEAK, "timescale": 50}, RISE,
+    ),
     "step": (
         {"milestones": (10.1, 55), "drop": 0.5, "warmup_steps": 0},
         "piecewise_constant_schedule",
         {"init_value": PEAK, "boundaries_and_scales": {101: 0.5, 550: 0.5}},
         None,
     ),
+}  # fmt: skip
+
+
+# big_vision's arrays of Ti, S and B, heads apart: (D, H, K) and (H, K, D), K = 64 in all.
+HEADS = {"Ti": 3, "S": 6, "B": 12}
+FACTORED = {
+    f"{size}/attention/{name}": shape
+    for size, h in HEADS.items()
+    for name, shape in {
+        "query/kernel": (64 * h, h, 64), "query/bias": (h, 64), "out/kernel": (h, 64, 64 * h),
+    }.items()
 }  # fmt: skip
 
 
@@ -108,7 +130,8 @@ def peer(tmp_path_factory):
     cases = {k: (f, arguments, rise, AT) for k, (_, f, arguments, rise) in SCHEDULES.items()}
     np.savez(
         folder / "in.npz", images=images, labels=labels, heads=2, patch=4,
-        recipes=json.dumps(RECIPES), schedules=json.dumps(cases), **weights,
+        recipes=json.dumps(RECIPES), schedules=json.dumps(cases), factored=json.dumps(FACTORED),
+        **weights,
     )  # fmt: skip
     script = Path(__file__).with_name("optax_peer.py")
     done = subprocess.run(
@@ -131,6 +154,7 @@ def ours(recipe):
         rule = make_optimizer(
             named_weights(model), name=recipe["name"], learning_rate=recipe["rate"],
             weight_decay=recipe["decay"], momentum_dtype=recipe["momentum_dtype"],
+            num_heads=CONFIG["num_heads"],
         )  # fmt: skip
         state = TrainState(model, rule, make_model())
     step = make_train_step(
@@ -161,12 +185,13 @@ def ours(recipe):
 def test_twenty_steps(peer, key):
     """Clipping, decay mask, accumulation and moving average on: 1e-4 for losses and weights.
 
-    With bfloat16 slots both round at other places (optax multiplies the moment in bfloat16, we do
-    in float32): there the distance is small against the way that the weights have gone.
+    First moments in bfloat16, too, where the peer multiplies in float32, as we do. Optax itself
+    multiplies the stored moment by its decay in bfloat16, which rounds once more to 8 bits (2e-3
+    was seen in a loss): there the distance is small against the way that the weights have gone.
     """
     losses, arrays = ours(RECIPES[key])
-    rounded = "bfloat16" in key
-    limit = 5e-3 if rounded else 1e-4
+    rounded = RECIPES[key]["optax_multiplies"]
+    limit = 3e-3 if rounded else 1e-4
     np.testing.assert_allclose(losses, peer[f"{key}/losses"], atol=limit, rtol=0)
     start = {name: v.numpy() for name, v in named_weights(make_model()).items()}
     for part in ("model", "ema"):
@@ -183,10 +208,59 @@ def test_twenty_steps(peer, key):
                 assert error.max() < 1e-4, name
 
 
+@pytest.mark.parametrize("size", HEADS)
+def test_adafactor_vit_on_arrays_with_heads(peer, size):
+    """Twenty updates of our (D, D), against those of big_vision's (D, H, K) and (H, K, D)."""
+    shapes = {name: shape for name, shape in FACTORED.items() if name.startswith(f"{size}/")}
+    width = 64 * HEADS[size]
+    ours = {name: (width,) if len(shape) == 2 else (width, width) for name, shape in shapes.items()}
+    variables = {
+        name: keras.Variable(np.zeros(shape, "f"), name=name.replace("/", "_"))
+        for name, shape in ours.items()
+    }
+    optimizer = make_optimizer(variables, name="adafactor_vit", num_heads=HEADS[size])
+    for i in range(STEPS):
+        rng = np.random.default_rng(i)
+        every = {n: rng.standard_normal(s, np.float32) for n, s in FACTORED.items()}
+        optimizer.apply(
+            [tf.constant(every[name].reshape(ours[name])) for name in variables],
+            learning_rate=tf.constant(1.0),
+            count=tf.constant(i, tf.int64),
+            gate=tf.constant(True),
+        )
+    for name, variable in variables.items():
+        expected = peer[f"factored/{name}"].reshape(ours[name])
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(-variable.numpy(), expected, rtol=0, atol=1e-4, err_msg=name)
+
+
+def in_unit(name, steps, unit):
+    """So many steps as a config says them in a unit, of the demo's examples and a run of TOTAL."""
+    per_step = {"steps": 1, "epochs": 16 / 1257, "examples": 16, "percent": 100 / TOTAL}[unit]
+    value = steps * per_step
+    return {f"{name}_{unit}": round(value) if unit in ("steps", "examples") else value}
+
+
+@pytest.mark.parametrize("unit", ["steps", "epochs", "examples", "percent"])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules(peer, name):
-    """At step 0, 1, around the warmup's end, in the middle and at the end."""
-    options = {"warmup_steps": WARMUP, "start_factor": 0.1, **SCHEDULES[name][0]}
-    schedule = make_schedule(PEAK, total_steps=TOTAL, name=name, **options)
+def test_schedules(peer, name, unit):
+    """From a config: at step 0, 1, around the warmup's end, in the middle and at the end."""
+    options = {"start_factor": 0.1, **SCHEDULES[name][0]}
+    durations = {"warmup": options.pop("warmup_steps", WARMUP)}
+    durations |= {"timescale": options.pop("timescale_steps", None)}
+    changed = {
+        "total_steps": None,
+        **in_unit("total", TOTAL, unit if unit != "percent" else "steps"),
+    }
+    for duration, steps in durations.items():
+        if steps:
+            options |= in_unit(duration, steps, unit)
+    changed |= {f"schedule__{key}": value for key, value in options.items()}
+    config = make(schedule__name=name, optimizer__learning_rate=PEAK, **changed)
+    schedule = make_schedule(**check(config).schedule)
     rates = [float(schedule(tf.constant(step))) for step in AT]
     np.testing.assert_allclose(rates, peer[f"schedule/{name}"], rtol=2e-6, atol=1e-8)
+
+
+def test_every_schedule_is_compared():
+    assert set(SCHEDULES) == set(NAMES)

@@ -177,7 +177,9 @@ def test_the_state_of_every_optimizer_comes_back(name):
     states = []
     for _ in range(2):
         model = vit()
-        rule = make_optimizer(named_weights(model), name=name, momentum_dtype="bfloat16")
+        rule = make_optimizer(
+            named_weights(model), name=name, momentum_dtype="bfloat16", num_heads=2
+        )
         states.append(TrainState(model, rule))
     for i, variable in enumerate(states[0].optimizer.slots.values()):
         variable.assign(np.random.default_rng(i).standard_normal(variable.shape))
@@ -202,6 +204,43 @@ def test_adafactor_keeps_no_full_second_moment():
     assert sizes["adafactor"]["middle/kernel/velocity"] == 2 * 32 * 40
     middle = {k: n for k, n in sizes["adafactor_vit"].items() if k.startswith("middle/")}
     assert middle == {"middle/kernel/row": 64, "middle/kernel/column": 80}
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1280, 16), (32, 2), (1024, 32)]
+)
+def test_adafactor_vit_factors_each_head_for_itself(width, heads):
+    """Over D and K of big_vision's (D, H, K) and (H, K, D), where both are 32 or more.
+
+    With Ti, S and B (K = 64) each head keeps a row and a column; mu (K = 16) keeps all, as do the
+    biases (H, K) of fewer than 32 heads.
+    """
+    shapes = {"query/kernel": (width, width), "query/bias": (width,), "out/kernel": (width, width)}
+    variables = {
+        f"attention/{name}": keras.Variable(np.zeros(shape, "f"), name=name.replace("/", "_"))
+        for name, shape in {**shapes, "out/bias": (width,)}.items()
+    }
+    slots = make_optimizer(variables, name="adafactor_vit", num_heads=heads).slots
+    found = {k.removeprefix("attention/"): tuple(s.shape) for k, s in slots.items()}
+    moments = {f"{name}/momentum": shape for name, shape in shapes.items()}
+    expected = {**moments, "out/bias/momentum": (width,), "out/bias/velocity": (width,)}
+    head = width // heads
+    if head >= 32:
+        expected |= {"query/kernel/column": (width, heads), "query/kernel/row": (heads, head)}
+        expected |= {"out/kernel/column": (heads, width), "out/kernel/row": (heads, head)}
+    else:
+        expected |= {"query/kernel/velocity": (width, heads, head)}
+        expected |= {"out/kernel/velocity": (heads, head, width)}
+    if min(heads, head) >= 32:
+        expected |= {"query/bias/column": (32,), "query/bias/row": (32,)}
+    else:
+        expected |= {"query/bias/velocity": (heads, head)}
+    assert found == expected
+
+
+def test_adafactor_vit_asks_for_the_heads():
+    with pytest.raises(ValueError, match=r"needs num_heads, to factor .*query/kernel"):
+        make_optimizer(named_weights(vit()), name="adafactor_vit")
 
 
 @pytest.mark.parametrize(

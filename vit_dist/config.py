@@ -141,6 +141,7 @@ DEFAULTS: dict[str, Any] = {
         "beta_2": _Typed(None, float),  # the same; None: lion 0.99, else 0.999
         "epsilon": _Typed(None, float),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
         "momentum": _Typed(None, float),  # None: sgd 0.9, muon 0.95
+        "shard_state": False,  # ZeRO-1: each replica holds the state of a part of the variables
     },
     "schedule": {  # training/schedules.py
         "name": "cosine",  # cosine | linear | polynomial | rsqrt | step | constant

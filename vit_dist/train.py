@@ -126,7 +126,9 @@ class _Loop:
         replicas = strategy.num_replicas_in_sync
         self.meter = Meter(batch_size=run.batch_size, num_devices=replicas)
         kind = device_kind(strategy)
-        jit = choose_jit(run.step["jit"], kind=kind, num_replicas=replicas)
+        jit = choose_jit(
+            run.step["jit"], kind=kind, num_replicas=replicas, sharded=run.optimizer["shard_state"]
+        )
         self.train_steps = make_train_step(
             state,
             make_loss(**run.loss),
@@ -258,6 +260,7 @@ class _Loop:
         self.saved = step
         with self.meter.pause():
             self._check_finite()
+            arrays = self.state.to_arrays() if self.chief or self.state.read_by_all_hosts else {}
             if self.chief:
                 notes = {
                     "config": json.loads(config_lib.to_json(self.r.config)),
@@ -266,7 +269,7 @@ class _Loop:
                     "class_names": list(self.r.sources["train"].class_names),
                 }
                 notes = json.loads(json.dumps(notes, default=str))
-                self.checkpointer.save(self.state.to_arrays(), step=step, notes=notes)
+                self.checkpointer.save(arrays, step=step, notes=notes)
 
     def explain(self, error: Exception, workdir: str) -> None:
         """Raises a readable error in place of TensorFlow's or the system's, if one can be given."""

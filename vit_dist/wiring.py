@@ -1,5 +1,6 @@
 """From a config to the parts of a run, checked before any device starts (law 3)."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -68,8 +69,12 @@ def check(config: ConfigDict) -> Run:
     config = config_lib.finalize(config)
     strategy = bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
-    optimizer = bind(make_optimizer, config.optimizer, name="optimizer", variables={})
-    optimizer.pop("variables")
+    optimizer = bind(
+        make_optimizer, config.optimizer, name="optimizer", variables={}, strategy=None,
+        num_heads=None,
+    )  # fmt: skip
+    for given in ("variables", "strategy", "num_heads"):
+        optimizer.pop(given)
     check_optimizer(**optimizer)
     loss = bind(make_loss, config.loss, name="loss")
     make_loss(**loss)
@@ -230,6 +235,13 @@ def make_state(run: Run, strategy: tf.distribute.Strategy) -> TrainState:
     build = {**run.build, "form": choose_form(device_kind(strategy))}
     with strategy.scope():
         model = build_vit(**build)
-        optimizer = make_optimizer(named_weights(model), **run.optimizer)
         ema = build_vit(**build) if run.step["ema_decay"] else None
+    # Sharded, a slot is on one device alone, which the scope does not have.
+    scope = contextlib.nullcontext() if run.optimizer["shard_state"] else strategy.scope()
+    heads = run.build["config"]["num_heads"]
+    with scope:
+        optimizer = make_optimizer(
+            named_weights(model), **run.optimizer, strategy=strategy, num_heads=heads
+        )
+    with strategy.scope():
         return TrainState(model, optimizer, ema)

@@ -1,14 +1,23 @@
 """Optimisers: rules that move one variable, as Keras has them, driven by our step (law 2)."""
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from vit_dist.training import update_rules
-from vit_dist.training.rules import Rules, check_names, check_rules, multiplier, rate_multipliers
+from vit_dist.training.rules import (
+    Rules,
+    check_names,
+    check_rules,
+    multiplier,
+    rate_multipliers,
+    split_heads,
+)
+from vit_dist.training.sharding import Remote, Shards
 
 # Each with what its None's stand for: the values of its paper.
 NAMES: dict[str, dict[str, float]] = {
@@ -31,12 +40,14 @@ class Optimizer:
       variables: those that train, by name; frozen ones are not among them and have no slots.
       rates: name -> what its learning rate is multiplied by.
       decays: name -> d in w -= rate * d * w, for those that decay.
-      slots: the optimiser's state by name, such as "encoderblock_0/norm_0/gamma/momentum".
+      slots: the optimiser's state by name, such as "encoderblock_0/norm_0/gamma/momentum"; a
+        Remote for those on other hosts.
+      shards: which replica has which slots; None: each replica has all.
     """
 
     def __init__(
         self, rule: Any, variables: dict[str, keras.Variable], *, rates: dict[str, float],
-        decays: dict[str, float],
+        decays: dict[str, float], strategy: tf.distribute.Strategy | None = None,
     ):  # fmt: skip
         self.rule, self.rates, self.decays = rule, rates, decays
         self.variables = {name: v for name, v in variables.items() if rates[name]}
@@ -44,15 +55,28 @@ class Optimizer:
         if isinstance(rule, update_rules.Lamb):  # its update includes the decay
             rule.decays = {id(variables[name]): decay for name, decay in decays.items()}
             self.decays = {}
-        rule.build(list(self.variables.values()))
-        names = {v.path.replace("/", "_"): name for name, v in self.variables.items()}
-        self.slots: dict[str, keras.Variable] = {}
+        shapes = {name: tuple(v.shape) for name, v in self.variables.items()}
+        self.shards = None if strategy is None else Shards(strategy, shapes)
+        self._names = {id(v): name for name, v in self.variables.items()}
+        self.slots: dict[str, keras.Variable | Remote] = {}
         self._slots_of: dict[str, list[keras.Variable]] = {name: [] for name in self.variables}
-        for slot in rule.variables:
-            reference, _, kind = slot.name.rpartition("_")
-            if reference in names:  # not Keras's own "iteration" and "learning_rate"
-                self.slots[f"{names[reference]}/{kind}"] = slot
-                self._slots_of[names[reference]].append(slot)
+        rule.place = self._place
+        rule.build(list(self.variables.values()))
+
+    def _place(
+        self, variable: keras.Variable, kind: str, like: Remote, make: Callable[[], keras.Variable]
+    ) -> keras.Variable | Remote:
+        """Makes a slot where it belongs; `like` says what it is like."""
+        name = self._names[id(variable)]
+        device = None if self.shards is None else self.shards.device(name)
+        if self.shards is not None and device is None:
+            self.slots[f"{name}/{kind}"] = like
+            return like
+        with tf.device(device) if device else contextlib.nullcontext():
+            slot = make()
+        self.slots[f"{name}/{kind}"] = slot
+        self._slots_of[name].append(slot)
+        return slot
 
     def apply(
         self,
@@ -61,7 +85,8 @@ class Optimizer:
         learning_rate: tf.Tensor,
         count: tf.Tensor,
         gate: tf.Tensor,
-    ) -> None:
+        replica: int | None = None,
+    ) -> tf.Tensor | None:
         """Moves the variables of this replica by one update.
 
         Args:
@@ -70,9 +95,41 @@ class Optimizer:
           count: scalar int64, updates done before this one.
           gate: scalar bool; where false, variables and slots keep their values. A select after the
             update rather than a conditional around it: XLA fuses it into the update's own loop.
+          replica: with `shards` the number of this one, which moves its own slots alone.
+
+        Returns:
+          None; with `shards` the new weights of the replica's own variables, packed, which `take`
+          wants from all replicas. No variable of the model has moved yet then.
         """
+        if self.shards is None or replica is None:
+            for _, values in self._updated(self.variables, gradients, learning_rate, count, gate):
+                for variable, new in values:
+                    variable.value.assign(new)
+            return None
+        weights = {}
+        own = self.shards.names(replica)
+        for name, values in self._updated(own, gradients, learning_rate, count, gate):
+            (_, weights[name]), *slots = values
+            for slot, new in slots:
+                slot.value.assign(new)
+        return self.shards.pack({name: weights[name] for name in own})
+
+    def take(self, gathered: tf.Tensor) -> None:
+        """Gives this replica's variables the weights that the replicas packed, in their order."""
+        if self.shards is None:
+            raise ValueError("nothing is sharded: apply has moved the variables")
+        for name, value in self.shards.unpack(gathered).items():
+            self.variables[name].value.assign(value)
+
+    def _updated(
+        self, names: Any, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor,
+        count: tf.Tensor, gate: tf.Tensor,
+    ) -> Iterator[tuple[str, list[tuple[keras.Variable, tf.Tensor]]]]:  # fmt: skip
+        """Each variable's name, and what it and its slots are to become."""
         self.rule.begin(count)
         for (name, variable), gradient in zip(self.variables.items(), gradients, strict=True):
+            if name not in names:
+                continue
             rate = learning_rate if self.rates[name] == 1 else learning_rate * self.rates[name]
             # Functional: what the rule assigns stays in the scope, and each variable is assigned
             # once, after the gate: the step has a quarter fewer operations to compile.
@@ -82,8 +139,8 @@ class Optimizer:
                 self.rule.update_step(gradient, variable, rate)
                 if name in self.decays:
                     variable.assign_sub(rate * self.decays[name] * before[0][1])
-            for v, old in before:
-                v.value.assign(tf.where(gate, scope.get_current_value(v), old))
+            values = [(v, tf.where(gate, scope.get_current_value(v), old)) for v, old in before]
+            yield name, values
         self.rule.begin(0)  # keep no tensor of a graph that is being traced
 
 
@@ -135,6 +192,9 @@ def make_optimizer(
     beta_2: float | None = None,
     epsilon: float | None = None,
     momentum: float | None = None,
+    shard_state: bool = False,
+    strategy: tf.distribute.Strategy | None = None,
+    num_heads: int | None = None,
 ) -> Optimizer:
     """Makes an optimiser for the named variables; call it under the strategy's scope.
 
@@ -150,12 +210,19 @@ def make_optimizer(
       layer_decay: of learning rates from the head down; see rules.rate_multipliers.
       momentum_dtype: in which first moments are stored, "float32" or "bfloat16".
       beta_1, beta_2, epsilon, momentum: of the rules that have them; None for the paper's.
+      shard_state: each replica holds the slots of a part of the variables only (sharding.py); call
+        it outside of the strategy's scope then, which would make every slot on every replica.
+      strategy: of the replicas, for shard_state.
+      num_heads: of the model's attention, for adafactor_vit, which factors each head for itself.
 
     Raises:
-      ValueError: unknown name, a number out of range, or a pattern that matches no variable.
+      ValueError: unknown name, a number out of range, a pattern that matches no variable,
+        shard_state under a scope, without a strategy, or on TPUs, or adafactor_vit without
+        num_heads for a model with attention.
     """
     given = dict(locals())
-    del given["variables"]
+    for key in ("variables", "strategy", "num_heads"):
+        del given[key]
     check_optimizer(**given)
     used = decay_multipliers if weight_decay else ()
     check_names(variables, decay_multipliers=used, lr_multipliers=lr_multipliers)
@@ -169,7 +236,26 @@ def make_optimizer(
     own = {k: v if given[k] is None else given[k] for k, v in NAMES[name].items()}
     rule = _make_rule(name, float(learning_rate), {"beta_1": beta_1, **own})
     rule.momentum_dtype = momentum_dtype
-    return Optimizer(rule, variables, rates=rates, decays=decays)
+    if name == "adafactor_vit":
+        rule.views = _views(variables, num_heads)
+    if shard_state and (strategy is None or tf.distribute.has_strategy()):
+        raise ValueError("shard_state needs the strategy, and no scope of it around make_optimizer")
+    shared = strategy if shard_state else None
+    return Optimizer(rule, variables, rates=rates, decays=decays, strategy=shared)
+
+
+def _views(
+    variables: dict[str, keras.Variable], num_heads: int | None
+) -> dict[int, tuple[int, ...]]:
+    """By id the shapes, heads apart, of attention's variables."""
+    found = {}
+    for name, variable in variables.items():
+        shape = tuple(variable.shape)
+        if split_heads(name, shape, 1) != shape:
+            if num_heads is None:
+                raise ValueError(f"adafactor_vit needs num_heads, to factor {name} by heads")
+            found[id(variable)] = split_heads(name, shape, num_heads)
+    return found
 
 
 def _make_rule(name: str, rate: float, own: dict[str, float]) -> Any:

@@ -8,6 +8,8 @@ Rules = Sequence[tuple[str, float]]
 
 _FIRST = re.compile(r"^(embedding/|cls$|registers$|pos_embedding$)")  # what the first block reads
 _BLOCK = re.compile(r"^encoderblock_(\d+)/")
+_TO_HEADS = re.compile(r"(^|/)attention/(query|key|value)/(kernel|bias)$")
+_FROM_HEADS = re.compile(r"(^|/)attention/out/kernel$")
 
 
 def check_rules(key: str, rules: Any) -> None:
@@ -42,6 +44,19 @@ def depth_of(name: str, num_blocks: int) -> int:
     if block:
         return int(block[1]) + 1
     return 0 if _FIRST.match(name) else num_blocks + 1
+
+
+def split_heads(name: str, shape: Sequence[int], num_heads: int) -> tuple[int, ...]:
+    """A variable's shape with attention's heads as an axis, as flax and big_vision store it.
+
+    (D, H, K) for the kernels of query, key and value, (H, K) for their biases, (H, K, D) for the
+    kernel of out, where ours have D = H K in one axis; every other variable's own shape.
+    """
+    if _TO_HEADS.search(name):
+        return (*shape[:-1], num_heads, shape[-1] // num_heads)
+    if _FROM_HEADS.search(name):
+        return (num_heads, shape[0] // num_heads, *shape[1:])
+    return tuple(shape)
 
 
 def rate_multipliers(

@@ -1,6 +1,7 @@
 """Everything that a step changes and a resume needs (law 6)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from vit_dist.model.vit import named_weights
 from vit_dist.training.optim import Optimizer
+from vit_dist.training.sharding import Remote
 
 INITIAL_LOSS_SCALE = 2.0**15  # as in Keras's and NVIDIA Apex's dynamic loss scaling
 
@@ -45,9 +47,9 @@ class TrainState:
         """The model to judge: the moving average where there is one."""
         return self.model if self.ema is None else self.ema
 
-    def variables(self) -> dict[str, keras.Variable | tf.Variable]:
+    def variables(self) -> dict[str, keras.Variable | tf.Variable | Remote]:
         """All state by name: "model/...", "optimizer/...", "ema/...", and the counters."""
-        named: dict[str, keras.Variable | tf.Variable] = {
+        named: dict[str, keras.Variable | tf.Variable | Remote] = {
             f"model/{k}": v for k, v in named_weights(self.model).items()
         }
         named |= {f"optimizer/{k}": v for k, v in self.optimizer.slots.items()}
@@ -57,9 +59,20 @@ class TrainState:
             named[name] = getattr(self, name)
         return named
 
+    @property
+    def read_by_all_hosts(self) -> bool:
+        """Whether to_arrays has to be called on all hosts at once: some of it is on others."""
+        return self.optimizer.shards is not None and self.optimizer.shards.on_several_hosts
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """A copy of all state on the host, bfloat16 as float32; waits for the device."""
-        arrays = {name: np.array(_raw(v).numpy()) for name, v in self.variables().items()}
+        shards, arrays = self.optimizer.shards, {}
+        for name, variable in self.variables().items():
+            if shards is not None and name.startswith("optimizer/"):
+                of = name.removeprefix("optimizer/").rpartition("/")[0]
+                arrays[name] = shards.read(of, _raw(variable))
+            else:
+                arrays[name] = np.array(_raw(variable).numpy())
         return {n: a if a.dtype != "bfloat16" else a.astype("float32") for n, a in arrays.items()}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -83,8 +96,10 @@ class TrainState:
             )
         for name, variable in variables.items():
             raw = _raw(variable)
+            if isinstance(raw, Remote):
+                continue  # its own host takes it over
             raw.assign(arrays[name].astype(raw.dtype.as_numpy_dtype))
 
 
-def _raw(variable: keras.Variable | tf.Variable) -> tf.Variable:
+def _raw(variable: keras.Variable | tf.Variable | Remote) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable

@@ -7,6 +7,7 @@ global norm, update, moving average.
 Shapes: b examples per replica, a micro-batches, C classes.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -14,12 +15,10 @@ import tensorflow as tf
 
 from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
+from vit_dist.training.update import Tensors, make_settle, make_update
 
 JITS = ("auto", "whole", "split", "off")
 ALL_REDUCE_DTYPES = ("float32", "bfloat16")
-GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
-
-Tensors = dict[str, tf.Tensor]
 
 _INPUTS = ("image", "label", "mix", "mask")  # of a batch, as far as there
 
@@ -68,18 +67,20 @@ def check_step(
             raise ValueError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
-def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
+def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False) -> str:
     """Where XLA compiles the step (law 7).
 
     "whole" compiles the function given to strategy.run, all-reduce included: one device, or GPUs.
     "split" compiles forward + backward and the update apart, the all-reduce between them: several
     CPUs, whose collectives XLA lacks. On TPUs "off": TPUStrategy compiles everything itself.
+    With `sharded` optimiser state the weights are gathered as well, and it is "split" for several
+    replicas of any kind.
     """
     if kind == "TPU":
         return "off"
     if jit != "auto":
         return jit
-    return "split" if kind == "CPU" and num_replicas > 1 else "whole"
+    return "split" if num_replicas > 1 and (kind == "CPU" or sharded) else "whole"
 
 
 def make_gradients(
@@ -147,54 +148,6 @@ def _sum(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
     return tf.reduce_sum(tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values)
 
 
-def make_update(
-    state: TrainState,
-    *,
-    schedule: Callable[[tf.Tensor], tf.Tensor],
-    clip_norm: float | None,
-    ema_decay: float | None,
-) -> Callable[[list[tf.Tensor], Tensors], Tensors]:
-    """Makes update(summed gradients, summed metrics) -> metrics; moves this replica's variables."""
-    scaled = state.model.compute_dtype == "float16"
-
-    def update(grads: list[tf.Tensor], sums: Tensors) -> Tensors:
-        step, scale = state.step.value(), state.loss_scale.value()
-        if scaled:
-            grads = [g / scale for g in grads]
-        norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in grads]))
-        finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
-        gate = finite & (state.first_bad_step.value() < 0)
-        if clip_norm is not None:
-            factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
-            grads = [g * factor for g in grads]
-        rate = schedule(step)
-        state.optimizer.apply(grads, learning_rate=rate, count=state.updates.value(), gate=gate)
-        if state.ema is not None and ema_decay is not None:
-            for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
-                old = tf.convert_to_tensor(average.value)
-                new = old + (1 - ema_decay) * (tf.convert_to_tensor(weight.value) - old)
-                average.value.assign(tf.where(gate, new, old))
-        # float16 overflows now and then and recovers; the rest, and a scale of 1, never do.
-        bad = ~finite & ((scale <= 1.0) if scaled else True) & (state.first_bad_step.value() < 0)
-        state.first_bad_step.assign(tf.where(bad, step, state.first_bad_step.value()))
-        if scaled:
-            _rescale(state, finite)
-        state.updates.assign_add(tf.cast(gate, tf.int64))
-        state.step.assign_add(1)
-        return {**sums, "grad_norm": norm, "learning_rate": rate}
-
-    return update
-
-
-def _rescale(state: TrainState, finite: tf.Tensor) -> None:
-    """Dynamic loss scaling (arXiv 1710.03740): halve on overflow, double after GROWTH_STEPS."""
-    good = tf.where(finite, state.good_steps.value() + 1, tf.zeros((), tf.int64))
-    grow = good >= GROWTH_STEPS
-    factor = tf.where(finite, tf.where(grow, 2.0, 1.0), 0.5)
-    state.loss_scale.assign(tf.maximum(state.loss_scale.value() * factor, 1.0))
-    state.good_steps.assign(tf.where(grow, tf.zeros((), tf.int64), good))
-
-
 def make_train_step(
     state: TrainState,
     loss_fn: Loss,
@@ -243,19 +196,31 @@ def make_train_step(
         seed=seed, mixing=mixing, masked=masked,
     )  # fmt: skip
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
+    settle = make_settle(state, ema_decay=ema_decay) if state.optimizer.shards else None
+    several = strategy.num_replicas_in_sync > 1
+    if jit == "whole" and several and settle:
+        raise ValueError(
+            "step.jit 'whole' does not go with optimizer.shard_state on several replicas: the "
+            "weights are gathered between two parts; take auto or split"
+        )
     if jit == "split":
         gradients = tf.function(gradients, jit_compile=True, autograph=False)
         update = tf.function(update, jit_compile=True, autograph=False)
+        settle = tf.function(settle, jit_compile=True, autograph=False) if settle else None
 
-    several = strategy.num_replicas_in_sync > 1
-    run = _make_replica_step(gradients, update, sent_as=all_reduce_dtype if several else None)
+    sent_as = all_reduce_dtype if several else None
+    run = _make_replica_step(gradients, update, settle, sent_as=sent_as)
     if jit == "whole":
         run = tf.function(run, jit_compile=True, autograph=False)
     return _make_loop(run, strategy, counted=("masked",) if masked else ())
 
 
 def _make_replica_step(
-    gradients: Callable[..., Any], update: Callable[..., Tensors], *, sent_as: str | None
+    gradients: Callable[..., Any],
+    update: Callable[..., Any],
+    settle: Callable[..., None] | None,
+    *,
+    sent_as: str | None,
 ) -> Callable[[Tensors], Tensors]:
     """What each replica runs; `sent_as` is the type of gradients on their way, None for no way."""
 
@@ -264,12 +229,28 @@ def _make_replica_step(
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         grads, sums = gradients(batch, replica)
         if sent_as is not None:
-            sent = [tf.cast(g, sent_as) for g in grads]
-            sent, sums = context.all_reduce(tf.distribute.ReduceOp.SUM, (sent, sums))
-            grads = [tf.cast(g, tf.float32) for g in sent]
-        return update(grads, sums)
+            grads, sums = _all_reduce(context, grads, sums, sent_as)
+        if settle is None:
+            return update(grads, sums)
+        # Each replica is traced for itself, as a number of its own: it has slots of its own.
+        number = int(tf.get_static_value(context.replica_id_in_sync_group))
+        metrics, packed, gate = update(grads, sums, number)
+        settle(packed if sent_as is None else context.all_gather(packed, axis=0), gate)
+        return metrics
 
     return replica_step
+
+
+def _all_reduce(
+    context: tf.distribute.ReplicaContext, grads: list[tf.Tensor], sums: Tensors, sent_as: str
+) -> tuple[list[tf.Tensor], Tensors]:
+    """Both summed over the replicas; gradients travel as `sent_as`."""
+    add = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
+    if sent_as == "float32":
+        return add((grads, sums))
+    # Apart: TensorFlow packs what it gets into one tensor, and fails where types differ.
+    sent, sums = add([tf.cast(g, sent_as) for g in grads]), add(sums)
+    return [tf.cast(g, tf.float32) for g in sent], sums
 
 
 def _make_loop(

@@ -5,21 +5,25 @@ stored, as optax does. Decay is the Optimizer's, but for LAMB's, which is part o
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.training.sharding import Remote
+
 
 class _Rule:
-    """What the Optimizer sets: the count of updates, and the type of first moments.
+    """What the Optimizer sets: the count of updates, the type of first moments, where slots go.
 
     Keras's own counter needs Keras's own apply().
     """
 
     count: tf.Tensor | int = 0
     momentum_dtype = "float32"
+    place: Callable[..., Any]  # variable, kind, what it is like, how to make it -> a slot
     _corrections: dict[float, tf.Tensor]
 
     @property
@@ -53,16 +57,20 @@ class _Rule:
 
     def add_variable_from_reference(
         self, reference_variable: keras.Variable, name: str = "", initializer: Any = "zeros"
-    ) -> keras.Variable:
+    ) -> Any:
         return self.add_slot(reference_variable, reference_variable.shape, name, initializer)
 
     def add_slot(
         self, variable: keras.Variable, shape: Any, kind: str, initializer: Any = "zeros"
-    ) -> keras.Variable:
+    ) -> Any:
         """A slot named as Keras names its own: the variable's path, then the kind."""
         dtype = self.momentum_dtype if kind == "momentum" else variable.dtype
         name = f"{variable.path.replace('/', '_')}_{kind}"
-        return self.add_variable(shape, initializer, dtype, name=name)  # type: ignore[attr-defined]
+
+        def make() -> keras.Variable:
+            return self.add_variable(shape, initializer, dtype, name=name)  # type: ignore[attr-defined]
+
+        return self.place(variable, kind, Remote(tuple(shape), dtype), make)
 
 
 def _read(variable: keras.Variable) -> tf.Tensor:
@@ -149,6 +157,10 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
       clip_threshold: bounds the root mean square of a tensor's update; None for no bound.
       parameter_scale: multiplies the update by the root mean square of the weights, at least 1e-3.
       epsilon: added to the squared gradient.
+
+    Attributes:
+      views: by the variable's id the shape in which it is factored, where that is not its own; set
+        by make_optimizer.
     """
 
     def __init__(
@@ -167,6 +179,7 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         self.momentum, self.beta_2_cap, self.factor_from = momentum, beta_2_cap, factor_from
         self.clip_threshold, self.parameter_scale = clip_threshold, parameter_scale
         self.epsilon = epsilon
+        self.views: dict[int, tuple[int, ...]] = {}
         self._slots: list[dict[str, keras.Variable]] = []
 
     def axes(self, shape: Any) -> tuple[int, int] | None:
@@ -176,10 +189,14 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         second, longest = np.argsort(shape)[-2:]  # ties as optax breaks them
         return (int(second), int(longest)) if shape[second] >= self.factor_from else None
 
+    def _view(self, variable: keras.Variable) -> tuple[int, ...]:
+        return self.views.get(id(variable), tuple(variable.shape))
+
     def build(self, var_list: list[keras.Variable]) -> None:
         super().build(var_list)
         for variable in var_list:
-            shape, axes = list(variable.shape), self.axes(variable.shape)
+            shape = list(self._view(variable))
+            axes = self.axes(shape)
             kinds = {"velocity": shape}
             if axes is not None:
                 kinds = {
@@ -187,7 +204,7 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
                     for kind, axis in zip(("column", "row"), axes, strict=True)
                 }
             if self.momentum:
-                kinds["momentum"] = shape
+                kinds["momentum"] = list(variable.shape)
             self._slots.append({k: self.add_slot(variable, s, k) for k, s in kinds.items()})
 
     def _normalized(
@@ -209,7 +226,9 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
         slots = self._slots[self._get_variable_index(variable)]
-        update = self._normalized(gradient, slots, self.axes(variable.shape))
+        view = self._view(variable)
+        update = self._normalized(tf.reshape(gradient, view), slots, self.axes(view))
+        update = tf.reshape(update, gradient.shape)
         if self.clip_threshold is not None:
             update /= tf.maximum(1.0, _rms(update) / self.clip_threshold)
         if self.parameter_scale:

@@ -1,0 +1,131 @@
+"""What optimizer.shard_state saves and costs: memory of a process, CPU time of a step.
+
+    .venv/bin/python tests/sharding_cost.py [--variant S/16] [--image_size 64] [--batch_size 16]
+
+On two replicas, as two virtual CPUs of one process and as two worker processes, AdamW. Each
+setting runs in processes of its own, with and without in turn. "held": MB that a process holds
+between two steps; "peak": at most, both less what it held before the model was made (by default
+without XLA, whose compiler takes more than what is measured). "cpu": its CPU seconds a step.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def memory() -> dict[str, float]:
+    """MB held now, and at most so far."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM")}
+
+
+def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float]:
+    """In a fresh process: one of the settings."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import tensorflow as tf
+
+    from vit_dist.model.variants import vit_config
+    from vit_dist.model.vit import build_vit, named_weights
+    from vit_dist.strategy import make_strategy
+    from vit_dist.training.losses import make_loss
+    from vit_dist.training.optim import make_optimizer
+    from vit_dist.training.schedules import make_schedule
+    from vit_dist.training.state import TrainState
+    from vit_dist.training.step import make_train_step
+
+    if kind == "mirrored":
+        strategy = make_strategy(name="mirrored", virtual_cpus=2)
+    else:
+        strategy = make_strategy(name="multiworker")
+    before = memory()
+    config = vit_config(args.variant, image_size=args.image_size, num_classes=1000)
+    with strategy.scope():
+        model = build_vit(config)
+        whole = None if shard else make_optimizer(named_weights(model), weight_decay=0.1)
+    rule = whole or make_optimizer(
+        named_weights(model), weight_decay=0.1, shard_state=True, strategy=strategy
+    )
+    with strategy.scope():
+        state = TrainState(model, rule)
+    step = make_train_step(
+        state, make_loss(), strategy=strategy, schedule=make_schedule(1e-3, total_steps=100),
+        preprocess=lambda x: tf.cast(x, tf.float32) / 127.5 - 1, batch_size=args.batch_size,
+        seed=0, jit=args.jit,
+    )  # fmt: skip
+    share = args.batch_size // 2
+    images = np.random.default_rng(0).integers(0, 256, (share, *[args.image_size] * 2, 3))
+    batch = {"image": images.astype(np.uint8), "label": np.arange(share, dtype=np.int32)}
+    data = tf.data.Dataset.from_tensors(batch).repeat()
+    batches = iter(strategy.distribute_datasets_from_function(lambda _: data))
+    float(step(batches, tf.constant(2))["loss"])
+    cpu, wall = sum(os.times()[:2]), time.monotonic()
+    loss = float(step(batches, tf.constant(args.steps))["loss"])
+    after = memory()
+    return {
+        "held": after["VmRSS"] - before["VmRSS"],
+        "peak": after["VmHWM"] - before["VmRSS"],
+        "cpu": (sum(os.times()[:2]) - cpu) / args.steps,
+        "wall": (time.monotonic() - wall) / args.steps,
+        "loss": loss,
+    }
+
+
+def start(args: argparse.Namespace, kind: str, shard: bool) -> list[dict[str, float]]:
+    """What each process of a setting measured."""
+    count = 1 if kind == "mirrored" else 2
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    workers = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    started = []
+    for index in range(count):
+        env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}
+        if kind == "workers":
+            task = {"type": "worker", "index": index}
+            env["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", f"{kind},{int(shard)}"]
+        started.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        )
+    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in started]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", default="S/16")
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jit", default="off", choices=("off", "split"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        kind, shard = args.one.split(",")
+        print(json.dumps(measure(args, kind, shard == "1")))
+        return
+    for kind in ("mirrored", "workers"):
+        ratios = []
+        for _ in range(args.rounds):
+            pair = [start(args, kind, shard) for shard in (False, True)]
+            totals = [sum(p["cpu"] for p in processes) for processes in pair]
+            ratios.append(totals[1] / totals[0])
+            for name, processes in zip(("whole  ", "sharded"), pair, strict=True):
+                shown = [{k: round(v, 3) for k, v in p.items()} for p in processes]
+                print(kind, name, *shown, flush=True)
+        print(f"{kind}: CPU time of a step, sharded / whole: {sorted(round(r, 3) for r in ratios)}")
+
+
+if __name__ == "__main__":
+    main()
