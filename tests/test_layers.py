@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # The last two lines are what the commands share.
 COMMANDS = (
     *("train", "evaluate", "demo", "predict", "figures", "export", "plan"),
-    *("convert", "show"),
+    *("convert", "show", "data_service"),
     *("wiring", "feed", "cli", "restore", "origins", "advice", "preemption"),
 )
 LIBRARY = (

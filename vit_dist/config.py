@@ -83,6 +83,8 @@ DEFAULTS: dict[str, Any] = {
         "max_bad_share": 0.001,  # mask: of an epoch (or of what was read, if more) before ending
         "cache": "off",  # of train: off | raw (bytes of the files) | decoded (before the pipe)
         "cache_dir": "",  # a folder for the cache, kept for later runs; "": in memory
+        "service": "",  # host:port,host:port of vit_dist.data_service, which make train's batches
+        "service_timeout": 300.0,  # seconds to wait for one of them
     },
     "mixing": {  # data/mixing.py
         "mixup_alpha": 0.0,  # of Beta(alpha, alpha); 0: no mixup

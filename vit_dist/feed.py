@@ -1,5 +1,6 @@
 """From a checked config to the batches of a run, and what to say when reading them fails."""
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from ml_collections import ConfigDict
 from vit_dist.data.base import Source
 from vit_dist.data.cache import FORMS, CachedSource
 from vit_dist.data.damage import POLICIES, explain_data_error
-from vit_dist.data.pipeline import make_eval_data, make_train_data, train_indices
+from vit_dist.data.pipeline import ALL, Part, make_eval_data, make_train_data, train_indices
+from vit_dist.data.service import find_failure, from_services, parse_addresses
 from vit_dist.data.sources import open_source
 from vit_dist.data.view import batch_images
 from vit_dist.strategy import host_replicas, num_hosts
@@ -43,6 +45,19 @@ def check_input(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.input.{key} {section[key]!r} is unknown; allowed: {', '.join(allowed)}"
             )
+    try:
+        addresses = parse_addresses(section.service)
+    except ValueError as error:
+        raise ValueError(f"config.input.service={section.service!r}: {error}") from None
+    if addresses and section.on_bad_example == "mask":
+        raise ValueError(
+            "config.input.service does not go with config.input.on_bad_example='mask', whose count "
+            "is kept in this process: set it to 'fail', or leave the service out"
+        )
+    if section.service_timeout <= 0:
+        raise ValueError(
+            f"config.input.service_timeout must be above 0, got {section.service_timeout}"
+        )
 
 
 def open_sources(config: ConfigDict) -> dict[str, Source]:
@@ -65,6 +80,13 @@ def open_sources(config: ConfigDict) -> dict[str, Source]:
             folder=config.input.cache_dir or None,
             keep_damaged=config.input.on_bad_example == "mask",
         )
+    if config.input.service and not sources["train"].portable:
+        raise ValueError(
+            f"config.input.service cannot read {sources['train']}"
+            + (" from config.input.cache" if config.input.cache != "off" else "")
+            + ": that calls Python in this process. It takes demo, folder, synthetic, tfrecord, "
+            "TFDS sets prepared as tfrecord and mixtures of these, with config.input.cache='off'"
+        )
     for name, source in sources.items():
         if source.num_classes != sources["train"].num_classes:
             raise ValueError(
@@ -78,7 +100,17 @@ def train_data(run: "Run", strategy: tf.distribute.Strategy, *, first_step: int)
     """The distributed training set from the batch of `first_step` on."""
     local = host_replicas(strategy)
     prefetch = run.config.input.prefetch * len(local)
-    dataset = _train_dataset(run, strategy, first_step=first_step, prefetch=prefetch)
+    make = functools.partial(_train_dataset, run, strategy, first_step=first_step)
+    section = run.config.input
+    if section.service:
+        dataset = from_services(
+            lambda part: make(prefetch=1, part=part),
+            parse_addresses(section.service),
+            timeout=section.service_timeout,
+            prefetch=prefetch,
+        )
+    else:
+        dataset = make(prefetch=prefetch)
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 
 
@@ -100,7 +132,12 @@ def first_images(
 
 
 def _train_dataset(
-    run: "Run", strategy: tf.distribute.Strategy, *, first_step: int, prefetch: int
+    run: "Run",
+    strategy: tf.distribute.Strategy,
+    *,
+    first_step: int,
+    prefetch: int,
+    part: Part = ALL,
 ) -> tf.data.Dataset:
     return make_train_data(
         run.sources["train"],
@@ -115,6 +152,7 @@ def _train_dataset(
         mixing=run.mixing,
         repeats=run.config.input.repeats,
         damage=run.damage.get("train"),
+        part=part,
     )
 
 
@@ -170,6 +208,9 @@ def explain_error(
     ours = (tf.errors.ResourceExhaustedError, tf.errors.InternalError)  # not for want of good data
     if not isinstance(error, tf.errors.OpError) or isinstance(error, ours):
         return None
+    failed = find_failure(error)
+    if isinstance(failed, ConnectionError):
+        return failed
     source = run.sources[split]
     indices: Sequence[int] = ()
     if source.indexable and steps:
@@ -183,4 +224,6 @@ def explain_error(
         ).tolist()
     pipe = run.train_pipe if split == "train" else run.eval_pipe
     reason = explain_data_error(source, error, pipe=pipe, indices=indices)
+    if reason is None and failed is not None:  # it is the service's own trouble
+        return ValueError(f"{failed}. The data must be readable there under the same paths")
     return None if reason is None else ValueError(reason)

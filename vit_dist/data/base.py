@@ -33,6 +33,7 @@ class Source(abc.ABC):
       num_classes: Number of classes; labels are int32 in [0, num_classes).
       class_names: Their names, in the order of the labels.
       indexable: Whether `fetch` and `read` work; `stream` does otherwise.
+      portable: Whether its graph runs in other processes: it calls no Python.
       encoded: Whether "image" is the bytes of an image file, else it is a uint8 array.
       element_spec: tf.TensorSpec of each entry of one example, without a batch dimension.
     """
@@ -42,6 +43,7 @@ class Source(abc.ABC):
     num_examples: int
     class_names: tuple[str, ...]
     indexable: bool = True
+    portable: bool = True
     encoded: bool = True
     element_spec: dict[str, tf.TensorSpec]
 
@@ -73,8 +75,12 @@ class Source(abc.ABC):
         return self.decode_record({key: value[0] for key, value in records.items()})
 
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
-        """Returns image (encoded, or uint8 (H, W, 3)) and label of an example; no TensorFlow."""
+        """Returns image (encoded, or uint8 (H, W, 3)) and label of an example, for threads."""
         raise TypeError(f"{self} can only be streamed: it has no load()")
+
+    def peek(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        """As `load`, to look before a device starts; checksums may go unverified."""
+        return self.load(index)
 
     def stream(self, *, seed: tf.Tensor | None, epoch: tf.Tensor | int) -> tf.data.Dataset:
         """Returns one epoch's records, each with its "index" (scalar int64) in the files.

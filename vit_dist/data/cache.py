@@ -41,6 +41,7 @@ class CachedSource(base.Source):
     """
 
     name = "cached"
+    portable = False
 
     def __init__(self, source, form: str, *, folder: str | None = None, keep_damaged: bool = False):
         if not source.indexable or not source.encoded:
@@ -96,7 +97,7 @@ class CachedSource(base.Source):
 
     def _size(self, index: int) -> int:
         try:
-            image, _ = self._source.load(index)
+            image, _ = self._source.peek(index)
             if self._form == "raw":
                 return len(image)
             with Image.open(io.BytesIO(image)) as opened:  # reads the header only

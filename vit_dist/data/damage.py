@@ -17,6 +17,7 @@ from absl import logging
 
 from vit_dist.data.base import CORRUPT, MISSING, Source
 from vit_dist.data.pipe import POSITION_SPEC, Pipe
+from vit_dist.data.records import ENDED
 
 POLICIES = ("fail", "mask")
 MAX_EXAMINED = 20_000  # a minute or two of decoding on a small machine
@@ -173,7 +174,7 @@ def reason_of(error: Exception) -> str:
     """Returns "missing", "corrupt" (how it is stored) or "undecodable" (what is stored)."""
     if isinstance(error, tf.errors.NotFoundError) or MISSING in str(error):
         return "missing"
-    if isinstance(error, tf.errors.DataLossError) or CORRUPT in str(error):
+    if isinstance(error, tf.errors.DataLossError) or CORRUPT in str(error) or ENDED in str(error):
         return "corrupt"
     return "undecodable"
 
@@ -184,7 +185,8 @@ def message_of(error: Exception) -> str:
     text = re.sub(r"{{.*?}}\s*|\s*\[Op:.*|\s*\[\[.*", "", text)  # names of nodes
     around = (" ", "\t", "<stack traces", "Detected at node", "Graph execution error")
     lines = [x for x in text.split("\n") if x.strip() and not x.startswith(around)]
-    return re.sub(r"^\w+Error: ", "", lines[0]) if lines else type(error).__name__
+    text = re.sub(r"^\w+Error: ", "", lines[0]) if lines else type(error).__name__
+    return text.replace(ENDED, "the file ends before it")
 
 
 def _problem(source: Source, pipe: Pipe | None, index: int) -> str | None:

@@ -41,6 +41,7 @@ class MixtureSource(base.Source):
                 )
         self.sources, self.split = tuple(sources), sources[0].split
         self.encoded = sources[0].encoded
+        self.portable = all(source.portable for source in sources)
         self.quotas = np.array(_quotas(weights), np.int64)
         sizes = [source.num_examples for source in sources]
         self._firsts = np.cumsum([0, *sizes])
@@ -93,6 +94,11 @@ class MixtureSource(base.Source):
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
         source, own = self._locate(index)
         image, label = self.sources[source].load(own)
+        return image, self._labels[source][label]
+
+    def peek(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        source, own = self._locate(index)
+        image, label = self.sources[source].peek(own)
         return image, self._labels[source][label]
 
     def names(self) -> list[str]:

@@ -23,6 +23,8 @@ from vit_dist.data.pipe import POSITION_SPEC, Pipe, output_spec
 # image; larger chunks only hold more images in memory per thread.
 MAX_CHUNK = 32
 Tensors = dict[str, tf.Tensor]
+Part = tuple[tf.Tensor | int, int]
+ALL: Part = (0, 1)
 
 PREFETCH = 4  # batches of one replica; they hide the jitter of reading, and cost memory
 
@@ -41,6 +43,7 @@ def make_train_data(
     mixing: Mixing | None = None,
     repeats: int = 1,
     damage: Damage | None = None,
+    part: Part = ALL,
 ) -> tf.data.Dataset:
     """Returns endless training batches, from `first_step` on.
 
@@ -61,6 +64,8 @@ def make_train_data(
       repeats: How often each example stands in its batch, each time augmented anew.
       damage: Given, an example that cannot be read becomes zeros with a "mask" ((b,) float32, else
         1) of 0, and is counted there; otherwise it is an error of the iterator.
+      part: (k, n) leaves the elements k, k + n, k + 2n, ... only, counted from 0 at `first_step`;
+        k is an int or a scalar int64 tensor.
 
     Returns:
       A dataset of dicts with what the pipe keeps, each (batch_size / num_replicas, ...), static.
@@ -73,20 +78,21 @@ def make_train_data(
     source.prepare()
     share, first = batch_size // num_replicas, first_step * batch_size
     if source.indexable:
-        positions = _positions(batch_size, share, first, local_replicas)
+        positions = _positions(batch_size, share, first, local_replicas, part)
         place = functools.partial(places, source, seed=seed, batch_size=batch_size, repeats=repeats)
         records = positions.map(place, _parallel(num_threads))
     else:
         stream = _train_stream(source, seed, first)
-        stream = stream.filter(lambda p, _: _is_local(p, batch_size, share, local_replicas))
+        local = functools.partial(_is_local, batch_size=batch_size, share=share)
+        stream = stream.filter(lambda p, _: local(p - first, local=local_replicas, part=part))
         records = stream.batch(_chunk(share), drop_remainder=True)
         records = records.map(lambda p, record: _placed(source, p, record, seed))
     ds = _batches(source, pipe, records, share, spec, num_threads, damage)
     if mixing is not None:
         size = tuple(spec["image"].shape[:2])
         draw = functools.partial(mixing.draw, seed=seed, batch_size=batch_size, size=size)
-        ds = _with_rows(ds, draw, mixing, share, first_step, local_replicas)
-    return _finish(ds, num_threads, prefetch, damage)
+        ds = _with_rows(ds, draw, mixing, share, first_step, local_replicas, part)
+    return finish(ds, num_threads, prefetch, damage)
 
 
 def make_eval_data(
@@ -114,18 +120,20 @@ def make_eval_data(
     share = batch_size // num_replicas
     num_steps = -(-source.num_examples // batch_size)
     if source.indexable:
-        positions = _positions(batch_size, share, 0, local_replicas, num_steps)
+        positions = _positions(batch_size, share, 0, local_replicas)
+        positions = positions.take(num_steps * len(local_replicas) * share // _chunk(share))
         last = source.num_examples - 1
         records = positions.map(lambda p: _eval_place(source, p, {"index": tf.minimum(p, last)}))
     else:
         stream = source.stream(seed=None, epoch=0)
         padding = stream.take(1).repeat(num_steps * batch_size - source.num_examples)
         stream = stream.concatenate(padding).enumerate()
-        stream = stream.filter(lambda p, _: _is_local(p, batch_size, share, local_replicas))
+        local = functools.partial(_is_local, batch_size=batch_size, share=share)
+        stream = stream.filter(lambda p, _: local(p, local=local_replicas))
         records = stream.batch(_chunk(share), drop_remainder=True)
         records = records.map(lambda p, record: _eval_place(source, p, record))
     ds = _batches(source, pipe, records, share, spec, num_threads, damage)
-    return _finish(ds, num_threads, PREFETCH, damage)
+    return finish(ds, num_threads, PREFETCH, damage)
 
 
 def train_indices(
@@ -178,27 +186,32 @@ def _parallel(num_threads: int | None) -> int:
 
 
 def _positions(
-    batch_size: int, share: int, first: int, local: range, num_steps: int | None = None
+    batch_size: int, share: int, first: int, local: range, part: Part = ALL
 ) -> tf.data.Dataset:
     """Yields the (chunk,) int64 positions of this host, one replica's batch after the other."""
     chunk = _chunk(share)
-    chunks_per_step = share // chunk * len(local)
+    begin, stride = part
 
-    def of_element(i: tf.Tensor) -> tf.Tensor:
+    def of_chunk(i: tf.Tensor) -> tf.Tensor:
+        element = begin + i // (share // chunk) * stride
         # A host's replicas are neighbours, so its examples of one step are too.
-        start = local.start * share + i % chunks_per_step * chunk
-        step = i // chunks_per_step
+        replica = local.start + element % len(local)
+        start = replica * share + i % (share // chunk) * chunk
+        step = element // len(local)
         return first + step * batch_size + start + tf.range(chunk, dtype=tf.int64)
 
-    ds = tf.data.Dataset.counter()
-    if num_steps is not None:
-        ds = ds.take(num_steps * chunks_per_step)
-    return ds.map(of_element)
+    return tf.data.Dataset.counter().map(of_chunk)
 
 
-def _is_local(position: tf.Tensor, batch_size: int, share: int, local: range) -> tf.Tensor:
+def _is_local(
+    position: tf.Tensor, *, batch_size: int, share: int, local: range, part: Part = ALL
+) -> tf.Tensor:
+    """Whether a position, counted from the first, is among this host's elements in `part`."""
     replica = position % batch_size // share
-    return (replica >= local.start) & (replica < local.stop)
+    element = position // batch_size * len(local) + replica - local.start
+    begin, stride = part
+    mine = (element >= begin) & ((element - begin) % stride == 0)
+    return (replica >= local.start) & (replica < local.stop) & mine
 
 
 def places(
@@ -286,12 +299,14 @@ def _with_rows(
     share: int,
     first_step: int,
     local: range,
+    part: Part,
 ) -> tf.data.Dataset:
     """Adds each replica's part of what is drawn for the global batch."""
 
     def add(i: tf.Tensor, batch: Tensors) -> Tensors:
-        rows = draw(first_step + i // len(local))
-        start = (local.start + i % len(local)) * share
+        element = part[0] + i * part[1]
+        rows = draw(first_step + element // len(local))
+        start = (local.start + element % len(local)) * share
         rows = tf.ensure_shape(rows[start : start + share], (share, 6))
         if "mask" in batch:
             rows = mixing.spare_masked(rows, batch["mask"])
@@ -300,9 +315,10 @@ def _with_rows(
     return ds.enumerate().map(add)
 
 
-def _finish(
+def finish(
     ds: tf.data.Dataset, num_threads: int | None, prefetch: int, damage: Damage | None
 ) -> tf.data.Dataset:
+    """Returns the dataset in a fixed order, each host with its own, `prefetch` elements ahead."""
     ds = ds.prefetch(prefetch)
     options = tf.data.Options()
     options.deterministic = True

@@ -10,6 +10,8 @@ import tensorflow as tf
 # time are 0.9 GB of ImageNet's JPEGs (110 kB each).
 SHUFFLE_BLOCK = 4096
 CYCLE_LENGTH = 16  # files read at a time while shuffling
+UNBUFFERED = np.int64(0)  # a buffer would be filled with the records behind the one that is read
+ENDED = "Dataset was empty"  # how TensorFlow says that a file ends before a record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,25 @@ def stream_records(
         ds = ds.map(lambda i, block: _shuffled(block, tf.random.fold_in(seed, i))).prefetch(1)
         ds = ds.unbatch()
     return ds.apply(tf.data.experimental.assert_cardinality(int(counts.sum())))
+
+
+def read_record(file: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+    """Returns the record of a TFRecord file that begins at byte `offset` (scalar int64).
+
+    Both of its checksums (masked CRC-32C of length and data) are verified.
+
+    Returns:
+      A scalar string, in whose place come DataLossError (a flipped bit, or the file ends within
+      it), InvalidArgumentError ENDED (the file ends before it) or NotFoundError.
+    """
+    records = tf.raw_ops.TFRecordDatasetV2(
+        filenames=file[tf.newaxis],
+        compression_type="",
+        buffer_size=UNBUFFERED,
+        byte_offsets=offset[tf.newaxis],
+    )
+    records = tf.data.experimental.from_variant(records, tf.TensorSpec((), tf.string))
+    return records.take(1).get_single_element()
 
 
 def find_cut(files: Sequence[str], counts: Sequence[int]) -> str | None:

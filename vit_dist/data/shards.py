@@ -42,6 +42,7 @@ class ArrayRecordSource(base.Source):
     """
 
     name = "array_record"
+    portable = False
 
     def __init__(self, split: str, data_dir: str):
         self.split = split

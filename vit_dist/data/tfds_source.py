@@ -52,6 +52,7 @@ class TfdsSource(base.Source):
         label = features["label"]
         self.class_names = tuple(label.int2str(i) for i in range(label.num_classes))
         self.indexable = self.builder.info.file_format.value == "array_record"
+        self.portable = not self.indexable
         self.element_spec = {
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),

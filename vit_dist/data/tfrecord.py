@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from vit_dist.data import base
-from vit_dist.data.records import Keys, find_cut, stream_records
+from vit_dist.data.records import Keys, find_cut, read_record, stream_records
 
 # A record: uint64 length, uint32 CRC of it, the data, uint32 CRC of that.
 HEADER, FOOTER = 12, 4
@@ -25,8 +25,8 @@ class TfrecordSource(base.Source):
     At the first opening the headers of all records are scanned for where each begins. That table is
     kept beside the files (or, if they are not writable, scanned each time), so that later openings
     are fast, and a file that has changed since, for instance been cut between two records, is
-    noticed. By index, each example costs one seek; streamed, files are read in one go and the
-    checksums of the records are checked, at the price that `base.log_streaming` tells.
+    noticed. By index, each example costs one seek; streamed, files are read in one go, at the price
+    that `base.log_streaming` tells. Both verify the checksums of the records.
 
     Args:
       split: Replaces {split} in `files`.
@@ -65,13 +65,14 @@ class TfrecordSource(base.Source):
         counts = [len(offsets) for offsets in self._offsets]
         self._starts = np.cumsum([0, *counts])
         self.num_examples = int(self._starts[-1])
+        self._tables: dict[str, tf.Tensor] | None = None
         self.element_spec = {
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),
         }
         if not self.num_examples:
             raise ValueError(f"the files {self._pattern} hold no record")
-        _, label = self.load(0)
+        _, label = self.peek(0)
         if not 0 <= label < self.num_classes:
             raise ValueError(
                 f"the first example has label {label + first_label}, outside of first_label="
@@ -81,34 +82,51 @@ class TfrecordSource(base.Source):
     def __str__(self) -> str:
         return f"tfrecord:{self._pattern}"
 
-    def _locate(self, index: int) -> tuple[int, int]:
+    def _locate(self, index: int) -> tuple[int, np.int64]:
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return file, int(self._offsets[file][index - self._starts[file]])
-
-    def _read(self, indices: list[int]) -> list[bytes]:
-        records = []
-        for index in indices:
-            file, offset = self._locate(index)
-            with self.files[file].open("rb") as opened:
-                opened.seek(offset)
-                header = opened.read(HEADER)
-                length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else 0
-                data = opened.read(length + FOOTER)
-            if len(header) < HEADER or len(data) < length + FOOTER:
-                raise ValueError(f"{self.describe(index)} ends early: the file has been cut")
-            records.append(data[:length])
-        return records
+        return file, self._offsets[file][index - self._starts[file]]
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if not self.indexable:
             return super().fetch(indices)
-        return {"record": base.read_records(self._read, indices)}
+        if self._tables is None:
+            self._tables = base.on_host(
+                lambda: {
+                    "file": tf.constant([str(file) for file in self.files]),
+                    "start": tf.constant(self._starts),
+                    "offset": tf.constant(np.concatenate(self._offsets)),
+                }
+            )
+        table = self._tables
+        file = tf.searchsorted(table["start"], indices, side="right") - 1
+        return {
+            "file": tf.gather(table["file"], file),
+            "offset": tf.gather(table["offset"], indices),
+        }
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        if self.indexable:
+            return self._keys.parse(read_record(record["file"], record["offset"]))
         return self._keys.parse(record["record"])
 
     def load(self, index: int) -> tuple[bytes, int]:
-        return self._keys.load(self._read([index])[0])
+        file, offset = self._locate(index)
+        with tf.device("CPU:0"):
+            try:
+                record = read_record(tf.constant(str(self.files[file])), tf.constant(offset))
+            except tf.errors.OpError as error:
+                missing = isinstance(error, tf.errors.NotFoundError)
+                raise ValueError(
+                    f"{base.MISSING if missing else base.CORRUPT}: {error.message}"
+                ) from error
+        return self._keys.load(record.numpy())
+
+    def peek(self, index: int) -> tuple[bytes, int]:
+        file, offset = self._locate(index)
+        with self.files[file].open("rb") as opened:
+            opened.seek(offset)
+            (length,) = struct.unpack("<Q", opened.read(HEADER)[:8])
+            return self._keys.load(opened.read(length))
 
     def stream(self, *, seed: tf.Tensor | None, epoch: tf.Tensor | int) -> tf.data.Dataset:
         base.log_streaming(self)

@@ -1,0 +1,238 @@
+"""Batches that other machines make (tf.data service), in the exact order that this host would.
+
+A service is one dispatcher with one worker. Of a host's elements, number i comes from service
+i % N, as a dataset of those elements alone; so which service is fast or slow changes nothing. As an
+element is a function of seed and number, a service that was restarted is asked for what is still
+missing. Each element carries its number, and none is taken out of turn.
+"""
+
+import itertools
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from vit_dist.data.damage import message_of
+from vit_dist.data.pipeline import finish
+
+SERVICE = "data service"  # how messages name one
+POLL = 1.0  # seconds between two looks at a service that sends nothing
+
+Make = Callable[[tuple[tf.Tensor, int]], tf.data.Dataset]
+
+
+def serve(host: str, port: int, worker_port: int = 0) -> list[Any]:
+    """Starts a dispatcher and its worker in this process, which serve while the result is kept.
+
+    Args:
+      host: Name or address of this machine, as clients reach it.
+      port: Of the dispatcher, which clients are given.
+      worker_port: Of the worker, of which the dispatcher tells them; 0: any that is free.
+
+    Raises:
+      OSError: A port is in use.
+    """
+    library = tf.data.experimental.service
+    try:
+        dispatcher = library.DispatchServer(library.DispatcherConfig(port=port))
+        config = library.WorkerConfig(
+            dispatcher_address=f"localhost:{port}",
+            worker_address=f"{host}:%port%",
+            port=worker_port,
+        )
+        return [dispatcher, library.WorkerServer(config)]
+    except tf.errors.OpError as error:
+        raise OSError(f"cannot serve at {host}:{port}: {message_of(error)}") from error
+
+
+def parse_addresses(text: str) -> list[str]:
+    """Splits "host:port,host:port"; "" gives none.
+
+    Raises:
+      ValueError: Something that is no address, or one given twice.
+    """
+    found = [part.strip() for part in text.split(",")] if text.strip() else []
+    for address in found:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+            raise ValueError(f"{address!r} is no address: give host:port,host:port,...")
+        if found.count(address) > 1:
+            raise ValueError(
+                f"{address} is given twice: each {SERVICE} has one dispatcher of its own"
+            )
+    return found
+
+
+def from_services(
+    make: Make, addresses: Sequence[str], *, timeout: float, prefetch: int
+) -> tf.data.Dataset:
+    """Returns the elements that `make((0, 1))` has, made by services in turns.
+
+    Args:
+      make: (k, n) -> a dataset of the elements k, k + n, k + 2n, ..., endless, without functions in
+        Python; k is a scalar int64 tensor.
+      addresses: "host:port" of each dispatcher.
+      timeout: Seconds without an element, or without an answer, after which a service is given up.
+      prefetch: Elements kept here, and as many by the services.
+
+    Raises:
+      Iterating fails with an error whose message `find_failure` knows.
+    """
+    count = len(addresses)
+    known: dict[str, Any] = {}
+
+    def build(begin: tf.Tensor) -> tf.Tensor:
+        ds = make((begin, count)).enumerate()
+        known["spec"] = ds.element_spec
+        return tf.data.experimental.to_variant(ds)
+
+    with tf.device("CPU:0"):
+        # Traced once, here: another thread must not trace while the training step is traced.
+        function = tf.function(build, autograph=False)
+        function = function.get_concrete_function(tf.TensorSpec((), tf.int64))
+
+    def ask(address: str, begin: int) -> tf.data.Dataset:
+        ds = tf.data.experimental.from_variant(
+            function(tf.constant(begin, tf.int64)), known["spec"]
+        )
+        library = tf.data.experimental.service
+        return ds.apply(
+            library.distribute(  # without a job_name: each iterator has a job of its own
+                library.ShardingPolicy.OFF,
+                f"grpc://{address}",
+                max_outstanding_requests=-(-prefetch // count),
+                compression=None,  # decoded photos hardly shrink
+            )
+        )
+
+    def elements() -> Iterator[dict[str, np.ndarray]]:
+        clients = [
+            _Client(address, ask, begin=i, stride=count, timeout=timeout)
+            for i, address in enumerate(addresses)
+        ]
+        try:
+            for client in itertools.cycle(clients):
+                yield client.next()
+        finally:
+            for client in clients:
+                client.end()
+
+    ds = tf.data.Dataset.from_generator(elements, output_signature=known["spec"][1])
+    return finish(ds, None, prefetch, None)
+
+
+class _Client:
+    """Reads one service's elements, in a thread: the call that reads never returns without it."""
+
+    def __init__(self, address: str, ask: Callable, *, begin: int, stride: int, timeout: float):
+        self._address, self._ask, self._timeout = address, ask, timeout
+        self._number, self._stride = begin, stride  # of the next element
+        self._failed = -1  # the number at which it failed last
+        self._results: queue.Queue | None = None
+        self._ended = threading.Event()
+        self._looking = True
+        self._look()
+
+    def _look(self) -> None:
+        """Asks for all elements from the next one on, if the service answers."""
+        if not _answers(self._address):
+            if not self._looking:
+                logging.warning("lost %s %s, looking for it", SERVICE, self._address)
+            self._looking = True
+            return
+        self._looking = False
+        self._results, self._ended = queue.Queue(maxsize=1), threading.Event()
+        arguments = (self._results, self._ended, self._number)
+        threading.Thread(target=self._read, args=arguments, daemon=True).start()
+
+    def end(self) -> None:
+        """Lets go of the service."""
+        self._ended.set()
+        self._results = None
+
+    def _read(self, results: queue.Queue, ended: threading.Event, number: int) -> None:
+        def put(result: Any) -> None:
+            while not ended.is_set():
+                try:
+                    return results.put(result, timeout=POLL)
+                except queue.Full:
+                    continue
+
+        try:
+            with tf.device("CPU:0"):
+                for i, element in self._ask(self._address, number).as_numpy_iterator():
+                    put((number + int(i) * self._stride, element))
+                    if ended.is_set():
+                        return
+        except Exception as error:  # next() raises it, or asks again
+            put(error)
+
+    def next(self) -> dict[str, np.ndarray]:
+        """Returns the next element, waiting for it.
+
+        Raises:
+          TimeoutError: None came for `timeout` seconds.
+          ValueError: The service fails to make it, or sent another one.
+        """
+        deadline = time.monotonic() + self._timeout
+        while time.monotonic() < deadline:
+            if self._results is None:
+                self._look()
+            try:
+                if self._results is None:
+                    time.sleep(POLL)
+                    continue
+                result = self._results.get(timeout=POLL)
+            except queue.Empty:
+                if not _answers(self._address):
+                    self.end()
+                continue
+            if isinstance(result, Exception):
+                self._retry(result)
+                continue
+            number, element = result
+            if number != self._number:
+                raise ValueError(
+                    f"{SERVICE} {self._address} sent element {number} instead of {self._number}: "
+                    "restart it, and let it run the code that this host runs"
+                )
+            self._number += self._stride
+            return element
+        raise TimeoutError(
+            f"{SERVICE} {self._address} "
+            + ("cannot be reached" if self._looking else "sent nothing")
+            + f" for {self._timeout:g} s (config.input.service_timeout): start it with "
+            "python -m vit_dist.data_service, see its log, or leave it out of config.input.service"
+        )
+
+    def _retry(self, error: Exception) -> None:
+        """One that was restarted knows nothing of us; what fails again is no accident."""
+        if self._failed == self._number:
+            raise ValueError(f"{SERVICE} {self._address} failed: {message_of(error)}") from error
+        logging.warning("%s %s: %s; asking again", SERVICE, self._address, message_of(error))
+        self._failed = self._number
+        self.end()
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=POLL):
+            return True
+    except OSError:
+        return False
+
+
+def find_failure(error: tf.errors.OpError) -> Exception | None:
+    """Returns what iterating over `from_services` met, out of the error that TensorFlow made."""
+    lines = [line for line in (error.message or "").splitlines() if f"Error: {SERVICE} " in line]
+    if not lines:
+        return None
+    kind, _, text = lines[0].partition(f"Error: {SERVICE} ")
+    return (ConnectionError if kind.endswith("Timeout") else ValueError)(f"{SERVICE} {text}")

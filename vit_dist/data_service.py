@@ -1,0 +1,52 @@
+"""Makes batches for other machines: python -m vit_dist.data_service --port=7100 [--host=NAME].
+
+Start one on each machine that shall work, and give all of them to the training:
+--config.input.service=host1:7100,host2:7100. It serves any run, one after the other or at once,
+until Ctrl-C or SIGTERM. The data must lie under the same paths here as where it is trained.
+"""
+
+import signal
+import socket
+import threading
+
+from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+
+# isort: split
+import tensorflow as tf
+from absl import flags
+
+from vit_dist.data.service import serve
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defines the command's own flags; not at import, where other commands' have the same names."""
+    flags.DEFINE_integer("port", 7100, "what --config.input.service names", 1, 65535)
+    flags.DEFINE_integer("worker_port", 0, "a second one, for the batches; 0: any", 0, 65535)
+    flags.DEFINE_string("host", None, "this machine as others reach it; its own name by default")
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    host = FLAGS.host or socket.getfqdn()
+    try:
+        socket.getaddrinfo(host, FLAGS.port)
+    except OSError as error:
+        raise ValueError(
+            f"--host {host!r} is no known name or address: {error.strerror}"
+        ) from error
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    tf.config.set_visible_devices([], "GPU")
+    servers = serve(host, FLAGS.port, FLAGS.worker_port)
+    print(f"ready: --config.input.service={host}:{FLAGS.port}", flush=True)
+    stop.wait()
+    del servers
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
