@@ -33,7 +33,7 @@ def make_update(
         step, scale = state.step.value(), state.loss_scale.value()
         if scaled:
             grads = [g / scale for g in grads]
-        norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in grads]))
+        norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(g) for g in grads]))
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
         gate = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:

@@ -25,6 +25,7 @@ class _Rule:
     momentum_dtype = "float32"
     place: Callable[..., Any]  # variable, kind, what it is like, how to make it -> a slot
     _corrections: dict[float, tf.Tensor]
+    _scalars: dict[float, tf.Tensor]
 
     @property
     def iterations(self) -> tf.Tensor | int:
@@ -33,7 +34,25 @@ class _Rule:
     def begin(self, count: tf.Tensor | int) -> None:
         """Before the variables of one update: `count` updates are done."""
         self.count = count
-        self._corrections = {}
+        self._corrections, self._scalars = {}, {}
+
+    def scalar(self, value: float | tf.Tensor) -> tf.Tensor:
+        """`value` as one constant for all variables of an update: a tenth of the step's operations
+        would be such constants, and each takes time to trace and to compile.
+        """
+        if isinstance(value, tf.Tensor):
+            return value
+        if value not in self._scalars:
+            self._scalars[value] = tf.constant(value, tf.float32)
+        return self._scalars[value]
+
+    def average(
+        self, slot: keras.Variable, value: tf.Tensor, decay: float | tf.Tensor
+    ) -> tf.Tensor:
+        """Moves an exponential moving average and returns it as computed, in float32."""
+        new = self.scalar(decay) * _read(slot) + self.scalar(1 - decay) * value
+        slot.assign(tf.cast(new, slot.dtype))
+        return new
 
     def correction(self, decay: float) -> tf.Tensor:
         """1 - decay ** t, of Adam's moments; computed once for all variables of an update."""
@@ -77,13 +96,6 @@ def _read(variable: keras.Variable) -> tf.Tensor:
     return tf.cast(tf.convert_to_tensor(variable.value), tf.float32)
 
 
-def _average(slot: keras.Variable, value: tf.Tensor, decay: float | tf.Tensor) -> tf.Tensor:
-    """Moves an exponential moving average and returns it as computed, in float32."""
-    new = decay * _read(slot) + (1 - decay) * value
-    slot.assign(tf.cast(new, slot.dtype))
-    return new
-
-
 class Adam(_Rule, keras.optimizers.Adam):
     """Adam (arXiv 1412.6980, algorithm 1), as PyTorch and optax: m^ / (sqrt(v^) + epsilon).
 
@@ -93,10 +105,10 @@ class Adam(_Rule, keras.optimizers.Adam):
     def direction(self, gradient: tf.Tensor, variable: keras.Variable) -> tf.Tensor:
         """Moves both moments; returns m^ / (sqrt(v^) + epsilon)."""
         index = self._get_variable_index(variable)
-        m = _average(self._momentums[index], gradient, self.beta_1)
-        v = _average(self._velocities[index], tf.square(gradient), self.beta_2)
+        m = self.average(self._momentums[index], gradient, self.beta_1)
+        v = self.average(self._velocities[index], tf.square(gradient), self.beta_2)
         m_hat, v_hat = m / self.correction(self.beta_1), v / self.correction(self.beta_2)
-        return m_hat / (tf.sqrt(v_hat) + self.epsilon)
+        return m_hat / (tf.sqrt(v_hat) + self.scalar(self.epsilon))
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
         self.assign_sub(variable, learning_rate * self.direction(gradient, variable))
@@ -215,10 +227,10 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         beta = tf.minimum(self.beta_2_cap, 1 - t**-0.8)
         squared = tf.square(gradient) + self.epsilon
         if axes is None:
-            return gradient * tf.math.rsqrt(_average(slots["velocity"], squared, beta))
+            return gradient * tf.math.rsqrt(self.average(slots["velocity"], squared, beta))
         second, longest = axes
-        row = _average(slots["row"], tf.reduce_mean(squared, longest), beta)
-        column = _average(slots["column"], tf.reduce_mean(squared, second), beta)
+        row = self.average(slots["row"], tf.reduce_mean(squared, longest), beta)
+        column = self.average(slots["column"], tf.reduce_mean(squared, second), beta)
         reduced = second - (second > longest)  # where the second longest axis is in `row`
         row = row / tf.reduce_mean(row, reduced, keepdims=True)
         row, column = tf.expand_dims(row, longest), tf.expand_dims(column, second)
@@ -234,7 +246,7 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         if self.parameter_scale:
             update *= tf.maximum(_rms(_read(variable)), 1e-3)
         if self.momentum:
-            update = _average(slots["momentum"], update, self.momentum)
+            update = self.average(slots["momentum"], update, self.momentum)
         self.assign_sub(variable, learning_rate * update)
 
 
