@@ -26,6 +26,7 @@ from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
 from vit_dist.training.rules import check_names
 from vit_dist.training.schedules import make_schedule
+from vit_dist.training.sharding import NOT_ON_TPUS
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step
 
@@ -83,8 +84,10 @@ def check(config: ConfigDict) -> Run:
     check_input(config)
     step = bind(
         check_step, config.step, name="step", batch_size=config.input.batch_size,
-        num_replicas=max(config.strategy.virtual_cpus, 1),
+        num_replicas=max(config.strategy.virtual_cpus, 1), shard_state=optimizer["shard_state"],
     )  # fmt: skip
+    if optimizer["shard_state"] and config.strategy.name == "tpu":
+        raise ValueError(NOT_ON_TPUS)
     mixing = make_mixing(**bind(make_mixing, config.mixing, name="mixing"))
     check_parts(step, mixing, num_replicas=step["num_replicas"])
     _durations(config, num_examples=1)  # a mistake there shows before a data set is prepared
