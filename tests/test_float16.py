@@ -100,5 +100,9 @@ def test_what_counts_updates_and_what_steps(half):
     assert skipped["updates"] == 4
     # Without it, from the step behind it on, at the scale to which it led.
     scale = np.float32(INITIAL_LOSS_SCALE / 2)
-    half.run(images[3:], LABELS[3:], **{**before, "step": 3, "loss_scale": scale})
+    behind = {**before, "step": 3, "loss_scale": scale}
+    half.run(images[3:], LABELS[3:], **behind)
     assert_bits(weights_of(half.state.to_arrays()), weights_of(skipped))
+    half.run(images[3:], LABELS[3:], **{**behind, "updates": 3})  # as if it had been
+    name = "model/head/kernel"
+    assert np.any(half.state.to_arrays()[name] != skipped[name])

@@ -163,7 +163,7 @@ def test_mistakes():
         make_optimizer(variables, shard_state=True)
     for refused, message in (
         ({"strategy__name": "tpu"}, r"optimizer\.shard_state is not for TPUs"),
-        ({"strategy__virtual_cpus": 2, "step__jit": "whole"}, "'whole' does not go with"),
+        ({**TWO, "step__jit": "whole"}, "'whole' does not go with"),
     ):
         with pytest.raises(ValueError, match=message):
             check(make(optimizer__shard_state=True, **refused))
