@@ -109,13 +109,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jit", default="off", choices=("off", "split"))
+    parser.add_argument("--kind", choices=("mirrored", "workers"), action="append")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         kind, shard = args.one.split(",")
         print(json.dumps(measure(args, kind, shard == "1")))
         return
-    for kind in ("mirrored", "workers"):
+    for kind in args.kind or ("mirrored", "workers"):
         ratios = []
         for _ in range(args.rounds):
             pair = [start(args, kind, shard) for shard in (False, True)]

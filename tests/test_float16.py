@@ -84,3 +84,25 @@ def test_is_bad_only_when_the_scale_cannot_fall(half):
     half.run(images, LABELS, loss_scale=np.float32(8))
     final = half.state.to_arrays()
     assert (final["first_bad_step"], final["loss_scale"], final["updates"]) == (3, 1, 0)
+
+
+def test_what_counts_updates_and_what_steps(half):
+    """After a skipped step: the moments' correction as if it had not been, the rate as ever."""
+    images = IMAGES.copy()
+    images[2, 0] = LARGE
+    half.run(images[:2], LABELS[:2])
+    before = half.state.to_arrays()
+    metrics = half.run(images[2:], LABELS[2:], **before)
+    assert [m["learning_rate"] for m in metrics] == pytest.approx(
+        [0.1 / (1 + i) for i in (2, 3, 4)]
+    )
+    skipped = half.state.to_arrays()
+    assert skipped["updates"] == 4
+    # Without it, from the step behind it on, at the scale to which it led.
+    scale = np.float32(INITIAL_LOSS_SCALE / 2)
+    behind = {**before, "step": 3, "loss_scale": scale}
+    half.run(images[3:], LABELS[3:], **behind)
+    assert_bits(weights_of(half.state.to_arrays()), weights_of(skipped))
+    half.run(images[3:], LABELS[3:], **{**behind, "updates": 3})  # as if it had been
+    name = "model/head/kernel"
+    assert np.any(half.state.to_arrays()[name] != skipped[name])

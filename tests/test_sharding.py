@@ -20,13 +20,14 @@ from stepping import (
     weights_of,
 )
 from test_topologies import options_of
-from tiny import arrays, assert_same, without_evaluation
+from tiny import arrays, assert_same, make, without_evaluation
 
 from vit_dist.model.vit import named_weights
 from vit_dist.train import train
 from vit_dist.training.optim import NAMES, make_optimizer
 from vit_dist.training.sharding import Shards, deal_out
 from vit_dist.training.step import choose_jit
+from vit_dist.wiring import check
 
 
 def engine_of(name, *, replicas=2, shard=True, **changed):
@@ -160,6 +161,12 @@ def test_mistakes():
         make_optimizer(variables, shard_state=True, strategy=strategy)
     with pytest.raises(ValueError, match="needs the strategy"):
         make_optimizer(variables, shard_state=True)
+    for refused, message in (
+        ({"strategy__name": "tpu"}, r"optimizer\.shard_state is not for TPUs"),
+        ({**TWO, "step__jit": "whole"}, "'whole' does not go with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(make(optimizer__shard_state=True, **refused))
     tpu = object.__new__(tf.distribute.TPUStrategy)
     with pytest.raises(ValueError, match=r"optimizer\.shard_state is not for TPUs"):
         make_optimizer(variables, shard_state=True, strategy=tpu)

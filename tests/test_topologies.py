@@ -59,7 +59,7 @@ def assert_same(arrays, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 4), (2, 1), (2, 2)])
 def test_replicas_and_micro_batches(name, replicas, accumulation):
     engine = Engine(make_net, replicas=replicas, accumulation=accumulation, **options_of(name))
     engine.run(IMAGES[:STEPS], LABELS[:STEPS])

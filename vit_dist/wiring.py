@@ -26,6 +26,7 @@ from vit_dist.training.losses import make_loss
 from vit_dist.training.optim import check_optimizer, make_optimizer
 from vit_dist.training.rules import check_names
 from vit_dist.training.schedules import make_schedule
+from vit_dist.training.sharding import NOT_ON_TPUS
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import check_step
 
@@ -69,13 +70,7 @@ def check(config: ConfigDict) -> Run:
     config = config_lib.finalize(config)
     strategy = bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
-    optimizer = bind(
-        make_optimizer, config.optimizer, name="optimizer", variables={}, strategy=None,
-        num_heads=None,
-    )  # fmt: skip
-    for given in ("variables", "strategy", "num_heads"):
-        optimizer.pop(given)
-    check_optimizer(**optimizer)
+    optimizer = _check_optimizer(config)
     loss = bind(make_loss, config.loss, name="loss")
     make_loss(**loss)
     size = config_lib.parse_image_size(config.image_size)
@@ -83,7 +78,7 @@ def check(config: ConfigDict) -> Run:
     check_input(config)
     step = bind(
         check_step, config.step, name="step", batch_size=config.input.batch_size,
-        num_replicas=max(config.strategy.virtual_cpus, 1),
+        num_replicas=max(config.strategy.virtual_cpus, 1), shard_state=optimizer["shard_state"],
     )  # fmt: skip
     mixing = make_mixing(**bind(make_mixing, config.mixing, name="mixing"))
     check_parts(step, mixing, num_replicas=step["num_replicas"])
@@ -122,6 +117,16 @@ def check(config: ConfigDict) -> Run:
         eval_steps=durations["eval"],
         save_steps=durations["save"],
     )
+
+
+def _check_optimizer(config: ConfigDict) -> dict[str, Any]:
+    later: dict[str, Any] = {"variables": {}, "strategy": None, "num_heads": None}
+    optimizer = bind(make_optimizer, config.optimizer, name="optimizer", **later)
+    optimizer = {key: value for key, value in optimizer.items() if key not in later}
+    check_optimizer(**optimizer)
+    if optimizer["shard_state"] and config.strategy.name == "tpu":
+        raise ValueError(NOT_ON_TPUS)
+    return optimizer
 
 
 def check_parts(step: Mapping[str, Any], mixing: Mixing | None, *, num_replicas: int) -> None:

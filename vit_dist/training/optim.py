@@ -224,19 +224,14 @@ def make_optimizer(
         shard_state under a scope, without a strategy, or on TPUs, or adafactor_vit without
         num_heads for a model with attention.
     """
-    given = dict(locals())
-    for key in ("variables", "strategy", "num_heads"):
-        del given[key]
+    later = ("variables", "strategy", "num_heads")
+    given = {key: value for key, value in locals().items() if key not in (*later, "later")}
     check_optimizer(**given)
     used = decay_multipliers if weight_decay else ()
     check_names(variables, decay_multipliers=used, lr_multipliers=lr_multipliers)
     rates = rate_multipliers(variables, lr_multipliers=lr_multipliers, layer_decay=layer_decay)
-    decays = {}
-    for key, rate in rates.items():
-        factor = weight_decay * multiplier(decay_multipliers, key, 0.0)
-        if rate and factor:
-            by_schedule = decay_scale == "schedule"
-            decays[key] = factor / (learning_rate * rate) if by_schedule else factor
+    peak = learning_rate if decay_scale == "schedule" else None
+    decays = _decays(rates, weight_decay, decay_multipliers, peak)
     own = {k: v if given[k] is None else given[k] for k, v in NAMES[name].items()}
     rule = _make_rule(name, float(learning_rate), {"beta_1": beta_1, **own})
     rule.momentum_dtype = momentum_dtype
@@ -246,6 +241,18 @@ def make_optimizer(
         raise ValueError("shard_state needs the strategy, and no scope of it around make_optimizer")
     shared = strategy if shard_state else None
     return Optimizer(rule, variables, rates=rates, decays=decays, strategy=shared)
+
+
+def _decays(
+    rates: dict[str, float], weight_decay: float, rules: Rules, peak: float | None
+) -> dict[str, float]:
+    """By name what decays how fast; `peak`: the learning rate's, where decay goes by schedule."""
+    decays = {}
+    for name, rate in rates.items():
+        factor = weight_decay * multiplier(rules, name, 0.0)
+        if rate and factor:
+            decays[name] = factor if peak is None else factor / (peak * rate)
+    return decays
 
 
 def _views(

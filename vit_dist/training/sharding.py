@@ -18,6 +18,11 @@ import tensorflow as tf
 
 from vit_dist.strategy import host_replicas
 
+NOT_ON_TPUS = (
+    "optimizer.shard_state is not for TPUs: their replicas all run the same program, and here each "
+    "has variables of its own; set it to False"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
@@ -57,10 +62,7 @@ class Shards:
 
     def __init__(self, strategy: tf.distribute.Strategy, shapes: Mapping[str, Sequence[int]]):
         if isinstance(strategy, tf.distribute.TPUStrategy):
-            raise ValueError(
-                "optimizer.shard_state is not for TPUs: their replicas all run the same program, "
-                "and here each has variables of its own; set it to False"
-            )
+            raise ValueError(NOT_ON_TPUS)
         self.strategy, self.num_parts = strategy, strategy.num_replicas_in_sync
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}

@@ -42,6 +42,7 @@ def check_step(
     ema_decay: float | None = None,
     all_reduce_dtype: str = "float32",
     jit: str = "auto",
+    shard_state: bool = False,
 ) -> None:
     """Raises ValueError for arguments of make_train_step that cannot work; touches no device."""
     if accumulation < 1:
@@ -65,6 +66,11 @@ def check_step(
     ):
         if value not in allowed:
             raise ValueError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
+    if shard_state and jit == "whole" and num_replicas > 1:
+        raise ValueError(
+            "step.jit 'whole' does not go with optimizer.shard_state on several replicas: the "
+            "weights are gathered between two parts; take auto or split"
+        )
 
 
 def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False) -> str:
@@ -197,22 +203,21 @@ def make_train_step(
     )  # fmt: skip
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     settle = make_settle(state, ema_decay=ema_decay) if state.optimizer.shards else None
-    several = strategy.num_replicas_in_sync > 1
-    if jit == "whole" and several and settle:
-        raise ValueError(
-            "step.jit 'whole' does not go with optimizer.shard_state on several replicas: the "
-            "weights are gathered between two parts; take auto or split"
-        )
+    check_step(
+        batch_size=batch_size, accumulation=accumulation, jit=jit,
+        num_replicas=strategy.num_replicas_in_sync, shard_state=settle is not None,
+    )  # fmt: skip
     if jit == "split":
-        gradients = tf.function(gradients, jit_compile=True, autograph=False)
-        update = tf.function(update, jit_compile=True, autograph=False)
-        settle = tf.function(settle, jit_compile=True, autograph=False) if settle else None
-
-    sent_as = all_reduce_dtype if several else None
+        gradients, update = _compiled(gradients), _compiled(update)
+        settle = _compiled(settle) if settle else None
+    sent_as = all_reduce_dtype if strategy.num_replicas_in_sync > 1 else None
     run = _make_replica_step(gradients, update, settle, sent_as=sent_as)
-    if jit == "whole":
-        run = tf.function(run, jit_compile=True, autograph=False)
+    run = _compiled(run) if jit == "whole" else run
     return _make_loop(run, strategy, counted=("masked",) if masked else ())
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def _make_replica_step(
