@@ -1,6 +1,6 @@
 """What optimizer.shard_state saves and costs: memory of a process, CPU time of a step.
 
-    .venv/bin/python tests/sharding_cost.py [--variant S/16] [--image_size 64] [--batch_size 16]
+    .venv/bin/python benchmarks/sharding.py [--variant S/16] [--image_size 64] [--batch_size 16]
 
 On two replicas, as two virtual CPUs of one process and as two worker processes, AdamW. Each
 setting runs in processes of its own, with and without in turn. "held": MB that a process holds
