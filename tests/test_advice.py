@@ -1,4 +1,4 @@
-"""Warnings about a folder of images, before it trains."""
+"""Warnings about a folder of images and a moving average, before training."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_dist.advice import data_warnings
+from vit_dist.advice import average_warnings, data_warnings
 
 
 @dataclasses.dataclass
@@ -60,3 +60,21 @@ def test_sources_that_do_not_tell_are_left_alone():
         class_names = ("a",)
 
     assert data_warnings({"train": Stream(), "val": Stream()}, (32, 32)) == []
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "expected"),
+    [
+        (0.999, 112, "averages over 1,000 steps, and there are 112: 89% of .*ema_decay=0.91,"),
+        (0.999, 1000, "37% of"),
+        (0.9, 3, "ema_decay=0.5,"),
+        (0.999, 2000, None),
+        (0.99996, 75_060, None),
+        (None, 10, None),
+        (0.999, 0, None),
+    ],
+)
+def test_an_average_that_lags(decay, steps, expected):
+    found = average_warnings(decay, steps)
+    assert len(found) == (expected is not None)
+    assert not found or re.search(expected, found[0])

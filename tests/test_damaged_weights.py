@@ -102,7 +102,7 @@ def test_files_that_were_cut(files, tmp_path, name, keep):
     data = (files / name).read_bytes()
     path = tmp_path / name
     path.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=f"{name}.* is damaged.*; fetch or copy it again$"):
         tensors_of(path)
 
 
@@ -199,8 +199,9 @@ def nothing(path):
 def test_files_that_are_refused(tmp_path, capsys, make, message):
     path = tmp_path / "weights.npz"
     make(path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         open_pretrained(path)
+    assert str(path) in str(caught.value)
     assert "never be printed" not in capsys.readouterr().out
 
 

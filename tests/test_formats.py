@@ -197,3 +197,11 @@ def test_sharded_folders(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="names no files beside it"):
         open_pretrained(tmp_path)
+
+
+def test_weights_of_another_network_are_named_with_their_file(tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **flax_vit.published(flax_vit.make_tree(**TOK)))
+    model = build_vit(vit_config("mu/4", image_size=12, num_classes=5, pool="tok"))
+    with pytest.raises(ValueError, match=r"weights.npz: .*width 12 \(here 32\).*model.width=12"):
+        open_origin(str(path)).fill(model)

@@ -1,4 +1,4 @@
-"""What a folder of images is likely to do to a run: warnings, before it starts."""
+"""What data and durations are likely to do to a run: warnings, before it starts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from PIL import Image
 _SAMPLE = 200  # images whose size is looked at
 _UNBALANCED = 10.0  # the largest class over the smallest
 _FEW = 20  # images of a class
+_STALE = 0.2  # share of the weights from before the run in the moving average at its end
 
 
 def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[str]:
@@ -39,6 +40,24 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
     if paths is not None and len(paths):
         found += _size_warnings([str(path) for path in paths], image_size)
     return found
+
+
+def average_warnings(decay: float | None, num_steps: int) -> list[str]:
+    """One line if the moving average, which is what gets evaluated, hardly follows so short a run.
+
+    Args:
+      decay: of the moving average; None for none.
+      num_steps: of the run.
+    """
+    if not decay or num_steps < 1 or decay**num_steps < _STALE:
+        return []
+    better = max(1 - 10 / num_steps, 0.5)  # an average over the last tenth
+    return [
+        f"config.step.ema_decay {decay} averages over {1 / (1 - decay):,.0f} steps, and there are "
+        f"{num_steps:,}: {decay**num_steps:.0%} of what is evaluated at the end will be the "
+        f"weights from before. Set --config.step.ema_decay={better:.2g}, or None to evaluate the "
+        "weights themselves"
+    ]
 
 
 def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -30,7 +30,6 @@ from vit_dist.model.formats.writing import FORMATS, prefix_posemb_for, write_pre
 from vit_dist.model.posemb import METHODS, sincos2d
 from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
-from vit_dist.model.weights import adapt_weights
 from vit_dist.origins import Origin, open_origin
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
@@ -192,15 +191,8 @@ def load_model(
             network["posemb"], source["prefix_posemb"] = "learned", "none"
         network["prefix_posemb"] = prefix_posemb_for(system, {**_DEFAULTS, **network})
     model = build_vit(network)
-    adapt_weights(
-        model,
-        tensors,
-        source=source,
-        method=method,
-        unused=origin.unused,
-        unknown=origin.unknown,
-        ignore=ignore,
-    )
+    origin = dataclasses.replace(origin, tensors=tensors, network=source)
+    origin.fill(model, method=method, ignore=ignore)
     return model
 
 

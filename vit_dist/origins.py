@@ -16,6 +16,8 @@ from etils import epath
 from vit_dist.data.pipe import Pipe, parse
 from vit_dist.model.formats.containers import LazyArray
 from vit_dist.model.formats.pretrained import open_pretrained
+from vit_dist.model.vit import ViT
+from vit_dist.model.weights import LoadReport, adapt_weights
 from vit_dist.training.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 
 _HUB = "hf://"
@@ -58,6 +60,25 @@ class Origin:
     class_names: Sequence[str] = ()
     checkpoint: Checkpoint | None = None
     download: _Download | None = None
+
+    def fill(self, model: ViT, **options: Any) -> LoadReport:
+        """Gives the weights to a model; `options` of weights.adapt_weights.
+
+        Raises:
+          ValueError: they are another network's; names the file, all that differs, what to set.
+        """
+        try:
+            return adapt_weights(
+                model,
+                self.tensors,
+                source=self.network,
+                unused=self.unused,
+                unknown=self.unknown,
+                **options,
+            )
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if self.path in text else f"{self.path}: {text}") from error
 
     def black_and_white(self, channels: int) -> np.ndarray | None:
         """What pixels of 0 and 255 become: (2, 1 or channels); None where nothing tells."""

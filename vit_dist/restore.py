@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
 from vit_dist.data.pipe import Pipe
-from vit_dist.model.weights import LoadReport, adapt_weights
+from vit_dist.model.weights import LoadReport
 from vit_dist.origins import Origin, open_origin, scaled
 from vit_dist.strategy import all_hosts
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
@@ -132,14 +132,10 @@ def init_from(state: TrainState, path: str, run: Run) -> LoadReport:
 
 def _adopt(state: TrainState, origin: Origin, run: Run) -> LoadReport:
     _check_scaling(origin, {"train": run.train_pipe, "eval": run.eval_pipe}, state.model.channels)
-    report = adapt_weights(
+    report = origin.fill(
         state.model,
-        origin.tensors,
-        source=origin.network,
         method=run.config.posemb_method,
         patch_method=run.config.patch_method,
-        unused=origin.unused,
-        unknown=origin.unknown,
         ignore=run.config.init_ignore,
     )
     if origin.black_and_white(state.model.channels) is None:

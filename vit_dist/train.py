@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_dist import config as config_lib
-from vit_dist.advice import data_warnings
+from vit_dist.advice import average_warnings, data_warnings
 from vit_dist.data.damage import check_share
 from vit_dist.evaluators.classification import make_evaluator
 from vit_dist.feed import eval_data, explain_error, first_images, train_data
@@ -320,7 +320,8 @@ def _announce(
         f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
         f"{source.num_classes} classes; {run.total_steps:,} steps"
     )
-    for line in data_warnings(run.sources, run.model["image_size"]) if chief else ():
+    warnings = data_warnings(run.sources, run.model["image_size"]) if chief else []
+    for line in [*warnings, *average_warnings(run.step["ema_decay"], run.total_steps)]:
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)

@@ -22,6 +22,7 @@ import safetensors
 MAX_GROWTH = 20
 SLACK = 2**28
 _MAX_HEADER = 2**16  # bytes of a .npy header
+AGAIN = "; fetch or copy it again"  # what to do about a damaged file
 _CHUNK = 2**20  # bytes read at once, so that decompression and checksums need no second copy
 
 
@@ -68,6 +69,8 @@ def open_tensors(path: Path) -> TensorFile:
         raise ValueError(f"there is no file {path}")
     with path.open("rb") as file:
         head = file.read(16)
+    if not head:
+        raise ValueError(f"{path} is damaged: it is empty{AGAIN}")
     if head[:4] == b"PK\x03\x04":
         with _zip(path) as archive:
             names = archive.namelist()
@@ -119,14 +122,14 @@ def _zip(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or was cut: {error}") from None
+        raise ValueError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
     size = sum(info.file_size for info in archive.infolist())
     limit = MAX_GROWTH * path.stat().st_size + SLACK
     if size > limit:
         archive.close()
         raise ValueError(
             f"{path} would unpack to {size:,} bytes, more than {MAX_GROWTH} times its own size: a "
-            "zip bomb, no checkpoint"
+            "zip bomb, no checkpoint. Fetch it from where it was published"
         )
     return archive
 
@@ -141,9 +144,9 @@ def read_member(path: Path, name: str) -> memoryview:
         with _zip(path) as archive, archive.open(name) as member:
             return _read(member, archive.getinfo(name).file_size)
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: {name} is damaged or was cut ({error})") from None
+        raise ValueError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
     except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
-        raise ValueError(f"{path}: {name} cannot be read ({error})") from error
+        raise ValueError(f"{path}: {name} cannot be read ({error}){AGAIN}") from error
 
 
 def _read(file: IO[bytes], size: int) -> memoryview:
@@ -190,9 +193,12 @@ def _npy_header(
             shape, fortran, dtype = read(member, max_header_size=_MAX_HEADER)
             start = member.tell()
     except Exception as error:  # whatever a damaged file makes zipfile, zlib and NumPy raise
-        raise ValueError(f"{where} is damaged or was cut ({error})") from error
+        raise ValueError(f"{where} is damaged or was cut ({error}){AGAIN}") from error
     if dtype.hasobject:
-        raise ValueError(f"{where} holds pickled objects, which could run any code; not opened")
+        raise ValueError(
+            f"{where} holds pickled objects, which could run any code; not opened. Where you trust "
+            "it, save its arrays of numbers alone with numpy.savez"
+        )
     if dtype == np.dtype("V2"):
         dtype = np.dtype(ml_dtypes.bfloat16)  # as NumPy writes what it does not know
     check_size(where, shape, dtype, info.file_size - start)
@@ -203,7 +209,7 @@ def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -
     """Raises ValueError unless `size` bytes are what the shape needs."""
     needed = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or needed != size:
-        raise ValueError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes")
+        raise ValueError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes{AGAIN}")
 
 
 def as_float(array: np.ndarray) -> np.ndarray:
@@ -228,7 +234,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         with safetensors.safe_open(path, framework="np") as file:  # checks the whole header
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or was cut: {error}") from None
+        raise ValueError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
@@ -243,7 +249,7 @@ def _open_safetensors(path: Path) -> TensorFile:
                     raw.seek(8 + length + begin)
                     data = _read(raw, end - begin)
             except (EOFError, OSError) as error:
-                raise ValueError(f"{path}: {name} is damaged or was cut ({error})") from None
+                raise ValueError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
             array = np.frombuffer(data, _SAFETENSORS_DTYPES[entry["dtype"]])
             return as_float(array.reshape(entry["shape"]))
 

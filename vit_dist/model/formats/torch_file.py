@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_dist.model.formats.containers import LazyArray, TensorFile, as_float, read_member
+from vit_dist.model.formats.containers import AGAIN, LazyArray, TensorFile, as_float, read_member
 
 _MAX_PICKLE = 2**26  # bytes: names and shapes only; a ViT's takes some 10 kB
 _DTYPES = {
@@ -133,10 +133,12 @@ def _find_tensors(content: Any) -> dict[str, _Tensor]:
 def _check(where: str, tensor: _Tensor, size: int | None) -> None:
     storage = tensor.storage
     if size is None or size != storage.length * storage.dtype.itemsize:
-        raise ValueError(f"{where} is damaged or was cut: its storage has {size} bytes")
+        raise ValueError(f"{where} is damaged or was cut: its storage has {size} bytes{AGAIN}")
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     if math.prod(tensor.shape) > storage.length or tensor.offset + reach >= max(storage.length, 1):
-        raise ValueError(f"{where} is damaged: shape {tensor.shape} reaches past its storage")
+        raise ValueError(
+            f"{where} is damaged: shape {tensor.shape} reaches past its storage{AGAIN}"
+        )
 
 
 def _reader(path: Path, file: str, tensor: _Tensor):
