@@ -44,6 +44,7 @@ def make_train_data(
     repeats: int = 1,
     damage: Damage | None = None,
     part: Part = ALL,
+    only: int | None = None,
 ) -> tf.data.Dataset:
     """Returns endless training batches, from `first_step` on.
 
@@ -66,6 +67,7 @@ def make_train_data(
         1) of 0, and is counted there; otherwise it is an error of the iterator.
       part: (k, n) leaves the elements k, k + n, k + 2n, ... only, counted from 0 at `first_step`;
         k is an int or a scalar int64 tensor.
+      only: Leaves one element, and of that so many examples (at most all), and reads no others.
 
     Returns:
       A dataset of dicts with what the pipe keeps, each (batch_size / num_replicas, ...), static.
@@ -77,21 +79,24 @@ def make_train_data(
     _check_training(source, seed, first_step, repeats)
     source.prepare()
     share, first = batch_size // num_replicas, first_step * batch_size
+    kept = share if only is None else min(only, share)
     if source.indexable:
-        positions = _positions(batch_size, share, first, local_replicas, part)
+        positions = _positions(batch_size, share, first, local_replicas, part, kept)
+        positions = positions.take(-1 if only is None else kept // _chunk(kept))
         place = functools.partial(places, source, seed=seed, batch_size=batch_size, repeats=repeats)
         records = positions.map(place, _parallel(num_threads))
     else:
         stream = _train_stream(source, seed, first)
         local = functools.partial(_is_local, batch_size=batch_size, share=share)
         stream = stream.filter(lambda p, _: local(p - first, local=local_replicas, part=part))
-        records = stream.batch(_chunk(share), drop_remainder=True)
+        stream = stream.take(-1 if only is None else kept)
+        records = stream.batch(_chunk(kept), drop_remainder=True)
         records = records.map(lambda p, record: _placed(source, p, record, seed))
-    ds = _batches(source, pipe, records, share, spec, num_threads, damage)
+    ds = _batches(source, pipe, records, kept, spec, num_threads, damage)
     if mixing is not None:
         size = tuple(spec["image"].shape[:2])
         draw = functools.partial(mixing.draw, seed=seed, batch_size=batch_size, size=size)
-        ds = _with_rows(ds, draw, mixing, share, first_step, local_replicas, part)
+        ds = _with_rows(ds, draw, mixing, share, first_step, local_replicas, part, kept)
     return finish(ds, num_threads, prefetch, damage)
 
 
@@ -120,7 +125,7 @@ def make_eval_data(
     share = batch_size // num_replicas
     num_steps = -(-source.num_examples // batch_size)
     if source.indexable:
-        positions = _positions(batch_size, share, 0, local_replicas)
+        positions = _positions(batch_size, share, 0, local_replicas, ALL, share)
         positions = positions.take(num_steps * len(local_replicas) * share // _chunk(share))
         last = source.num_examples - 1
         records = positions.map(lambda p: _eval_place(source, p, {"index": tf.minimum(p, last)}))
@@ -186,17 +191,17 @@ def _parallel(num_threads: int | None) -> int:
 
 
 def _positions(
-    batch_size: int, share: int, first: int, local: range, part: Part = ALL
+    batch_size: int, share: int, first: int, local: range, part: Part, kept: int
 ) -> tf.data.Dataset:
     """Yields the (chunk,) int64 positions of this host, one replica's batch after the other."""
-    chunk = _chunk(share)
+    chunk = _chunk(kept)
     begin, stride = part
 
     def of_chunk(i: tf.Tensor) -> tf.Tensor:
-        element = begin + i // (share // chunk) * stride
+        element = begin + i // (kept // chunk) * stride
         # A host's replicas are neighbours, so its examples of one step are too.
         replica = local.start + element % len(local)
-        start = replica * share + i % (share // chunk) * chunk
+        start = replica * share + i % (kept // chunk) * chunk
         step = element // len(local)
         return first + step * batch_size + start + tf.range(chunk, dtype=tf.int64)
 
@@ -300,6 +305,7 @@ def _with_rows(
     first_step: int,
     local: range,
     part: Part,
+    kept: int,
 ) -> tf.data.Dataset:
     """Adds each replica's part of what is drawn for the global batch."""
 
@@ -307,7 +313,7 @@ def _with_rows(
         element = part[0] + i * part[1]
         rows = draw(first_step + element // len(local))
         start = (local.start + element % len(local)) * share
-        rows = tf.ensure_shape(rows[start : start + share], (share, 6))
+        rows = tf.ensure_shape(rows[start : start + kept], (kept, 6))
         if "mask" in batch:
             rows = mixing.spare_masked(rows, batch["mask"])
         return {**batch, "mix": rows}

@@ -38,6 +38,9 @@ def serve(host: str, port: int, worker_port: int = 0) -> list[Any]:
     Raises:
       OSError: A port is in use.
     """
+    for number in (port, worker_port):
+        with socket.create_server(("", number)):  # TensorFlow's would share one that is in use
+            pass
     library = tf.data.experimental.service
     try:
         dispatcher = library.DispatchServer(library.DispatcherConfig(port=port))
@@ -124,7 +127,8 @@ def from_services(
                 client.end()
 
     ds = tf.data.Dataset.from_generator(elements, output_signature=known["spec"][1])
-    return finish(ds, None, prefetch, None)
+    # Threads of its own: while one waits for a service, reading from it needs the common ones.
+    return finish(ds, 2, prefetch, None)
 
 
 class _Client:
