@@ -222,7 +222,7 @@ def test_an_element_out_of_turn_is_an_error(sources, services, monkeypatch):
     monkeypatch.setattr(service._Client, "_read", from_the_start)
     failure = failure_of(iter(served(maker(sources["folder"]), services[:1])))
     assert isinstance(failure, ValueError)
-    assert "sent element 1 instead of 0" in str(failure)
+    assert "failed: element 1 came instead of 0" in str(failure)
 
 
 # a config

@@ -199,15 +199,11 @@ class _Client:
                 continue
             if isinstance(result, Exception):
                 self._retry(result)
-                continue
-            number, element = result
-            if number != self._number:
-                raise ValueError(
-                    f"{SERVICE} {self._address} sent element {number} instead of {self._number}: "
-                    "restart it, and let it run the code that this host runs"
-                )
-            self._number += self._stride
-            return element
+            elif result[0] != self._number:  # one is lost with a connection that breaks
+                self._retry(ValueError(f"element {result[0]} came instead of {self._number}"))
+            else:
+                self._number += self._stride
+                return result[1]
         raise TimeoutError(
             f"{SERVICE} {self._address} "
             + ("cannot be reached" if self._looking else "sent nothing")
