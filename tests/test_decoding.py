@@ -172,7 +172,7 @@ def test_a_scaled_crop_is_the_crop(camera, size, area_min, least):
             f"decode_jpeg_and_inception_crop({size}, {area_min}, method='area', dct_scaling=True)"
         )
         apart = abs(crops(data, text, [i])[0] - want)
-        assert apart.mean() < 4 and np.quantile(apart, 0.99) < 20, (apart.mean(), apart.max())
+        assert apart.mean() < 4 and np.quantile(apart, 0.99) < 25, (apart.mean(), apart.max())
 
 
 def test_small_windows_are_decoded_whole():
