@@ -67,7 +67,7 @@ def test_folder(tmp_path, remote):
     bad = remote / "train" / "a" / "000.jpg"
     bad.unlink()  # the file system does not truncate
     bad.write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"image file 'ram://.*000.jpg' is empty"):
+    with pytest.raises(ValueError, match=r"image file 'ram://.*000.jpg' is not an image"):
         open_source("folder", split="train", data_dir=str(remote))
 
 
