@@ -106,7 +106,7 @@ def train_data(run: "Run", strategy: tf.distribute.Strategy, *, first_step: int)
         dataset = from_services(
             lambda part: make(prefetch=1, part=part),
             parse_addresses(section.service),
-            timeout=section.service_timeout,
+            timeout=run.config.input.service_timeout,
             prefetch=prefetch,
         )
     else:
