@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from vit_dist.data import ops
+from vit_dist.data import decoding, ops
 
 PHOTO = peers.photo(33, 47)
 
@@ -121,3 +121,96 @@ def test_crops_take_a_method(name):
     plain, cubic, smooth = images.values()
     assert (plain != cubic).any() and (cubic != smooth).any()
     assert abs(plain - smooth).mean() < 12
+
+
+# decoding at a fraction of the size
+
+
+def camera_jpeg(height, width):
+    """A photograph enlarged to what a telephone takes, with a sensor's noise."""
+    noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    image = Image.fromarray(np.clip(peers.photo(height, width) + noise, 0, 255).astype(np.uint8))
+    return encoded(image, "jpeg", quality=92)
+
+
+@pytest.fixture(scope="module", params=[(3000, 4000), (4001, 2999)], ids=str)
+def camera(request):
+    """A JPEG, and all of its pixels."""
+    data = camera_jpeg(*request.param)
+    return data, tf.io.decode_jpeg(data).numpy()
+
+
+def crops(data, text, seeds):
+    pipe = ops.parse(text)
+    made = [
+        pipe.host({"image": tf.constant(data), "label": 0, "seed": tf.constant([7, i])})
+        for i in seeds
+    ]
+    return np.stack([example["image"] for example in made]).astype(int)
+
+
+# Target sizes, windows in percent of the area, and the least of 1 / 8, 1 / 4 and 1 / 2 to come.
+@pytest.mark.parametrize(
+    ("size", "area_min", "least"), [(224, 5, 2), (300, 70, 4), (600, 70, 2), (1200, 90, 2)]
+)
+def test_a_scaled_crop_is_the_crop(camera, size, area_min, least):
+    """Against the means of the same draw's window in the full decode."""
+    data, full = camera
+    for i in range(2):
+        seed = tf.random.fold_in([7, i], 1)
+        begin, extent = (
+            x[:2] for x in decoding._crop_window(full.shape, (area_min / 100, 1.0), seed)
+        )
+        ratio = max(r for r in (1, 2, 4, 8) if (extent.numpy() >= r * size).all())
+        window = ratio * decoding._scaled_window(begin, extent, tf.shape(full)[:2], ratio).numpy()
+        assert ratio >= least
+        assert abs(window - np.concatenate((begin, extent))).max() <= ratio  # of the full pixels
+        top, left, height, width = window
+        window = np.pad(full, ((0, 8), (0, 8), (0, 0)), "edge")[top:, left:][:height, :width]
+        want = tf.image.resize(window, (size, size), "area").numpy()
+        text = (
+            f"decode_jpeg_and_inception_crop({size}, {area_min}, method='area', dct_scaling=True)"
+        )
+        apart = abs(crops(data, text, [i])[0] - want)
+        assert apart.mean() < 4 and np.quantile(apart, 0.99) < 25, (apart.mean(), apart.max())
+
+
+def test_small_windows_are_decoded_whole():
+    """Less than twice the size in one direction."""
+    data = encoded(Image.fromarray(PHOTO).resize((390, 1000)), "jpeg")
+    text = "decode_jpeg_and_inception_crop(200{})"
+    want, have = (crops(data, text.format(x), range(8)) for x in ("", ", dct_scaling=True"))
+    np.testing.assert_array_equal(have, want)
+    png = encoded(Image.fromarray(PHOTO), "png")
+    want, have = (
+        crops(png, f"decode_jpeg_and_inception_crop(4{x})", range(4))
+        for x in ("", ", dct_scaling=True")
+    )
+    np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize(
+    ("min_side", "ratio"), [(224, 8), (375, 8), (376, 4), (1500, 2), (1501, 1)]
+)
+def test_decode_with_a_smaller_side(min_side, ratio):
+    data = camera_jpeg(3001, 4003)
+    have = decode(data, f"decode(min_side={min_side})")
+    size = (-(-3001 // ratio), -(-4003 // ratio))
+    assert have.shape == (*size, 3)
+    margins = [(0, -n % ratio) for n in (3001, 4003)]
+    whole = np.pad(decode(data), (*margins, (0, 0)), "edge")
+    want = whole.reshape(size[0], ratio, size[1], ratio, 3).mean((1, 3))
+    apart = abs(have - want)
+    print(ratio, apart.mean(), np.quantile(apart, 0.99), apart.max())
+    if ratio == 1:
+        assert apart.max() == 0
+    assert apart.mean() < 1.5 and np.quantile(apart, 0.99) < 8
+
+
+def test_min_side_with_orientation_and_other_kinds():
+    data = with_orientation(6)
+    assert decode(data, "decode(exif=True, min_side=8)").shape == (12, 9, 3)
+    png = encoded(Image.fromarray(PHOTO), "png")
+    np.testing.assert_array_equal(decode(png, "decode(min_side=4)"), PHOTO)
+    with pytest.raises(ValueError, match="min_side=0 must be an int of 1 or more"):
+        ops.parse("decode(min_side=0)")

@@ -140,8 +140,44 @@ def test_positions_of_repeats(batch_size, repeats):
         assert counts.max() <= repeats and counts.sum() == batch_size
         if batch_size % repeats == 0:
             assert (counts == repeats).all()
+        # The copies of an example stand `distinct` places apart, each with its number.
+        places = np.arange(batch_size)
+        np.testing.assert_array_equal(slots[step], step * distinct + places % distinct)
+        np.testing.assert_array_equal(copies[step], places // distinct)
     if repeats == 1:
         np.testing.assert_array_equal(slots.reshape(-1), positions)
+
+
+def test_each_replica_has_one_copy(sources):
+    """Of as many replicas as there are copies."""
+    parts = []
+    for replica in range(3):
+        ds = pipeline.make_train_data(
+            sources["folder"], ops.parse(CROP), batch_size=BATCH, seed=1, repeats=3,
+            num_replicas=3, local_replicas=range(replica, replica + 1),
+        )  # fmt: skip
+        parts.append([b["index"].tolist() for b in ds.take(5).as_numpy_iterator()])
+    assert parts[0] == parts[1] == parts[2]
+    assert all(len(set(index)) == BATCH // 3 for index in parts[0])
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_only_the_first_examples(sources, repeats, monkeypatch):
+    """What TensorBoard shows is the batch's beginning, and nothing else is read."""
+    source, reads = sources["folder"], []
+    (whole,) = global_batches(source, 5, 1, repeats=repeats)
+    decode = source.decode_record
+
+    def counted(record):
+        noted = tf.numpy_function(lambda p: reads.append(p) or p, [record["path"]], tf.string)
+        return decode({**record, "path": tf.ensure_shape(noted, ())})
+
+    monkeypatch.setattr(source, "decode_record", counted)
+    for count, kept in ((8, 8), (100, BATCH)):
+        reads.clear()
+        (first,) = global_batches(source, 5, 3, repeats=repeats, only=count)
+        assert_equal([first], [{key: value[:kept] for key, value in whole.items()}])
+        assert len(reads) == kept
 
 
 def test_a_stream_has_no_repeats(tmp_path):

@@ -59,6 +59,9 @@ DEFAULTS: dict[str, Any] = {
         "image_key": _Typed(None, str),  # tfrecord: feature with the encoded image
         "label_key": _Typed(None, str),  # tfrecord: feature with the class number
         "first_label": _Typed(None, int),  # tfrecord: the number of the first class
+        "counts": _Typed(
+            None, object
+        ),  # tfrecord: how many examples, {"train": 1281167, "val": ..}
         "stream": _Typed(None, bool),  # tfrecord: in sequence rather than by index
         "num_classes": _Typed(None, int),  # tfrecord without class_file; synthetic
         "num_examples": _Typed(None, int),  # synthetic
@@ -84,7 +87,7 @@ DEFAULTS: dict[str, Any] = {
         "cache": "off",  # of train: off | raw (bytes of the files) | decoded (before the pipe)
         "cache_dir": "",  # a folder for the cache, kept for later runs; "": in memory
         "service": "",  # host:port,host:port of vit_dist.data_service, which make train's batches
-        "service_timeout": 300.0,  # seconds to wait for one of them
+        "service_timeout": 120.0,  # seconds to wait for one of them
     },
     "mixing": {  # data/mixing.py
         "mixup_alpha": 0.0,  # of Beta(alpha, alpha); 0: no mixup

@@ -106,7 +106,7 @@ def train_data(run: "Run", strategy: tf.distribute.Strategy, *, first_step: int)
         dataset = from_services(
             lambda part: make(prefetch=1, part=part),
             parse_addresses(section.service),
-            timeout=section.service_timeout,
+            timeout=run.config.input.service_timeout,
             prefetch=prefetch,
         )
     else:
@@ -122,10 +122,12 @@ def first_images(
     Raises:
       ValueError: they cannot be read; names the first that cannot.
     """
+    if run.mixing is not None:  # partners are within a group
+        count = -(-count // run.mixing.group_size) * run.mixing.group_size
     try:
-        dataset = _train_dataset(run, strategy, first_step=first_step, prefetch=1)
+        dataset = _train_dataset(run, strategy, first_step=first_step, prefetch=1, only=count)
         with tf.device("CPU:0"):
-            return batch_images(run.train_pipe, next(iter(dataset)), run.mixing, count)
+            return batch_images(run.train_pipe, next(iter(dataset)), run.mixing)
     except tf.errors.OpError as error:
         steps = range(first_step, first_step + 2)
         raise explain_error(error, run, strategy, split="train", steps=steps) or error from error
@@ -138,6 +140,7 @@ def _train_dataset(
     first_step: int,
     prefetch: int,
     part: Part = ALL,
+    only: int | None = None,
 ) -> tf.data.Dataset:
     return make_train_data(
         run.sources["train"],
@@ -153,6 +156,7 @@ def _train_dataset(
         repeats=run.config.input.repeats,
         damage=run.damage.get("train"),
         part=part,
+        only=only,
     )
 
 

@@ -120,6 +120,17 @@ def checksum(names: Iterable[str]) -> int:
     return crc
 
 
+def local_path(path: epath.PathLike, key: str) -> epath.Path:
+    """Returns the path, whose file a library opens by itself.
+
+    Raises:
+      ValueError: It is one that only TensorFlow reads, such as gs://bucket/path.
+    """
+    if "://" in str(path):
+        raise ValueError(f"{key} must be a local path, got {path}: copy the files, or mount them")
+    return epath.Path(path).expanduser()
+
+
 def temporary_name(path: epath.Path) -> epath.Path:
     """Returns a name beside `path` that no other process of any host uses, to write and rename."""
     return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")

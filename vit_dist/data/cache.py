@@ -56,7 +56,9 @@ class CachedSource(base.Source):
             self.element_spec["image"] = tf.TensorSpec((None, None, 3), tf.uint8)
         self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
         key = base.checksum([form, json.dumps(source.fingerprint()), str(source)])
-        self._path = epath.Path(folder).expanduser() / f"{key:08x}.cache" if folder else None
+        self._path: epath.Path | None = None
+        if folder:
+            self._path = base.local_path(folder, "config.input.cache_dir") / f"{key:08x}.cache"
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
         if self._path is None or not self._table_path.exists():

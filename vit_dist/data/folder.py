@@ -84,7 +84,7 @@ class FolderSource(base.Source):
         }
         self._tables: dict[str, tf.Tensor] | None = None
         if check_files:
-            _check_headers(list(self.paths))
+            _check_headers(self.paths.tolist())
 
     def _files_of_split_directory(self) -> dict[str, list[str]]:
         splits = [path.name for path in _directories(self.data_dir)]

@@ -5,13 +5,10 @@ A `size` is an int (a square) or (height, width), in pixels.
 
 import tensorflow as tf
 
-from vit_dist.data import orientation
 from vit_dist.data.pipe import Pipe, op, output_spec, parse, switch
 
 __all__ = ["Pipe", "op", "output_spec", "parse", "switch"]
 
-# Aspect ratios (width / height) of Inception's crop, as in GoogLeNet (arXiv 1409.4842, section 6).
-ASPECT_RATIOS = (3 / 4, 4 / 3)
 # Per-channel mean and standard deviation of ImageNet's training images in [0, 1], as used by
 # torchvision, timm and DeiT.
 STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
@@ -20,98 +17,37 @@ OVERSHOOTING = ("bicubic", "lanczos3", "lanczos5")  # kernels with negative weig
 
 
 @op
-def decode(exif=False):
-    """Decodes JPEG, PNG, BMP, GIF (its first frame) or WebP bytes to (H, W, 3); grey is repeated.
-
-    `exif` turns a JPEG upright as its EXIF orientation says; the reference systems do not. An image
-    that is an array already passes through, likewise with 3 channels.
-    """
-
-    def upright(image, seed):
-        decoded = _decode(image)
-        return orientation.turn(decoded, image) if image.dtype == tf.string else decoded
-
-    return _on_image(upright if exif else lambda image, seed: _decode(image))
-
-
-@op
-def inception_crop(size, area_min=5, area_max=100, method="bilinear", antialias=False):
-    """Cuts a random window, of `area_min` to `area_max` percent of the area, and resizes it.
-
-    The aspect ratio is 3/4 to 4/3; `method` and `antialias` as in `resize`.
-    """
-    size, area, method = _size(size), _area_range(area_min, area_max), _method(method)
-
-    def crop(image, seed):
-        begin, extent = _crop_window(tf.shape(_decoded(image)), area, seed)
-        window = tf.slice(image, begin, extent)
-        window.set_shape((None, None, image.shape[-1]))
-        return _resize(window, size, method, antialias)
-
-    return _on_image(crop)
-
-
-@op
-def decode_jpeg_and_inception_crop(
-    size, area_min=5, area_max=100, method="bilinear", antialias=False
-):
-    """`decode|inception_crop(...)`, which decodes only the window of a JPEG."""
-    size, area, method = _size(size), _area_range(area_min, area_max), _method(method)
-
-    def crop_jpeg(data, seed):
-        begin, extent = _crop_window(tf.image.extract_jpeg_shape(data), area, seed)
-        window = tf.concat((begin[:2], extent[:2]), 0)
-        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
-        return _resize(image, size, method, antialias)
-
-    def crop_decoded(image, seed):
-        image = _decode(image)
-        begin, extent = _crop_window(tf.shape(image), area, seed)
-        return _resize(tf.slice(image, begin, extent), size, method, antialias)
-
-    def crop(image, seed):
-        if image.dtype != tf.string:
-            return tf.ensure_shape(crop_decoded(image, seed), (*size, 3))
-        result = tf.cond(
-            tf.io.is_jpeg(image),
-            lambda: crop_jpeg(image, seed),
-            lambda: crop_decoded(image, seed),
-        )
-        return tf.ensure_shape(result, (*size, 3))
-
-    return _on_image(crop)
-
-
-@op
 def resize(size, method="bilinear", antialias=False):
     """Resizes to `size`, whatever the aspect ratio; `method` is one of tf.image.ResizeMethod."""
-    size, method = _size(size), _method(method)
-    return _on_image(lambda image, seed: _resize(_decoded(image), size, method, antialias))
+    size, method = parse_size(size), parse_method(method)
+    return on_image(lambda image, seed: resize_image(decoded(image), size, method, antialias))
 
 
 @op
 def resize_small(smaller_size, method="area", antialias=False):
     """Resizes so that the smaller side has `smaller_size` pixels, keeping the aspect ratio."""
-    _check_positive(smaller_size=smaller_size)
-    method = _method(method)
+    check_positive(smaller_size=smaller_size)
+    method = parse_method(method)
 
     def resize(image, seed):
-        shape = tf.cast(tf.shape(_decoded(image))[:2], tf.float32)
+        shape = tf.cast(tf.shape(decoded(image))[:2], tf.float32)
         factor = smaller_size / tf.reduce_min(shape)
-        resized = _resize(image, tf.cast(tf.round(shape * factor), tf.int32), method, antialias)
+        resized = resize_image(
+            image, tf.cast(tf.round(shape * factor), tf.int32), method, antialias
+        )
         static = image.shape[:2]
         if static.is_fully_defined():
             smaller = min(static)
             resized.set_shape((*(_round(n * smaller_size / smaller) for n in static), None))
         return resized
 
-    return _on_image(resize)
+    return on_image(resize)
 
 
 @op
 def central_crop(size):
     """Cuts the middle `size`; of an odd margin the smaller half is above and left."""
-    height, width = _size(size)
+    height, width = parse_size(size)
 
     def crop(image, seed):
         _check_crop(image, height, width)
@@ -119,13 +55,13 @@ def central_crop(size):
         top, left = tf.unstack(margin // 2)
         return tf.image.crop_to_bounding_box(image, top, left, height, width)
 
-    return _on_image(crop)
+    return on_image(crop)
 
 
 @op
 def random_crop(size):
     """Cuts a window of `size` from a uniformly drawn place."""
-    size = _size(size)
+    size = parse_size(size)
 
     def crop(image, seed):
         _check_crop(image, *size)
@@ -136,14 +72,14 @@ def random_crop(size):
                 image = tf.identity(image)
         return tf.ensure_shape(_random_window(image, size, seed), (*size, image.shape[-1]))
 
-    return _on_image(crop)
+    return on_image(crop)
 
 
 @op
 def pad(pixels, value=0, mode="constant"):
     """Adds `pixels` on each side: of `value` (mode "constant"), or "reflect"ed or "edge" pixels."""
     _check_pad(pixels, value, mode)
-    return _on_image(lambda image, seed: _pad(_decoded(image), pixels, value, mode))
+    return on_image(lambda image, seed: _pad(decoded(image), pixels, value, mode))
 
 
 @op
@@ -152,11 +88,11 @@ def random_shift(pixels, value=0, mode="constant"):
     _check_pad(pixels, value, mode)
 
     def shift(image, seed):
-        padded = _pad(_decoded(image), pixels, value, mode)
+        padded = _pad(decoded(image), pixels, value, mode)
         shifted = _random_window(padded, tf.shape(image)[:2], seed)
         return tf.ensure_shape(shifted, image.shape)
 
-    return _on_image(shift)
+    return on_image(shift)
 
 
 @op
@@ -166,9 +102,9 @@ def flip_lr():
     def flip(image, seed):
         mirrored = tf.random.stateless_uniform((), seed) < 0.5
         # Takes whether to reverse as a tensor: for small images a tf.cond would cost more.
-        return tf.raw_ops.Reverse(tensor=_decoded(image), dims=tf.stack([False, mirrored, False]))
+        return tf.raw_ops.Reverse(tensor=decoded(image), dims=tf.stack([False, mirrored, False]))
 
-    return _on_image(flip)
+    return on_image(flip)
 
 
 @op(on_device=True)
@@ -212,7 +148,7 @@ def normalize(mean="imagenet", std=None):
 @op(image=False)
 def onehot(num_classes):
     """Turns "label" (int) into a float32 one-hot vector of `num_classes`."""
-    _check_positive(num_classes=num_classes)
+    check_positive(num_classes=num_classes)
     return lambda example: {
         **example,
         "label": tf.one_hot(example["label"], num_classes, dtype=tf.float32),
@@ -228,24 +164,18 @@ def keep(*keys):
     return lambda example: {key: example[key] for key in keys}
 
 
-def _on_image(function):
+def on_image(function):
     """Lifts (image, seed) -> image to example -> example."""
     return lambda example: {**example, "image": function(example["image"], example["seed"])}
 
 
-def _decode(image: tf.Tensor) -> tf.Tensor:
-    if image.dtype == tf.string:
-        return tf.io.decode_image(image, channels=3, expand_animations=False)
-    return tf.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
-
-
-def _decoded(image: tf.Tensor) -> tf.Tensor:
+def decoded(image: tf.Tensor) -> tf.Tensor:
     if image.dtype == tf.string:
         raise ValueError("the image is still encoded; put decode before this op")
     return image
 
 
-def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
+def resize_image(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
     """Resizes and returns to uint8, rounding (a cast alone would darken by half a level)."""
     resized = tf.image.resize(image, size, method=method, antialias=antialias)
     if resized.dtype == tf.uint8:  # nearest
@@ -254,20 +184,6 @@ def _resize(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
     if method in OVERSHOOTING:  # clipping takes as long as half of a bilinear resize
         resized = tf.clip_by_value(resized, 0, 255)
     return tf.cast(resized, tf.uint8)
-
-
-def _crop_window(shape: tf.Tensor, area: tuple[float, float], seed: tf.Tensor):
-    """Returns begin (3,) and extent (3,) int32 of a window as tf.slice takes them; depth is all."""
-    begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape,
-        tf.zeros((0, 0, 4), tf.float32),
-        seed,
-        min_object_covered=0,
-        aspect_ratio_range=ASPECT_RATIOS,
-        area_range=area,
-        use_image_if_no_bounding_boxes=True,
-    )
-    return begin, extent
 
 
 def _random_window(image: tf.Tensor, size, seed: tf.Tensor) -> tf.Tensor:
@@ -291,27 +207,21 @@ def _pad(image: tf.Tensor, pixels: int, value: int, mode: str) -> tf.Tensor:
     return tf.pad(image, paddings, mode.upper(), constant_values=tf.cast(value, image.dtype))
 
 
-def _size(size) -> tuple[int, int]:
+def parse_size(size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise ValueError(f"size={size!r} must be an int or (height, width)")
-    _check_positive(height=pair[0], width=pair[1])
+    check_positive(height=pair[0], width=pair[1])
     return pair
 
 
-def _area_range(area_min: float, area_max: float) -> tuple[float, float]:
-    if not 0 < area_min <= area_max <= 100:
-        raise ValueError(f"area_min={area_min}, area_max={area_max}: need 0 < min <= max <= 100")
-    return area_min / 100, area_max / 100
-
-
-def _method(method: str) -> str:
+def parse_method(method: str) -> str:
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {METHODS}")
     return method
 
 
-def _check_positive(**values) -> None:
+def check_positive(**values) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an int of 1 or more")
@@ -327,7 +237,7 @@ def _check_pad(pixels: int, value: int, mode: str) -> None:
 
 
 def _check_crop(image: tf.Tensor, height: int, width: int) -> None:
-    for have, want in zip(_decoded(image).shape[:2], (height, width), strict=True):
+    for have, want in zip(decoded(image).shape[:2], (height, width), strict=True):
         if have is not None and have < want:
             raise ValueError(f"cannot cut {height}x{width} from an image of {image.shape[:2]}")
 

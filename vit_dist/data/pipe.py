@@ -26,7 +26,9 @@ from vit_dist.data.tracing import deviceless_graph, is_deviceless, switch
 __all__ = ["Op", "Pipe", "Step", "op", "output_spec", "parse", "switch"]
 
 # Modules that register ops when imported; parse() imports them, so that no caller has to.
-OP_MODULES = tuple(f"vit_dist.data.{name}" for name in ("ops", "randaug", "autoaugment", "erasing"))
+OP_MODULES = tuple(
+    f"vit_dist.data.{name}" for name in ("ops", "decoding", "randaug", "autoaugment", "erasing")
+)
 DEFAULT_KEEP = ("image", "label")
 
 Example = dict[str, tf.Tensor]

@@ -9,6 +9,7 @@ batch.
 import functools
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -44,31 +45,29 @@ def make_train_data(
     repeats: int = 1,
     damage: Damage | None = None,
     part: Part = ALL,
+    only: int | None = None,
 ) -> tf.data.Dataset:
-    """Returns endless training batches, from `first_step` on.
-
-    An element is one replica's batch: replica after replica of this host, then step after step,
-    as `strategy.distribute_datasets_from_function` takes them.
+    """Returns endless batches of one replica each: this host's replicas in turn, step after step.
 
     Args:
       source: Where examples are read.
       pipe: Its host part is applied here, its device part is left to the model's input.
-      batch_size: Global number of examples per step.
+      batch_size: Global.
       seed: In [0, 2**62). Decides, with the step, all that is in a batch.
       first_step: Number of the first step; the cost does not grow with it if `source.indexable`.
       num_replicas: Replicas that share a global batch.
       local_replicas: Which of them this host feeds.
-      num_threads: Threads for reading and preprocessing; None lets tf.data choose.
+      num_threads: For reading and preprocessing; None lets tf.data choose.
       prefetch: Batches of one replica prepared ahead.
       mixing: Adds "mix", (b, 6) float32: what its `images` and `labels` take on the accelerator.
       repeats: How often each example stands in its batch, each time augmented anew.
       damage: Given, an example that cannot be read becomes zeros with a "mask" ((b,) float32, else
         1) of 0, and is counted there; otherwise it is an error of the iterator.
-      part: (k, n) leaves the elements k, k + n, k + 2n, ... only, counted from 0 at `first_step`;
-        k is an int or a scalar int64 tensor.
+      part: (k, n) leaves only elements k, k + n, k + 2n, ..., counted from 0 at `first_step`.
+      only: Leaves one element, and of that so many examples (at most all), and reads no others.
 
     Returns:
-      A dataset of dicts with what the pipe keeps, each (batch_size / num_replicas, ...), static.
+      Dicts of what the pipe keeps, each (batch_size / num_replicas, ...), static.
 
     Raises:
       ValueError: Numbers that do not fit each other, or a pipe that does not fit the source.
@@ -76,22 +75,19 @@ def make_train_data(
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
     _check_training(source, seed, first_step, repeats)
     source.prepare()
-    share, first = batch_size // num_replicas, first_step * batch_size
+    share = batch_size // num_replicas
+    kept = min(only or share, share)
+    cut = _Cut(batch_size, share, kept, first_step * batch_size, local_replicas, part)
     if source.indexable:
-        positions = _positions(batch_size, share, first, local_replicas, part)
         place = functools.partial(places, source, seed=seed, batch_size=batch_size, repeats=repeats)
-        records = positions.map(place, _parallel(num_threads))
+        records = _positions(cut).map(place, _parallel(num_threads))
     else:
-        stream = _train_stream(source, seed, first)
-        local = functools.partial(_is_local, batch_size=batch_size, share=share)
-        stream = stream.filter(lambda p, _: local(p - first, local=local_replicas, part=part))
-        records = stream.batch(_chunk(share), drop_remainder=True)
+        records = _local_chunks(_train_stream(source, seed, cut.first), cut)
         records = records.map(lambda p, record: _placed(source, p, record, seed))
-    ds = _batches(source, pipe, records, share, spec, num_threads, damage)
+    records = records.take(-1 if only is None else kept // _chunk(kept))
+    ds = _batches(source, pipe, records, kept, spec, num_threads, damage)
     if mixing is not None:
-        size = tuple(spec["image"].shape[:2])
-        draw = functools.partial(mixing.draw, seed=seed, batch_size=batch_size, size=size)
-        ds = _with_rows(ds, draw, mixing, share, first_step, local_replicas, part)
+        ds = _with_rows(ds, mixing, cut, seed, tuple(spec["image"].shape[:2]))
     return finish(ds, num_threads, prefetch, damage)
 
 
@@ -119,18 +115,15 @@ def make_eval_data(
     source.prepare()
     share = batch_size // num_replicas
     num_steps = -(-source.num_examples // batch_size)
+    cut = _Cut(batch_size, share, share, 0, local_replicas, ALL)
     if source.indexable:
-        positions = _positions(batch_size, share, 0, local_replicas)
-        positions = positions.take(num_steps * len(local_replicas) * share // _chunk(share))
+        positions = _positions(cut).take(num_steps * len(local_replicas) * share // _chunk(share))
         last = source.num_examples - 1
         records = positions.map(lambda p: _eval_place(source, p, {"index": tf.minimum(p, last)}))
     else:
         stream = source.stream(seed=None, epoch=0)
         padding = stream.take(1).repeat(num_steps * batch_size - source.num_examples)
-        stream = stream.concatenate(padding).enumerate()
-        local = functools.partial(_is_local, batch_size=batch_size, share=share)
-        stream = stream.filter(lambda p, _: local(p, local=local_replicas))
-        records = stream.batch(_chunk(share), drop_remainder=True)
+        records = _local_chunks(stream.concatenate(padding).enumerate(), cut)
         records = records.map(lambda p, record: _eval_place(source, p, record))
     ds = _batches(source, pipe, records, share, spec, num_threads, damage)
     return finish(ds, num_threads, PREFETCH, damage)
@@ -185,33 +178,46 @@ def _parallel(num_threads: int | None) -> int:
     return tf.data.AUTOTUNE if num_threads is None else num_threads
 
 
-def _positions(
-    batch_size: int, share: int, first: int, local: range, part: Part = ALL
-) -> tf.data.Dataset:
+class _Cut(NamedTuple):
+    """Which positions of a run make up this host's elements."""
+
+    batch_size: int
+    share: int  # of it, a replica's
+    kept: int  # of that, from its beginning on
+    first: int  # position
+    local: range
+    part: Part
+
+
+def _positions(cut: _Cut) -> tf.data.Dataset:
     """Yields the (chunk,) int64 positions of this host, one replica's batch after the other."""
-    chunk = _chunk(share)
-    begin, stride = part
+    chunk = _chunk(cut.kept)
+    chunks = cut.kept // chunk
+    begin, stride = cut.part
 
     def of_chunk(i: tf.Tensor) -> tf.Tensor:
-        element = begin + i // (share // chunk) * stride
+        element = begin + i // chunks * stride
         # A host's replicas are neighbours, so its examples of one step are too.
-        replica = local.start + element % len(local)
-        start = replica * share + i % (share // chunk) * chunk
-        step = element // len(local)
-        return first + step * batch_size + start + tf.range(chunk, dtype=tf.int64)
+        replica = cut.local.start + element % len(cut.local)
+        start = replica * cut.share + i % chunks * chunk
+        step = element // len(cut.local)
+        return cut.first + step * cut.batch_size + start + tf.range(chunk, dtype=tf.int64)
 
     return tf.data.Dataset.counter().map(of_chunk)
 
 
-def _is_local(
-    position: tf.Tensor, *, batch_size: int, share: int, local: range, part: Part = ALL
-) -> tf.Tensor:
-    """Whether a position, counted from the first, is among this host's elements in `part`."""
-    replica = position % batch_size // share
-    element = position // batch_size * len(local) + replica - local.start
-    begin, stride = part
-    mine = (element >= begin) & ((element - begin) % stride == 0)
-    return (replica >= local.start) & (replica < local.stop) & mine
+def _local_chunks(stream: tf.data.Dataset, cut: _Cut) -> tf.data.Dataset:
+    """Keeps, of (position, record), this host's; batched by chunks."""
+    begin, stride = cut.part
+
+    def is_local(position: tf.Tensor, _) -> tf.Tensor:
+        position -= cut.first
+        replica = position % cut.batch_size // cut.share
+        element = position // cut.batch_size * len(cut.local) + replica - cut.local.start
+        mine = (element >= begin) & ((element - begin) % stride == 0)
+        return (replica >= cut.local.start) & (replica < cut.local.stop) & mine
+
+    return stream.filter(is_local).batch(_chunk(cut.kept), drop_remainder=True)
 
 
 def places(
@@ -293,21 +299,17 @@ def _chunk_maker(source: Source, pipe: Pipe, spec: dict[str, tf.TensorSpec]):
 
 
 def _with_rows(
-    ds: tf.data.Dataset,
-    draw: Callable[[tf.Tensor], tf.Tensor],
-    mixing: Mixing,
-    share: int,
-    first_step: int,
-    local: range,
-    part: Part,
+    ds: tf.data.Dataset, mixing: Mixing, cut: _Cut, seed: int, size: tuple[int, int]
 ) -> tf.data.Dataset:
     """Adds each replica's part of what is drawn for the global batch."""
+    begin, stride = cut.part
 
     def add(i: tf.Tensor, batch: Tensors) -> Tensors:
-        element = part[0] + i * part[1]
-        rows = draw(first_step + element // len(local))
-        start = (local.start + element % len(local)) * share
-        rows = tf.ensure_shape(rows[start : start + share], (share, 6))
+        element = begin + i * stride
+        step = cut.first // cut.batch_size + element // len(cut.local)
+        rows = mixing.draw(step, seed=seed, batch_size=cut.batch_size, size=size)
+        start = (cut.local.start + element % len(cut.local)) * cut.share
+        rows = tf.ensure_shape(rows[start : start + cut.kept], (cut.kept, 6))
         if "mask" in batch:
             rows = mixing.spare_masked(rows, batch["mask"])
         return {**batch, "mix": rows}

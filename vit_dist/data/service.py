@@ -38,6 +38,9 @@ def serve(host: str, port: int, worker_port: int = 0) -> list[Any]:
     Raises:
       OSError: A port is in use.
     """
+    for number in (port, worker_port):
+        with socket.create_server(("", number)):  # TensorFlow's would share one that is in use
+            pass
     library = tf.data.experimental.service
     try:
         dispatcher = library.DispatchServer(library.DispatcherConfig(port=port))
@@ -124,7 +127,8 @@ def from_services(
                 client.end()
 
     ds = tf.data.Dataset.from_generator(elements, output_signature=known["spec"][1])
-    return finish(ds, None, prefetch, None)
+    # Threads of its own: while one waits for a service, reading from it needs the common ones.
+    return finish(ds, 2, prefetch, None)
 
 
 class _Client:
@@ -195,15 +199,11 @@ class _Client:
                 continue
             if isinstance(result, Exception):
                 self._retry(result)
-                continue
-            number, element = result
-            if number != self._number:
-                raise ValueError(
-                    f"{SERVICE} {self._address} sent element {number} instead of {self._number}: "
-                    "restart it, and let it run the code that this host runs"
-                )
-            self._number += self._stride
-            return element
+            elif result[0] != self._number:  # one is lost with a connection that breaks
+                self._retry(ValueError(f"element {result[0]} came instead of {self._number}"))
+            else:
+                self._number += self._stride
+                return result[1]
         raise TimeoutError(
             f"{SERVICE} {self._address} "
             + ("cannot be reached" if self._looking else "sent nothing")

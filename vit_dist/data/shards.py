@@ -46,7 +46,7 @@ class ArrayRecordSource(base.Source):
 
     def __init__(self, split: str, data_dir: str):
         self.split = split
-        self._folder = epath.Path(data_dir).expanduser() / split
+        self._folder = base.local_path(data_dir, "config.data.data_dir of array_record") / split
         path = self._folder / TABLE
         if not path.exists():
             raise ValueError(
@@ -119,7 +119,7 @@ def convert(
     """
     if examples_per_shard < 1:
         raise ValueError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
-    out = epath.Path(folder).expanduser() / split
+    out = base.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
     plan = {**source.fingerprint(), "examples_per_shard": examples_per_shard}
     _check_plan(out / PLAN, plan)

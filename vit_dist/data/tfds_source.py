@@ -5,13 +5,19 @@ import functools
 import socket
 import sys
 import urllib.parse
+from concurrent import futures
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from etils import epath
 
 from vit_dist.data import base
 from vit_dist.data.records import Keys, find_cut, stream_records
+from vit_dist.data.tfrecord import scan
+
+FRAME = 16  # bytes that a TFRecord file spends on a record: its length, and two checksums
+NUM_THREADS = 32  # for the sizes of files, which waits rather than computes
 
 
 class TfdsSource(base.Source):
@@ -49,10 +55,12 @@ class TfdsSource(base.Source):
         self.num_examples = self._split_info.num_examples
         if not self.num_examples:
             raise ValueError(f"split {split!r} of {name!r} is empty")
-        label = features["label"]
-        self.class_names = tuple(label.int2str(i) for i in range(label.num_classes))
         self.indexable = self.builder.info.file_format.value == "array_record"
         self.portable = not self.indexable
+        if not self.indexable:
+            self._check_sizes()
+        label = features["label"]
+        self.class_names = tuple(label.int2str(i) for i in range(label.num_classes))
         self.element_spec = {
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),
@@ -71,6 +79,31 @@ class TfdsSource(base.Source):
             builder.download_and_prepare()
         except Exception as error:  # whatever its download or its parser raised, the remedy is one
             raise ValueError(_preparation_failed(builder, error)) from error
+
+    def _check_sizes(self) -> None:
+        """Looks for a shard that was cut, also between two records, by the size of all shards.
+
+        Raises:
+          ValueError: One was; names it.
+        """
+        mine = {file.filename for file in self._split_info.file_instructions}
+        for name in self.builder.info.splits:
+            split = self.builder.info.splits[name]
+            files = [epath.Path(path) for path in split.filepaths]
+            if mine.isdisjoint(map(str, files)):
+                continue
+            with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+                sizes = pool.map(lambda f: f.stat().length if f.exists() else 0, files)
+            want = split.num_bytes + FRAME * split.num_examples
+            if sum(sizes) == want:
+                continue
+            for file, count in zip(files, split.shard_lengths, strict=True):
+                found = len(scan(file)) if file.exists() else "no"
+                if found != count:
+                    raise ValueError(
+                        f"file {file} holds {found} records instead of {count}: it has been cut or "
+                        "removed; prepare or copy it again"
+                    )
 
     @functools.cached_property
     def _reader(self):

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+from collections.abc import Mapping
 from concurrent import futures
 
 import numpy as np
@@ -36,6 +37,8 @@ class TfrecordSource(base.Source):
       image_key: Feature with the encoded image.
       label_key: Feature with the class number.
       first_label: The number of the first class; 1 in ImageNet as TF Model Garden stores it.
+      counts: Split -> how many examples its files should hold, without which nothing tells that a
+        file was cut between two records before it was first opened here.
       stream: Read the files in sequence rather than by index.
 
     Raises:
@@ -54,6 +57,7 @@ class TfrecordSource(base.Source):
         image_key: str = "image/encoded",
         label_key: str = "image/class/label",
         first_label: int = 0,
+        counts: Mapping[str, int] | None = None,
         stream: bool = False,
     ):
         self.split, self.indexable = split, not stream
@@ -61,9 +65,8 @@ class TfrecordSource(base.Source):
         self.files = _matching(self._pattern)
         self.class_names = _class_names(num_classes, class_file)
         self._keys = Keys(image_key, label_key, first_label)
-        self._offsets = _open_table(self.files, self._pattern)
-        counts = [len(offsets) for offsets in self._offsets]
-        self._starts = np.cumsum([0, *counts])
+        self._offsets = _open_table(self.files, self._pattern, _count_of(split, counts))
+        self._starts = np.cumsum([0, *(len(offsets) for offsets in self._offsets)])
         self.num_examples = int(self._starts[-1])
         self._tables: dict[str, tf.Tensor] | None = None
         self.element_spec = {
@@ -171,7 +174,29 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
     return names
 
 
-def _open_table(files: list[epath.Path], pattern: str) -> list[np.ndarray]:
+def _count_of(split: str, counts: Mapping[str, int] | None) -> int | None:
+    if counts is None:
+        return None
+    count = counts.get(split) if isinstance(counts, Mapping) else None
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"config.data.counts must give the number of examples of each split that is opened, "
+            f"such as {{{split!r}: 50000}}, got {counts!r}"
+        )
+    return count
+
+
+def _check_count(offsets: list[np.ndarray], expected: int | None, pattern: str) -> None:
+    found = sum(map(len, offsets))
+    if expected not in (None, found):
+        raise ValueError(
+            f"the files {pattern} hold {found} examples instead of the {expected} of "
+            "config.data.counts: one is missing, or has been cut between two records. Copy them "
+            "again, or correct that number"
+        )
+
+
+def _open_table(files: list[epath.Path], pattern: str, expected: int | None) -> list[np.ndarray]:
     """Returns where the records of each file begin, from the table beside the files or a scan."""
     path = files[0].parent / f"{base.checksum([epath.Path(pattern).name]):08x}.vit_dist_index.npz"
     sizes = {file.name: file.stat().length for file in files}
@@ -186,10 +211,12 @@ def _open_table(files: list[epath.Path], pattern: str) -> list[np.ndarray]:
                     f"{known.get(name, 'no')} when it was indexed: it has been cut or replaced. "
                     f"Copy it again; if the change is meant, remove {path}"
                 )
+        _check_count(offsets, expected, pattern)
         return offsets
     logging.info("indexing %d files %s", len(files), pattern)
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        offsets = list(pool.map(_scan, files))
+        offsets = list(pool.map(scan, files))
+    _check_count(offsets, expected, pattern)  # before a table of wrong numbers is kept
     table = {f"at/{file.name}": starts for file, starts in zip(files, offsets, strict=True)}
     buffer = io.BytesIO()
     np.savez(buffer, sizes=np.array(json.dumps(sizes)), allow_pickle=False, **table)
@@ -200,7 +227,7 @@ def _open_table(files: list[epath.Path], pattern: str) -> list[np.ndarray]:
     return offsets
 
 
-def _scan(path: epath.Path) -> np.ndarray:
+def scan(path: epath.Path) -> np.ndarray:
     """Returns the offsets of all records, int64.
 
     Raises:

@@ -41,12 +41,9 @@ def viewable(pipe: Pipe, images: tf.Tensor) -> np.ndarray:
     return np.clip(np.round(shown), 0, 255).astype(np.uint8)
 
 
-def batch_images(pipe: Pipe, batch: Tensors, mixing: Mixing | None, count: int) -> np.ndarray:
-    """Returns the first `count` images of a training batch as the model sees them, uint8."""
+def batch_images(pipe: Pipe, batch: Tensors, mixing: Mixing | None) -> np.ndarray:
+    """Returns the images of a training batch, of whole groups, as the model sees them, uint8."""
+    images = pipe.device(batch["image"])
     if mixing is not None:
-        count = -(-count // mixing.group_size) * mixing.group_size
-    count = min(count, batch["image"].shape[0])
-    images = pipe.device(batch["image"][:count])
-    if mixing is not None:
-        images = mixing.images(images, batch["mix"][:count])
+        images = mixing.images(images, batch["mix"])
     return viewable(pipe, images)
