@@ -30,7 +30,7 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
-	$(BIN)/python -m pytest $(wildcard tests/test_interop*.py)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(wildcard tests/test_interop*.py)
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .
