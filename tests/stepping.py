@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import time
 
 import keras
 import numpy as np
@@ -96,6 +97,7 @@ class Engine:
         )
         self.initial = self.state.to_arrays()
         self.more = {}  # further entries of the batches, such as "mask"
+        self.delay = 0.0  # seconds that each share of a batch takes to make
 
     def batches(self, images, labels):
         """Global batches (steps, BATCH, ...), each replica's share after the other."""
@@ -106,15 +108,27 @@ class Engine:
 
         entries = {"image": images, "label": labels, **self.more}
         data = tf.data.Dataset.from_tensor_slices({k: cut(x) for k, x in entries.items()})
+        if self.delay:
+            data = data.map(
+                lambda x: {**x, "label": tf.py_function(self._late, [x["label"]], x["label"].dtype)}
+            )
+            data = data.map(
+                lambda x: {**x, "label": tf.ensure_shape(x["label"], x["image"].shape[:1])}
+            )
         return iter(self.strategy.distribute_datasets_from_function(lambda _: data))
+
+    def _late(self, labels):
+        time.sleep(self.delay)
+        return labels
 
     def run(self, images, labels, *, calls=None, **changed):
         """All steps, one a call unless `calls` says how many; returns each call's metrics."""
         arrays = {**self.initial, **{k: np.asarray(v) for k, v in changed.items()}}
         self.state.from_arrays(arrays)
-        batches, out = self.batches(images, labels), []
+        batches, out, self.waited = self.batches(images, labels), [], []
         for n in calls or [1] * len(images):
             metrics = self.step(batches, tf.constant(n))
+            self.waited.append(float(metrics.pop("input_wait")))  # no two are equal
             out.append({name: float(value) for name, value in metrics.items()})
         return out
 

@@ -155,11 +155,12 @@ def test_rates_leave_out_pauses(clock):
     with meter.pause():
         clock.now += 100
     clock.now += 3
-    rates = meter.read(30)
+    rates = meter.read(30, waited=1.0)
     assert rates == {
         "examples_per_second": 128.0,
         "examples_per_second_per_device": 32.0,
         "seconds_per_step": 0.5,
+        "input_stall": 0.2,
     }
     clock.now += 1
     assert meter.read(31)["seconds_per_step"] == 1.0  # the pause belonged to the last interval

@@ -248,3 +248,15 @@ def test_where_xla_compiles(jit, kind, replicas, expected):
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
         check_step(**{"batch_size": BATCH, "num_replicas": 2, **options})
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_wait_for_batches_is_known(replicas):
+    engine = Engine(make_net, replicas=replicas, jit="whole" if replicas == 1 else "split")
+    engine.run(IMAGES, LABELS)
+    at_hand = sum(engine.waited)
+    engine.delay = 0.3
+    engine.run(IMAGES, LABELS, calls=[STEPS])
+    # Some are made ahead, but for no later step than the next two.
+    assert engine.waited[0] >= (STEPS - 3) * 0.3 > 0
+    assert engine.waited[0] > at_hand

@@ -46,10 +46,18 @@ class Meter:
             self._paused += self._clock() - self._pause_began
             self._pause_began = None
 
-    def read(self, step: int) -> dict[str, float]:
-        """Returns the rates since `start` or the last `read`, and begins the next interval."""
+    def read(self, step: int, waited: float = 0.0) -> dict[str, float]:
+        """Returns the rates since `start` or the last `read`, and begins the next interval.
+
+        Args:
+          step: Steps done.
+          waited: Seconds of the interval in which the host waited for batches. "input_stall", their
+            share, is the input's fault on CPUs; an accelerator works on meanwhile, and loses at
+            most that share.
+        """
         assert step > self._step, f"no step between {self._step} and {step}"
-        seconds = max(self._clock() - self._began - self._paused, 1e-9) / (step - self._step)
+        interval = max(self._clock() - self._began - self._paused, 1e-9)
+        seconds = interval / (step - self._step)
         self._smooth(seconds)
         self.start(step)
         rate = self._batch_size / seconds
@@ -57,6 +65,7 @@ class Meter:
             "examples_per_second": rate,
             "examples_per_second_per_device": rate / self._num_devices,
             "seconds_per_step": seconds,
+            "input_stall": min(waited / interval, 1.0),
         }
 
     def eta(self, step: int, total: int) -> float | None:

@@ -195,7 +195,7 @@ def make_train_step(
       what `mixing` takes) if there is mixing; n is a scalar int tensor.
       It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
       (before clipping) and "learning_rate" those of the last, "masked" (if so) is the number of
-      examples masked in them.
+      examples masked in them, "input_wait" the seconds that the host waited for their batches.
     """
     gradients = make_gradients(
         state, loss_fn, preprocess=preprocess, batch_size=batch_size, accumulation=accumulation,
@@ -271,14 +271,27 @@ def _make_loop(
     @tf.function
     def train_steps(batches: Iterator[Any], n: tf.Tensor) -> Tensors:
         out = {name: tf.constant(0.0) for name in summed + last}
+        waited = tf.constant(0.0, tf.float64)
         for _ in tf.range(n):
-            batch = next(batches)
+            batch, seconds = _timed_next(batches)
+            waited += seconds
             batch = {k: batch[k] for k in _INPUTS if k in batch}
             new = strategy.run(run, args=(batch,))
             # The sums are all-reduced: every replica holds the same numbers.
             new = {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
             out = {k: new[k] + out[k] if k in summed else new[k] for k in out}
         count = tf.cast(n, tf.float32)
-        return {k: v / count if k in means else v for k, v in out.items()}
+        out = {k: v / count if k in means else v for k, v in out.items()}
+        return {**out, "input_wait": tf.cast(waited, tf.float32)}
 
     return train_steps
+
+
+@tf.autograph.experimental.do_not_convert
+def _timed_next(batches: Iterator[Any]) -> tuple[Any, tf.Tensor]:
+    """The next batch, and the seconds until it was there, float64."""
+    began = tf.timestamp()
+    with tf.control_dependencies([began]):
+        batch = next(batches)
+    with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
+        return batch, tf.timestamp() - began
