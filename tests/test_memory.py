@@ -136,7 +136,8 @@ def test_blockwise_equals_plain(keys, block, jit):
 
     run = tf.function(lambda *qkv: both(blockwise, *qkv), jit_compile=jit, autograph=False)
     for got, expected in zip(run(query, key, value), both(plain, query, key, value), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        largest = np.abs(expected).max()  # of terms that cancel, the rounding remains
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_blockwise_with_large_logits():
@@ -149,16 +150,26 @@ def test_blockwise_with_large_logits():
     assert np.abs(query @ key.transpose(0, 1, 3, 2)).max() > 100
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_vit_with_blockwise_attention(precision):
-    found = [
-        gradients(tiny_vit(attention_block=block, precision=precision, pool="map"), jit=False)
-        for block in (None, 3)
-    ]
-    for name, expected in found[0].items():
-        limit = 1e-5 if precision == "float32" else 0.06
-        error = norm([found[1][name] - expected])
-        assert error <= limit * max(norm([expected]), 1), name
+def test_a_vit_with_blockwise_attention():
+    plain, blockwise = (
+        gradients(tiny_vit(attention_block=block, pool="map"), jit=False) for block in (None, 3)
+    )
+    for name, expected in plain.items():
+        error = norm([blockwise[name] - expected])
+        assert error <= 1e-5 * max(norm([expected]), 1), name
+
+
+@pytest.mark.parametrize(("precision", "epsilon"), [("bfloat16", 2**-8), ("float16", 2**-11)])
+def test_a_vit_with_blockwise_attention_in_half_precision(precision, epsilon):
+    """As near to the gradients of float32 as rounding allows; how near depends on the processor."""
+    expected = gradients(tiny_vit(pool="map"), jit=False)
+    options = {"precision": precision, "pool": "map"}
+    for block in (None, 3):
+        found = gradients(tiny_vit(attention_block=block, **options), jit=False)
+        errors = {name: found[name] - expected[name] for name in expected}
+        assert norm(errors.values()) <= 16 * epsilon * norm(expected.values())
+        for name, error in errors.items():
+            assert norm([error]) <= 64 * epsilon * max(norm([expected[name]]), 1), name
 
 
 def test_nothing_as_large_as_the_logits():
