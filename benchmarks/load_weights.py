@@ -10,12 +10,13 @@ TensorFlow's libraries included: what imports, the model and the optimiser need 
 """
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from _process import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 3.0
@@ -56,17 +57,16 @@ def _load(path: str) -> None:
     from vit_dist import cli  # noqa: F401  before TensorFlow, as in every command
     from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit
-    from vit_dist.model.weights import adapt_weights
     from vit_dist.origins import open_origin
 
-    marks = {"imports": _peak()}
+    marks = {"imports": memory("VmHWM")}
     model = build_vit(vit_config("B/16", **VIT))
-    marks["model"] = _peak()
+    marks["model"] = memory("VmHWM")
     begin = time.perf_counter()
     origin = open_origin(path)
-    report = adapt_weights(model, origin.tensors, source=origin.network)
+    report = origin.fill(model)
     seconds = time.perf_counter() - begin
-    marks["loading"] = _peak()
+    marks["loading"] = memory("VmHWM")
     assert len(report.resized) == 1 and not report.new, report
     _print("the functions", path, seconds, marks)
 
@@ -87,13 +87,13 @@ def _train(path: str) -> None:
     config.optimizer.momentum_dtype = "bfloat16"
     run = check(config)
     start, strategy = find_start(f"{path}.run", run.config), make_strategy(**run.strategy)
-    marks = {"imports": _peak()}
+    marks = {"imports": memory("VmHWM")}
     state = make_state(run, strategy)
-    marks["model and optimiser"] = _peak()
+    marks["model and optimiser"] = memory("VmHWM")
     begin = time.perf_counter()
     text = restore_or_init(state, run, start)
     seconds = time.perf_counter() - begin
-    marks["loading"] = _peak()
+    marks["loading"] = memory("VmHWM")
     assert "resized: pos_embedding" in text and "new:" not in text, text
     _print("config.init_from", path, seconds, marks)
 
@@ -108,12 +108,6 @@ def _print(route: str, path: str, seconds: float, marks: dict[str, int]) -> None
         f"{route}, {Path(path).name} of {size / 1e6:.0f} MB: {seconds:.1f} s; peak "
         f"{before / 1e6:.0f} MB, {total:.2f} x the file ({', '.join(parts)}; limit {LIMIT:.0f})"
     )
-
-
-def _peak() -> int:
-    """Bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 if __name__ == "__main__":

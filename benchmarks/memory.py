@@ -12,11 +12,12 @@ import argparse
 import ctypes
 import json
 import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from _process import memory
 
 HERE = Path(__file__).resolve().parent
 
@@ -83,12 +84,6 @@ def measure(variant: str, setting: dict) -> dict[str, float]:
         train_steps(batches, one)["loss"].numpy()
     seconds = (time.process_time() - began) / 2
     return {"bytes": memory("VmHWM") - before, "seconds": seconds}
-
-
-def memory(key: str) -> int:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most."""
-    line = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(line[1]) * 1024
 
 
 def main() -> None:

@@ -18,15 +18,15 @@ import sys
 import time
 from pathlib import Path
 
+from _process import memory
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def memory() -> dict[str, float]:
-    """MB held now, and at most so far."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return {key: int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM")}
+def megabytes(key: str) -> float:
+    """Of memory, when what is free has gone back."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return memory(key) / 2**20
 
 
 def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float]:
@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
         strategy = make_strategy(name="mirrored", virtual_cpus=2)
     else:
         strategy = make_strategy(name="multiworker")
-    before = memory()
+    before = megabytes("VmRSS")
     config = vit_config(args.variant, image_size=args.image_size, num_classes=1000)
     with strategy.scope():
         model = build_vit(config)
@@ -71,10 +71,9 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     float(step(batches, tf.constant(2))["loss"])
     cpu, wall = sum(os.times()[:2]), time.monotonic()
     loss = float(step(batches, tf.constant(args.steps))["loss"])
-    after = memory()
     return {
-        "held": after["VmRSS"] - before["VmRSS"],
-        "peak": after["VmHWM"] - before["VmRSS"],
+        "held": megabytes("VmRSS") - before,
+        "peak": megabytes("VmHWM") - before,
         "cpu": (sum(os.times()[:2]) - cpu) / args.steps,
         "wall": (time.monotonic() - wall) / args.steps,
         "loss": loss,

@@ -39,22 +39,24 @@ def run_peer(mode, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def logits_of_peer(mode, folder):
+    run_peer(mode, folder)
+    with np.load(folder / "logits.npz") as logits:
+        return dict(logits)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The folder with files of random models, and their logits by "name@size"."""
     folder = tmp_path_factory.mktemp("made")
-    run_peer("make", folder)
-    with np.load(folder / "logits.npz") as logits:
-        return folder, dict(logits)
+    return folder, logits_of_peer("make", folder)
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     """The same of S and B in full depth; 1.2 GB, removed at the end."""
     folder = tmp_path_factory.mktemp("full")
-    run_peer("full", folder)
-    with np.load(folder / "logits.npz") as logits:
-        yield folder, dict(logits)
+    yield folder, logits_of_peer("full", folder)
     shutil.rmtree(folder)
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from vit_dist.model.formats.writing import write_pretrained
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.model.weights import adapt_weights
 from vit_dist.origins import open_origin
 
 def peak():
@@ -30,7 +29,7 @@ if not path.exists():
 model = build_vit(vit_config("S/16", image_size=384, **options))
 before = peak()
 origin = open_origin(str(path))
-report = adapt_weights(model, origin.tensors, source=origin.network)
+report = origin.fill(model)
 print(json.dumps([peak() - before, path.stat().st_size, len(report.loaded), report.resized]))
 """
 

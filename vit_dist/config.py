@@ -59,9 +59,7 @@ DEFAULTS: dict[str, Any] = {
         "image_key": _Typed(None, str),  # tfrecord: feature with the encoded image
         "label_key": _Typed(None, str),  # tfrecord: feature with the class number
         "first_label": _Typed(None, int),  # tfrecord: the number of the first class
-        "counts": _Typed(
-            None, object
-        ),  # tfrecord: how many examples, {"train": 1281167, "val": ..}
+        "counts": _Typed(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
         "stream": _Typed(None, bool),  # tfrecord: in sequence rather than by index
         "num_classes": _Typed(None, int),  # tfrecord without class_file; synthetic
         "num_examples": _Typed(None, int),  # synthetic

@@ -162,7 +162,7 @@ class _Loop:
         """Steps `first` to the end; returns the last metrics."""
         run, total = self.r, self.r.total_steps
         metrics: dict[str, float] = {"step": float(first)}
-        self.first, self.waited = first, 0.0
+        self.first = first
         batches = iter(train_data(run, self.strategy, first_step=first))
         step = first
         self.meter.start(first)
@@ -171,7 +171,7 @@ class _Loop:
             self.reading = ("train", range(step, step + n + run.config.input.prefetch))
             tensors = self.train_steps(batches, tf.constant(n, tf.int64))
             self.masked += tensors.pop("masked", 0.0)
-            self.waited += tensors.pop("input_wait")
+            self.meter.waited += tensors.pop("input_wait")
             step += n
             if step % run.log_steps == 0 or step == total or step - n == first:
                 metrics |= self.log(step, tensors)
@@ -199,8 +199,7 @@ class _Loop:
         """Fetches the step's metrics; the one place where the host waits for the device."""
         metrics = {k: float(v) for k, v in tensors.items()}
         self._check_finite()
-        metrics |= self.meter.read(step, waited=float(self.waited))
-        self.waited = 0.0
+        metrics |= self.meter.read(step)
         self.checkpointer.poll()
         if self.state.model.compute_dtype == "float16":
             metrics["loss_scale"] = float(self.state.loss_scale.numpy())

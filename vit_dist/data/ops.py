@@ -170,6 +170,7 @@ def on_image(function):
 
 
 def decoded(image: tf.Tensor) -> tf.Tensor:
+    """Returns the image as it is; ValueError if it is still the bytes of a file."""
     if image.dtype == tf.string:
         raise ValueError("the image is still encoded; put decode before this op")
     return image
@@ -208,6 +209,7 @@ def _pad(image: tf.Tensor, pixels: int, value: int, mode: str) -> tf.Tensor:
 
 
 def parse_size(size) -> tuple[int, int]:
+    """Returns an op's `size` as (height, width); ValueError if it is neither form of one."""
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise ValueError(f"size={size!r} must be an int or (height, width)")
@@ -216,12 +218,14 @@ def parse_size(size) -> tuple[int, int]:
 
 
 def parse_method(method: str) -> str:
+    """Returns an op's `method`; ValueError if it is none of METHODS."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {METHODS}")
     return method
 
 
 def check_positive(**values) -> None:
+    """Raises ValueError, with its name, for an argument that is no int of 1 or more."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} must be an int of 1 or more")

@@ -101,7 +101,7 @@ class Attention(keras.layers.Layer):
         context = x if context is None else context
         query = self._split(self.query, x)
         key, value = self._split(self.key, context), self._split(self.value, context)
-        query = query * tf.cast((x.shape[-1] // self.num_heads) ** -0.5, query.dtype)
+        query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
         if self.block_size and not return_weights:
             y = blockwise_attention(query, key, value, block_size=self.block_size)
         elif self.recompute and training:

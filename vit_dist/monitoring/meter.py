@@ -10,6 +10,9 @@ class Meter:
 
     A device works asynchronously, so `read` means something only right after a value of the
     step it names has arrived on the host.
+
+    Attributes:
+      waited: Seconds of the interval in which the host waited for batches, to be added to.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Meter:
         self._step = step
         self._began = self._clock()
         self._paused = 0.0
+        self.waited = 0.0
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -46,17 +50,15 @@ class Meter:
             self._paused += self._clock() - self._pause_began
             self._pause_began = None
 
-    def read(self, step: int, waited: float = 0.0) -> dict[str, float]:
+    def read(self, step: int) -> dict[str, float]:
         """Returns the rates since `start` or the last `read`, and begins the next interval.
 
-        Args:
-          step: Steps done.
-          waited: Seconds of the interval in which the host waited for batches. "input_stall", their
-            share, is the input's fault on CPUs; an accelerator works on meanwhile, and loses at
-            most that share.
+        "input_stall", the share of `waited` in it, is the input's fault on CPUs; an accelerator
+        works on meanwhile, and loses at most that share.
         """
         assert step > self._step, f"no step between {self._step} and {step}"
         interval = max(self._clock() - self._began - self._paused, 1e-9)
+        stall = min(float(self.waited) / interval, 1.0)
         seconds = interval / (step - self._step)
         self._smooth(seconds)
         self.start(step)
@@ -65,7 +67,7 @@ class Meter:
             "examples_per_second": rate,
             "examples_per_second_per_device": rate / self._num_devices,
             "seconds_per_step": seconds,
-            "input_stall": min(waited / interval, 1.0),
+            "input_stall": stall,
         }
 
     def eta(self, step: int, total: int) -> float | None:

@@ -127,7 +127,6 @@ class Optimizer:
     ) -> Iterator[tuple[str, list[tuple[keras.Variable, tf.Tensor]]]]:  # fmt: skip
         """Each variable's name, and what it and its slots are to become."""
         self.rule.begin(count)
-        shrinks: dict[tuple[float, float], tf.Tensor] = {}
         for (name, variable), gradient in zip(self.variables.items(), gradients, strict=True):
             if name not in names:
                 continue
@@ -139,10 +138,7 @@ class Optimizer:
             with keras.StatelessScope(state_mapping=before) as scope:
                 self.rule.update_step(gradient, variable, rate)
                 if name in self.decays:
-                    decay = self.decays[name], self.rates[name]
-                    if decay not in shrinks:
-                        shrinks[decay] = rate * self.decays[name]
-                    variable.assign_sub(shrinks[decay] * before[0][1])
+                    variable.assign_sub(rate * self.decays[name] * before[0][1])
             values = [(v, tf.where(gate, scope.get_current_value(v), old)) for v, old in before]
             yield name, values
         self.rule.begin(0)  # keep no tensor of a graph that is being traced
