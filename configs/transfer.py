@@ -3,12 +3,12 @@
     python -m vit_dist.train --config configs/transfer.py:model=B/16,dataset=cifar10,res=384 \
         --workdir runs/cifar10 --config.init_from=B_16.npz --config.data.data_dir=/data/tfds
 
-    python -m vit_dist.train --config configs/transfer.py:model=S/16,weights=timm,dataset=folder \
-        --workdir runs/mine --config.init_from=hf://timm/vit_small_patch16_224.augreg_in21k \
-        --config.data.data_dir=/data/mine
+    python -m vit_dist.train --workdir runs/mine \
+        --config configs/transfer.py:model=S/16,weights=timm,dataset=folder:/data/mine \
+        --config.init_from=hf://timm/vit_small_patch16_224.augreg_in21k
 
-`dataset` is cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012 (through TFDS) or
-folder, with --config.data.data_dir.
+`dataset` is cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012 (through TFDS), or
+folder:PATH, or folder with --config.data.data_dir=PATH.
 
 `weights` says whose they are, and so GELU, LayerNorm's epsilon, pooling and scaling of images:
 vision_transformer (.npz), big_vision (S/16 of arXiv 2205.01580), timm, deit, deit3, dinov2,
@@ -66,7 +66,7 @@ def get_config(arg=None):
     arg = parse_arg(
         arg,
         model="B/16",
-        dataset=("cifar10", *TRANSFER_TASKS, "folder"),
+        dataset=(*dict.fromkeys(("cifar10", *TRANSFER_TASKS)), "folder", "folder:"),
         res=384,
         weights=tuple(WEIGHTS),
         recipe=RECIPES,
@@ -78,8 +78,13 @@ def get_config(arg=None):
     config.model.update(settings)
     if arg.weights not in ("vision_transformer", "big_vision", "ours"):
         config.posemb_method = "bicubic" if arg.weights == "dinov2" else "bicubic_antialias"
+    arg.dataset, _, folder = arg.dataset.partition(":")
     if arg.dataset == "folder":
-        config.data.source, config.data.test_split = "folder", ""
+        config.data.source, config.data.data_dir, config.data.test_split = (
+            "folder",
+            folder or None,
+            "",
+        )
     else:
         use_transfer_data(config, arg.dataset)
     recipe = arg.recipe or ("folder" if arg.dataset == "folder" else "big_vision")

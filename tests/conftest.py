@@ -1,5 +1,6 @@
 """One TensorFlow setting for all tests: the CPU alone, seen as four devices."""
 
+import itertools
 import os
 
 # Before TensorFlow is imported. Two xdist workers share a machine that may have two cores only.
@@ -7,10 +8,14 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+os.environ["GCS_RETRY_CONFIG_MAX_RETRIES"] = "2"  # of what a bucket may answer later, such as 503
+os.environ["GCS_RETRY_CONFIG_INIT_DELAY_TIME_US"] = "1000"
 for variable in ("TF_CONFIG", "KERAS_BACKEND", "TPU_NAME"):
     os.environ.pop(variable, None)  # those of whoever runs the tests
 
 import pytest  # noqa: E402
+from bucket import serve_bucket  # noqa: E402
+from etils import epath  # noqa: E402
 
 
 def pytest_configure(config):
@@ -28,6 +33,24 @@ def pytest_configure(config):
 def cpus():
     """The names of the four logical CPUs."""
     return [f"CPU:{i}" for i in range(4)]
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """A server that is gs://bucket where its environment is set."""
+    with serve_bucket(tmp_path_factory.mktemp("bucket")) as served:
+        yield served
+
+
+@pytest.fixture
+def remote(bucket, monkeypatch, count=itertools.count()):  # noqa: B008
+    """A folder in a bucket, of its own: TensorFlow remembers for seconds what others hold."""
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    path = epath.Path(f"gs://bucket/{next(count)}")
+    path.mkdir(parents=True)
+    yield path
+    bucket.refuse(0)
 
 
 def pytest_collection_modifyitems(items):

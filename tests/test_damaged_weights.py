@@ -189,8 +189,11 @@ def nothing(path):
         (evil_torch, r"names __builtin__.print.*safetensors.torch.save_file"),
         (big_endian, "big-endian"),
         (bare_pickle, "is a pickle, which could run any code"),
-        (web_page, "no .npz, .safetensors or .pth: it begins with b'<!DOCTYPE"),
-        (other_zip, "a zip file without arrays"),
+        (
+            web_page,
+            r"no .npz, .safetensors or .pth: it begins .*<!DOCTYPE.*; fetch or copy it again",
+        ),
+        (other_zip, r"a zip file without arrays .*: name a .npz, or what torch.save wrote"),
         (resnet, "no ViT of vision_transformer, .* it holds e.g. conv1/kernel"),
         (swiglu, "no ViT: its patch kernel is"),
         (nothing, "there is no file"),

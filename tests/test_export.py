@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from types import SimpleNamespace
 
 import flax_vit
 import keras
@@ -158,45 +156,18 @@ def _origin():
     return origins.Origin("memory", arrays_of(model), model.get_config())
 
 
-def test_weights_of_the_hub(monkeypatch, tmp_path):
-    """hf://org/name, by the hub's own library (here one that finds its file at once)."""
+def test_weights_of_a_bucket_are_copied_and_removed_again(tmp_path, remote):
     np.savez(tmp_path / "weights.npz", **flax_vit.published(flax_vit.make_tree()))
-    asked = []
-
-    def snapshot_download(repository, *, allow_patterns):
-        asked.append((repository, allow_patterns[0]))
-        return str(tmp_path)
-
-    hub = SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert open_origin("hf://org/name").network["width"] == 12
-    assert open_origin("hf://org/name/weights.npz").network["width"] == 12
-    assert asked == [("org/name", "model*.safetensors"), ("org/name", "weights.npz")]
-    with pytest.raises(ValueError, match="hf://org is not hf://org/name"):
-        open_origin("hf://org")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="pip install huggingface_hub"):
-        open_origin("hf://org/name")
-
-
-def test_weights_of_a_bucket_are_copied_and_removed_again(tmp_path, monkeypatch):
-    bucket = tmp_path / "bucket"
-    bucket.mkdir()
-    np.savez(bucket / "weights.npz", **flax_vit.published(flax_vit.make_tree()))
-    (bucket / "config.json").write_text(json.dumps({}))
-    url, real = "gs://bucket", origins.epath.Path
-    monkeypatch.setattr(
-        origins.epath, "Path", lambda path: real(str(path).replace(url, str(bucket)))
-    )
-    origin = open_origin(f"{url}/weights.npz")
+    (remote / "weights.npz").write_bytes((tmp_path / "weights.npz").read_bytes())
+    (remote / "config.json").write_text(json.dumps({}))
+    origin = open_origin(f"{remote}/weights.npz")
     copies = list(origin.download.folder.iterdir())
     assert sorted(path.name for path in copies) == ["config.json", "weights.npz"]
     assert np.asarray(origin.tensors["head/bias"]).shape == (5,)
     del origin
     assert not copies[0].exists()
     with pytest.raises(ValueError, match="there is no"):
-        open_origin(f"{url}/missing.npz")
-    monkeypatch.undo()
+        open_origin(f"{remote}/missing.npz")
     with pytest.raises(ValueError, match=r"ftp://a/b.npz: only local paths, hf:// and"):
         open_origin("ftp://a/b.npz")
 

@@ -37,9 +37,8 @@ def folder(tmp_path_factory):
 )
 def test_every_recipe_on_a_folder(folder, weights, recipe):
     """Bound to what it feeds: model, optimiser, schedule, pipes."""
-    arg = f"model=mu/8,dataset=folder,res=48,weights={weights},recipe={recipe}"
+    arg = f"model=mu/8,dataset=folder:{folder},res=48,weights={weights},recipe={recipe}"
     config = transfer.get_config(arg)
-    config.data.data_dir = str(folder)
     config.input.batch_size = 8
     config.total_epochs, config.total_steps = None, 500
     run = check(finalize(config))

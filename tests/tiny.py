@@ -62,7 +62,8 @@ def make_folder(folder):
 def of_folder(folder, **changed):
     ops = f"decode|{ANY_SIZE}"
     data = {"data__source": "folder", "data__data_dir": str(folder), "data__test_split": ""}
-    return make(**data, input__train_ops=ops, input__eval_ops=ops, total_steps=2, **changed)
+    changed = {"total_steps": 2, **changed}
+    return make(**data, input__train_ops=ops, input__eval_ops=ops, **changed)
 
 
 def rows(workdir):

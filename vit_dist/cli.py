@@ -37,6 +37,10 @@ def _hidden(*names: str) -> Iterator[None]:
 with _hidden("matplotlib", "scipy", "sklearn"):
     importlib.import_module("keras")
 
+import tensorflow as tf  # noqa: E402
+
+from vit_dist import paths  # noqa: E402
+
 FAILURE = 1  # exit code of a run that broke: disk full, loss not finite, a worker lost
 USAGE_ERROR = 2  # exit code of a user's mistake, as in GNU tools and argparse
 _INTERRUPTED = 130  # as shells report a program that SIGINT ended
@@ -123,6 +127,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         return str(error), USAGE_ERROR
     if isinstance(error, OSError):
         return _text(error), FAILURE
+    if isinstance(error, tf.errors.OpError) and frames[-1].filename.endswith("io/file_io.py"):
+        return paths.bucket_message(error), FAILURE
     if own and isinstance(error, ValueError):
         return str(error), USAGE_ERROR
     if own and isinstance(error, FloatingPointError):

@@ -60,7 +60,7 @@ DEFAULTS: dict[str, Any] = {
         "label_key": _Typed(None, str),  # tfrecord: feature with the class number
         "first_label": _Typed(None, int),  # tfrecord: the number of the first class
         "counts": _Typed(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
-        "stream": _Typed(None, bool),  # tfrecord: in sequence rather than by index
+        "stream": _Typed(None, bool),  # tfrecord: in sequence, not by index; None: from a bucket
         "num_classes": _Typed(None, int),  # tfrecord without class_file; synthetic
         "num_examples": _Typed(None, int),  # synthetic
         "height": _Typed(None, int),  # synthetic: of the images, before the pipe

@@ -31,6 +31,7 @@ from vit_dist.model.posemb import METHODS, sincos2d
 from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.origins import Origin, open_origin
+from vit_dist.paths import local_path
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
 # What a run of an older version does not say of its network.
@@ -124,7 +125,7 @@ def export(
     origin = open_origin(checkpoint)
     if origin.pipe is None and origin.mean is None:
         origin = dataclasses.replace(origin, mean=mean, std=std)
-    path = Path(output)
+    path = Path(local_path(output, "--output"))
     model = load_model(
         origin, image_size=image_size, method=method, ignore=ignore, system=format, **told
     )

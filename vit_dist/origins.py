@@ -18,6 +18,7 @@ from vit_dist.model.formats.containers import LazyArray
 from vit_dist.model.formats.pretrained import open_pretrained
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import LoadReport, adapt_weights
+from vit_dist.paths import is_remote
 from vit_dist.training.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 
 _HUB = "hf://"
@@ -117,7 +118,7 @@ def open_origin(path: str, *, image_size: Any = None) -> Origin:
     download = None
     if path.startswith(_HUB):
         local = _from_hub(path)
-    elif "://" in path:
+    elif is_remote(path):
         download = _Download()
         local = _copied(epath.Path(path), download.folder)
     else:
@@ -197,4 +198,6 @@ def _from_hub(path: str) -> Path:
         raise ValueError(
             f"{path} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
+    if file and not (folder / file).exists():
+        raise ValueError(f"{_HUB}{repository} has no file {file}: see which there are at the hub")
     return folder / file if file else folder

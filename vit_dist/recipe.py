@@ -33,7 +33,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
     Args:
       arg: comma-separated key=value; a value alone is that of the first default. None for none.
       **defaults: key -> value, or a tuple of the values allowed, of which the first is the default.
-        A value is read as its default's type.
+        A value is read as its default's type. One that ends in a colon stands for all that begin
+        with it.
 
     Raises:
       ValueError: an unknown key or value; says which there are.
@@ -54,10 +55,15 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
             kind = type(values[key]).__name__
             raise ValueError(f"the recipe's {key} must be {kind}, got {value!r}") from None
         allowed = defaults[key]
-        if isinstance(allowed, tuple) and values[key] not in allowed:
+        if isinstance(allowed, tuple) and not _is_one_of(values[key], allowed):
             shown = ", ".join(map(str, allowed))
             raise ValueError(f"the recipe's {key} {value!r} is unknown; allowed: {shown}")
     return SimpleNamespace(**values)
+
+
+def _is_one_of(value: Any, allowed: tuple) -> bool:
+    beginnings = [a for a in allowed if isinstance(a, str) and a.endswith(":")]
+    return value in allowed or any(value.startswith(a) for a in beginnings)
 
 
 def use_imagenet(config: ConfigDict) -> None:

@@ -12,6 +12,7 @@ from vit_dist import config as config_lib
 from vit_dist.data.pipe import Pipe
 from vit_dist.model.weights import LoadReport
 from vit_dist.origins import Origin, open_origin, scaled
+from vit_dist.paths import check_bucket
 from vit_dist.strategy import all_hosts
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import TrainState
@@ -30,8 +31,10 @@ def find_start(workdir: str, config: ConfigDict) -> Start:
     """Finds and reads the checkpoint to begin with; touches no device.
 
     Raises:
-      ValueError: there is none where one was named, or the workdir's has another order of the data.
+      ValueError: there is none where one was named, the workdir's has another order of the data, or
+        its bucket is not there.
     """
+    check_bucket(workdir, "--workdir")
     found = Checkpointer(workdir).newest()
     if found is not None:
         _check_order(found, config)

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from vit_dist.data.pipeline import places
 from vit_dist.data.view import stages, viewable
+from vit_dist.paths import check_bucket
 from vit_dist.wiring import Run, check
 
 FLAGS = flags.FLAGS
@@ -39,6 +40,7 @@ def main() -> int:
     run = check(cli.load_config())
     if not FLAGS.output:
         raise ValueError("give an image file to write: --output sheet.png")
+    check_bucket(FLAGS.output, "--output")
     sheet = contact_sheet(run, split=FLAGS.split, step=FLAGS.step, count=FLAGS.count)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")

@@ -1,8 +1,6 @@
 """What a source of labelled images offers to the pipeline, whichever kind it is."""
 
 import abc
-import os
-import platform
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,7 +8,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from etils import epath
 
 from vit_dist.data import order
 
@@ -118,29 +115,6 @@ def checksum(names: Iterable[str]) -> int:
     for name in names:
         crc = zlib.crc32(name.encode() + b"\n", crc)
     return crc
-
-
-def local_path(path: epath.PathLike, key: str) -> epath.Path:
-    """Returns the path, whose file a library opens by itself.
-
-    Raises:
-      ValueError: It is one that only TensorFlow reads, such as gs://bucket/path.
-    """
-    if "://" in str(path):
-        raise ValueError(f"{key} must be a local path, got {path}: copy the files, or mount them")
-    return epath.Path(path).expanduser()
-
-
-def temporary_name(path: epath.Path) -> epath.Path:
-    """Returns a name beside `path` that no other process of any host uses, to write and rename."""
-    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-
-
-def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that it is never seen half written."""
-    temporary = temporary_name(path)
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def on_host(make):

@@ -15,6 +15,7 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
+from vit_dist import paths
 from vit_dist.data import base
 
 FORMS = ("raw", "decoded")
@@ -58,7 +59,7 @@ class CachedSource(base.Source):
         key = base.checksum([form, json.dumps(source.fingerprint()), str(source)])
         self._path: epath.Path | None = None
         if folder:
-            self._path = base.local_path(folder, "config.input.cache_dir") / f"{key:08x}.cache"
+            self._path = paths.local_path(folder, "config.input.cache_dir") / f"{key:08x}.cache"
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
         if self._path is None or not self._table_path.exists():
@@ -118,13 +119,13 @@ class CachedSource(base.Source):
             self._data = buffer.getbuffer()
             return
         if not self._table_path.exists():
-            temporary = base.temporary_name(self._path)
+            temporary = paths.temporary_name(self._path)
             with temporary.open("wb") as file:
                 table = self._fill(file)
             temporary.replace(self._path)
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **table)
-            base.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
+            paths.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
         with np.load(self._table_path) as stored:
             self._table = {name: stored[name] for name in stored.files}
         with self._path.open("rb") as opened:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from vit_dist import paths
+
 # Streams are shuffled by file and then within blocks of this many records: the two blocks held at a
 # time are 0.9 GB of ImageNet's JPEGs (110 kB each).
 SHUFFLE_BLOCK = 4096
@@ -92,8 +94,12 @@ def stream_records(
     if seed is not None:
         seed = tf.random.fold_in(seed, tf.cast(epoch, tf.int32))
         columns = _shuffled(columns, seed)
+    cycle = 1 if seed is None else CYCLE_LENGTH
+    # From a bucket all of a cycle at once, in the same order; a disk reads ahead by itself.
+    remote = any(map(paths.is_remote, files))
+    parallel = {"num_parallel_calls": cycle, "deterministic": True} if remote else {}
     ds = tf.data.Dataset.from_tensor_slices(columns).interleave(
-        _read_shard, cycle_length=1 if seed is None else CYCLE_LENGTH
+        _read_shard, cycle_length=cycle, **parallel
     )
     if seed is not None:
         ds = ds.batch(SHUFFLE_BLOCK).enumerate()

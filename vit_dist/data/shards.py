@@ -20,6 +20,7 @@ from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from PIL import Image
 
+from vit_dist import paths
 from vit_dist.data import base
 from vit_dist.data.records import Keys, make_example
 from vit_dist.data.synthetic import encode
@@ -35,7 +36,8 @@ class ArrayRecordSource(base.Source):
 
     Args:
       split: Name of the subdirectory.
-      data_dir: What was given to `vit_dist.convert` as --output.
+      data_dir: What was given to `vit_dist.convert` as --output, or a copy of it at gs://, which
+        array_record reads by itself.
 
     Raises:
       ValueError: No complete conversion there, or a shard that is missing or damaged.
@@ -46,7 +48,7 @@ class ArrayRecordSource(base.Source):
 
     def __init__(self, split: str, data_dir: str):
         self.split = split
-        self._folder = base.local_path(data_dir, "config.data.data_dir of array_record") / split
+        self._folder = epath.Path(data_dir).expanduser() / split
         path = self._folder / TABLE
         if not path.exists():
             raise ValueError(
@@ -75,8 +77,8 @@ class ArrayRecordSource(base.Source):
 
     @functools.cached_property
     def _reader(self):
-        paths = [str(self._folder / shard["name"]) for shard in self._shards]
-        return array_record_data_source.ArrayRecordDataSource(paths)
+        files = [str(self._folder / shard["name"]) for shard in self._shards]
+        return array_record_data_source.ArrayRecordDataSource(files)
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"record": base.read_records(lambda i: self._reader.__getitems__(i), indices)}
@@ -119,7 +121,7 @@ def convert(
     """
     if examples_per_shard < 1:
         raise ValueError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
-    out = base.local_path(folder, "the folder for shards") / split
+    out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
     plan = {**source.fingerprint(), "examples_per_shard": examples_per_shard}
     _check_plan(out / PLAN, plan)
@@ -138,13 +140,13 @@ def convert(
     table = {"class_names": list(source.class_names), "source": str(source), "shards": shards}
     for left in out.glob("*.tmp"):  # by calls that were killed
         left.unlink()
-    base.write_whole(out / TABLE, json.dumps(table, indent=1).encode())
+    paths.write_whole(out / TABLE, json.dumps(table, indent=1).encode())
     return written
 
 
 def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
     if not path.exists():
-        base.write_whole(path, json.dumps(plan).encode())
+        paths.write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
         raise ValueError(
             f"{path.parent} holds shards of other data or of another size ({path.read_text()} "
@@ -166,7 +168,7 @@ def _records(source: base.Source, numbers: range, pool: futures.Executor):
 
 
 def _write_shard(path: epath.Path, source: base.Source, numbers: range, pool) -> None:
-    temporary = base.temporary_name(path)
+    temporary = paths.temporary_name(path)
     writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
     try:
         for record in _records(source, numbers, pool):

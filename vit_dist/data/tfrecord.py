@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 from collections.abc import Mapping
 from concurrent import futures
@@ -11,12 +12,14 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from vit_dist import paths
 from vit_dist.data import base
 from vit_dist.data.records import Keys, find_cut, read_record, stream_records
 
 # A record: uint64 length, uint32 CRC of it, the data, uint32 CRC of that.
 HEADER, FOOTER = 12, 4
 NUM_THREADS = 32  # for scanning files, which waits rather than computes
+READ_AHEAD_VARIABLE = "GCS_READAHEAD_BUFFER_SIZE_BYTES"  # TensorFlow's, for gs://
 READ_AHEAD = 1 << 16  # bytes read at a time while scanning: small records need no seek each
 
 
@@ -39,7 +42,8 @@ class TfrecordSource(base.Source):
       first_label: The number of the first class; 1 in ImageNet as TF Model Garden stores it.
       counts: Split -> how many examples its files should hold, without which nothing tells that a
         file was cut between two records before it was first opened here.
-      stream: Read the files in sequence rather than by index.
+      stream: Read the files in sequence rather than by index; None: only from a bucket, where
+        TensorFlow fetches 64 MB for every record that is read by index.
 
     Raises:
       ValueError: No file, no class, a file that ends within a record or has changed, or an example
@@ -58,10 +62,19 @@ class TfrecordSource(base.Source):
         label_key: str = "image/class/label",
         first_label: int = 0,
         counts: Mapping[str, int] | None = None,
-        stream: bool = False,
+        stream: bool | None = None,
     ):
-        self.split, self.indexable = split, not stream
         self._pattern = files.replace("{split}", split)
+        remote = paths.is_remote(files)
+        self.split = split
+        self.indexable = not remote if stream is None else not stream
+        if remote and self.indexable and READ_AHEAD_VARIABLE not in os.environ:
+            logging.warning(
+                "%s: TensorFlow fetches 64 MB of a bucket for each record that is read by index; "
+                "set %s=262144 in the environment, or leave config.data.stream out",
+                self,
+                READ_AHEAD_VARIABLE,
+            )
         self.files = _matching(self._pattern)
         self.class_names = _class_names(num_classes, class_file)
         self._keys = Keys(image_key, label_key, first_label)
@@ -214,14 +227,19 @@ def _open_table(files: list[epath.Path], pattern: str, expected: int | None) -> 
         _check_count(offsets, expected, pattern)
         return offsets
     logging.info("indexing %d files %s", len(files), pattern)
+    offsets = []
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        offsets = list(pool.map(scan, files))
+        for starts in pool.map(scan, files):
+            offsets.append(starts)
+            logging.log_every_n_seconds(
+                logging.INFO, "indexed %d of %d files", 10, len(offsets), len(files)
+            )
     _check_count(offsets, expected, pattern)  # before a table of wrong numbers is kept
     table = {f"at/{file.name}": starts for file, starts in zip(files, offsets, strict=True)}
     buffer = io.BytesIO()
     np.savez(buffer, sizes=np.array(json.dumps(sizes)), allow_pickle=False, **table)
     try:
-        base.write_whole(path, buffer.getvalue())
+        paths.write_whole(path, buffer.getvalue())
     except OSError as error:
         logging.warning("cannot keep the index as %s, the next start scans again: %s", path, error)
     return offsets

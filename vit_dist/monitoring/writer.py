@@ -4,11 +4,13 @@ Event files are written with TensorBoard's own library rather than `tf.summary`,
 `tf.summary` run eagerly on the default device and would make the training loop wait for it.
 """
 
+import contextlib
 import io
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,11 @@ from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from vit_dist.paths import is_remote
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+FLUSH_SECONDS = 30
 
 
 def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = True) -> "Writer":
@@ -37,21 +42,21 @@ def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = 
     path = workdir / METRICS_FILE
     _drop_rows_after(path, first_step)
     # Flushed now and then by a thread; the JSON lines are the copy that loses nothing.
-    events = EventFileWriter(str(workdir / TENSORBOARD_DIR), flush_secs=30)
+    events = EventFileWriter(str(workdir / TENSORBOARD_DIR), flush_secs=FLUSH_SECONDS)
     events.add_event(_session_start(first_step))
-    return Writer(path, events)
+    return Writer(_RemoteRows(path) if is_remote(path) else _Rows(path), events)
 
 
 class Writer:
     """Writes scalars, texts and images of a run; see `make_writer`."""
 
-    def __init__(self, path: epath.Path | None, events: EventFileWriter | None):
-        self._path = path
+    def __init__(self, rows: "_Rows | None", events: EventFileWriter | None):
+        self._rows = rows
         self._events = events
 
     def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one row. NaN and infinities become null in JSON, which has neither."""
-        if self._path is None:
+        if self._rows is None:
             return
         reserved = {"step", "time"} & set(scalars)
         if reserved:
@@ -61,8 +66,7 @@ class Writer:
         values = {name: float(value) for name, value in scalars.items()}
         row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self._path.open("a") as rows:  # closed at once: a killed process loses no row
-            rows.write(json.dumps(row, allow_nan=False) + "\n")
+        self._rows.add(json.dumps(row, allow_nan=False) + "\n")
         self._add(step, [_Value(tag=k, simple_value=v) for k, v in values.items()])
 
     def text(self, step: int, name: str, markdown: str) -> None:
@@ -87,8 +91,11 @@ class Writer:
 
     def close(self) -> None:
         """Writes out what is pending; the writer cannot be used afterwards."""
-        if self._events is not None:
-            self._events.close()
+        if self._rows is not None and self._events is not None:
+            try:
+                self._rows.close()
+            finally:
+                self._events.close()
 
     def __enter__(self) -> "Writer":
         return self
@@ -105,6 +112,55 @@ class Writer:
 
 
 _Value = summary_pb2.Summary.Value
+
+
+class _Rows:
+    """The rows on a disk, each there at once: a killed process loses none."""
+
+    def __init__(self, path: epath.Path):
+        self._open = contextlib.ExitStack()
+        self._file = self._open.enter_context(path.open("a"))
+
+    def add(self, row: str) -> None:
+        self._file.write(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._open.close()
+
+
+class _RemoteRows(_Rows):
+    """The rows in a bucket, which takes only whole objects: each flush sends the file anew.
+
+    So a thread flushes, no oftener than TensorBoard's files are flushed. A process that is killed
+    loses the rows since, and resumes at a checkpoint that may well be older.
+    """
+
+    def __init__(self, path: epath.Path, *, clock: Callable[[], float] = time.monotonic):
+        super().__init__(path)
+        self._clock = clock
+        self._flushed = -math.inf
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._sent: list[Future] = []
+
+    def add(self, row: str) -> None:
+        """Raises what an earlier row met."""
+        self._sent.append(self._thread.submit(self._add, row))
+        while self._sent and self._sent[0].done():
+            self._sent.pop(0).result()
+
+    def _add(self, row: str) -> None:
+        self._file.write(row)
+        now = self._clock()
+        if now - self._flushed >= FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = now
+
+    def close(self) -> None:
+        closed = self._thread.submit(super().close)
+        self._thread.shutdown()
+        for done in (*self._sent, closed):
+            done.result()
 
 
 def _drop_rows_after(path: epath.Path, step: int) -> None:

@@ -78,7 +78,10 @@ def open_tensors(path: Path) -> TensorFile:
             return _remember_last(open_torch(path))
         if any(name.endswith(".npy") for name in names):
             return _remember_last(_open_npz(path))
-        raise ValueError(f"{path} is a zip file without arrays (it holds e.g. {names[:1]})")
+        raise ValueError(
+            f"{path} is a zip file without arrays (it holds e.g. {names[:1]}): name a .npz, or "
+            "what torch.save wrote"
+        )
     if head[8:9] == b"{" and path.stat().st_size > int.from_bytes(head[:8], "little"):
         return _remember_last(_open_safetensors(path))
     if head[:1] == b"\x80":
@@ -88,7 +91,7 @@ def open_tensors(path: Path) -> TensorFile:
             "path, weights_only=True), new_path)"
         )
     raise ValueError(
-        f"{path} is damaged, or no .npz, .safetensors or .pth: it begins with {head!r}"
+        f"{path} is damaged, or no .npz, .safetensors or .pth: it begins with {head!r}{AGAIN}"
     )
 
 

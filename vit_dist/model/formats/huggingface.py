@@ -57,7 +57,9 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     prefix = next(name for name in tensors if name.endswith(_STEM)).removesuffix(_STEM)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if len(found) < len(tensors):
-        raise ValueError("the file holds two tensors of one name")
+        raise ValueError(
+            "the file holds two tensors of one name: save it anew with save_pretrained"
+        )
     return found
 
 

@@ -138,7 +138,9 @@ def _lazy(name: str, tensor: LazyArray, transform: Transform, index: int) -> Laz
         # A view of one number, as large as the tensor: the transform shows its shapes for nothing.
         parts = transform.split(np.broadcast_to(np.float32(0), tensor.shape))
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{name} has the odd shape {tensor.shape} ({error})") from None
+        raise ValueError(
+            f"{name} has the odd shape {tensor.shape} ({error}): another network's"
+        ) from None
     return LazyArray(
         tuple(parts[index].shape),
         lambda: transform.split(np.asarray(tensor))[index],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_dist.model.formats import huggingface, npz, timm
-from vit_dist.model.formats.containers import LazyArray, TensorFile, merge, open_tensors
+from vit_dist.model.formats.containers import AGAIN, LazyArray, TensorFile, merge, open_tensors
 from vit_dist.model.formats.mapping import depth_of, from_theirs
 from vit_dist.model.variants import CLS_POOLS, as_pair
 
@@ -86,7 +86,7 @@ def _open(path: Path) -> tuple[Path, TensorFile]:
     if (path / _INDEX).exists():
         shards = sorted(set(_json(path, _INDEX).get("weight_map", {}).values()))
         if not shards or any(Path(name).name != name for name in shards):
-            raise ValueError(f"{path / _INDEX} is damaged: it names no files beside it")
+            raise ValueError(f"{path / _INDEX} is damaged: it names no files beside it{AGAIN}")
         return path, merge({name: open_tensors(path / name) for name in shards})
     for name in _WEIGHTS:
         if (path / name).exists():
@@ -106,7 +106,7 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+        raise ValueError(f"{path} is damaged ({error}){AGAIN}") from None
     return parsed if isinstance(parsed, dict) else {}
 
 

@@ -95,7 +95,9 @@ def open_torch(path: Path) -> TensorFile:
     member = next(name for name in sizes if name.endswith("data.pkl"))
     root = member.removesuffix("data.pkl")
     if sizes[member] > _MAX_PICKLE:
-        raise ValueError(f"{path}: {member} has {sizes[member]:,} bytes; not that of a checkpoint")
+        raise ValueError(
+            f"{path}: {member} has {sizes[member]:,} bytes, which no checkpoint needs{AGAIN}"
+        )
     order = f"{root}byteorder"
     if order in sizes and bytes(read_member(path, order)).strip() != b"little":
         raise ValueError(f"{path} was written on a big-endian machine; save it on another")
@@ -110,7 +112,7 @@ def open_torch(path: Path) -> TensorFile:
         ) from error
     found = _find_tensors(content)
     if not found:
-        raise ValueError(f"{path} holds no tensors by name")
+        raise ValueError(f"{path} holds no tensors by name: save a model's state_dict()")
     tensors = {}
     for name, tensor in found.items():
         file = f"{root}data/{tensor.storage.key}"
