@@ -138,7 +138,8 @@ class Optimizer:
             with keras.StatelessScope(state_mapping=before) as scope:
                 self.rule.update_step(gradient, variable, rate)
                 if name in self.decays:
-                    variable.assign_sub(rate * self.decays[name] * before[0][1])
+                    decay = rate * self.rule.scalar(self.decays[name])
+                    variable.assign_sub(decay * before[0][1])
             values = [(v, tf.where(gate, scope.get_current_value(v), old)) for v, old in before]
             yield name, values
         self.rule.begin(0)  # keep no tensor of a graph that is being traced
