@@ -80,11 +80,8 @@ def get_config(arg=None):
         config.posemb_method = "bicubic" if arg.weights == "dinov2" else "bicubic_antialias"
     arg.dataset, _, folder = arg.dataset.partition(":")
     if arg.dataset == "folder":
-        config.data.source, config.data.data_dir, config.data.test_split = (
-            "folder",
-            folder or None,
-            "",
-        )
+        config.data.source, config.data.test_split = "folder", ""
+        config.data.data_dir = folder or None
     else:
         use_transfer_data(config, arg.dataset)
     recipe = arg.recipe or ("folder" if arg.dataset == "folder" else "big_vision")

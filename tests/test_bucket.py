@@ -12,6 +12,7 @@ from vit_dist import cli
 from vit_dist.evaluate import evaluate
 from vit_dist.export import export
 from vit_dist.monitoring.writer import FLUSH_SECONDS, _RemoteRows, make_writer
+from vit_dist.paths import check_bucket
 from vit_dist.predict import predict
 from vit_dist.preemption import Preemption
 from vit_dist.train import train
@@ -97,6 +98,14 @@ def test_a_bucket_that_cannot_be_reached(remote, bucket, status, words):
     with pytest.raises(ValueError, match=rf"--workdir=gs://elsewhere/run.*{words}") as error:
         train(without_evaluation(), "gs://elsewhere/run")
     assert "gcloud" in str(error.value)
+
+
+def test_a_folder_is_enough_where_the_bucket_may_not_be_seen(remote, bucket):
+    """As with the role Storage Object Admin alone."""
+    bucket.refuse(403, "/b/bucket$")
+    check_bucket(remote, "--workdir")
+    with pytest.raises(ValueError, match="Storage Legacy Bucket Reader"):
+        check_bucket(remote / "another", "--workdir")
 
 
 def test_commands_explain_what_a_bucket_says(remote, bucket, capsys):

@@ -34,7 +34,7 @@ def check_bucket(path: epath.PathLike, key: str) -> None:
     if not bucket:
         return
     try:
-        found = tf.io.gfile.exists(bucket[0])
+        found = tf.io.gfile.exists(str(path)) or tf.io.gfile.exists(bucket[0])
     except tf.errors.OpError as error:
         raise ValueError(f"{key}={path} cannot be reached: {bucket_message(error)}") from error
     if not found:
@@ -49,7 +49,8 @@ def bucket_message(error: tf.errors.OpError) -> str:
     message = " ".join(error.message.split())
     return (
         f"{message}. Check the name, the network, and the credentials (gcloud auth "
-        "application-default login; on a TPU VM, the rights of its service account)"
+        "application-default login; on a TPU VM, the roles of its service account: Storage Object "
+        "Admin, and Storage Legacy Bucket Reader, to see whether there is a bucket)"
     )
 
 
