@@ -1,5 +1,6 @@
 """Runs whose folder is in a bucket: what they write there, and what reads it again."""
 
+import errno
 import time
 
 import pytest
@@ -86,6 +87,19 @@ def test_a_bucket_that_fails_ends_the_run(remote, bucket):
     writer = make_writer(remote / "run")
     with pytest.raises(tf.errors.PermissionDeniedError, match=r"metrics.jsonl"), writer:
         writer.scalars(1, {"loss": 1.0})
+
+
+def test_a_row_that_is_lost_is_an_error_at_the_end(remote, monkeypatch):
+    """Though the bucket takes the others: TensorFlow collects them on a disk, which may be full."""
+    rows = _RemoteRows(remote / "metrics.jsonl")
+
+    def full(row):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rows, "_add", full)
+    rows.add("1\n")
+    with pytest.raises(OSError, match="No space left"):
+        rows.close()
 
 
 @pytest.mark.parametrize(
