@@ -1,6 +1,7 @@
 """Runs whose folder is in a bucket: what they write there, and what reads it again."""
 
 import errno
+import threading
 import time
 
 import pytest
@@ -91,13 +92,15 @@ def test_a_bucket_that_fails_ends_the_run(remote, bucket):
 
 def test_a_row_that_is_lost_is_an_error_at_the_end(remote, monkeypatch):
     """Though the bucket takes the others: TensorFlow collects them on a disk, which may be full."""
-    rows = _RemoteRows(remote / "metrics.jsonl")
+    rows, added = _RemoteRows(remote / "metrics.jsonl"), threading.Event()
 
     def full(row):
+        added.wait()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(rows, "_add", full)
     rows.add("1\n")
+    added.set()
     with pytest.raises(OSError, match="No space left"):
         rows.close()
 
