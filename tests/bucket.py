@@ -17,12 +17,13 @@ import ssl
 import subprocess
 import sys
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from threading import Lock
 from urllib.parse import parse_qs, unquote, urlsplit
 from urllib.request import ProxyHandler, build_opener
 
 import trustme
+from serving import Handler
 
 HOSTS = ("storage.googleapis.com", "www.googleapis.com")
 
@@ -81,13 +82,11 @@ class _Objects:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Handler(Handler):
     held = _Objects()
     tls: ssl.SSLContext
 
-    def do_CONNECT(self):
+    def do_CONNECT(self):  # noqa: N802
         host, _, _ = self.path.partition(":")
         if host not in HOSTS:
             return self.answer(502)
@@ -204,15 +203,16 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, status, content=b"", headers=()):
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        super().answer(status, content, headers)
 
-    def log_message(self, *args):
-        pass
+
+def copy(local, remote):
+    """Copies the files in a folder, and in those below it."""
+    for file in sorted(local.rglob("*")):
+        if file.is_file():
+            target = remote / str(file.relative_to(local))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
 
 
 @contextmanager

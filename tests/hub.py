@@ -6,31 +6,32 @@ It answers https://huggingface.co/docs/hub/api as far as a download asks.
 import hashlib
 import json
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import unquote, urlsplit
+
+from serving import Handler
 
 REPOSITORY, COMMIT = "org/vit", "a" * 40
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     files: dict[str, bytes]
 
     def do(self):
         path = unquote(urlsplit(self.path).path)
         about, file = f"/api/models/{REPOSITORY}/", f"/{REPOSITORY}/resolve/{COMMIT}/"
         if path.startswith(f"{about}tree/"):
-            return self.answer(json.dumps([self.entry(name) for name in self.files]).encode())
+            return self.answer(200, json.dumps([self.entry(n) for n in self.files]).encode())
         if path.startswith(about):
             siblings = [{"rfilename": name} for name in self.files]
             info = {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings, "tags": []}
-            return self.answer(json.dumps(info).encode())
+            return self.answer(200, json.dumps(info).encode())
         if path.removeprefix(file) in self.files:
             name = path.removeprefix(file)
             tag = {"ETag": f'"{self.entry(name)["oid"]}"', "X-Repo-Commit": COMMIT}
-            return self.answer(self.files[name], **tag)
-        return self.answer(b"", status=404, **{"X-Error-Code": "RepoNotFound"})
+            return self.answer(200, self.files[name], tag)
+        return self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
 
     do_GET = do_HEAD = do  # noqa: N815
 
@@ -38,18 +39,6 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.files[name]
         oid = hashlib.sha1(data).hexdigest()
         return {"type": "file", "path": name, "size": len(data), "oid": oid}
-
-    def answer(self, content, status=200, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
 
 
 @contextmanager

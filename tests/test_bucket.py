@@ -6,8 +6,8 @@ import time
 
 import pytest
 import tensorflow as tf
+from bucket import copy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_remote_paths import copy
 from tiny import arrays, assert_same, make_folder, of_folder, rows, without_evaluation
 
 from vit_dist import cli

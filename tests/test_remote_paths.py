@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 import tiny
 from absl import logging
+from bucket import copy
 from PIL import Image
 from test_sources import prepare_dummy
 
@@ -18,14 +19,6 @@ from vit_dist.data.records import stream_records
 from vit_dist.data.shards import convert
 from vit_dist.data.sources import open_source
 from vit_dist.feed import open_sources
-
-
-def copy(local, remote):
-    for file in sorted(local.rglob("*")):
-        if file.is_file():
-            target = remote / str(file.relative_to(local))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
 
 
 def batches(source, pipe, count=4):

@@ -59,11 +59,11 @@ def make_folder(folder):
     return folder
 
 
-def of_folder(folder, **changed):
+def of_folder(folder, *, total_steps=2, **changed):
     ops = f"decode|{ANY_SIZE}"
     data = {"data__source": "folder", "data__data_dir": str(folder), "data__test_split": ""}
-    changed = {"total_steps": 2, **changed}
-    return make(**data, input__train_ops=ops, input__eval_ops=ops, **changed)
+    pipes = {"input__train_ops": ops, "input__eval_ops": ops}
+    return make(**data, **pipes, total_steps=total_steps, **changed)
 
 
 def rows(workdir):

@@ -14,10 +14,7 @@ from etils import epath
 
 from vit_dist.data import base
 from vit_dist.data.records import Keys, find_cut, stream_records
-from vit_dist.data.tfrecord import scan
-
-FRAME = 16  # bytes that a TFRecord file spends on a record: its length, and two checksums
-NUM_THREADS = 32  # for the sizes of files, which waits rather than computes
+from vit_dist.data.tfrecord import FOOTER, HEADER, NUM_THREADS, scan
 
 
 class TfdsSource(base.Source):
@@ -94,7 +91,7 @@ class TfdsSource(base.Source):
                 continue
             with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
                 sizes = pool.map(lambda f: f.stat().length if f.exists() else 0, files)
-            want = split.num_bytes + FRAME * split.num_examples
+            want = split.num_bytes + (HEADER + FOOTER) * split.num_examples
             if sum(sizes) == want:
                 continue
             for file, count in zip(files, split.shard_lengths, strict=True):

@@ -221,8 +221,7 @@ def make_optimizer(
         shard_state under a scope, without a strategy, or on TPUs, or adafactor_vit without
         num_heads for a model with attention.
     """
-    later = ("variables", "strategy", "num_heads")
-    given = {key: value for key, value in locals().items() if key not in (*later, "later")}
+    given = {k: v for k, v in locals().items() if k not in ("variables", "strategy", "num_heads")}
     check_optimizer(**given)
     used = decay_multipliers if weight_decay else ()
     check_names(variables, decay_multipliers=used, lr_multipliers=lr_multipliers)
