@@ -30,12 +30,13 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(wildcard tests/test_interop*.py)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(shell find tests -name 'test_interop*.py')
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/house.py
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
 
 format: $(STAMP) ## fix what ruff can fix

@@ -5,7 +5,8 @@ import time
 import _input_peers
 import tensorflow as tf
 
-from vit_dist.data import augment, ops, randaug
+from vit_dist.data.ops import augment, randaug
+from vit_dist.data.ops import basic as ops
 
 CHUNK = 32
 PREFIXES = {

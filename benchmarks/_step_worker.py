@@ -12,11 +12,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.cluster.strategy import make_strategy
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.strategy import make_strategy
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optim import make_optimizer
+from vit_dist.training.optimizer import make_optimizer
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import make_train_step

@@ -66,8 +66,9 @@ def make_data(system: str, kind: str, folder: str):
 
         files = sorted(map(str, Path(folder).rglob("*.jpg")))
         return _input_peers.make_data(files, BATCH, augmented=kind == "randaug")
-    from vit_dist.data import ops, sources
+    from vit_dist.data.ops import basic as ops
     from vit_dist.data.pipeline import make_train_data
+    from vit_dist.data.sources import open as sources
 
     source = sources.open_source("folder", split="train", data_dir=folder)
     return make_train_data(source, ops.parse(PIPES[kind]), batch_size=BATCH, seed=0, prefetch=2)

@@ -54,10 +54,10 @@ def _write(*paths: str) -> None:
 
 
 def _load(path: str) -> None:
-    from vit_dist import cli  # noqa: F401  before TensorFlow, as in every command
     from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit
-    from vit_dist.origins import open_origin
+    from vit_dist.run import cli  # noqa: F401  before TensorFlow, as in every command
+    from vit_dist.run.origins import open_origin
 
     marks = {"imports": memory("VmHWM")}
     model = build_vit(vit_config("B/16", **VIT))
@@ -72,11 +72,12 @@ def _load(path: str) -> None:
 
 
 def _train(path: str) -> None:
-    from vit_dist import cli  # noqa: F401  before TensorFlow, as in every command
+    from vit_dist.cluster.strategy import make_strategy
     from vit_dist.config import get_defaults
-    from vit_dist.restore import find_start, restore_or_init
-    from vit_dist.strategy import make_strategy
-    from vit_dist.wiring import check, make_state
+    from vit_dist.run import cli  # noqa: F401  before TensorFlow, as in every command
+    from vit_dist.run.build import make_state
+    from vit_dist.run.check import check
+    from vit_dist.run.start import find_start, restore_or_init
 
     config = get_defaults()
     config.image_size, config.total_steps, config.init_from = VIT["image_size"], 1, path

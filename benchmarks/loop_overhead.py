@@ -21,14 +21,15 @@ import tensorflow as tf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vit_dist import train as train_lib
+from vit_dist.cluster.preemption import Preemption
+from vit_dist.cluster.strategy import make_strategy
 from vit_dist.config import finalize
-from vit_dist.feed import train_data
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import make_writer
-from vit_dist.preemption import Preemption
-from vit_dist.strategy import make_strategy
+from vit_dist.run.build import make_state
+from vit_dist.run.check import check
+from vit_dist.run.input import train_data
 from vit_dist.training.checkpoint import Checkpointer
-from vit_dist.wiring import check, make_state
 
 
 def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[float, float]]:

@@ -36,7 +36,7 @@ train_split and data_dir. Its first 51,200 images are for testing and choosing.
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg, use_imagenet
+from vit_dist.config.recipe import parse_arg, use_imagenet
 
 # (n, m) of RandAugment, alpha of mixup.
 LEVELS = {

@@ -23,7 +23,7 @@ that it reports.
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg, use_all_of_imagenet
+from vit_dist.config.recipe import parse_arg, use_all_of_imagenet
 
 EPOCH = 1251  # batches of 1024
 

@@ -26,7 +26,7 @@ average, which the reference keeps beside the weights that it reports.
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg, use_all_of_imagenet
+from vit_dist.config.recipe import parse_arg, use_all_of_imagenet
 
 # Stochastic depth by model and stage.
 DROP_PATH = {

@@ -3,7 +3,7 @@
 Get the data without a network from Debian's package dataset-fashion-mnist (leave this out where
 TFDS can download), then train twice:
 
-    python -m vit_dist.data.fashion_mnist --data_dir=data
+    python tools/fashion_mnist.py --data_dir=data
     python -m vit_dist.train --config configs/fashion_mnist.py --workdir runs/fashion/pretrain
     python -m vit_dist.train --config configs/fashion_mnist.py:finetune \
         --workdir runs/fashion/finetune --config.init_from=runs/fashion/pretrain

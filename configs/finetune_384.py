@@ -23,7 +23,12 @@ recipe=vision_transformer, which takes any model, resolution and weights, and fo
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import TRANSFER_TASKS, parse_arg, use_transfer_data, use_vision_transformer
+from vit_dist.config.recipe import (
+    TRANSFER_TASKS,
+    parse_arg,
+    use_transfer_data,
+    use_vision_transformer,
+)
 
 
 def get_config(arg=None):

@@ -36,7 +36,7 @@ CIFAR-100 91.35, Pets 93.78, Flowers 99.43 %. Measured here: nothing but that it
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import (
+from vit_dist.config.recipe import (
     TRANSFER_TASKS,
     parse_arg,
     use_deit_finetuning,

@@ -23,7 +23,7 @@ and the first 51,200 images as in AugReg.
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg
+from vit_dist.config.recipe import parse_arg
 
 
 def get_config(arg=None):

@@ -18,7 +18,7 @@ The published runs have float32 activations; --config.precision=bfloat16 is the 
 """
 
 from vit_dist.config import get_defaults
-from vit_dist.recipe import parse_arg, use_imagenet
+from vit_dist.config.recipe import parse_arg, use_imagenet
 
 
 def get_config(arg=None):

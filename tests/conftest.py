@@ -14,8 +14,9 @@ for variable in ("TF_CONFIG", "KERAS_BACKEND", "TPU_NAME"):
     os.environ.pop(variable, None)  # those of whoever runs the tests
 
 import pytest  # noqa: E402
-from bucket import serve_bucket  # noqa: E402
 from etils import epath  # noqa: E402
+
+from tests.support.bucket import serve_bucket  # noqa: E402
 
 
 def pytest_configure(config):

@@ -14,16 +14,18 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from vit_dist.config import DEFAULTS, finalize
-from vit_dist.data.pipe import _REGISTRY, parse
-from vit_dist.data.sources import SOURCES
+from tests.support.documents import commands_of
+from vit_dist.cluster.strategy import NAMES
+from vit_dist.config import finalize
+from vit_dist.config.defaults import DEFAULTS
+from vit_dist.data.ops.pipe import _REGISTRY, parse
+from vit_dist.data.sources.open import SOURCES
 from vit_dist.export import ALL_FORMATS
 from vit_dist.model.posemb import METHODS
-from vit_dist.strategy import NAMES
-from vit_dist.training.optim import NAMES as OPTIMIZERS
+from vit_dist.run.check import check
+from vit_dist.training.optimizer import NAMES as OPTIMIZERS
 from vit_dist.training.schedules import NAMES as SCHEDULES
 from vit_dist.training.step import JITS
-from vit_dist.wiring import check
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,16 +39,6 @@ EXTERNAL = (
 NO_KEYS = {"py", "json", "get_defaults", "bind", "key"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def commands_of(text: str) -> list[list[str]]:
-    """The words of each command in the indented or fenced blocks of a text."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
-    fenced = "\n".join(code for language, code in blocks if not language)
-    indented = "\n".join(re.findall(r"^    (.*)$", text, re.M)) if not fenced else ""
-    lines = re.sub(r"\\\n\s*", " ", fenced or indented).splitlines()
-    lines = [line for line in lines if line.startswith(("python -m vit_dist.", "launch/"))]
-    return [shlex.split(line, comments=True) for line in lines if "--config FILE" not in line]
 
 
 def documents() -> dict[str, str]:
@@ -225,7 +217,7 @@ def test_tables_are_complete(page, title, names):
 @pages
 def test_tests_exist(page):
     """Those that a page names as proof."""
-    for path, name in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", page.read_text()):
+    for path, name in re.findall(r"`(tests/[\w/]*test_\w+\.py)(?:::(\w+))?`", page.read_text()):
         source = (ROOT / path).read_text()
         assert not name or re.search(rf"^def {name}\(", source, re.M), f"{path} has no {name}"
 

@@ -3,21 +3,20 @@
 import json
 import re
 
-import flax_vit
 import keras
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
-from tiny import make, make_folder, of_folder
 
-from vit_dist import origins
+from tests.support import flax_vit, processes
+from tests.support.tiny import make, make_folder, of_folder
 from vit_dist.evaluate import evaluate
 from vit_dist.export import ALL_FORMATS, export, load_model
 from vit_dist.model.formats.writing import write_pretrained
 from vit_dist.model.vit import named_weights
-from vit_dist.origins import open_origin
 from vit_dist.predict import predict
+from vit_dist.run import origins
+from vit_dist.run.origins import open_origin
 from vit_dist.train import train
 
 
@@ -150,7 +149,7 @@ def test_a_folder_of_hugging_face_tells_its_scaling(tmp_path, folder):
 
 
 def _origin():
-    from networks import tiny_vit
+    from tests.support.networks import tiny_vit
 
     model = tiny_vit(pool="tok", num_classes=3)
     return origins.Origin("memory", arrays_of(model), model.get_config())

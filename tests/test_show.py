@@ -5,20 +5,19 @@ import importlib
 import sys
 
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
-import tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_dist import cli
-from vit_dist.data import ops
-from vit_dist.data.sources import open_source
+from tests.support import processes, tiny
+from vit_dist.data.ops import basic as ops
+from vit_dist.data.sources.open import open_source
 from vit_dist.data.view import stages, viewable
+from vit_dist.run import cli
+from vit_dist.run.check import check
 from vit_dist.show import GAP, LABEL_HEIGHT, contact_sheet
 from vit_dist.train import train
-from vit_dist.wiring import check
 
 MIXING = {"mixing__mixup_alpha": 0.8, "mixing__mode": "elem"}
 
@@ -90,7 +89,6 @@ def command(name, *arguments):
     """Runs `python -m vit_dist.name ARGUMENTS` in a fork; it ends with the command's exit code."""
     sys.argv = [name, *arguments]
     module = importlib.import_module(f"vit_dist.{name}")
-    cli.define_config()
     module.define_flags()
     cli.run(module.main)
 

@@ -6,11 +6,12 @@ import shutil
 import signal
 
 import numpy as np
-import processes
 import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import (
+
+from tests.support import processes
+from tests.support.tiny import (
     ANY_SIZE,
     arrays,
     assert_same,
@@ -20,8 +21,7 @@ from tiny import (
     rows,
     without_evaluation,
 )
-
-from vit_dist import config as config_lib
+from vit_dist.config import defaults as config_lib
 from vit_dist.evaluate import evaluate
 from vit_dist.train import train
 from vit_dist.training.checkpoint import Checkpointer, open_checkpoint

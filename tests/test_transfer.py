@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import make_folder
 
-from vit_dist.config import changes, finalize, to_json
+from tests.support.tiny import make_folder
+from vit_dist.config import finalize
+from vit_dist.config.defaults import changes, to_json
+from vit_dist.config.recipe import TRANSFER_TASKS
 from vit_dist.model.variants import vit_config
-from vit_dist.recipe import TRANSFER_TASKS
-from vit_dist.wiring import check
+from vit_dist.run.check import check
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import photographs
 import pytest
 from PIL import Image
-from test_docs import commands_of
+
+from tests.support import photographs
+from tests.support.documents import commands_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # What makes them short.

@@ -8,20 +8,21 @@ Stopped or killed, the same command goes on. Then train with --config.data.sourc
 
 import functools
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 from absl import flags
 
-from vit_dist.data.shards import convert
-from vit_dist.feed import open_sources
+from vit_dist.data.sources.array_record import convert
 from vit_dist.monitoring.progress import Progress
+from vit_dist.run.sources import open_sources
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Defines the command's own flags; not at import, where other commands' have the same names."""
+    cli.define_config()
     flags.DEFINE_string("output", None, "local folder for the shards, one directory a split")
     flags.DEFINE_list("splits", None, "of train, val, test; all that are configured")
     flags.DEFINE_integer("examples_per_shard", 8192, "0.9 GB of ImageNet's JPEGs")
@@ -52,7 +53,11 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    cli.define_config()
+def script() -> None:
+    """The program vit-dist-convert: its flags, then main."""
     define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 import tensorflow as tf
@@ -47,6 +47,11 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """The program vit-dist-data-service: its flags, then main."""
     define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

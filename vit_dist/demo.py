@@ -11,9 +11,9 @@ from types import ModuleType
 
 from absl import flags, logging
 
-from vit_dist import cli
-from vit_dist import config as config_lib
+from vit_dist.config import defaults as config_lib
 from vit_dist.evaluate import evaluate
+from vit_dist.run import cli
 from vit_dist.train import train
 
 _CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
@@ -22,7 +22,7 @@ _CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
 def main() -> int:
     """The command; returns its exit code."""
     logging.set_verbosity(logging.WARNING)
-    began, workdir = time.monotonic(), flags.FLAGS.workdir or "runs/demo"
+    began, workdir = time.monotonic(), flags.FLAGS.workdir
     first, second = (os.path.join(workdir, name) for name in ("pretrain", "finetune"))
     configs = _load(_CONFIG)
 
@@ -62,5 +62,11 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """The program vit-dist-demo: its flags, then main."""
+    flags.DEFINE_string("workdir", "runs/demo", "folder for the two runs")
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

@@ -8,7 +8,7 @@ checkpoint's, positions are resampled as config.init_from would.
 
 from collections.abc import Sequence
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 import tensorflow as tf
@@ -17,25 +17,32 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from vit_dist.cluster.hosts import device_kind
+from vit_dist.cluster.strategy import make_strategy
 from vit_dist.evaluators.classification import make_evaluator
-from vit_dist.feed import eval_data, explain_error
-from vit_dist.restore import init_from
-from vit_dist.strategy import device_kind, make_strategy
+from vit_dist.run.build import make_state
+from vit_dist.run.check import check
+from vit_dist.run.explain import explain_error
+from vit_dist.run.input import eval_data
+from vit_dist.run.start import init_from
 from vit_dist.training.losses import make_loss
 from vit_dist.training.step import choose_jit
-from vit_dist.wiring import check, make_state
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's folder, or one checkpoint's")
-_SPLITS = flags.DEFINE_list("splits", None, "of train, val, test; all but train by default")
+
+def define_flags() -> None:
+    """Defines this command's flags."""
+    cli.define_config()
+    flags.DEFINE_string("checkpoint", None, "a run's folder, or one checkpoint's")
+    flags.DEFINE_list("splits", None, "of train, val, test; all but train by default")
 
 
 def main() -> int:
     """The command; returns its exit code."""
     config = cli.load_config()
-    if not _CHECKPOINT.value:
+    if not flags.FLAGS.checkpoint:
         raise ValueError("give a trained run: --checkpoint runs/NAME")
-    results = evaluate(config, _CHECKPOINT.value, splits=_SPLITS.value)
-    table = Table(title=f"{_CHECKPOINT.value} at {config.image_size} px")
+    results = evaluate(config, flags.FLAGS.checkpoint, splits=flags.FLAGS.splits)
+    table = Table(title=f"{flags.FLAGS.checkpoint} at {config.image_size} px")
     columns = ("split", "accuracy", "top5_accuracy", "loss", "examples")
     for column in columns:
         table.add_column(column, justify="left" if column == "split" else "right")
@@ -92,6 +99,11 @@ def evaluate(
     return results
 
 
-if __name__ == "__main__":
-    cli.define_config()
+def script() -> None:
+    """The program vit-dist-evaluate: its flags, then main."""
+    define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

@@ -18,20 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from vit_dist.data.pipe import Pipe, parse
+from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.model.formats.writing import FORMATS, prefix_posemb_for, write_pretrained
 from vit_dist.model.posemb import METHODS, sincos2d
 from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
-from vit_dist.origins import Origin, open_origin
 from vit_dist.paths import local_path
+from vit_dist.run.origins import Origin, open_origin
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
 # What a run of an older version does not say of its network.
@@ -281,6 +281,11 @@ def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:
     return [path, labels]
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """The program vit-dist-export: its flags, then main."""
     define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

@@ -9,14 +9,14 @@ classes are called; other files must tell by a config.json beside them.
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from vit_dist.data.folder import EXTENSIONS
+from vit_dist.data.sources.folder import EXTENSIONS
 from vit_dist.export import open_served
 
 _BATCH = 32
@@ -100,6 +100,11 @@ def _explained(served, paths: Sequence[str], data: Sequence[tf.Tensor], error) -
     return error
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """The program vit-dist-predict: its flags, then main."""
     define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

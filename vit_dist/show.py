@@ -8,7 +8,7 @@ the image as stored, then after each op; with config.mixing the last is the mixt
 
 import io
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 import numpy as np
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from vit_dist.data.pipeline import places
 from vit_dist.data.view import stages, viewable
 from vit_dist.paths import check_bucket
-from vit_dist.wiring import Run, check
+from vit_dist.run.check import Run, check
 
 FLAGS = flags.FLAGS
 LABEL_HEIGHT, GAP = 14, 6  # pixels
@@ -29,6 +29,7 @@ SMALLEST, LARGEST = 64, 224  # pixels of an image's longer side; others are show
 
 def define_flags() -> None:
     """Defines the command's own flags; not at import, where other commands' have the same names."""
+    cli.define_config()
     flags.DEFINE_string("output", None, "image file to write, e.g. sheet.png")
     flags.DEFINE_string("split", "train", "train, val or test")
     flags.DEFINE_integer("step", 0, "of the training split: which batch")
@@ -148,7 +149,11 @@ def _thumbnail(pixels: np.ndarray) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-if __name__ == "__main__":
-    cli.define_config()
+def script() -> None:
+    """The program vit-dist-show: its flags, then main."""
     define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from vit_dist import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
 import tensorflow as tf
@@ -17,36 +17,43 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_dist import config as config_lib
-from vit_dist.advice import average_warnings, data_warnings
+from vit_dist.cluster.hosts import all_hosts, describe, device_kind, is_chief
+from vit_dist.cluster.preemption import Preemption
+from vit_dist.cluster.strategy import make_strategy
+from vit_dist.config import defaults as config_lib
 from vit_dist.data.damage import check_share
 from vit_dist.evaluators.classification import make_evaluator
-from vit_dist.feed import eval_data, explain_error, first_images, train_data
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import Writer, make_writer
-from vit_dist.preemption import Preemption
-from vit_dist.restore import check_data, check_hosts, find_start, restore_or_init
-from vit_dist.strategy import all_hosts, describe, device_kind, is_chief, make_strategy
+from vit_dist.run.advice import average_warnings, data_warnings
+from vit_dist.run.build import make_state
+from vit_dist.run.check import Run, check, check_parts
+from vit_dist.run.explain import explain_error
+from vit_dist.run.input import eval_data, first_images, train_data
+from vit_dist.run.start import check_data, check_hosts, find_start, restore_or_init
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.losses import make_loss
 from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import choose_jit, make_train_step
-from vit_dist.wiring import Run, check, check_parts, make_state
 
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of this run: checkpoints, metrics, config")
+
+def define_flags() -> None:
+    """Defines this command's flags."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "folder of this run: checkpoints, metrics, config")
 
 
 def main() -> int:
     """The command; returns its exit code."""
     config = cli.load_config()
-    if not _WORKDIR.value:
+    if not flags.FLAGS.workdir:
         raise ValueError("give a folder for this run: --workdir runs/NAME")
     logging.set_verbosity(logging.INFO)
-    metrics = train(config, _WORKDIR.value)
+    metrics = train(config, flags.FLAGS.workdir)
     return PREEMPTED if metrics.get("preempted") else 0
 
 
@@ -344,6 +351,11 @@ def result_line(metrics: Mapping[str, float], workdir: str) -> str:
     return f"{state}: {', '.join(parts)} ({workdir})"
 
 
-if __name__ == "__main__":
-    cli.define_config()
+def script() -> None:
+    """The program vit-dist-train: its flags, then main."""
+    define_flags()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    script()

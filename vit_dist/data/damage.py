@@ -15,9 +15,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from vit_dist.data.base import CORRUPT, MISSING, Source
-from vit_dist.data.pipe import POSITION_SPEC, Pipe
-from vit_dist.data.records import ENDED
+from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe
+from vit_dist.data.sources.records import ENDED
+from vit_dist.data.sources.source import CORRUPT, MISSING, Source
 
 POLICIES = ("fail", "mask")
 MAX_EXAMINED = 20_000  # a minute or two of decoding on a small machine

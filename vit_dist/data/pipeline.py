@@ -15,10 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.data import order
-from vit_dist.data.base import Source
 from vit_dist.data.damage import Damage, masking
 from vit_dist.data.mixing import Mixing
-from vit_dist.data.pipe import POSITION_SPEC, Pipe, output_spec
+from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe, output_spec
+from vit_dist.data.sources.source import Source
 
 # Examples handled by one call in tf.data, whose overhead (about 50 us) would be that of a small
 # image; larger chunks only hold more images in memory per thread.

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.data.mixing import Mixing
-from vit_dist.data.pipe import Pipe
+from vit_dist.data.ops.pipe import Pipe
 
 Tensors = dict[str, tf.Tensor]
 

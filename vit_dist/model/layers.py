@@ -90,9 +90,14 @@ class Mlp(keras.layers.Layer):
     """Dense, GELU, Dense: (B, N, D) -> (B, N, M) -> (B, N, D), dropout after each."""
 
     def __init__(
-        self, hidden: int, *, gelu: str = "tanh", dropout: float = 0.0, form: str = "matrix",
+        self,
+        hidden: int,
+        *,
+        gelu: str = "tanh",
+        dropout: float = 0.0,
+        form: str = "matrix",
         **kwargs: Any,
-    ):  # fmt: skip
+    ):
         super().__init__(**kwargs)
         self._config = {"hidden": hidden, "gelu": gelu, "dropout": dropout, "form": form}
         self.hidden, self.gelu, self.form = hidden, gelu, form
@@ -145,9 +150,15 @@ class EncoderBlock(keras.layers.Layer):
         shared: dict[str, Any] = {"form": form, "dtype": dtype}
         self.norm_0 = layer_norm("norm_0", epsilon=norm_epsilon, **shared)
         self.attention = Attention(
-            num_heads, qkv_bias=qkv_bias, dropout=attention_dropout, softmax=softmax,
-            recompute=recompute_attention, block_size=attention_block, name="attention", **shared,
-        )  # fmt: skip
+            num_heads,
+            qkv_bias=qkv_bias,
+            dropout=attention_dropout,
+            softmax=softmax,
+            recompute=recompute_attention,
+            block_size=attention_block,
+            name="attention",
+            **shared,
+        )
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.norm_1 = layer_norm("norm_1", epsilon=norm_epsilon, **shared)
         self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", **shared)

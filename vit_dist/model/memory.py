@@ -43,9 +43,7 @@ def _after(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
     return x + tf.cast(zero, x.dtype)
 
 
-def rematerialized_layer(
-    layer: keras.layers.Layer, x: tf.Tensor, **options: object
-) -> tf.Tensor:  # fmt: skip
+def rematerialized_layer(layer: keras.layers.Layer, x: tf.Tensor, **options: object) -> tf.Tensor:
     """layer(x, **options), of which the backward pass finds x alone; its weights get gradients."""
     weights = layer.weights
 

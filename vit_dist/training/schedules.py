@@ -85,9 +85,21 @@ def make_schedule(
 
 
 def _check(
-    *, learning_rate, total_steps, name, warmup_steps, cooldown_steps, timescale_steps, hold_steps,
-    start_factor, end_factor, power, milestones, drop, decay_from,
-) -> None:  # fmt: skip
+    *,
+    learning_rate,
+    total_steps,
+    name,
+    warmup_steps,
+    cooldown_steps,
+    timescale_steps,
+    hold_steps,
+    start_factor,
+    end_factor,
+    power,
+    milestones,
+    drop,
+    decay_from,
+) -> None:
     for key, value, allowed in (("", name, NAMES), (".decay_from", decay_from, DECAY_FROM)):
         if value not in allowed:
             raise ValueError(f"schedule{key} {value!r} is unknown; allowed: {', '.join(allowed)}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from vit_dist.strategy import host_replicas
+from vit_dist.cluster.hosts import host_replicas
 
 NOT_ON_TPUS = (
     "optimizer.shard_state is not for TPUs: their replicas all run the same program, and here each "

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.model.vit import named_weights
-from vit_dist.training.optim import Optimizer
+from vit_dist.training.optimizer import Optimizer
 from vit_dist.training.sharding import Remote
 
 INITIAL_LOSS_SCALE = 2.0**15  # as in Keras's and NVIDIA Apex's dynamic loss scaling

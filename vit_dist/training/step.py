@@ -198,15 +198,24 @@ def make_train_step(
       examples masked in them, "input_wait" the seconds that the host waited for their batches.
     """
     gradients = make_gradients(
-        state, loss_fn, preprocess=preprocess, batch_size=batch_size, accumulation=accumulation,
-        seed=seed, mixing=mixing, masked=masked,
-    )  # fmt: skip
+        state,
+        loss_fn,
+        preprocess=preprocess,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        mixing=mixing,
+        masked=masked,
+    )
     update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
     settle = make_settle(state, ema_decay=ema_decay) if state.optimizer.shards else None
     check_step(
-        batch_size=batch_size, accumulation=accumulation, jit=jit,
-        num_replicas=strategy.num_replicas_in_sync, shard_state=settle is not None,
-    )  # fmt: skip
+        batch_size=batch_size,
+        accumulation=accumulation,
+        jit=jit,
+        num_replicas=strategy.num_replicas_in_sync,
+        shard_state=settle is not None,
+    )
     if jit == "split":
         gradients, update = _compiled(gradients), _compiled(update)
         settle = _compiled(settle) if settle else None

@@ -4,57 +4,29 @@ Opening reads names and shapes only; a tensor is read when asked for, so a file 
 of its largest tensor. All sizes are checked against the file before memory is asked for.
 """
 
-import dataclasses
 import json
-import math
-import mmap
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-# Weights hardly compress: a file that grows more than this much is no checkpoint. The slack is for
-# zero tensors, such as the head kernels of the old ImageNet-21k files (67 MB of zeros).
-MAX_GROWTH = 20
-SLACK = 2**28
+from vit_dist.model.formats.tensors import (
+    AGAIN,
+    LazyArray,
+    TensorFile,
+    as_float,
+    check_size,
+    open_zip,
+    read_exactly,
+    read_member,
+)
+from vit_dist.model.formats.torch_file import open_torch
+
 _MAX_HEADER = 2**16  # bytes of a .npy header
-AGAIN = "; fetch or copy it again"  # what to do about a damaged file
-_CHUNK = 2**20  # bytes read at once, so that decompression and checksums need no second copy
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyArray:
-    """A tensor of a file: its shape now, its numbers (np.asarray) when they are wanted.
-
-    Attributes:
-      source: of the tensor in the file that the numbers come from; reading in its order is fastest.
-    """
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    source: str = ""
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(), dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """What a file holds.
-
-    Attributes:
-      tensors: by the file's own names.
-      kind: "npz", "safetensors" or "pth".
-      metadata: text that the file carries besides.
-    """
-
-    tensors: Mapping[str, LazyArray]
-    kind: str
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_tensors(path: Path) -> TensorFile:
@@ -63,8 +35,6 @@ def open_tensors(path: Path) -> TensorFile:
     Raises:
       ValueError: no such file, none of the kinds, damaged, cut, or not safe to open.
     """
-    from vit_dist.model.formats.torch_file import open_torch  # it needs what is above
-
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     with path.open("rb") as file:
@@ -72,7 +42,7 @@ def open_tensors(path: Path) -> TensorFile:
     if not head:
         raise ValueError(f"{path} is damaged: it is empty{AGAIN}")
     if head[:4] == b"PK\x03\x04":
-        with _zip(path) as archive:
+        with open_zip(path) as archive:
             names = archive.namelist()
         if any(name.endswith("data.pkl") for name in names):
             return _remember_last(open_torch(path))
@@ -121,53 +91,9 @@ def merge(files: Mapping[str, TensorFile]) -> TensorFile:
     return TensorFile(tensors, first.kind, first.metadata)
 
 
-def _zip(path: Path) -> zipfile.ZipFile:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
-    size = sum(info.file_size for info in archive.infolist())
-    limit = MAX_GROWTH * path.stat().st_size + SLACK
-    if size > limit:
-        archive.close()
-        raise ValueError(
-            f"{path} would unpack to {size:,} bytes, more than {MAX_GROWTH} times its own size: a "
-            "zip bomb, no checkpoint. Fetch it from where it was published"
-        )
-    return archive
-
-
-def read_member(path: Path, name: str) -> memoryview:
-    """A member of a zip file, its checksum verified.
-
-    Raises:
-      ValueError: it is damaged or cut.
-    """
-    try:
-        with _zip(path) as archive, archive.open(name) as member:
-            return _read(member, archive.getinfo(name).file_size)
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
-    except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
-        raise ValueError(f"{path}: {name} cannot be read ({error}){AGAIN}") from error
-
-
-def _read(file: IO[bytes], size: int) -> memoryview:
-    """The next `size` bytes, in memory that goes back to the system with the last use of them.
-
-    A heap would keep it, in pieces between tensors that stay: a tenth of a large file in the end.
-    """
-    data = memoryview(mmap.mmap(-1, size) if size >= _CHUNK else bytearray(size))
-    for start in range(0, size, _CHUNK):
-        part = data[start : start + _CHUNK]
-        if file.readinto(part) != len(part):  # type: ignore[attr-defined]
-            raise EOFError("it ends early")
-    return data
-
-
 def _open_npz(path: Path) -> TensorFile:
     tensors = {}
-    with _zip(path) as archive:
+    with open_zip(path) as archive:
         infos = [info for info in archive.infolist() if info.filename.endswith(".npy")]
         for info in infos:
             shape, dtype, fortran, start = _npy_header(path, archive, info)
@@ -208,20 +134,6 @@ def _npy_header(
     return tuple(shape), dtype, fortran, start
 
 
-def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
-    """Raises ValueError unless `size` bytes are what the shape needs."""
-    needed = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or needed != size:
-        raise ValueError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes{AGAIN}")
-
-
-def as_float(array: np.ndarray) -> np.ndarray:
-    """Floating tensors as float32, others as they are; float32 is not copied."""
-    if array.dtype == ml_dtypes.bfloat16 or np.issubdtype(array.dtype, np.floating):
-        return array.astype(np.float32, copy=False)
-    return array
-
-
 # Those of safetensors that NumPy, with bfloat16 of ml_dtypes, has too.
 _SAFETENSORS_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -250,7 +162,7 @@ def _open_safetensors(path: Path) -> TensorFile:
             try:
                 with path.open("rb") as raw:
                     raw.seek(8 + length + begin)
-                    data = _read(raw, end - begin)
+                    data = read_exactly(raw, end - begin)
             except (EOFError, OSError) as error:
                 raise ValueError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
             array = np.frombuffer(data, _SAFETENSORS_DTYPES[entry["dtype"]])

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from vit_dist.model.formats.containers import LazyArray
 from vit_dist.model.formats.mapping import CONV, Rule, norm, pair
+from vit_dist.model.formats.tensors import LazyArray
 
 _BLOCK, _OURS = "encoder.layer.{i}", "encoderblock_{i}"
 _SHARED: list[Rule] = [

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_dist.model.formats.containers import LazyArray
+from vit_dist.model.formats.tensors import LazyArray
 
 Arrays = Mapping[str, np.ndarray | LazyArray]
 

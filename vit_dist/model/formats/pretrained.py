@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist.model.formats import huggingface, npz, timm
-from vit_dist.model.formats.containers import AGAIN, LazyArray, TensorFile, merge, open_tensors
+from vit_dist.model.formats import huggingface, timm
+from vit_dist.model.formats import vision_transformer as npz
+from vit_dist.model.formats.containers import merge, open_tensors
 from vit_dist.model.formats.mapping import depth_of, from_theirs
+from vit_dist.model.formats.tensors import AGAIN, LazyArray, TensorFile
 from vit_dist.model.variants import CLS_POOLS, as_pair
 
 _SYSTEMS: dict[str, Any] = {"npz": npz, "timm": timm, "huggingface": huggingface}

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vit_dist.model.formats.containers import LazyArray
 from vit_dist.model.formats.mapping import CONV, KV, QKV, Rule, norm, pair
+from vit_dist.model.formats.tensors import LazyArray
 
 _BLOCK, _OURS = "blocks.{i}", "encoderblock_{i}"
 _PROJECTIONS = ("query", "key", "value")

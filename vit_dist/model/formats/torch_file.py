@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vit_dist.model.formats.containers import AGAIN, LazyArray, TensorFile, as_float, read_member
+from vit_dist.model.formats.tensors import AGAIN, LazyArray, TensorFile, as_float, read_member
 
 _MAX_PICKLE = 2**26  # bytes: names and shapes only; a ViT's takes some 10 kB
 _DTYPES = {

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from vit_dist.model.formats import huggingface, npz, timm
+from vit_dist.model.formats import huggingface, timm
+from vit_dist.model.formats import vision_transformer as npz
 from vit_dist.model.formats.mapping import to_theirs
 from vit_dist.model.formats.pretrained import METADATA
 

@@ -1,0 +1,125 @@
+"""The cache gives what the source gives, is filled once, and is refused where it cannot fit."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.support import images, tiny
+from tests.support.images import PIPE
+from vit_dist.data import pipeline
+from vit_dist.data.damage import Damage
+from vit_dist.data.ops import basic as ops
+from vit_dist.data.sources import cache
+from vit_dist.data.sources.cache import CachedSource
+from vit_dist.data.sources.open import open_source
+from vit_dist.run.check import check
+
+
+@pytest.fixture
+def folder(tmp_path):
+    paths = images.write_folder(tmp_path / "images")
+    return open_source("folder", split="train", data_dir=str(tmp_path / "images")), paths
+
+
+def batches(source, **options):
+    known = {"batch_size": 8, "seed": 1, "num_threads": 2, **options}
+    ds = pipeline.make_train_data(source, ops.parse(PIPE), **known)
+    return list(ds.take(4).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("form", cache.FORMS)
+def test_batches_are_those_of_the_source(folder, form, on_disk, tmp_path):
+    source, paths = folder
+    want = batches(source)
+    cached = CachedSource(source, form, folder=str(tmp_path / "cache") if on_disk else None)
+    cached.prepare()
+    for path in paths:
+        path.write_bytes(b"")  # they are read no more
+    have = batches(cached)
+    if on_disk:  # a later run, with no room for another
+        again = CachedSource(source, form, folder=str(tmp_path / "cache"))
+        have += batches(again)
+        want += want
+    for a, b in zip(have, want, strict=True):
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("form", cache.FORMS)
+def test_the_need_is_known_before(folder, form, monkeypatch):
+    source, paths = folder
+    sizes = {"raw": sum(p.stat().st_size for p in paths), "decoded": 24 * 12 * 10 * 3}
+    need = CachedSource(source, form).need()
+    assert need == sizes[form] + 24 * cache.TABLE_BYTES
+    monkeypatch.setattr(cache, "available_memory", lambda: need)
+    CachedSource(source, form)
+    monkeypatch.setattr(cache, "available_memory", lambda: need - 1)
+    with pytest.raises(ValueError, match=r"needs about .* GB for 24 examples, and .* are free"):
+        CachedSource(source, form)
+
+
+def test_a_full_disk_is_known_before(folder, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="are free on the disk of"):
+        CachedSource(folder[0], "raw", folder=str(tmp_path))
+
+
+def test_a_cache_that_was_not_finished_is_filled_again(folder, tmp_path):
+    source, _ = folder
+    first = CachedSource(source, "raw", folder=str(tmp_path))
+    first.prepare()
+    (table,) = tmp_path.glob("*.npz")
+    table.unlink()
+    (data,) = tmp_path.glob("*.cache")
+    data.write_bytes(b"half")
+    CachedSource(source, "raw", folder=str(tmp_path)).prepare()
+    assert data.stat().st_size > 100 and table.exists()
+
+
+@pytest.mark.parametrize("form", cache.FORMS)
+def test_damage_is_named_or_masked(folder, form):
+    source, paths = folder
+    paths[7].unlink()
+    paths[8].write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot be read: .*; replace it or remove it") as error:
+        CachedSource(source, form).prepare()
+    assert str(paths[7]) in str(error.value)
+    cached = CachedSource(source, form, keep_damaged=True)
+    damage = Damage(cached)
+    masked = {int(i) for b in batches(cached, damage=damage) for i in b["index"][b["mask"] == 0]}
+    assert masked == {7, 8}
+
+
+def test_there_must_be_something_to_cache(tmp_path):
+    with pytest.raises(ValueError, match="has arrays in memory already"):
+        check(tiny.make(input__cache="raw"))
+    images.write_tfrecords(tmp_path)
+    options = {"files": f"{tmp_path}/train-*", "num_classes": 4, "stream": True}
+    stream = open_source("tfrecord", split="train", **options)
+    with pytest.raises(ValueError, match="is streamed"):
+        CachedSource(stream, "raw")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("cache", "yes", ["config.input.cache 'yes'", "off, raw, decoded"]),
+        ("on_bad_example", "skip", ["config.input.on_bad_example 'skip'", "fail, mask"]),
+        ("max_bad_share", 1.5, ["config.input.max_bad_share", "[0, 1]", "1.5"]),
+        ("repeats", 0, ["config.input.repeats must be 1 or more, got 0"]),
+    ],
+)
+def test_mistakes(key, value, words):
+    with pytest.raises(ValueError) as error:
+        check(tiny.make(**{f"input__{key}": value}))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_config_with_a_cache_is_checked_and_read(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    run = check(tiny.of_folder(folder, input__cache="decoded", data__val_split=""))
+    assert isinstance(run.sources["train"], CachedSource)
+    assert run.sources["train"].read(tf.constant(3, tf.int64))["image"].shape == (20, 20, 3)

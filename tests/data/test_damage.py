@@ -1,0 +1,313 @@
+"""Every kind of damage, and exactly what comes of it under each policy."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.support import images, tiny
+from tests.support.images import PIPE
+from vit_dist.data import pipeline
+from vit_dist.data.damage import Damage, check_share, explain_data_error
+from vit_dist.data.ops import basic as ops
+from vit_dist.data.sources.open import open_source
+from vit_dist.train import train
+
+PIPES = {
+    "decode": PIPE,
+    "crop": PIPE.replace("decode|resize(8)", "decode_jpeg_and_inception_crop(8)"),
+}
+# What is done to one file of a folder -> the reason that is counted.
+FILES = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:200]), "undecodable"),
+    "garbage": (lambda path: path.write_bytes(b"GIF89a" + bytes(range(250))), "undecodable"),
+    "text": (lambda path: path.write_text("<html>404</html>"), "undecodable"),
+    "empty": (lambda path: path.write_bytes(b""), "undecodable"),
+    "missing": (lambda path: path.unlink(), "missing"),
+}
+
+
+def open_folder(root, **options):
+    return open_source("folder", split="train", data_dir=str(root), **options)
+
+
+def batches(source, count=3, *, pipe=PIPE, damage=None, **options):
+    known = {"batch_size": 8, "seed": 1, "num_threads": 2, **options}
+    ds = pipeline.make_train_data(source, ops.parse(pipe), damage=damage, **known)
+    return list(ds.take(count).as_numpy_iterator())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """24 images, and their paths in the source's order."""
+    return tmp_path, images.write_folder(tmp_path)
+
+
+@pytest.mark.parametrize("pipe", PIPES)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_bad_file_is_masked_in_its_place(folder, kind, pipe, caplog):
+    root, paths = folder
+    want = batches(open_folder(root), pipe=PIPES[pipe])
+    source = open_folder(root, check_files=False)
+    change, reason = FILES[kind]
+    change(paths[13])
+    damage = Damage(source)
+    have = batches(source, pipe=PIPES[pipe], damage=damage)
+    for a, b in zip(have, want, strict=True):
+        np.testing.assert_array_equal(a["index"], b["index"])
+        np.testing.assert_array_equal(a["epoch"], b["epoch"])
+        np.testing.assert_array_equal(a["mask"], a["index"] != 13)
+        good = a["mask"] == 1
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(a[key][good], b[key][good])
+            assert (a[key][~good] == 0).all()
+    assert set(damage.counts()) == {reason}  # more than once, as some batches are made ahead
+    assert sum((b["mask"] == 0).sum() for b in have) == 1
+    what = "No such file" if kind == "missing" else "Invalid" if kind == "truncated" else "mage"
+    (line,) = {x for x in caplog.messages if x.startswith("masked: ")}
+    assert f"image file {str(paths[13])!r} (example 13 of" in line and what in line
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_bad_file_fails_with_its_name(folder, kind):
+    root, paths = folder
+    source = open_folder(root, check_files=False)
+    FILES[kind][0](paths[13])
+    with pytest.raises(tf.errors.OpError) as error:
+        batches(source)
+    text = explain_data_error(source, error.value, pipe=ops.parse(PIPE), indices=[13])
+    assert str(paths[13]) in text and "example 13 of" in text and "replace it" in text
+
+
+@pytest.mark.parametrize("replicas,hosts,threads", [(2, 1, 1), (2, 2, 4)])
+def test_masking_does_not_depend_on_the_machine(folder, replicas, hosts, threads):
+    root, paths = folder
+    source = open_folder(root, check_files=False)
+    paths[3].unlink()
+    paths[20].write_bytes(b"")
+    parts = []
+    for host in range(hosts):
+        local = range(host * replicas // hosts, (host + 1) * replicas // hosts)
+        parts.append(
+            batches(source, 3 * len(local), damage=Damage(source), num_replicas=replicas,
+                    local_replicas=local, num_threads=threads)
+        )  # fmt: skip
+    steps = [[p[i * len(p) // 3 + j] for p in parts for j in range(len(p) // 3)] for i in range(3)]
+    index = [np.concatenate([x["index"] for x in step]) for step in steps]
+    mask = [np.concatenate([x["mask"] for x in step]) for step in steps]
+    known = {"batch_size": 8, "seed": 1, "first_step": 0, "num_steps": 3}
+    np.testing.assert_array_equal(np.concatenate(index), pipeline.train_indices(source, **known))
+    np.testing.assert_array_equal(mask, ~np.isin(index, (3, 20)))
+
+
+def test_evaluation_leaves_out_what_is_masked(folder):
+    root, paths = folder
+    paths[5].write_bytes(b"")
+    source = open_folder(root, check_files=False)
+    ds = pipeline.make_eval_data(source, ops.parse(PIPE), batch_size=9, damage=Damage(source))
+    got = list(ds.as_numpy_iterator())
+    seen = np.concatenate([b["index"][b["mask"] == 1] for b in got])
+    assert seen.tolist() == [i for i in range(24) if i != 5]
+
+
+def test_one_thread_is_enough(tmp_path):
+    """No deadlock where TensorFlow has one thread for everything."""
+    images.write_folder(tmp_path)
+    code = f"""
+        import tensorflow as tf
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        from tests.data import test_damage
+        source = test_damage.open_folder({str(tmp_path)!r})
+        for threads in (1, None):
+            damage = test_damage.Damage(source)
+            assert len(test_damage.batches(source, damage=damage, num_threads=threads)) == 3
+    """
+    path = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=env, timeout=120)
+
+
+def test_other_errors_are_not_masked(folder, monkeypatch):
+    """A disk that fails is no bad example."""
+    source = open_folder(folder[0])
+
+    def unavailable(label):
+        raise OSError("the disk is gone")
+
+    def fail(record):
+        image = tf.numpy_function(unavailable, [record["label"]], tf.string)
+        return {**record, "image": tf.ensure_shape(image, ())}
+
+    monkeypatch.setattr(source, "decode_record", fail)
+    with pytest.raises(tf.errors.OpError, match="the disk is gone"):
+        batches(source, damage=Damage(source))
+
+
+# TFRecord files
+
+# How a file of 7 records is cut: (bytes that are left, given where each record ends).
+CUTS = {
+    "in a header": lambda ends: ends[3] + 5,
+    "in the data": lambda ends: ends[4] - 30,
+    "before the last checksum": lambda ends: ends[-1] - 4,
+    "between two records": lambda ends: ends[3],
+    "to nothing": lambda ends: 0,
+}
+
+
+@pytest.fixture
+def tfrecords(tmp_path):
+    paths = images.write_tfrecords(tmp_path)
+    return {"files": f"{tmp_path}/{{split}}-*.tfrecord", "num_classes": 4}, paths[1]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_cut_file_is_found_at_opening(tfrecords, cut):
+    """A cut at the end of a record shows only against the index, all others always."""
+    options, path = tfrecords
+    ends = images.record_ends(path)
+    open_source("tfrecord", split="train", **options)
+    os.truncate(path, CUTS[cut](ends))
+    with pytest.raises(ValueError, match=rf"{path} has {CUTS[cut](ends)} bytes.*been cut"):
+        open_source("tfrecord", split="train", **options)
+    (index,) = path.parent.glob("*.npz")
+    index.unlink()
+    if cut in ("between two records", "to nothing"):
+        assert open_source("tfrecord", split="train", **options).num_examples < 20
+    else:
+        with pytest.raises(ValueError, match=rf"{path} ends within its record"):
+            open_source("tfrecord", split="train", **options)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_file_cut_while_it_is_used(tfrecords, cut, stream):
+    options, path = tfrecords
+    source = open_source("tfrecord", split="train", stream=stream, **options)
+    os.truncate(path, CUTS[cut](images.record_ends(path)))
+    with pytest.raises(tf.errors.OpError) as error:
+        batches(source, 5)
+    text = explain_data_error(source, error.value, indices=range(20))
+    assert str(path) in text
+    if stream:  # the stream itself has ended: its policy is always to fail
+        with pytest.raises(tf.errors.OpError):
+            batches(source, 5, damage=Damage(source))
+        return
+    lost = {"between two records": 3, "in a header": 3, "in the data": 3, "to nothing": 7}
+    damage = Damage(source)
+    have = batches(source, 5, damage=damage)  # two epochs
+    bad = {int(i) for b in have for i in b["index"][b["mask"] == 0]}
+    assert bad == set(range(12 - lost.get(cut, 1), 12)) and set(damage.counts()) == {"corrupt"}
+
+
+def test_a_missing_file_of_records(tfrecords):
+    options, path = tfrecords
+    source = open_source("tfrecord", split="train", **options)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path} has no bytes, and had \d+ when it was indexed"):
+        open_source("tfrecord", split="train", **options)
+    damage = Damage(source)
+    have = batches(source, 5, damage=damage)
+    bad = {int(i) for b in have for i in b["index"][b["mask"] == 0]}
+    assert bad == set(range(5, 12)) and set(damage.counts()) == {"missing"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_image_in_a_record(tmp_path, stream):
+    with tf.io.TFRecordWriter(str(tmp_path / "train-0.tfrecord")) as writer:
+        for i in range(10):
+            image = b"" if i == 4 else images.jpeg(i)
+            writer.write(images.make_example(image, 0, images.KEYS))
+    options = {"files": f"{tmp_path}/train-*", "num_classes": 1, "stream": stream}
+    source = open_source("tfrecord", split="train", **options)
+    damage = Damage(source)
+    have = batches(source, 5, damage=damage)
+    assert [i for b in have for i in b["index"][b["mask"] == 0]] == [4] * 4
+    assert set(damage.counts()) == {"undecodable"}
+
+
+# a whole run
+
+
+def masked_run(root, total_steps, **changed):
+    config = tiny.of_folder(
+        root, input__on_bad_example="mask", data__val_split="", input__max_bad_share=0.5, **changed
+    )
+    with config.unlocked():
+        config.total_steps = total_steps
+    return config
+
+
+def test_a_masked_example_counts_as_nothing(tmp_path):
+    """The gradient is the sum over the others, divided by the full batch size: law 2."""
+    folder = tiny.make_folder(tmp_path / "images")
+    config = masked_run(folder, 1, optimizer__name="sgd", model__dropout=0.0)
+    whole = train(config, str(tmp_path / "whole"))
+    bad = folder / "train" / "dogs" / "5.jpg"
+    bad.write_bytes(b"")
+    metrics = train(config, str(tmp_path / "masked"))
+    assert (whole["masked"], metrics["masked"]) == (0, 1)
+    assert metrics["masked_undecodable"] >= 1  # with the batches that are made ahead
+    # A head of zeros: each example's loss is log 2.
+    assert metrics["loss"] == pytest.approx(whole["loss"] * 15 / 16, rel=1e-6)
+    (row,) = tiny.rows(tmp_path / "masked")
+    assert row["train/masked"] == 1 and row["train/masked_undecodable"] >= 1
+    accumulated = masked_run(
+        folder, 1, optimizer__name="sgd", model__dropout=0.0,
+        step__accumulation=2, strategy__name="mirrored", strategy__virtual_cpus=2,
+    )  # fmt: skip
+    assert train(accumulated, str(tmp_path / "parts"))["masked"] == 1
+    tiny.assert_same(tiny.arrays(tmp_path / "parts"), tiny.arrays(tmp_path / "masked"), atol=1e-6)
+
+
+def test_too_many_bad_examples_end_the_run(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    for i in range(3):
+        (folder / "train" / "cats" / f"{i}.jpg").write_bytes(b"")
+    config = masked_run(folder, 4, log_steps=1)
+    with config.unlocked():
+        config.input.max_bad_share = 0.15
+    with pytest.raises(ValueError, match=r"damaged examples were masked.*max_bad_share"):
+        train(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("masked", "seen", "fails"),
+    [(2, 10, False), (3, 10, True), (3, 1000, False), (11, 1000, True)],
+)
+def test_the_limit_is_of_an_epoch_or_more(masked, seen, fails):
+    if fails:
+        with pytest.raises(ValueError, match=f"{masked} damaged"):
+            check_share(masked, seen=seen, num_examples=200, limit=0.01)
+    else:
+        check_share(masked, seen=seen, num_examples=200, limit=0.01)
+
+
+def test_a_resume_notices_other_images(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    train(tiny.of_folder(folder, data__val_split=""), str(tmp_path / "run"))
+    again = tiny.of_folder(folder, data__val_split="")
+    with again.unlocked():
+        again.total_steps = 3
+    one = folder / "train" / "cats" / "3.jpg"
+    content = one.read_bytes()
+    changes = {
+        "gained": lambda: one.with_name("30.jpg").write_bytes(content),
+        "renamed": lambda: one.with_name("30.jpg").rename(one.with_name("x.jpg")),
+        "lost": lambda: (one.unlink(), one.with_name("x.jpg").unlink()),
+    }
+    words = {"gained": "num_examples: 16 -> 17", "renamed": "names: ", "lost": "16 -> 15"}
+    for name, change in changes.items():
+        change()
+        with pytest.raises(ValueError, match="has changed since step 2 was saved") as error:
+            train(again, str(tmp_path / "run"))
+        assert words[name] in str(error.value)
+    with again.unlocked():
+        again.resume_from = str(tmp_path / "run")
+    assert train(again, str(tmp_path / "other"))["step"] == 3

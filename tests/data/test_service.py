@@ -1,0 +1,348 @@
+"""Batches from other processes: byte for byte those of this one, and clear errors where not."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.support import images, processes, tiny
+from vit_dist.cluster.strategy import make_strategy
+from vit_dist.data import pipeline, service
+from vit_dist.data.mixing import make_mixing
+from vit_dist.data.ops import basic as ops
+from vit_dist.data.sources.open import open_source
+from vit_dist.run.check import check
+from vit_dist.run.explain import explain_error
+from vit_dist.run.input import train_data
+from vit_dist.train import train
+
+PIPE = (
+    "decode_jpeg_and_inception_crop(8)|flip_lr|value_range(-1, 1)"
+    "|keep('image', 'label', 'index', 'epoch')"
+)
+BATCH, COUNT = 12, 30
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Service:
+    """`python -m vit_dist.data_service` in a process of its own."""
+
+    def __init__(self, log):
+        self.log, self.address = log, f"localhost:{free_port()}"
+        self.start()
+
+    def start(self):
+        port = f"--port={self.address.rpartition(':')[2]}"
+        command = ("vit_dist.data_service", port, "--host=localhost")
+        arguments = (processes.main, command, str(self.log))
+        self.log.unlink(missing_ok=True)
+        self.process = processes._CONTEXT.Process(target=processes._call, args=arguments)
+        self.process.start()
+        while "ready" not in (self.log.read_text() if self.log.exists() else ""):
+            assert self.process.is_alive(), self.log.read_text()
+            time.sleep(0.05)
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory):
+    root = tmp_path_factory.mktemp("services")
+    with contextlib.ExitStack() as stack:
+        started = [Service(root / f"log{i}") for i in range(2)]
+        for one in started:
+            stack.callback(one.kill)
+        yield started
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A service for the test alone, which kills it."""
+    started = Service(tmp_path / "log")
+    yield started
+    started.kill()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    images.write_folder(root / "folder", count=COUNT)
+    images.write_tfrecords(root / "records", (11, 19), num_classes=2)
+    part = {"source": "folder", "data_dir": str(root / "folder")}
+    records = {"files": f"{root}/records/train-*", "num_classes": 2}
+    options = {
+        "folder": {"data_dir": str(root / "folder")},
+        "tfrecord": records,
+        "stream": {**records, "stream": True},
+        "mixture": {"parts": [{**part, "weight": 1}, {**part, "weight": 2}]},
+        "synthetic": {"num_examples": COUNT, "height": 20, "width": 20},
+        "demo": {},
+    }
+    names = {"stream": "tfrecord"}
+    return {k: open_source(names.get(k, k), split="train", **v) for k, v in options.items()}
+
+
+def maker(source, *, first_step=0, local=range(1), replicas=1, pipe=PIPE, **options):
+    """What `from_services` asks for: part -> dataset."""
+
+    def make(part=(0, 1)):
+        return pipeline.make_train_data(
+            source,
+            ops.parse(pipe),
+            batch_size=BATCH,
+            seed=11,
+            first_step=first_step,
+            num_replicas=replicas,
+            local_replicas=local,
+            mixing=make_mixing(mixup_alpha=1.0, mode="elem"),
+            part=part,
+            **options,
+        )
+
+    return make
+
+
+def served(make, services, *, timeout=200, prefetch=2):
+    addresses = [one.address for one in services]
+    return service.from_services(make, addresses, timeout=timeout, prefetch=prefetch)
+
+
+def assert_same(have, want, count):
+    have, want = (list(ds.take(count).as_numpy_iterator()) for ds in (have, want))
+    assert len(have) == len(want) == count
+    for a, b in zip(have, want, strict=True):
+        assert a.keys() == b.keys() and "mix" in a
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+KINDS = ("folder", "tfrecord", "stream", "mixture", "synthetic", "demo")
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "step", "local"),
+    [
+        *((kind, 2, 7, range(1, 3)) for kind in KINDS),  # the second of two hosts, resuming
+        *(("folder", count, 0, range(3)) for count in (1, 2)),
+    ],
+)
+def test_services_make_what_this_host_would(sources, services, kind, count, step, local):
+    pipe = PIPE.replace("decode_jpeg_and_inception_crop(8)|", "") if kind == "demo" else PIPE
+    repeats = 1 if kind == "stream" else 3
+    make = maker(
+        sources[kind], first_step=step, local=local, replicas=3, pipe=pipe, repeats=repeats
+    )
+    have, want = served(make, services[:count]), make()
+    assert have.element_spec == want.element_spec
+    assert_same(have, want, 7)
+
+
+def test_ops_that_xla_compiles_travel(sources, services):
+    pipe = "decode|resize(8)|trivial_augment|random_erasing|value_range"
+    make = maker(sources["folder"], pipe=pipe)
+    assert_same(served(make, services), make(), 4)
+
+
+def test_each_iteration_has_jobs_of_its_own(sources, services):
+    """Whoever joined an old job would go on where that is."""
+    ds = served(maker(sources["folder"]), services)
+    assert_same(ds, maker(sources["folder"])(), 5)
+    assert_same(ds, maker(sources["folder"])(), 5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "stream"])
+def test_a_service_that_comes_back_goes_on(sources, services, one, kind, caplog):
+    make = maker(sources[kind], first_step=2)
+    have = iter(served(make, [services[0], one]))
+    want = list(make().take(40).as_numpy_iterator())
+    for i, batch in enumerate(want):
+        if i == 6:
+            one.kill()
+            one.start()
+        np.testing.assert_array_equal(next(have)["image"], batch["image"], err_msg=f"element {i}")
+    assert any(f"data service {one.address}" in line for line in caplog.messages)
+
+
+def failure_of(iterator):
+    with pytest.raises(tf.errors.OpError) as error:
+        for _ in range(100):
+            next(iterator)
+    return service.find_failure(error.value)
+
+
+def test_a_service_that_is_lost_ends_the_run(sources, services, one):
+    have = iter(served(maker(sources["folder"]), [services[0], one], timeout=4))
+    next(have)
+    one.kill()
+    begin = time.monotonic()
+    failure = failure_of(have)
+    assert isinstance(failure, ConnectionError)
+    assert f"data service {one.address} cannot be reached for 4 s" in str(failure)
+    assert time.monotonic() - begin < 60
+
+
+def test_a_service_that_never_was(sources):
+    class Nobody:
+        address = f"localhost:{free_port()}"
+
+    failure = failure_of(iter(served(maker(sources["folder"]), [Nobody], timeout=2)))
+    assert isinstance(failure, ConnectionError) and "cannot be reached for 2 s" in str(failure)
+
+
+def test_something_else_that_listens(sources):
+    with socket.create_server(("localhost", 0)) as server:
+
+        class Other:
+            address = f"localhost:{server.getsockname()[1]}"
+
+        failure = failure_of(iter(served(maker(sources["folder"]), [Other], timeout=3)))
+    assert isinstance(failure, ConnectionError) and "sent nothing for 3 s" in str(failure)
+
+
+def test_an_element_out_of_turn_is_an_error(sources, services, monkeypatch):
+    """As if a service had begun from the start again."""
+    read = service._Client._read
+
+    def from_the_start(self, results, ended, number):
+        ask, self._ask = self._ask, lambda address, begin: ask(address, 0).skip(1)
+        read(self, results, ended, number)
+
+    monkeypatch.setattr(service._Client, "_read", from_the_start)
+    failure = failure_of(iter(served(maker(sources["folder"]), services[:1])))
+    assert isinstance(failure, ValueError)
+    assert re.search(r"failed: element \d+ came instead of 0$", str(failure))
+
+
+# a config
+
+
+def config_of(folder, services, **changed):
+    addresses = ",".join(one.address for one in services)
+    return tiny.of_folder(folder, data__val_split="", input__service=addresses, **changed)
+
+
+@pytest.mark.parametrize(
+    "devices", [{}, {"strategy__name": "mirrored", "strategy__virtual_cpus": 2}], ids=str
+)
+def test_a_run_and_its_resume(tmp_path, services, devices):
+    folder = tiny.make_folder(tmp_path / "images")
+    parts = config_of(folder, services, **devices)
+    train(parts, str(tmp_path / "parts"))
+    whole = tiny.of_folder(folder, data__val_split="", **devices)
+    for config in (parts, whole):
+        with config.unlocked():
+            config.total_steps = 4
+    with parts.unlocked():
+        parts.input.service = services[1].address  # another number of them
+    train(parts, str(tmp_path / "parts"))
+    train(whole, str(tmp_path / "whole"))
+    tiny.assert_same(tiny.arrays(tmp_path / "parts"), tiny.arrays(tmp_path / "whole"), atol=0)
+
+
+def test_two_workers(tmp_path, services):
+    """Each has jobs of its own."""
+    folder = tiny.make_folder(tmp_path / "images")
+    flags = [f"--config={processes.TINY}", "--config.data.source=folder"]
+    flags += [f"--config.data.data_dir={folder}", "--config.data.val_split="]
+    flags += ["--config.data.test_split=", "--config.total_steps=3", "--config.model.dropout=0.0"]
+    flags += [f"--config.input.train_ops=decode|{tiny.ANY_SIZE}", "--config.optimizer.name=sgd"]
+    code, text = processes.run(*flags, f"--workdir={tmp_path / 'one'}", log=tmp_path / "log")
+    assert code == 0, text[-1500:]
+    flags += [f"--config.input.service={','.join(one.address for one in services)}"]
+    flags += [f"--workdir={tmp_path / 'two'}", "--config.strategy.name=multiworker"]
+    cluster = {"worker": [f"localhost:{free_port()}" for _ in range(2)]}
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for i in range(2):
+            task = {"cluster": cluster, "task": {"type": "worker", "index": i}}
+            env = {"TF_CONFIG": json.dumps(task)}
+            command = processes.Command(*flags, log=tmp_path / f"log{i}", env=env)
+            workers.append(stack.enter_context(command))
+        assert [w.wait() for w in workers] == [0, 0], [w.text()[-1500:] for w in workers]
+    tiny.assert_same(tiny.arrays(tmp_path / "two"), tiny.arrays(tmp_path / "one"), atol=1e-6)
+
+
+def failure_of_run(config, strategy):
+    run = check(config)
+    with pytest.raises(tf.errors.OpError) as error:
+        next(iter(train_data(run, strategy, first_step=0)))
+    return explain_error(error.value, run, strategy, split="train", steps=range(2))
+
+
+def test_a_bad_file_is_named_as_without_a_service(tmp_path, services):
+    folder = tiny.make_folder(tmp_path / "images")
+    bad = folder / "train" / "dogs" / "5.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    failure = failure_of_run(config_of(folder, services), make_strategy(name="single"))
+    assert isinstance(failure, ValueError) and f"image file {str(bad)!r}" in str(failure)
+
+
+def test_files_that_the_service_does_not_see(tmp_path, services, monkeypatch):
+    """A relative path is another one in another working directory."""
+    tiny.make_folder(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    config = config_of("images", services)
+    failure = failure_of_run(config, make_strategy(name="single"))
+    assert isinstance(failure, ValueError)
+    assert f"data service {services[0].address} failed: " in str(failure)
+    assert "images/train" in str(failure) and "No such file" in str(failure)
+    assert "under the same paths" in str(failure)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"input__service": "nowhere"}, "'nowhere' is no address: give host:port"),
+        ({"input__service": "grpc://a:1"}, "'grpc://a:1' is no address"),
+        ({"input__service": "a:1,a:1"}, "a:1 is given twice"),
+        ({"input__service": "a:70000"}, "'a:70000' is no address"),
+        ({"input__service": "a:1", "input__on_bad_example": "mask"}, "set it to 'fail'"),
+        ({"input__service": "a:1", "input__service_timeout": 0.0}, "_timeout must be above 0"),
+        ({"input__service": "a:1", "input__cache": "raw"}, "calls Python.*cache='off'"),
+    ],
+)
+def test_mistakes_die_before_a_device_starts(tmp_path, changed, words):
+    folder = tiny.make_folder(tmp_path / "images")
+    with pytest.raises(ValueError, match=rf"config\.input\.service.*{words}"):
+        check(tiny.of_folder(folder, **changed))
+
+
+def test_array_records_are_refused(tmp_path, sources):
+    from vit_dist.data.sources.array_record import convert
+
+    convert(sources["folder"], tmp_path, split="train", examples_per_shard=8)
+    data = {"data__source": "array_record", "data__data_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"cannot read array_record.*It takes demo, folder"):
+        check(tiny.without_evaluation(**data, input__service="a:1"))
+
+
+def test_a_port_in_use(services, tmp_path):
+    port = services[0].address.rpartition(":")[2]
+    command = ("vit_dist.data_service", f"--port={port}", "--host=localhost")
+    code, text = processes.call(processes.main, *command, log=tmp_path / "log")
+    assert code == 1 and "error: Address already in use" in text
+
+
+def test_a_host_that_has_no_address(tmp_path):
+    command = ("vit_dist.data_service", "--host=no.such.host.invalid")
+    code, text = processes.call(processes.main, *command, log=tmp_path / "log")
+    assert code == 2 and "'no.such.host.invalid' is no known name" in text
+
+
+def test_sigterm_ends_a_service(one):
+    os.kill(one.process.pid, 15)
+    one.process.join(20)
+    assert one.process.exitcode == 0

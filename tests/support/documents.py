@@ -1,0 +1,14 @@
+"""Commands that documents show."""
+
+import re
+import shlex
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of each command in the indented or fenced blocks of a text."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    fenced = "\n".join(code for language, code in blocks if not language)
+    indented = "\n".join(re.findall(r"^    (.*)$", text, re.M)) if not fenced else ""
+    lines = re.sub(r"\\\n\s*", " ", fenced or indented).splitlines()
+    lines = [line for line in lines if line.startswith(("python -m vit_dist.", "launch/"))]
+    return [shlex.split(line, comments=True) for line in lines if "--config FILE" not in line]

@@ -1,0 +1,16 @@
+"""Runs tests/support/interop_peer.py in the environment that has PyTorch."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PYTHON = Path(os.environ.get("INTEROP_PYTHON", ROOT / ".venv-interop" / "bin" / "python"))
+
+
+def run_peer(mode, folder):
+    command = [PYTHON, ROOT / "tests/support/interop_peer.py", mode, folder]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]

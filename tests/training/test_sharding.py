@@ -1,0 +1,215 @@
+"""ZeRO-1: the optimiser's state cut up among the replicas gives the same weights, slots, files."""
+
+import contextlib
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.support import processes
+from tests.support.stepping import (
+    IMAGES,
+    LABELS,
+    NAN,
+    Engine,
+    assert_bits,
+    make_net,
+    make_strategy,
+    options_of,
+    weights_of,
+)
+from tests.support.tiny import arrays, assert_same, make, without_evaluation
+from vit_dist.model.vit import named_weights
+from vit_dist.run.check import check
+from vit_dist.train import train
+from vit_dist.training.optimizer import NAMES, make_optimizer
+from vit_dist.training.sharding import Shards, deal_out
+from vit_dist.training.step import choose_jit
+
+
+def engine_of(name, *, replicas=2, shard=True, **changed):
+    options = {**options_of(name), **changed}
+    options["optimizer"] = {**options["optimizer"], "shard_state": shard}
+    return Engine(make_net, replicas=replicas, **options)
+
+
+def slots_of(arrays):
+    return {name: value for name, value in arrays.items() if name.startswith("optimizer/")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_as_without(name):
+    """Weights, averages and slots after five steps; each slot is on its owner's device alone."""
+    results = []
+    for shard in (False, True):
+        engine = engine_of(name, shard=shard, accumulation=2)
+        metrics = engine.run(IMAGES, LABELS)
+        engine.replicas_hold_the_same()
+        results.append((metrics, engine.state.to_arrays()))
+    (expected_metrics, expected), (metrics, found) = results
+    assert metrics == expected_metrics
+    assert_bits(found, expected)
+    optimizer = engine.state.optimizer
+    for key, slot in optimizer.slots.items():
+        owner = optimizer.shards.owners[key.rpartition("/")[0]]
+        assert not isinstance(slot.value, tf.distribute.DistributedValues)
+        assert slot.value.device.endswith(f"CPU:{owner}"), key
+    assert set(optimizer.shards.owners.values()) == {0, 1}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_compiled(replicas):
+    """As every replica moves its own with XLA; one replica owns all and sends nothing."""
+    jit = "split" if replicas > 1 else "whole"
+    found = []
+    for shard in (False, True):
+        engine = engine_of("adamw", replicas=replicas, shard=shard, jit=jit)
+        engine.run(IMAGES, LABELS, calls=[2, 3])
+        found.append(weights_of(engine.state.to_arrays()))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """Engines that differ in how many replicas hold the state, and whether it is cut up."""
+    return {
+        (replicas, shard): engine_of("adamw", replicas=replicas, shard=shard)
+        for replicas, shard in ((2, True), (4, True), (1, False))
+    }
+
+
+def test_a_checkpoint_does_not_show_who_held_what(engines):
+    """Two steps on one, the rest on another: bits on the same, to rounding on others."""
+    first = engines[2, True]
+    first.run(IMAGES, LABELS)
+    expected = first.state.to_arrays()
+    first.run(IMAGES[:2], LABELS[:2])
+    saved = first.state.to_arrays()
+    for key, engine in engines.items():
+        engine.run(IMAGES[2:], LABELS[2:], **saved)
+        found = engine.state.to_arrays()
+        if engine is first:
+            assert_bits(found, expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                found[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{key} {name}"
+            )
+
+
+def test_what_is_not_finite_changes_nothing_anywhere(engines):
+    engine = engines[2, True]
+    engine.run(IMAGES[:2], LABELS[:2])
+    expected = weights_of(engine.state.to_arrays())
+    images = IMAGES.copy()
+    images[2, -1, 0, 0, 0] = NAN
+    engine.run(images, LABELS)
+    final = engine.state.to_arrays()
+    assert_bits(weights_of(final), expected)
+    assert (final["first_bad_step"], final["updates"]) == (2, 2)
+    engine.replicas_hold_the_same()
+
+
+def test_half_the_state_on_each_of_two_replicas(engines):
+    """By the bytes of what lies on a device; without, each has all."""
+    sizes = {name: v.shape.num_elements() for name, v in named_weights(make_net()).items()}
+    held = dict.fromkeys(("CPU:0", "CPU:1"), 0)
+    for slot in engines[2, True].state.optimizer.slots.values():
+        held[slot.value.device[-5:]] += slot.shape.num_elements()
+    total = 2 * sum(sizes.values())  # two moments
+    assert sum(held.values()) == total and max(held.values()) < 0.75 * total
+    whole = engine_of("adamw", shard=False).state.optimizer.slots.values()
+    copies = [local for slot in whole for local in slot.value.values]
+    assert sum(local.shape.num_elements() for local in copies) == 2 * total
+
+
+def test_deal_out():
+    sizes = {"a": 5, "b": 7, "c": 5, "d": 1, "e": 6}
+    assert deal_out(sizes, 2) == {"b": 0, "e": 1, "a": 1, "c": 0, "d": 1}
+    assert deal_out(dict(reversed(sizes.items())), 2) == deal_out(sizes, 2)
+    assert set(deal_out(sizes, 1).values()) == {0}
+    assert sorted(deal_out({"a": 1, "b": 1}, 4).values()) == [0, 1]  # two replicas own nothing
+
+
+def test_weights_travel_in_their_places():
+    shapes = {"a": (2, 3), "b": (5,), "c": (), "d": (4, 1)}
+    shards = Shards(make_strategy(2), shapes)
+    values = {name: np.float32(np.random.rand(*shape)) for name, shape in shapes.items()}
+    packed = [shards.pack({n: values[n] for n in shards.names(r)}) for r in range(2)]
+    assert packed[0].shape == packed[1].shape == (shards.length,) == (9,)
+    found = shards.unpack(tf.concat(packed, 0))
+    assert set(found) == set(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_where_xla_compiles():
+    for kind in ("CPU", "GPU"):
+        assert choose_jit("auto", kind=kind, num_replicas=2, sharded=True) == "split"
+        assert choose_jit("auto", kind=kind, num_replicas=1, sharded=True) == "whole"
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match=r"'whole' does not go with optimizer\.shard_state"):
+        engine_of("sgd", jit="whole")
+    variables = named_weights(make_net())
+    strategy = make_strategy(2)
+    with strategy.scope(), pytest.raises(ValueError, match="no scope of it around"):
+        make_optimizer(variables, shard_state=True, strategy=strategy)
+    with pytest.raises(ValueError, match="needs the strategy"):
+        make_optimizer(variables, shard_state=True)
+    for refused, message in (
+        ({"strategy__name": "tpu"}, r"optimizer\.shard_state is not for TPUs"),
+        ({**TWO, "step__jit": "whole"}, "'whole' does not go with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(make(optimizer__shard_state=True, **refused))
+    tpu = object.__new__(tf.distribute.TPUStrategy)
+    with pytest.raises(ValueError, match=r"optimizer\.shard_state is not for TPUs"):
+        make_optimizer(variables, shard_state=True, strategy=tpu)
+
+
+# by the command
+
+SHORT = {"model__dropout": 0.0, "total_steps": 4, "save_steps": 2, "optimizer__name": "lamb"}
+TWO = {"strategy__name": "mirrored", "strategy__virtual_cpus": 2}
+
+
+def test_a_run_goes_on_to_the_bit_and_on_one_device(tmp_path):
+    """From its checkpoint at half time: on two devices again, and on one that holds all."""
+    run, half, one = (tmp_path / name for name in ("run", "half", "one"))
+    train(without_evaluation(**SHORT, **TWO, optimizer__shard_state=True), str(run))
+    for other in (half, one):
+        shutil.copytree(run, other)
+        shutil.rmtree(other / "checkpoints" / "000000004")
+    train(without_evaluation(**SHORT, **TWO, optimizer__shard_state=True), str(half))
+    assert_bits(arrays(half), arrays(run))
+    train(without_evaluation(**SHORT), str(one))
+    assert_same(arrays(one), arrays(run), atol=1e-5)
+
+
+def test_two_workers_save_what_both_hold(tmp_path):
+    """The chief alone writes; what it writes is what one process without shards has."""
+    flags = [f"--config={processes.TINY}", "--config.model.dropout=0", "--config.data.val_split="]
+    flags += ["--config.total_steps=4", "--config.save_steps=2", "--config.data.test_split="]
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(2)]
+        cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
+    both = ["--config.strategy.name=multiworker", "--config.optimizer.shard_state=True"]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for index in range(2):
+            task = {"type": "worker", "index": index}
+            command = processes.Command(
+                *flags, *both, f"--workdir={tmp_path / 'two'}", log=tmp_path / f"log{index}",
+                env={"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})},
+            )  # fmt: skip
+            started.append(stack.enter_context(command))
+        for command in started:
+            assert command.wait() == 0, command.text()[-3000:]
+    code, text = processes.run(*flags, f"--workdir={tmp_path / 'one'}", log=tmp_path / "log")
+    assert code == 0, text[-3000:]
+    assert_same(arrays(tmp_path / "two"), arrays(tmp_path / "one"), atol=1e-5)

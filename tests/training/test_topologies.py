@@ -1,0 +1,184 @@
+"""Every optimiser takes the same step on any replicas x micro-batches x workers."""
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.support import processes
+from tests.support.stepping import (
+    BATCH,
+    IMAGES,
+    LABELS,
+    LARGE,
+    Engine,
+    assert_bits,
+    make_net,
+    make_strategy,
+    options_of,
+    weights_of,
+)
+from vit_dist.training.optimizer import NAMES
+from vit_dist.training.sharding import Remote
+from vit_dist.training.state import INITIAL_LOSS_SCALE
+from vit_dist.training.update_rules import HAS_MUON
+
+STEPS = 3
+
+
+@functools.cache
+def alone(name):
+    """The weights, averages and slots after STEPS steps on one device."""
+    engine = Engine(make_net, **options_of(name))
+    engine.run(IMAGES[:STEPS], LABELS[:STEPS])
+    arrays = weights_of(engine.state.to_arrays())
+    assert all(np.any(value != engine.initial[key]) for key, value in arrays.items())
+    return arrays
+
+
+def assert_same(arrays, name):
+    expected = alone(name)
+    assert set(arrays) == set(expected)
+    for key, value in expected.items():
+        # The sign of Lion, and Adafactor's division by a tiny root, can magnify a rounding.
+        np.testing.assert_allclose(arrays[key], value, rtol=1e-4, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 4), (2, 1), (2, 2)])
+def test_replicas_and_micro_batches(name, replicas, accumulation):
+    engine = Engine(make_net, replicas=replicas, accumulation=accumulation, **options_of(name))
+    engine.run(IMAGES[:STEPS], LABELS[:STEPS])
+    assert_same(weights_of(engine.state.to_arrays()), name)
+    engine.replicas_hold_the_same()
+
+
+# What two workers run: every optimiser, some with their state cut up, and gradients in 16 bits.
+HERE = [name for name in NAMES if name != "muon" or HAS_MUON]
+IN_PARTS = ("adamw", "lamb", "adafactor_vit")
+SHARDED, BFLOAT16, FLOAT16 = "sharded ", "bfloat16 gradients", "float16"
+RUNS = (*HERE, *(SHARDED + name for name in IN_PARTS), BFLOAT16, FLOAT16)
+OVERFLOW = 1  # the step at which it overflows, on the second worker alone
+
+
+def images_of(run):
+    images = IMAGES[:STEPS].copy()
+    if run == FLOAT16:
+        images[OVERFLOW, -1] = LARGE
+    return images
+
+
+def engine_of(run, strategy):
+    """The Engine of one of RUNS, in two micro-batches."""
+    options = options_of(run.removeprefix(SHARDED) if run not in (BFLOAT16, FLOAT16) else "adamw")
+    options["optimizer"]["shard_state"] = run.startswith(SHARDED)
+    if run == BFLOAT16:
+        options["all_reduce_dtype"] = "bfloat16"
+    make = functools.partial(make_net, "mixed_float16") if run == FLOAT16 else make_net
+    return Engine(make, strategy=strategy, accumulation=2, **options)
+
+
+def work(index, addresses, out):
+    """One of two workers: takes its half of every batch of all RUNS."""
+    task = {"type": "worker", "index": index}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+    from vit_dist.cluster.strategy import make_strategy
+
+    strategy = make_strategy(name="multiworker", timeout_seconds=100.0)
+    half = slice(index * BATCH // 2, (index + 1) * BATCH // 2)
+    arrays = {}
+    for run in RUNS:
+        engine = engine_of(run, strategy)
+        data = {"image": images_of(run)[:, half], "label": LABELS[:STEPS, half]}
+        data = tf.data.Dataset.from_tensor_slices(data).repeat()  # endless: so shapes are static
+        batches = iter(strategy.distribute_datasets_from_function(lambda _, data=data: data))
+        engine.step(batches, tf.constant(2))
+        # In between the state goes through arrays, as it does when a run is resumed.
+        engine.state.from_arrays(engine.state.to_arrays())
+        engine.step(batches, tf.constant(STEPS - 2))
+        own = [s for s in engine.state.optimizer.slots.values() if not isinstance(s, Remote)]
+        arrays[f"{run}:own slots"] = np.array([sum(np.prod(s.shape) for s in own), len(own)])
+        arrays |= {f"{run}:{key}": value for key, value in engine.state.to_arrays().items()}
+    np.savez(out, **arrays)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """For each of two workers: run -> the arrays that it ended with."""
+    folder = tmp_path_factory.mktemp("workers")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(2)]
+        addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    ended = {}
+
+    def run(index):
+        arguments = (index, addresses, str(folder / f"{index}.npz"))
+        ended[index] = processes.call(work, *arguments, log=folder / f"log{index}")
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = []
+    for index in range(2):
+        code, text = ended[index]
+        assert code == 0, text[-3000:]
+        runs = {run: {} for run in RUNS}
+        for key, value in np.load(folder / f"{index}.npz").items():
+            run, _, name = key.partition(":")
+            runs[run][name] = value
+        found.append(runs)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workers(workers, name):
+    for runs in workers:
+        assert_same(weights_of(runs[name]), name)
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_workers_that_hold_a_part_of_the_state(workers, name):
+    """Each reads all slots for a checkpoint, and has a part of them."""
+    for runs in workers:
+        assert_same(weights_of(runs[SHARDED + name]), name)
+    first, second = ({**runs[SHARDED + name], "own slots": np.zeros(2)} for runs in workers)
+    assert_bits(first, second)
+    (size, count), *_ = (runs[name]["own slots"] for runs in workers)
+    parts = [runs[SHARDED + name]["own slots"] for runs in workers]
+    assert parts[0][0] + parts[1][0] == size and parts[0][1] + parts[1][1] == count
+    assert min(part[1] for part in parts) > 0
+
+
+def test_workers_that_send_bfloat16(workers):
+    """To 8 bits of each gradient; all workers to the bit."""
+    assert_bits(workers[0][BFLOAT16], workers[1][BFLOAT16])
+    found, expected = weights_of(workers[0][BFLOAT16]), alone("adamw")
+    exact = weights_of(workers[0]["adamw"])
+    for key, value in expected.items():
+        limit = 0.01 if key.startswith(("model/", "ema/")) else 2**-6 * np.abs(value).max()
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=limit, err_msg=key)
+    assert max(np.abs(found[key] - exact[key]).max() for key in exact) > 1e-6  # it is rounded
+
+
+def test_float16_that_overflows_on_one_worker(workers):
+    """Both skip the step, count it, and halve the scale; the others count."""
+    assert_bits(workers[0][FLOAT16], workers[1][FLOAT16])
+    found = workers[0][FLOAT16]
+    assert (found["step"], found["updates"], found["first_bad_step"]) == (STEPS, STEPS - 1, -1)
+    assert (found["loss_scale"], found["good_steps"]) == (INITIAL_LOSS_SCALE / 2, STEPS - 2)
+    # As one device does.
+    one = engine_of(FLOAT16, make_strategy(1))
+    one.run(images_of(FLOAT16), LABELS[:STEPS])
+    for key, value in one.state.to_arrays().items():
+        if key.startswith(("model/", "ema/")):
+            np.testing.assert_allclose(found[key], value, atol=2e-3, err_msg=key)
+            assert np.any(value != one.initial[key])
+    assert one.state.updates.numpy() == STEPS - 1

@@ -1,0 +1,223 @@
+"""The rules of the house, read from the source with `ast`; `make lint` runs them.
+
+    python tools/house.py [ROOT]     prints one line per rule, and each place that breaks it
+
+A file at the top of vit_dist/ is a command, a folder is a part, and imports run downwards:
+commands -> run -> evaluators -> data, training, monitoring -> model, cluster, config, paths.
+docs/design.md says why.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = "vit_dist"
+COMMANDS = ("train", "evaluate", "predict", "export", "convert", "show", "demo", "data_service")
+SHARED = ("paths",)  # the one file at the top that is no command
+
+# Room -> the other rooms whose modules it imports. The table is as tight as the truth: an entry
+# that no module uses is reported too.
+ALLOWED: dict[str, set[str]] = {
+    "train": {"run", "evaluators", "data", "training", "monitoring", "cluster", "config"},
+    "evaluate": {"run", "evaluators", "training", "cluster"},
+    "predict": {"export", "run", "data"},
+    "export": {"run", "data", "model", "paths"},
+    "convert": {"run", "data", "monitoring"},
+    "show": {"run", "data", "paths"},
+    "demo": {"train", "evaluate", "run", "config"},
+    "data_service": {"run", "data"},
+    "run": {"data", "training", "model", "cluster", "config", "paths"},
+    "evaluators": {"training"},
+    "data": {"paths"},
+    "training": {"model", "cluster"},
+    "monitoring": {"paths"},
+    "model": set(),
+    "cluster": set(),
+    "config": set(),
+    "paths": set(),
+}
+
+# These turn a config into arguments; the rooms below them take plain arguments.
+READ_CONFIGS = (*COMMANDS, "run", "config")
+# In model/ only formats/ reads files.
+FILE_LIBRARIES = {"etils", "pathlib", "safetensors", "h5py", "tensorflow_datasets"}
+VAGUE_NAMES = {"utils", "util", "helpers", "misc", "common"}
+
+
+class Module(NamedTuple):
+    """A Python file of the package."""
+
+    path: Path  # as it is shown
+    name: str  # dotted
+    tree: ast.Module
+    source: str
+
+    @property
+    def room(self) -> str:
+        """vit_dist.data.ops.pipe -> data; vit_dist.train -> train; vit_dist itself -> ""."""
+        return [*self.name.split("."), ""][1]
+
+
+def read_modules(root: Path) -> list[Module]:
+    """All modules of the package below `root`."""
+    modules = []
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        source = path.read_text()
+        modules.append(Module(path.relative_to(root), name, ast.parse(source), source))
+    return modules
+
+
+def imports_of(module: Module) -> set[str]:
+    """Dotted names that the module imports, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # `from vit_dist import x` names the module in the alias.
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def arrows(modules: list[Module]) -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports."""
+    known = {module.name for module in modules}
+    found = {}
+    for module in modules:
+        names = {n for n in imports_of(module) if n.split(".")[0] == PACKAGE}
+        # `from vit_dist.train import train` imports the module vit_dist.train.
+        reached = {n if n in known else n.rpartition(".")[0] for n in names}
+        found[module.name] = reached & known - {module.name}
+    return found
+
+
+def check_rooms(modules: list[Module]) -> Iterator[str]:
+    """A file at the top of the package is a command, with main() and script()."""
+    for module in modules:
+        top = len(module.path.parts) == 2 and module.path.stem != "__init__"
+        if top and module.room not in (*COMMANDS, *SHARED):
+            yield f"{module.path}: a file at the top is a command; move it into a folder"
+        if top and module.room in COMMANDS:
+            defined = {n.name for n in module.tree.body if isinstance(n, ast.FunctionDef)}
+            for needed in sorted({"main", "script"} - defined):
+                yield f"{module.path}: a command has a function {needed}()"
+        if module.path.stem in VAGUE_NAMES:
+            yield f"{module.path}: a name that says nothing"
+
+
+def check_table(modules: list[Module]) -> Iterator[str]:
+    """Imports are those of ALLOWED, all of them used."""
+    truth: dict[str, set[str]] = {}
+    for name, reached in arrows(modules).items():
+        room = [*name.split("."), ""][1]
+        truth.setdefault(room, set()).update({[*n.split("."), ""][1] for n in reached} - {room, ""})
+    for room, reached in sorted(truth.items()):
+        allowed = ALLOWED.get(room, set())
+        for extra in sorted(reached - allowed):
+            yield f"{room or PACKAGE} imports {extra}, which the table in tools/house.py forbids"
+        for unused in sorted(allowed - reached):
+            yield f"{room} does not import {unused}: take it out of the table in tools/house.py"
+    for room in sorted(set(ALLOWED) - set(truth)):
+        yield f"there is no room {room}: take its row out of the table in tools/house.py"
+
+
+def check_circles(modules: list[Module]) -> Iterator[str]:
+    """No module imports itself by way of others."""
+    graph = arrows(modules)
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> Iterator[str]:
+        if name in path:
+            yield "a circle of imports: " + " -> ".join((*path[path.index(name) :], name))
+        elif name not in done:
+            for other in sorted(graph[name]):
+                yield from visit(other, (*path, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        yield from visit(name, ())
+
+
+def check_hidden_imports(modules: list[Module]) -> Iterator[str]:
+    """Modules of the package are imported at the top, where a reader sees them."""
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING":
+                yield f"{module.path}:{node.lineno}: TYPE_CHECKING hides a circle of imports"
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for inner in ast.walk(node):
+                names = []
+                if isinstance(inner, ast.Import):
+                    names = [alias.name for alias in inner.names]
+                elif isinstance(inner, ast.ImportFrom):
+                    names = [inner.module or PACKAGE]
+                if any(name.split(".")[0] == PACKAGE for name in names):
+                    yield f"{module.path}:{inner.lineno}: an import in a function hides a circle"
+
+
+def check_config_dicts(modules: list[Module]) -> Iterator[str]:
+    """Below run/ no function takes a ConfigDict."""
+    for module in modules:
+        libraries = {name.split(".")[0] for name in imports_of(module)}
+        if module.room not in READ_CONFIGS and "ml_collections" in libraries:
+            yield f"{module.path}: reads a ConfigDict; take plain arguments"
+
+
+def check_files_in_model(modules: list[Module]) -> Iterator[str]:
+    """In model/ only formats/ reads files."""
+    for module in modules:
+        if module.room != "model" or "formats" in module.path.parts:
+            continue
+        libraries = {name.split(".")[0] for name in imports_of(module)}
+        names = {node.id for node in ast.walk(module.tree) if isinstance(node, ast.Name)}
+        if libraries & FILE_LIBRARIES or "open" in names:
+            yield f"{module.path}: reads files; that belongs into model/formats"
+
+
+def check_nothing_left_undone(modules: list[Module]) -> Iterator[str]:
+    """No marks of unfinished work, no exception swallowed, no line squeezed past the formatter."""
+    marks = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b|# fmt: skip")
+    for module in modules:
+        for number, line in enumerate(module.source.splitlines(), 1):
+            if marks.search(line):
+                yield f"{module.path}:{number}: {line.strip()}"
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ExceptHandler) and all(
+                isinstance(statement, ast.Pass) for statement in node.body
+            ):
+                yield f"{module.path}:{node.lineno}: swallows an exception"
+
+
+RULES: tuple[Callable[[list[Module]], Iterator[str]], ...] = (
+    check_rooms,
+    check_table,
+    check_circles,
+    check_hidden_imports,
+    check_config_dicts,
+    check_files_in_model,
+    check_nothing_left_undone,
+)
+
+
+def main(root: Path) -> int:
+    """Prints each rule and what breaks it; returns the exit code."""
+    modules = read_modules(root)
+    failures = 0
+    for rule in RULES:
+        found = list(rule(modules))
+        failures += len(found)
+        print(f"{'FAILED' if found else 'ok    '} {(rule.__doc__ or '').splitlines()[0]}")
+        for line in found:
+            print(f"         {line}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parents[1]
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else here))

@@ -1,0 +1,1 @@
+"""Strategies, hosts and signals: what runs where, together with whom."""

@@ -1,0 +1,70 @@
+"""Hosts of a strategy: which replicas each host feeds, and numbers gathered from all hosts."""
+
+import functools
+import os
+
+import tensorflow as tf
+
+from vit_dist.cluster.meeting import cluster_from_environment
+
+
+def host_replicas(strategy: tf.distribute.Strategy) -> range:
+    """The global replica numbers that this host feeds."""
+    hosts = num_hosts(strategy)
+    local = strategy.num_replicas_in_sync // hosts
+    resolver = strategy.cluster_resolver
+    index = (resolver.task_id or 0) if hosts > 1 and resolver else 0
+    return range(index * local, (index + 1) * local)
+
+
+def num_hosts(strategy: tf.distribute.Strategy) -> int:
+    """How many processes run this program together (1 but for MultiWorkerMirrored)."""
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return len(cluster_from_environment()[0]) if os.environ.get("TF_CONFIG") else 1
+    return 1
+
+
+def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
+    """What each host called this with; returns once all have, with the same list on every host."""
+    if num_hosts(strategy) == 1:
+        return [number]
+    return [int(n) for n in _gather(strategy)(tf.constant([number], tf.int64))]
+
+
+@functools.cache
+def _gather(strategy: tf.distribute.Strategy):
+    # In a tf.function: run eagerly, TensorFlow warns of its slowness at each call.
+    @tf.function
+    def gather(number: tf.Tensor) -> tf.Tensor:
+        def of_replica(number: tf.Tensor) -> tf.Tensor:
+            return tf.distribute.get_replica_context().all_gather(tf.identity(number), axis=0)
+
+        gathered = strategy.run(of_replica, args=(number,))
+        return strategy.experimental_local_results(gathered)[0]
+
+    return gather
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return host_replicas(strategy).start == 0
+
+
+def device_kind(strategy: tf.distribute.Strategy) -> str:
+    """ "CPU", "GPU" or "TPU": what the replicas run on."""
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return "TPU"
+    device = strategy.extended.worker_devices[0]
+    return tf.DeviceSpec.from_string(device).device_type or "CPU"
+
+
+def describe(strategy: tf.distribute.Strategy, *, batch_size: int, accumulation: int = 1) -> str:
+    """One line: strategy, hosts, replicas, kind of device, and how the batch is cut up."""
+    replicas = strategy.num_replicas_in_sync
+    share = batch_size // replicas
+    name = type(strategy).__name__.replace("CollectiveAllReduce", "MultiWorkerMirrored")
+    text = (
+        f"{name}: {num_hosts(strategy)} host(s), {replicas} replica(s) on "
+        f"{device_kind(strategy)}, batch {batch_size} = {replicas} x {share}"
+    )
+    return text + (f", in {accumulation} micro-batches each" if accumulation > 1 else "")

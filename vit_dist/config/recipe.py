@@ -1,0 +1,147 @@
+"""What recipes in configs/ share: the argument behind the colon, and ImageNet's splits."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_dist.config.binding import did_you_mean
+
+# Published with TFDS: 1,281,167 training and 50,000 validation images of 1000 classes. The last
+# percent of the training images is for choosing; what papers report is validation, here "test".
+IMAGENET = {
+    "source": "tfds",
+    "name": "imagenet2012",
+    "train_split": "train[:99%]",
+    "val_split": "train[99%:]",
+    "test_split": "validation",
+}
+# Fine-tuning as vision_transformer and big_vision have it: steps, warmup, training share, held-out
+# share, test split.
+TRANSFER_TASKS = {
+    "imagenet2012": (20_000, 500, "train[:99%]", "train[99%:]", "validation"),
+    "cifar10": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
+    "cifar100": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
+    "oxford_iiit_pet": (500, 100, "train[:90%]", "train[90%:]", "test"),
+    "oxford_flowers102": (500, 100, "train[:90%]", "train[90%:]", "test"),
+}
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
+    """The argument of `get_config`: "model=B/16,aug=medium1" over `defaults`.
+
+    Args:
+      arg: comma-separated key=value; a value alone is that of the first default. None for none.
+      **defaults: key -> value, or a tuple of the values allowed, of which the first is the default.
+        A value is read as its default's type. One that ends in a colon stands for all that begin
+        with it.
+
+    Raises:
+      ValueError: an unknown key or value; says which there are.
+    """
+    values = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = next(iter(defaults)), part
+        if key not in defaults:
+            raise ValueError(
+                f"the recipe has no argument {key!r}{did_you_mean(key, defaults)} "
+                f"There are: {', '.join(defaults)}"
+            )
+        try:
+            values[key] = type(values[key])(value)
+        except ValueError:
+            kind = type(values[key]).__name__
+            raise ValueError(f"the recipe's {key} must be {kind}, got {value!r}") from None
+        allowed = defaults[key]
+        if isinstance(allowed, tuple) and not _is_one_of(values[key], allowed):
+            shown = ", ".join(map(str, allowed))
+            raise ValueError(f"the recipe's {key} {value!r} is unknown; allowed: {shown}")
+    return SimpleNamespace(**values)
+
+
+def _is_one_of(value: Any, allowed: tuple) -> bool:
+    beginnings = [a for a in allowed if isinstance(a, str) and a.endswith(":")]
+    return value in allowed or any(value.startswith(a) for a in beginnings)
+
+
+def use_imagenet(config: ConfigDict) -> None:
+    """Sets the data section for ImageNet-1k through TFDS, with a percent held out of training."""
+    config.data.update(IMAGENET)
+
+
+def use_all_of_imagenet(config: ConfigDict) -> None:
+    """The same with every training image, and validation to evaluate on, as DeiT has it."""
+    use_imagenet(config)
+    config.data.train_split = "train"
+    config.data.val_split, config.data.test_split = "validation", ""
+
+
+def use_transfer_data(config: ConfigDict, dataset: str) -> None:
+    """Sets the data section for one of TRANSFER_TASKS, through TFDS."""
+    _, _, train, val, test = TRANSFER_TASKS[dataset]
+    config.data.source, config.data.name = "tfds", dataset
+    config.data.train_split, config.data.val_split, config.data.test_split = train, val, test
+
+
+def use_vision_transformer(config: ConfigDict, *, dataset: str, scale: str) -> None:
+    """Fine-tuning as vision_transformer has it: its README, configs/common.py, input_pipeline.py.
+
+    Args:
+      config: its model.variant is set already.
+      dataset: of TRANSFER_TASKS; for others, the shortest of its schedules.
+      scale: the op that scales images.
+    """
+    config.total_steps, config.schedule.warmup_steps = TRANSFER_TASKS.get(dataset, (500, 100))[:2]
+    config.input.batch_size = 512
+    # Only the window is decoded, which pays for large images; everywhere the same crop.
+    crop = "inception_crop(size)"
+    crop = f"decode_jpeg_and_{crop}" if dataset == "imagenet2012" else f"decode|{crop}"
+    config.input.train_ops = f"{crop}|flip_lr|{scale}"
+    config.input.eval_ops = f"decode|resize(size)|{scale}"
+    config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0
+    config.optimizer.momentum, config.optimizer.momentum_dtype = 0.9, "bfloat16"
+    slow = dataset == "imagenet2012" and config.model.variant in ("B/32", "S/32", "L/16")
+    config.optimizer.learning_rate = 0.01 if slow or dataset == "cifar10" else 0.03
+    config.step.clip_norm = 1.0
+    config.step.accumulation = 8
+
+
+def use_deit_finetuning(config: ConfigDict, *, generation: int, scale: str) -> None:
+    """Fine-tuning at a higher resolution as DeiT has it: its README, README_revenge, main.py.
+
+    Args:
+      config: its model.variant and image_size are set already.
+      generation: 1 (arXiv 2012.12877, B at 384) or 3 (2204.07118).
+      scale: the op that scales images.
+    """
+    first, size = generation == 1, config.image_size
+    config.precision = "bfloat16"
+    config.posemb_method = "bicubic"
+    config.total_epochs = 30.0 if first else 20.0
+    config.input.batch_size = 512
+    config.input.repeats = 3 if first else 1
+    crop = "decode_jpeg_and_inception_crop(size, area_min=8, method='bicubic', antialias=True)"
+    erasing = "|random_erasing(0.25)" if first else ""
+    config.input.train_ops = (
+        f"{crop}|flip_lr|rand_augment_timm('rand-m9-mstd0.5-inc1'){erasing}|{scale}"
+    )
+    larger = int(size / 0.875) if first else size
+    config.input.eval_ops = (
+        f"decode|resize_small({larger}, 'bicubic', True)|central_crop(size)|{scale}"
+    )
+    config.mixing.mixup_alpha, config.mixing.cutmix_alpha = 0.8, 1.0
+    config.model.drop_path = 0.1
+    if not first:
+        config.model.drop_path = {"S/16": 0.0, "B/16": 0.15}.get(config.model.variant, 0.0)
+        config.model.drop_path_growth = "constant"
+    config.loss.label_smoothing = 0.1
+    peak = 5e-6 if first else 1e-5
+    config.optimizer.learning_rate, config.optimizer.weight_decay = peak, 1e-8 if first else 0.1
+    # As timm: a constant rate in each epoch of the warmup, from 1e-6; then the peak to the end.
+    config.schedule.warmup_epochs, config.schedule.hold_epochs = 5.0, 1.0
+    config.schedule.decay_from = "start"
+    config.schedule.start_factor, config.schedule.end_factor = 1e-6 / peak, 1.0
+    config.step.clip_norm = None
+    config.step.ema_decay = 0.99996

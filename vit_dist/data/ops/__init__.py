@@ -1,0 +1,1 @@
+"""Preprocessing: ops, and the pipes that are made of them."""

@@ -1,0 +1,211 @@
+"""What the augmentation policies share: a layer is one operation, drawn among several.
+
+A policy draws, for each image, a few layers, and `augment` applies them in order. Look-up tables
+wait until an operation needs the pixels, so that neighbouring ones cost a single look-up.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from vit_dist.data.ops import color, geometry
+from vit_dist.data.tracing import switch
+
+# What a layer does; its other entries say how.
+ACTIONS = (
+    "table",  # a table of 256 entries
+    "warp",
+    "autocontrast",
+    "equalize",
+    "contrast",  # about the image's own mean
+    "color",
+    "sharpness",
+    "cutout",
+    "blur",
+)
+MAX_SIGMA = 2.0  # of blurs, in pixels
+
+
+class Layer(NamedTuple):
+    """One operation, of numpy arrays or tensors. With leading axes: several."""
+
+    action: Any  # () int32, place in ACTIONS
+    table: Any  # (256,) int32
+    matrix: Any  # (6,) float64
+    factor: Any  # () float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """Whose arithmetic to follow.
+
+    Attributes:
+      reference: That of the TPU reference models; else that of Pillow.
+      fill: Colour that comes in from outside: a level, or three.
+      taps: Filter of warps: 1 (nearest), 2 (bilinear), 4 (bicubic). The reference's is 1.
+      cutout: Half the side of what `cutout` cuts out, in pixels.
+    """
+
+    reference: bool
+    fill: int | tuple[int, int, int] = 128
+    taps: int = 1
+    cutout: int = 0
+
+
+class _State(NamedTuple):
+    image: tf.Tensor  # (H, W, 3) uint8
+    table: tf.Tensor  # (3, 256) int32, still to be applied
+    pending: tf.Tensor  # () int32: 0 no table, 1 the same for all channels, 2 three
+
+
+def layer(action: str, *, table=None, matrix=None, factor=1.0) -> Layer:
+    """Returns a layer; what is not given changes nothing."""
+    return Layer(
+        action=np.int32(ACTIONS.index(action)),
+        table=color.LEVELS if table is None else _int32(table),
+        matrix=geometry.matrix(*geometry.IDENTITY) if matrix is None else matrix,
+        factor=factor if isinstance(factor, tf.Tensor) else np.float32(factor),
+    )
+
+
+def nothing() -> Layer:
+    """Returns the layer that leaves the image as it is."""
+    return layer("table")
+
+
+def pick(layers: Sequence[Layer], index: tf.Tensor) -> Layer:
+    """Returns `layers[index]`, with the axes of `index` (int32) in front."""
+    return Layer(*(tf.gather(_stack(entries), index) for entries in zip(*layers, strict=True)))
+
+
+def keep_if(condition: tf.Tensor, chosen: Layer) -> Layer:
+    """Returns `chosen` where `condition`, else `nothing()`."""
+    return pick([nothing(), chosen], tf.cast(condition, tf.int32))
+
+
+def uniform(words: tf.Tensor) -> tf.Tensor:
+    """Returns float32 in [0, 1) made of uint32."""
+    return tf.cast(tf.bitwise.right_shift(words, tf.constant(8, tf.uint32)), tf.float32) * 2**-24
+
+
+def below(words: tf.Tensor, count: int) -> tf.Tensor:
+    """Returns int32 in 0..count-1 made of uint32; the bias is below count / 2**32."""
+    return tf.cast(words % tf.constant(count, tf.uint32), tf.int32)
+
+
+def draw(seed: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
+    """Returns uniform uint32, the same for a seed on every kind of processor."""
+    return tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
+
+
+def augment(
+    image: tf.Tensor,
+    layers: Layer,
+    style: Style,
+    words: tf.Tensor | None = None,
+    actions: Sequence[str] = ACTIONS[:-1],
+) -> tf.Tensor:
+    """Applies layers in order.
+
+    Args:
+      image: (H, W, 3) uint8, static.
+      layers: What to do; with one leading axis.
+      style: How.
+      words: (layers, 2) uint32, random, for the places of cutouts.
+      actions: Those that can occur; XLA compiles no others.
+
+    Returns:
+      The image, likewise.
+    """
+    count = layers.action.shape[0]
+    words = tf.zeros((count, 2), tf.uint32) if words is None else words
+
+    def step(i, *state):
+        one = Layer(*(entry[i] for entry in layers))
+        return (i + 1, *_apply(_State(*state), one, style, words[i], actions))
+
+    # A loop, although short: what is in it is compiled once.
+    start = _State(image, _untouched(), tf.constant(0))
+    _, *state = tf.while_loop(lambda i, *_: i < count, step, (tf.constant(0), *start))
+    return _flush(_State(*state))
+
+
+def _apply(
+    state: _State, one: Layer, style: Style, words: tf.Tensor, actions: Sequence[str]
+) -> _State:
+    on_table = tf.equal(one.action, ACTIONS.index("table"))
+    pending = tf.where(on_table, tf.maximum(state.pending, 1), 0)
+    table = tf.where(on_table, tf.gather(one.table, state.table), _untouched())
+    image = _flush(state._replace(pending=tf.where(on_table, 0, state.pending)))
+    reference = style.reference
+
+    def changed(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[], _State]:
+        return lambda: _State(function(image), table, pending)
+
+    def seen_through(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[], _State]:
+        return lambda: _State(image, function(image), tf.constant(2))
+
+    branches = {
+        "table": changed(tf.identity),
+        "warp": changed(lambda x: _warp(x, one.matrix, style)),
+        "autocontrast": seen_through(lambda x: color.autocontrast(x, reference=reference)),
+        "equalize": seen_through(color.equalize),
+        "contrast": seen_through(lambda x: _contrast(x, one.factor)),
+        "color": changed(lambda x: color.color(x, one.factor, reference=reference)),
+        "sharpness": changed(lambda x: color.sharpness(x, one.factor, reference=reference)),
+        "cutout": changed(lambda x: _cutout(x, words, style)),
+        "blur": changed(lambda x: color.gaussian_blur(x, one.factor, max_sigma=MAX_SIGMA)),
+    }
+    place = np.array([actions.index(a) if a in actions else 0 for a in ACTIONS], np.int32)
+    return _State(*switch(tf.gather(place, one.action), [branches[action] for action in actions]))
+
+
+def _flush(state: _State) -> tf.Tensor:
+    """Returns the image with the tables that wait applied."""
+    return switch(
+        state.pending,
+        [
+            lambda: state.image,
+            lambda: color.apply_table(state.image, state.table[0]),
+            lambda: color.apply_table(state.image, state.table),
+        ],
+    )
+
+
+def _untouched() -> tf.Tensor:
+    return tf.broadcast_to(color.LEVELS, (3, 256))
+
+
+def _int32(table):
+    return tf.cast(table, tf.int32) if isinstance(table, tf.Tensor) else table.astype(np.int32)
+
+
+def _stack(entries: Sequence):
+    tensors = any(isinstance(entry, tf.Tensor) for entry in entries)
+    return tf.stack(entries) if tensors else np.stack(entries)
+
+
+def _warp(image: tf.Tensor, matrix: tf.Tensor, style: Style) -> tf.Tensor:
+    if style.reference:
+        return geometry.warp_reference(image, matrix, style.fill)
+    if style.taps == 1:
+        return geometry.warp_nearest(image, matrix, style.fill)
+    return geometry.warp_smooth(image, matrix, style.fill, style.taps)
+
+
+def _contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    table = color.contrast(factor, color.mean_luma(image))
+    return tf.broadcast_to(table, (3, 256))
+
+
+def _cutout(image: tf.Tensor, words: tf.Tensor, style: Style) -> tf.Tensor:
+    """Fills a square about a uniformly drawn pixel; it may reach over the border."""
+    height, width, _ = image.shape
+    y = tf.range(height)[:, tf.newaxis] - below(words[0], height)
+    x = tf.range(width) - below(words[1], width)
+    half = style.cutout
+    inside = (y >= -half) & (y < half) & (x >= -half) & (x < half)
+    return tf.where(inside[..., tf.newaxis], tf.cast(style.fill, tf.uint8), image)

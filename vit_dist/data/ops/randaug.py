@@ -1,0 +1,213 @@
+"""RandAugment (arXiv 1909.13719), as the TPU reference models and as timm have it."""
+
+import math
+import re
+
+import tensorflow as tf
+
+from vit_dist.data.ops import augment, color, geometry
+from vit_dist.data.ops.augment import Layer, Style, layer
+from vit_dist.data.ops.pipe import op
+
+# In the order of big_vision, scenic and Model Garden; the first 15 but for Cutout are timm's.
+REFERENCE_OPS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color"),
+    *("Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"),
+    *("Cutout", "SolarizeAdd"),
+)
+FORMS = ("reference", "fixed")
+MAX_MAGNITUDE = 20  # of the published recipes; posterize would shift by more than 8 bits beyond 20
+CUTOUT, TRANSLATE = 40, 100  # pixels at magnitude 10, whatever the image's size
+
+
+@op(compiled=True)
+def randaug(n=2, m=10, form="reference"):
+    """RandAugment: `n` of 16 operations of magnitude `m` (0..20), with replacement.
+
+    form "reference" keeps the reference's quirks, "fixed" repairs three: solarize and posterize
+    grow with m, contrast is about the image's mean.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 16:
+        raise ValueError(f"n={n!r} must be an int in 1..16")
+    if isinstance(m, bool) or not isinstance(m, (int, float)) or not 0 <= m <= MAX_MAGNITUDE:
+        raise ValueError(f"m={m!r} must be a number in 0..{MAX_MAGNITUDE}")
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} must be one of {FORMS}")
+    style = Style(reference=True, fill=128, cutout=int(m / 10 * CUTOUT))
+
+    def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        height, width, _ = image.shape
+        choices = [
+            reference_layer(name, m, sign, height, width, form)
+            for name in REFERENCE_OPS
+            for sign in (1, -1)
+        ]
+        words = augment.draw(seed, (n, 4))
+        layers = augment.pick(choices, augment.below(words[:, 0], len(choices)))
+        return augment.augment(image, layers, style, words[:, 1:3])
+
+    return apply
+
+
+def reference_layer(
+    name: str,
+    level: float,
+    sign: int,
+    height: int,
+    width: int,
+    form: str = "reference",
+    translate: float = TRANSLATE,
+) -> Layer:
+    """Returns one of REFERENCE_OPS at a level of 0..20, of which `sign` (1, -1) turns warps."""
+    part = level / 10
+    match name:
+        case "AutoContrast" | "Equalize" | "Cutout":
+            return layer(name.lower())
+        case "Invert":
+            return layer("table", table=color.invert())
+        case "Posterize":
+            bits = int(part * 4)
+            return layer("table", table=color.posterize(bits if form == "reference" else 8 - bits))
+        case "Solarize":
+            threshold = int(part * 256)
+            # The reference compares in uint8, where 256 is 0.
+            threshold = threshold % 256 if form == "reference" else max(0, 256 - threshold)
+            return layer("table", table=color.solarize(threshold))
+        case "SolarizeAdd":
+            return layer("table", table=color.solarize_add(int(part * 110)))
+        case "Brightness":
+            return layer("table", table=color.brightness(enhance(part)))
+        case "Contrast":
+            if form == "fixed":
+                return layer("contrast", factor=enhance(part))
+            # The reference sums a histogram's counts, not the levels they belong to.
+            mean = min(255, height * width // 256)
+            return layer("table", table=color.contrast(enhance(part), mean))
+        case "Color" | "Sharpness":
+            return layer(name.lower(), factor=enhance(part))
+        case "Rotate":
+            matrix = geometry.rotate_reference(part * 30 * sign, height, width)
+        case "ShearX":
+            matrix = geometry.shear_x(part * 0.3 * sign)
+        case "ShearY":
+            matrix = geometry.shear_y(part * 0.3 * sign)
+        case "TranslateX":
+            matrix = geometry.translate(part * translate * sign, 0)
+        case "TranslateY":
+            matrix = geometry.translate(0, part * translate * sign)
+        case _:
+            raise ValueError(f"unknown operation {name!r}; known: {REFERENCE_OPS}")
+    return layer("warp", matrix=matrix)
+
+
+def enhance(part: float) -> float:
+    """Returns the factor of a blend: 0.1 to 1.9, and 3.7 at magnitude 20."""
+    return part * 1.8 + 0.1
+
+
+# Where timm's "-inc" sets differ: severity grows with the magnitude.
+TIMM_OPS = tuple(name for name in REFERENCE_OPS if name != "Cutout")
+TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
+# round(255 * mean) of ImageNet, which timm fills with.
+MEAN_COLOR = (124, 116, 104)
+
+
+@op(compiled=True)
+def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
+    """RandAugment as timm reads `spec`: n of 15 operations, each applied with probability p.
+
+    Parts: m (magnitude, 10), n (2), p (0.5), mstd (of its normal noise; over 100: uniform), mmax
+    (10), inc1 (severity grows with m). `interpolation`, of warps: nearest, bilinear, bicubic.
+    """
+    options = _parse_timm(spec)
+    if interpolation not in TAPS:
+        raise ValueError(f"interpolation={interpolation!r} must be one of {tuple(TAPS)}")
+    style = Style(reference=False, fill=MEAN_COLOR, taps=TAPS[interpolation])
+    n, actions = options["n"], [a for a in augment.ACTIONS if a not in ("cutout", "blur")]
+
+    def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        height, width, _ = image.shape
+
+        def one(words: tf.Tensor) -> tuple:
+            level = _timm_level(words[2:4], options)
+            sign = 1.0 - 2.0 * tf.cast(augment.below(words[4], 2), tf.float32)
+            choices = [
+                timm_layer(name, level, sign, height, width, options["inc"]) for name in TIMM_OPS
+            ]
+            chosen = augment.pick(choices, augment.below(words[0], len(choices)))
+            return tuple(augment.keep_if(augment.uniform(words[1]) < options["p"], chosen))
+
+        spec = tuple(tf.TensorSpec(entry.shape, entry.dtype) for entry in augment.nothing())
+        drawn = tf.map_fn(one, augment.draw(seed, (n, 5)), fn_output_signature=spec)
+        layers = Layer(*drawn)
+        return augment.augment(image, layers, style, actions=actions)
+
+    return apply
+
+
+def timm_layer(name: str, level, sign, height: int, width: int, inc: bool) -> Layer:
+    """Returns one of TIMM_OPS at a level of 0..10 (more with mmax); both may be tensors."""
+    part = level / 10.0
+    factor = tf.maximum(0.1, 1 + part * 0.9 * sign) if inc else part * 1.8 + 0.1
+    match name:
+        case "AutoContrast" | "Equalize":
+            return layer(name.lower())
+        case "Invert":
+            return layer("table", table=color.invert())
+        case "Posterize":
+            bits = tf.cast(part * 4, tf.int32)
+            return layer(
+                "table", table=color.posterize(tf.clip_by_value(4 - bits if inc else bits, 0, 8))
+            )
+        case "Solarize":
+            threshold = tf.minimum(256, tf.cast(part * 256, tf.int32))
+            return layer("table", table=color.solarize(256 - threshold if inc else threshold))
+        case "SolarizeAdd":
+            addition = tf.minimum(128, tf.cast(part * 110, tf.int32))
+            return layer("table", table=color.solarize_add(addition))
+        case "Brightness":
+            return layer("table", table=color.brightness(factor))
+        case "Contrast" | "Color" | "Sharpness":
+            return layer(name.lower(), factor=factor)
+        case "Rotate":
+            matrix = geometry.rotate(part * 30 * sign, height, width)
+        case "ShearX":
+            matrix = geometry.shear_x(part * 0.3 * sign)
+        case "ShearY":
+            matrix = geometry.shear_y(part * 0.3 * sign)
+        case "TranslateX":
+            matrix = geometry.translate(part * 0.45 * sign * width, 0)
+        case "TranslateY":
+            matrix = geometry.translate(0, part * 0.45 * sign * height)
+        case _:
+            raise ValueError(f"unknown operation {name!r}; known: {TIMM_OPS}")
+    return layer("warp", matrix=matrix)
+
+
+def _timm_level(words: tf.Tensor, options: dict) -> tf.Tensor:
+    """Returns the magnitude of one layer, () float32."""
+    first, second = tf.unstack(augment.uniform(words))
+    if options["mstd"] > 100:
+        level = first * options["m"]
+    else:  # Box and Muller's normal variate
+        normal = tf.sqrt(-2 * tf.math.log(1 - first)) * tf.cos(2 * math.pi * second)
+        level = options["m"] + options["mstd"] * normal
+    return tf.clip_by_value(level, 0.0, options["mmax"])
+
+
+def _parse_timm(spec: str) -> dict:
+    head, *parts = spec.split("-") if isinstance(spec, str) else ("",)
+    options = {"m": 10.0, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10.0, "inc": False}
+    known = "m, n, p, mstd, mmax, inc, as in 'rand-m9-mstd0.5-inc1'"
+    if head != "rand":
+        raise ValueError(f"spec={spec!r} must begin with 'rand'; its parts: {known}")
+    for part in parts:
+        match = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d*)?)", part)
+        if match is None:
+            raise ValueError(f"spec={spec!r}: {part!r} is no part; parts: {known}")
+        key, value = match[1], float(match[2])
+        # As in timm, "inc0" is set too: not the digit counts but that it is there.
+        options[key] = int(value) if key == "n" else True if key == "inc" else value
+    if not 1 <= options["n"] <= 16 or options["p"] > 1 or not 0 < options["mmax"] <= 20:
+        raise ValueError(f"spec={spec!r}: need n in 1..16, p in 0..1, mmax in 1..20")
+    return options

@@ -1,0 +1,221 @@
+"""A source whose images are kept in memory or in one file, as they are stored or decoded."""
+
+import io
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from etils import epath
+from PIL import Image
+
+from vit_dist import paths
+from vit_dist.data.sources import source as base
+
+FORMS = ("raw", "decoded")
+SAMPLE = 256  # examples from which the need is estimated
+MARGIN = 1.1  # their sizes vary
+NUM_THREADS = 32
+TABLE_BYTES = 64  # of tables and objects for an example
+
+
+class CachedSource(base.Source):
+    """Another source, read once (in `prepare`) and from then on from memory or a local file.
+
+    Every host caches the whole set, as each epoch's permutation gives it other examples.
+
+    Args:
+      source: Read by index, with encoded images.
+      form: "raw" or "decoded": (H, W, 3) uint8, as `decode` makes them.
+      folder: Where the file goes; it is used again by later runs on the same data. None: memory.
+      keep_damaged: Keep what cannot be read as an empty image, for the pipeline to mask, rather
+        than fail.
+
+    Raises:
+      ValueError: There is nothing to cache, or not enough room: says how much is needed.
+    """
+
+    name = "cached"
+    portable = False
+
+    def __init__(self, source, form: str, *, folder: str | None = None, keep_damaged: bool = False):
+        if not source.indexable or not source.encoded:
+            why = "is streamed" if not source.indexable else "has arrays in memory already"
+            raise ValueError(f"config.input.cache={form!r} is of no use: {source} {why}")
+        self._source, self._form, self._keep_damaged = source, form, keep_damaged
+        self.split, self.num_examples = source.split, source.num_examples
+        self.class_names = source.class_names
+        self.encoded = form == "raw"
+        self.element_spec = dict(source.element_spec)
+        if form == "decoded":
+            self.element_spec["image"] = tf.TensorSpec((None, None, 3), tf.uint8)
+        self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
+        key = base.checksum([form, json.dumps(source.fingerprint()), str(source)])
+        self._path: epath.Path | None = None
+        if folder:
+            self._path = paths.local_path(folder, "config.input.cache_dir") / f"{key:08x}.cache"
+        self._table: dict[str, np.ndarray] | None = None
+        self._data: memoryview | mmap.mmap | None = None
+        if self._path is None or not self._table_path.exists():
+            self._check_room()
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+    @property
+    def _table_path(self) -> epath.Path:
+        assert self._path is not None
+        return self._path.with_suffix(".npz")
+
+    def _check_room(self) -> None:
+        need = self.need()
+        if self._path is None:
+            room, where = available_memory(), "in memory"
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            room, where = shutil.disk_usage(self._path.parent).free, f"on the disk of {self._path}"
+        logging.info("cache of %s: %.2f GB of %.2f GB %s", self, need / 1e9, room / 1e9, where)
+        if need > room:
+            raise ValueError(
+                f"config.input.cache={self._form!r} needs about {need / 1e9:.2f} GB for "
+                f"{self.num_examples:,} examples, and {room / 1e9:.2f} GB are free {where}: "
+                + ("take 'raw', " if self._form == "decoded" else "")
+                + "set config.input.cache_dir to a disk with more room, or set cache to 'off'"
+            )
+
+    def need(self) -> int:
+        """Returns the bytes that the cache will take, estimated from a sample."""
+        count = min(SAMPLE, self.num_examples)
+        indices = np.linspace(0, self.num_examples - 1, count).astype(int).tolist()
+        with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            sizes = list(pool.map(self._size, indices))
+        mean = sum(sizes) / count + TABLE_BYTES
+        return round(mean * self.num_examples * (1 if count == self.num_examples else MARGIN))
+
+    def _size(self, index: int) -> int:
+        try:
+            image, _ = self._source.peek(index)
+            if self._form == "raw":
+                return len(image)
+            with Image.open(io.BytesIO(image)) as opened:  # reads the header only
+                return opened.width * opened.height * 3
+        except (OSError, ValueError):
+            return 0  # damaged: it is met again, and named, while the cache is filled
+
+    def prepare(self) -> None:
+        """Fills the cache, unless it is there."""
+        if self._table is not None:
+            return
+        self._source.prepare()
+        if self._path is None:
+            buffer = io.BytesIO()
+            self._table = self._fill(buffer)
+            self._data = buffer.getbuffer()
+            return
+        if not self._table_path.exists():
+            temporary = paths.temporary_name(self._path)
+            with temporary.open("wb") as file:
+                table = self._fill(file)
+            temporary.replace(self._path)
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, **table)
+            paths.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
+        with np.load(self._table_path) as stored:
+            self._table = {name: stored[name] for name in stored.files}
+        with self._path.open("rb") as opened:
+            self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _fill(self, file) -> dict[str, np.ndarray]:
+        logging.info("filling the cache with %d examples of %s", self.num_examples, self)
+        ends, labels, shapes, end = [0], [], [], 0
+        for data, label, shape in self._read_all():
+            file.write(data)
+            end += len(data)
+            ends.append(end)
+            labels.append(label)
+            shapes.append(shape)
+        if not end:
+            raise ValueError(f"no example of {self} can be read: there is nothing to cache")
+        table = {"ends": np.array(ends, np.int64), "labels": np.array(labels, np.int32)}
+        return {**table, "shapes": np.array(shapes, np.int32)}
+
+    def _read_all(self) -> Iterator[tuple[bytes, int, tuple[int, int, int]]]:
+        with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            for start in range(0, self.num_examples, 4 * NUM_THREADS):  # few ahead, to save memory
+                stop = min(start + 4 * NUM_THREADS, self.num_examples)
+                yield from pool.map(self._read_one, range(start, stop))
+
+    def _read_one(self, index: int) -> tuple[bytes, int, tuple[int, int, int]]:
+        label, nothing = 0, (0, 0, 3)
+        try:
+            image, label = self._source.load(index)
+            if self._form == "raw":
+                return bytes(image), label, nothing
+            with tf.device("CPU:0"):
+                pixels = tf.io.decode_image(image, channels=3, expand_animations=False).numpy()
+            return pixels.tobytes(), label, pixels.shape
+        except (OSError, ValueError, tf.errors.InvalidArgumentError) as error:
+            if self._keep_damaged:
+                return b"", label, nothing
+            raise ValueError(
+                f"{self.describe(index)} cannot be read: {error}; replace it or remove it"
+            ) from error
+
+    def place(self, positions: tf.Tensor, *, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
+        return self._source.place(positions, seed=seed)
+
+    def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
+        self.prepare()
+        table, data = self._table, self._data
+        assert table is not None and data is not None
+
+        def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            ends = table["ends"]
+            images = np.array([bytes(data[ends[i] : ends[i + 1]]) for i in numbers], object)
+            return images, table["labels"][numbers], table["shapes"][numbers]
+
+        types = [tf.string, tf.int32, tf.int32]
+        image, label, shape = tf.numpy_function(read, [indices], types, stateful=False)
+        for tensor, more in ((image, ()), (label, ()), (shape, (3,))):
+            tensor.set_shape((*indices.shape, *more))
+        return {"image": image, "label": label, "shape": shape}
+
+    def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        image = record["image"]
+        if self._form == "decoded":
+            image = tf.reshape(tf.io.decode_raw(image, tf.uint8), record["shape"])
+            image = tf.ensure_shape(image, (None, None, 3))
+        return {"image": image, "label": record["label"]}
+
+    def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        return self._source.load(index)
+
+    def names(self):
+        return self._source.names()
+
+    def fingerprint(self):
+        return self._source.fingerprint()
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(index)
+
+    def find_damage(self) -> str | None:
+        return self._source.find_damage()
+
+
+def available_memory() -> int:
+    """Returns the bytes of memory that this process may take, by the system and its cgroup."""
+    if not Path("/proc/meminfo").exists():  # not Linux: what there is, free or not
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    room = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        room = min(room, int(limit.read_text()) - int(used.read_text()))
+    return room

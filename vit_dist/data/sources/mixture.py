@@ -1,0 +1,140 @@
+"""A weighted mixture of sources, each read by index, in an order that (seed, position) decides."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from vit_dist.data import order
+from vit_dist.data.sources import source as base
+from vit_dist.data.tracing import switch
+
+# In each block of so many positions every source has its exact share, at permuted places.
+BLOCK = 1000
+SEED_STEP = 0x9E3779B97F4A7C15 % order.MAX_SEED  # sources of one size get permutations of their own
+
+
+class MixtureSource(base.Source):
+    """Several sources as one. An example's number is its own plus the sizes of those before.
+
+    Classes are joined by name, in the order in which the sources bring them: two sources that both
+    have a class "cat" share it. Of every 1000 positions each source has its weight's share, at
+    places that are a permutation; within a source epochs are permutations as they are alone.
+
+    Args:
+      sources: Two or more, read by index, all with encoded images or all with arrays of one shape.
+      weights: Share of each; any positive numbers, of which only the ratios count.
+
+    Raises:
+      ValueError: What does not fit together, or a weight too small for a share of 1 in 1000.
+    """
+
+    name = "mixture"
+
+    def __init__(self, sources: Sequence[base.Source], weights: Sequence[float]):
+        for source in sources:
+            if not source.indexable:
+                raise ValueError(f"a mixture reads by index, and {source} can only be streamed")
+            if source.element_spec["image"] != sources[0].element_spec["image"]:
+                raise ValueError(
+                    f"a mixture needs images of one kind; {sources[0]} has "
+                    f"{sources[0].element_spec['image']}, {source} {source.element_spec['image']}"
+                )
+        self.sources, self.split = tuple(sources), sources[0].split
+        self.encoded = sources[0].encoded
+        self.portable = all(source.portable for source in sources)
+        self.quotas = np.array(_quotas(weights), np.int64)
+        sizes = [source.num_examples for source in sources]
+        self._firsts = np.cumsum([0, *sizes])
+        self.num_examples = int(self._firsts[-1])
+        self.class_names = tuple(dict.fromkeys(n for s in sources for n in s.class_names))
+        numbers = {name: i for i, name in enumerate(self.class_names)}
+        self._labels = [[numbers[name] for name in s.class_names] for s in sources]
+        self.element_spec = {
+            "image": sources[0].element_spec["image"],
+            "label": tf.TensorSpec((), tf.int32),
+        }
+
+    def __str__(self) -> str:
+        shares = (f"{q / BLOCK:.1%} {s}" for s, q in zip(self.sources, self.quotas, strict=True))
+        return f"mixture of {', '.join(shares)}"
+
+    def prepare(self) -> None:
+        for source in self.sources:
+            source.prepare()
+
+    def place(self, positions: tf.Tensor, *, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
+        block, slot = order.make_order(positions, num_examples=BLOCK, seed=seed)
+        ends = np.cumsum(self.quotas)
+        which = tf.searchsorted(tf.constant(ends), slot, side="right")
+        rank = slot - tf.gather(tf.constant(ends - self.quotas), which)
+        position = block * tf.gather(tf.constant(self.quotas), which) + rank
+        epoch, index = tf.zeros_like(positions), tf.zeros_like(positions)
+        for i, source in enumerate(self.sources):
+            own = (seed + (i + 1) * SEED_STEP) % order.MAX_SEED
+            its_epoch, its_index = source.place(position, seed=own)
+            epoch = tf.where(which == i, its_epoch, epoch)
+            index = tf.where(which == i, its_index + self._firsts[i], index)
+        return epoch, index
+
+    def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"number": indices}
+
+    def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # One by one: records of different sources have no common form.
+        number = record["number"]
+
+        def read(i: int) -> tuple[tf.Tensor, tf.Tensor]:
+            example = self.sources[i].read(number - self._firsts[i])
+            return example["image"], tf.gather(tf.constant(self._labels[i]), example["label"])
+
+        which = tf.searchsorted(tf.constant(self._firsts[1:]), number[None], side="right")[0]
+        image, label = switch(which, [lambda i=i: read(i) for i in range(len(self.sources))])
+        return {"image": image, "label": label}
+
+    def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        source, own = self._locate(index)
+        image, label = self.sources[source].load(own)
+        return image, self._labels[source][label]
+
+    def peek(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        source, own = self._locate(index)
+        image, label = self.sources[source].peek(own)
+        return image, self._labels[source][label]
+
+    def names(self) -> list[str]:
+        return [
+            f"{s} {s.fingerprint()} {q}" for s, q in zip(self.sources, self.quotas, strict=True)
+        ]
+
+    def describe(self, index: int) -> str:
+        source, own = self._locate(index)
+        return self.sources[source].describe(own)
+
+    def find_damage(self) -> str | None:
+        return next(filter(None, (source.find_damage() for source in self.sources)), None)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        source = int(np.searchsorted(self._firsts[1:], index, side="right"))
+        return source, index - int(self._firsts[source])
+
+
+def _quotas(weights: Sequence[float]) -> list[int]:
+    """Returns how many of BLOCK positions each gets: rounded so that the largest errors are least.
+
+    Raises:
+      ValueError: Fewer than two weights, or one that is not positive or far too small.
+    """
+    if len(weights) < 2 or any(not 0 < w < float("inf") for w in weights):
+        raise ValueError(f"a mixture needs two or more weights above 0, got {list(weights)}")
+    exact = [BLOCK * w / sum(weights) for w in weights]
+    quotas = [int(x) for x in exact]
+    by_error = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
+    for i in by_error[: BLOCK - sum(quotas)]:
+        quotas[i] += 1
+    if 0 in quotas:
+        raise ValueError(
+            f"weight {weights[quotas.index(0)]} is less than 1 in {BLOCK} of the mixture "
+            f"{list(weights)}: leave that source out, or raise its weight"
+        )
+    return quotas

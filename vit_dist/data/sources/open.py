@@ -1,0 +1,86 @@
+"""Opens a source of labelled images by name, e.g. `open_source("demo", split="train")`."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vit_dist.data.sources.array_record import ArrayRecordSource
+from vit_dist.data.sources.digits import DemoSource
+from vit_dist.data.sources.folder import FolderSource
+from vit_dist.data.sources.mixture import MixtureSource
+from vit_dist.data.sources.source import Source
+from vit_dist.data.sources.synthetic import SyntheticSource
+from vit_dist.data.sources.tfds import TfdsSource
+from vit_dist.data.sources.tfrecord import TfrecordSource
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "demo": DemoSource,
+    "folder": FolderSource,
+    "tfds": TfdsSource,
+    "tfrecord": TfrecordSource,
+    "array_record": ArrayRecordSource,
+    "synthetic": SyntheticSource,
+    "mixture": MixtureSource,
+}
+
+
+def open_source(source: str, *, split: str, **options) -> Source:
+    """Opens a split of a data set. Touches no device and runs no TensorFlow op.
+
+    Args:
+      source: One of SOURCES.
+      split: Which part, e.g. "train"; a tfds source takes TFDS's syntax, e.g. "train[:99%]".
+      **options: The arguments of that source's class (e.g. `data_dir`); those that are None
+        count as not given.
+
+    Raises:
+      ValueError: `source`, an option or the split is unknown, or the data is not fit for use.
+      FileNotFoundError: A folder does not exist.
+    """
+    if source not in SOURCES:
+        raise ValueError(
+            f"unknown source {source!r}{_nearest(source, SOURCES)}; known: {sorted(SOURCES)}"
+        )
+    given = {key: value for key, value in options.items() if value is not None}
+    if source == "mixture":
+        return _open_mixture(split, **given)
+    signature = inspect.signature(SOURCES[source])
+    allowed = [name for name in signature.parameters if name != "split"]
+    for option in given:
+        if option not in allowed:
+            raise ValueError(
+                f"source {source!r} takes no option {option!r}{_nearest(option, allowed)}; "
+                f"it takes {allowed}"
+            )
+    try:
+        signature.bind(split=split, **given)
+    except TypeError as error:
+        raise ValueError(f"source {source!r}: {error}; it takes {allowed}") from None
+    return SOURCES[source](split=split, **given)
+
+
+def _open_mixture(split: str, parts: Any = None, **options) -> Source:
+    """Opens the sources that `parts` describes; other options hold for each that takes them."""
+    if not isinstance(parts, (list, tuple)) or not all(
+        isinstance(part, Mapping) and {"source", "weight"} <= set(part) for part in parts
+    ):
+        raise ValueError(
+            "source 'mixture' needs parts: a list of dicts, each with source, weight, its options "
+            f"and, where it differs, split; got {parts!r}"
+        )
+    opened = []
+    for part in parts:
+        own = {k: v for k, v in part.items() if k not in ("source", "weight", "split")}
+        kind = SOURCES.get(part["source"])
+        known = inspect.signature(kind).parameters if kind else {}
+        common = {k: v for k, v in options.items() if k in known}
+        opened.append(
+            open_source(part["source"], split=part.get("split", split), **{**common, **own})
+        )
+    return MixtureSource(opened, [part["weight"] for part in parts])
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

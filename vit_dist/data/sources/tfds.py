@@ -1,0 +1,224 @@
+"""Classification sets of TensorFlow Datasets: by index from ArrayRecord, else streamed."""
+
+import difflib
+import functools
+import socket
+import sys
+import urllib.parse
+from concurrent import futures
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from etils import epath
+
+from vit_dist.data.sources import source as base
+from vit_dist.data.sources.records import Keys, find_cut, stream_records
+from vit_dist.data.sources.tfrecord import FOOTER, HEADER, NUM_THREADS, scan
+
+
+class TfdsSource(base.Source):
+    """A split of a TFDS builder with an `image` and a `label`. Images stay encoded until the pipe.
+
+    A set that is not prepared yet is prepared at opening, as its splits are not known before.
+
+    Args:
+      split: TFDS's syntax, e.g. "train", "train[:99%]", "train+validation".
+      name: Name of the builder, with config and version if wanted, e.g. "cifar10:3.0.2".
+      data_dir: Where sets are prepared; TFDS's default is ~/tensorflow_datasets.
+      file_format: "array_record" (read by index) or "tfrecord" (streamed) for the preparation;
+        TFDS's default is tfrecord. A set that is prepared already must have this format.
+
+    Raises:
+      ValueError: Unknown name, split or format, a builder without `image` and `label`, or one that
+        cannot be prepared.
+    """
+
+    name = "tfds"
+
+    def __init__(
+        self,
+        split: str,
+        name: str,
+        data_dir: str | None = None,
+        file_format: str | None = None,
+    ):
+        self.split = split
+        self.builder = _make_builder(name, data_dir, file_format)
+        features = self.builder.info.features
+        _check_features(name, features)
+        self.prepare()
+        self._split_info = _split_info(self.builder, split)
+        self.num_examples = self._split_info.num_examples
+        if not self.num_examples:
+            raise ValueError(f"split {split!r} of {name!r} is empty")
+        self.indexable = self.builder.info.file_format.value == "array_record"
+        self.portable = not self.indexable
+        if not self.indexable:
+            self._check_sizes()
+        label = features["label"]
+        self.class_names = tuple(label.int2str(i) for i in range(label.num_classes))
+        self.element_spec = {
+            "image": tf.TensorSpec((), tf.string),
+            "label": tf.TensorSpec((), tf.int32),
+        }
+
+    def __str__(self) -> str:
+        return f"tfds:{self.builder.info.full_name}:{self.split}"
+
+    def prepare(self) -> None:
+        if self.builder.info.splits:
+            return
+        builder = self.builder
+        logging.info("preparing %s in %s", builder.info.full_name, builder.data_dir)
+        _check_network(builder)
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # whatever its download or its parser raised, the remedy is one
+            raise ValueError(_preparation_failed(builder, error)) from error
+
+    def _check_sizes(self) -> None:
+        """Looks for a shard that was cut, also between two records, by the size of all shards.
+
+        Raises:
+          ValueError: One was; names it.
+        """
+        mine = {file.filename for file in self._split_info.file_instructions}
+        for name in self.builder.info.splits:
+            split = self.builder.info.splits[name]
+            files = [epath.Path(path) for path in split.filepaths]
+            if mine.isdisjoint(map(str, files)):
+                continue
+            with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+                sizes = pool.map(lambda f: f.stat().length if f.exists() else 0, files)
+            want = split.num_bytes + (HEADER + FOOTER) * split.num_examples
+            if sum(sizes) == want:
+                continue
+            for file, count in zip(files, split.shard_lengths, strict=True):
+                found = len(scan(file)) if file.exists() else "no"
+                if found != count:
+                    raise ValueError(
+                        f"file {file} holds {found} records instead of {count}: it has been cut or "
+                        "removed; prepare or copy it again"
+                    )
+
+    @functools.cached_property
+    def _reader(self):
+        from tensorflow_datasets.core.decode import DeserializeMethod
+
+        return self.builder.as_data_source(
+            split=self.split, deserialize_method=DeserializeMethod.RAW_BYTES
+        )
+
+    def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
+        if not self.indexable:
+            return super().fetch(indices)
+
+        return {"record": base.read_records(self._reader.__getitems__, indices)}
+
+    def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        import tensorflow_datasets as tfds
+
+        example = self.builder.info.features.deserialize_example(
+            record["record"], decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
+
+    def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        if not self.indexable:
+            return super().load(index)
+        return Keys("image", "label").load(self._reader.__getitems__([index])[0])
+
+    def stream(self, *, seed: tf.Tensor | None, epoch: tf.Tensor | int) -> tf.data.Dataset:
+        base.log_streaming(self)
+        files = self._split_info.file_instructions
+        return stream_records(
+            [file.filename for file in files],
+            [file.skip for file in files],
+            [file.take for file in files],
+            seed=seed,
+            epoch=epoch,
+        )
+
+    def find_damage(self) -> str | None:
+        if self.indexable:
+            return None
+        files = self._split_info.file_instructions
+        return find_cut([f.filename for f in files], [f.examples_in_shard for f in files])
+
+
+def _make_builder(name: str, data_dir: str | None, file_format: str | None):
+    import tensorflow_datasets as tfds  # here, as it takes seconds and other sources do without
+
+    formats = ("array_record", "tfrecord")
+    if file_format is not None and file_format not in formats:
+        raise ValueError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
+    if not sys.stdout.isatty():
+        tfds.disable_progress_bar()  # in a log file each refresh is a line
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False, file_format=file_format)
+    except tfds.core.registered.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
+        hint = f"; the nearest are {near}" if near else ""
+        raise ValueError(f"TFDS has no data set {name!r}{hint}") from None
+    except (ValueError, AssertionError) as error:  # a wrong config, version or format
+        raise ValueError(f"TFDS cannot open {name!r} (data_dir={data_dir}): {error}") from error
+
+
+def _check_features(name: str, features) -> None:
+    import tensorflow_datasets as tfds
+
+    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    found = dict(features.items()) if hasattr(features, "items") else {}
+    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        listed = {key: type(feature).__name__ for key, feature in found.items()}
+        raise ValueError(
+            f"TFDS set {name!r} is not for classification: it needs the features image: Image and "
+            f"label: ClassLabel, and has {listed}"
+        )
+
+
+def _split_info(builder, split: str):
+    splits = builder.info.splits
+    try:
+        return splits[split]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{builder.info.full_name} has no split {split!r}; it has {sorted(splits)}, and parts "
+            f"such as 'train[:99%]' ({error})"
+        ) from None
+
+
+def _check_network(builder) -> None:
+    """Fails at once if what is to be downloaded has no reachable host.
+
+    TFDS itself retries for minutes. Files placed in downloads/manual need no network, and if
+    anything was downloaded before, only TFDS can tell whether it is enough.
+    """
+    downloads = builder.data_path.parents[1] / "downloads"
+    cached = downloads.exists() and any(path.name != "manual" for path in downloads.iterdir())
+    missing = [
+        url
+        for url, info in builder.url_infos.items()
+        if not (downloads / "manual" / info.filename).exists()
+    ]
+    if cached or not missing:
+        return
+    host = urllib.parse.urlparse(missing[0]).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ValueError(_preparation_failed(builder, error)) from None
+
+
+def _preparation_failed(builder, error: Exception) -> str:
+    manual = builder.data_path.parents[1] / "downloads" / "manual"
+    urls = "".join(f"\n  {url}" for url in list(builder.url_infos)[:8])
+    reason = str(error).strip().splitlines() or [""]
+    return (
+        f"TFDS could not prepare {builder.info.full_name}: {type(error).__name__}: {reason[0]}\n"
+        f"Set data_dir to where it is prepared already, prepare it on a machine with network and "
+        f"copy {builder.data_path}, or put its files into {manual}"
+        + (f":{urls}" if urls else f" ({builder.MANUAL_DOWNLOAD_INSTRUCTIONS})")
+    )

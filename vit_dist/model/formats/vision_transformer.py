@@ -1,0 +1,146 @@
+"""The .npz files of vision_transformer and big_vision.
+
+They differ in prefix (none, params/, opt/target/, params/img/), in the numbers of a block's layers,
+in where the positions lie, and in whether blocks are stacked (flax's nn.scan); `canonical` brings
+all to big_vision's names, which the table maps. GELU is tanh's, as flax's default, LayerNorm's
+epsilon 1e-6, images are scaled to [-1, 1].
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_dist.model.formats.mapping import HEADS_BIAS, HEADS_IN, HEADS_OUT, Rule, Transform, stacked
+from vit_dist.model.formats.tensors import LazyArray
+
+
+def _dense(theirs: str, ours: str) -> list[Rule]:
+    return [Rule(f"{theirs}/{name}", (f"{ours}/{name}",)) for name in ("kernel", "bias")]
+
+
+def _norm(theirs: str, ours: str) -> list[Rule]:
+    return [
+        Rule(f"{theirs}/scale", (f"{ours}/gamma",)),
+        Rule(f"{theirs}/bias", (f"{ours}/beta",)),
+    ]
+
+
+def _attention(theirs: str, ours: str) -> list[Rule]:
+    kernels: dict[str, Transform] = dict.fromkeys(("query", "key", "value"), HEADS_OUT)
+    rules = []
+    for name, transform in kernels.items():
+        rules.append(Rule(f"{theirs}/{name}/kernel", (f"{ours}/{name}/kernel",), transform))
+        rules.append(Rule(f"{theirs}/{name}/bias", (f"{ours}/{name}/bias",), HEADS_BIAS))
+    rules.append(Rule(f"{theirs}/out/kernel", (f"{ours}/out/kernel",), HEADS_IN))
+    rules.append(Rule(f"{theirs}/out/bias", (f"{ours}/out/bias",)))
+    return rules
+
+
+_BLOCK, _OURS = "Transformer/encoderblock_{i}", "encoderblock_{i}"
+RULES: list[Rule] = [
+    *_dense("embedding", "embedding"),
+    Rule("cls", ("cls",)),
+    Rule("pos_embedding", ("pos_embedding",)),
+    *_norm(f"{_BLOCK}/LayerNorm_0", f"{_OURS}/norm_0"),
+    *_attention(f"{_BLOCK}/MultiHeadDotProductAttention_0", f"{_OURS}/attention"),
+    *_norm(f"{_BLOCK}/LayerNorm_1", f"{_OURS}/norm_1"),
+    *_dense(f"{_BLOCK}/MlpBlock_0/Dense_0", f"{_OURS}/mlp/dense_0"),
+    *_dense(f"{_BLOCK}/MlpBlock_0/Dense_1", f"{_OURS}/mlp/dense_1"),
+    *_norm("Transformer/encoder_norm", "encoder_norm"),
+    Rule("MAPHead_0/probe", ("map_head/probe",)),
+    *_attention("MAPHead_0/MultiHeadDotProductAttention_0", "map_head/attention"),
+    *_norm("MAPHead_0/LayerNorm_0", "map_head/norm"),
+    *_dense("MAPHead_0/MlpBlock_0/Dense_0", "map_head/mlp/dense_0"),
+    *_dense("MAPHead_0/MlpBlock_0/Dense_1", "map_head/mlp/dense_1"),
+    *_dense("pre_logits", "pre_logits"),
+    *_dense("head", "head"),
+]
+_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/", "")
+_POSITIONS = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding")
+# The numbers of before flax's Linen API: counted over all layers of a block, not for each kind.
+_OLD_NUMBERS = {
+    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+    "LayerNorm_2": "LayerNorm_1",
+    "MlpBlock_3": "MlpBlock_0",
+}
+_INLINED_MAP = re.compile(r"(probe$|MlpBlock_0/|MultiHeadDotProductAttention_0/|LayerNorm_0/)")
+# The other parts of a training state or a two-tower model: the optimiser, the text tower, the
+# temperature and bias of its loss.
+OTHER_PARTS = re.compile(r"(opt|states?|params/(txt|t|b)|opt/target/(txt|t|b)|txt|t|b|step)(/|$)")
+
+
+def detect(names: Any) -> bool:
+    """Whether these are the names of such a file."""
+    return any(f"{prefix}embedding/kernel" in names for prefix in _PREFIXES)
+
+
+def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """The tensors under big_vision's names, blocks apart; what is not the ViT's keeps its name."""
+    prefix = next(p for p in _PREFIXES if f"{p}embedding/kernel" in tensors)
+    found: dict[str, LazyArray] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix):
+            found[name] = tensor
+            continue
+        name = _canonical_name(name.removeprefix(prefix))
+        if not name.startswith("Transformer/encoderblock/"):
+            found[name] = tensor
+            continue
+        for block in range(tensor.shape[0] if tensor.shape else 0):
+            found[name.replace("encoderblock/", f"encoderblock_{block}/")] = stacked(tensor, block)
+    return found
+
+
+def _canonical_name(name: str) -> str:
+    if name in _POSITIONS:
+        return "pos_embedding"
+    if _INLINED_MAP.match(name):
+        return f"MAPHead_0/{name}"
+    return "/".join(_OLD_NUMBERS.get(part, part) for part in name.split("/"))
+
+
+def describe(tensors: Mapping[str, LazyArray]) -> dict[str, Any]:
+    """What such a file says of the network beyond its shapes, from canonical names."""
+    query = tensors.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel")
+    has_map = "MAPHead_0/probe" in tensors
+    return {
+        "gelu": "tanh",
+        "norm_epsilon": 1e-6,
+        "norm_after_pool": False,
+        "num_heads": query.shape[1] if query is not None and len(query.shape) == 3 else None,
+        "pool": "map" if has_map else "tok" if "cls" in tensors else "gap",
+    }
+
+
+def refuse(network: Mapping[str, Any], style: str) -> list[str]:
+    """What of our network the systems that read these files do not have."""
+    reasons = []
+    if network["gelu"] != "tanh":
+        reasons.append("GELU is tanh's there")
+    if abs(network["norm_epsilon"] - 1e-6) > 1e-7:
+        reasons.append("LayerNorm's epsilon is 1e-6 there")
+    if not network["qkv_bias"] or network["norm_after_pool"]:
+        reasons.append("queries have biases and the last LayerNorm stands before the pooling there")
+    if network["layer_scale"] is not None or network["registers"]:
+        reasons.append("there is neither LayerScale nor registers there")
+    if network["cls_token"] != (network["pool"] == "tok") or network["pool"] == "tok_gap":
+        reasons.append("a cls token goes with pool 'tok' alone there")
+    if network["pool"] == "map" and style == "npz":
+        reasons.append("only big_vision has attention pooling")
+    return reasons
+
+
+def layout(written: Mapping[str, np.ndarray], style: str) -> dict[str, np.ndarray]:
+    """Canonical names to a file's: "npz" (vision_transformer, as published) or "big_vision"."""
+    if style == "big_vision":
+        return {f"params/{name}": array for name, array in written.items()}
+    new_numbers = {new: old for old, new in _OLD_NUMBERS.items()}
+    found = {}
+    for name, array in written.items():
+        parts = name.split("/")
+        if name.startswith("Transformer/encoderblock_"):
+            parts = [new_numbers.get(part, part) for part in parts]
+        found[_POSITIONS[0] if name == "pos_embedding" else "/".join(parts)] = array
+    return found

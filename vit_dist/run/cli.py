@@ -1,0 +1,208 @@
+"""What all commands share: the config flag, exit codes, and failures as one readable message."""
+
+import contextlib
+import importlib
+import logging as std_logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+# TensorFlow's C++ start-up notices drown our own; errors still show.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from vit_dist.config import defaults as config_lib
+from vit_dist.config.binding import did_you_mean
+
+
+@contextlib.contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Within it these packages cannot be imported, as if they were not installed."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+# Where they are installed, Keras loads them for wrappers and plots that nothing here uses: a third
+# of the time to import TensorFlow, and 100 MB. Afterwards they can be imported as ever.
+with _hidden("matplotlib", "scipy", "sklearn"):
+    importlib.import_module("keras")
+
+import tensorflow as tf  # noqa: E402
+
+from vit_dist import paths  # noqa: E402
+
+FAILURE = 1  # exit code of a run that broke: disk full, loss not finite, a worker lost
+USAGE_ERROR = 2  # exit code of a user's mistake, as in GNU tools and argparse
+_INTERRUPTED = 130  # as shells report a program that SIGINT ended
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def define_config() -> None:
+    """Defines --config FILE[:arg] and --config.key=value."""
+    config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/demo.py[:arg]")
+
+
+def load_config() -> ConfigDict:
+    """The finalised config of the command line.
+
+    Raises:
+      ValueError: no --config, a file that gives none, or contradictory durations.
+    """
+    flag = flags.FLAGS["config"]
+    if not flag.present:
+        raise ValueError("give a config file: --config configs/demo.py")
+    if flag.value is None:
+        raise ValueError(
+            f"get_config() of {_config_file()} returns None: end it with return config"
+        )
+    return config_lib.finalize(flag.value, config_flags.get_override_values(flag))
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags, runs main, and exits with its code.
+
+    What a user can mend (flags, config, data, disk, a lost worker) ends with one message, which
+    begins with "error:", and exit code USAGE_ERROR or FAILURE; all else keeps its traceback.
+    """
+
+    def wrapped(argv: list[str]) -> int:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
+        return main() or 0
+
+    # TensorFlow prints its notices itself, and again by way of absl.
+    std_logging.getLogger("tensorflow").propagate = False
+    std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
+    try:
+        app.run(_guard(wrapped), flags_parser=_guard(flags.FLAGS))
+    finally:
+        logging.flush()
+
+
+def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def guarded(argument: Any) -> Any:
+        try:
+            return function(argument)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            _leave(_INTERRUPTED)
+        except Exception as error:
+            message, code = _explain(error)
+            print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr)
+            _leave(code)
+
+    return guarded
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits; as one of several workers at once, without waiting 10-20 s for the others' goodbye."""
+    if "TF_CONFIG" in os.environ:
+        logging.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[str | None, int]:
+    """The message for a failure that a user can mend, else None, and the exit code."""
+    if isinstance(error, flags.Error):
+        return _flag_message(error), USAGE_ERROR
+    message = _config_message(error)
+    if message:
+        return message, USAGE_ERROR
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames and os.path.abspath(frames[-1].filename).startswith(_PACKAGE)
+    if isinstance(error, FileNotFoundError) and not error.errno:  # data that our own check misses
+        return str(error), USAGE_ERROR
+    if isinstance(error, OSError):
+        return _text(error), FAILURE
+    if isinstance(error, tf.errors.OpError) and frames[-1].filename.endswith("io/file_io.py"):
+        return paths.bucket_message(error), FAILURE
+    if own and isinstance(error, ValueError):
+        return str(error), USAGE_ERROR
+    if own and isinstance(error, FloatingPointError):
+        return str(error), FAILURE
+    return None, FAILURE
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        text = error.strerror or str(error) or type(error).__name__
+        return text + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, (AttributeError, KeyError)):
+        # ml_collections lists every key and value there is.
+        key = re.search(r'Key "(\w+)" does not exist', str(error))
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        if key:
+            return f"there is no key {key[1]!r}" + (f"; did you mean {near[1]!r}?" if near else "")
+    return f"{type(error).__name__}: {error}"
+
+
+def _flag_message(error: flags.Error) -> str:
+    name = getattr(error, "flagname", "")
+    if name.split(".")[0] == "config" and _config_file() is None:
+        return f"give a config file before --{name}: --config configs/demo.py"
+    # ml_collections packs the whole traceback of a config file into the message.
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if not any(line.startswith("Traceback") for line in lines):
+        return str(error)
+    text = lines[-1].partition(": ")[2] or lines[-1]
+    file = _config_file()
+    places = [line.split(", ") for line in lines if line.strip().startswith(f'File "{file}"')]
+    return f"{file}:{places[-1][1].removeprefix('line ')}: {text}" if places else text
+
+
+def _config_message(error: BaseException) -> str | None:
+    """What is wrong with the config file or a --config.key=value; None if neither is."""
+    file = _config_file()
+    if file is None:
+        return None
+    if isinstance(error, OSError) and not os.path.exists(file):
+        return f"config file {file} does not exist"
+    if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
+        return _config_message(error.__cause__)  # what get_config raised, kept by ml_collections
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f"{file}:{error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == file]
+    if own:
+        return f"{file}:{own[-1].lineno}: {_text(error)}"
+    if not any("config_path" in f.filename or "config_flags" in f.filename for f in frames):
+        return None
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return f"config file {file} has no function get_config(arg=None)"
+    return _unknown_key() or f"in the --config flags: {_text(error)}"
+
+
+def _unknown_key() -> str | None:
+    """Names the first --config.key of the command line that no config has."""
+    for argument in sys.argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        known: Any = {"config": config_lib.get_defaults()}
+        for part in name.split(".") if name.startswith("config.") else ():
+            if not isinstance(known, (dict, ConfigDict)) or part not in known:
+                near = did_you_mean(part, known if isinstance(known, ConfigDict) else ())
+                return f"--{name}: there is no key {part!r}{near}"
+            known = known[part]
+    return None
+
+
+def _config_file() -> str | None:
+    """The file of --config FILE[:arg], as given."""
+    for i, argument in enumerate(sys.argv):
+        name, _, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            value = value or (sys.argv[i + 1] if i + 1 < len(sys.argv) else "")
+            return value.split(":", 1)[0]
+    return None
