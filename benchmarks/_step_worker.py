@@ -16,8 +16,8 @@ from vit_dist.cluster.strategy import make_strategy
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optimizer import make_optimizer
-from vit_dist.training.schedules import make_schedule
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+from vit_dist.training.schedules import Schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import make_train_step
 
@@ -30,16 +30,17 @@ def main() -> None:
         # As timm's: cls token, erf GELU.
         config = vit_config(variant, image_size=224, num_classes=1000, pool="tok", gelu="erf")
         model = build_vit(config)
-        state = TrainState(model, make_optimizer(named_weights(model), weight_decay=0.1))
+        state = TrainState(
+            model, make_optimizer(named_weights(model), OptimizerOptions(weight_decay=0.1))
+        )
     train_steps = make_train_step(
         state,
         make_loss(),
         strategy=strategy,
-        schedule=make_schedule(1e-3, total_steps=10**6, name="constant"),
+        schedule=Schedule(1e-3, total_steps=10**6, name="constant"),
         preprocess=lambda images: tf.cast(images, tf.float32) / 127.5 - 1,
         batch_size=batch_size,
         seed=0,
-        clip_norm=1.0,
     )
     generator = np.random.default_rng(0)
     batch = {

@@ -86,13 +86,14 @@ def _train(path: str) -> None:
     config.model.variant, config.model.pool = "B/16", VIT["pool"]
     config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0
     config.optimizer.momentum_dtype = "bfloat16"
-    run = check(config)
-    start, strategy = find_start(f"{path}.run", run.config), make_strategy(**run.strategy)
+    options, _ = check(config)
+    start = find_start(f"{path}.run", options)
+    strategy = make_strategy(**options.evaluation.strategy)
     marks = {"imports": memory("VmHWM")}
-    state = make_state(run, strategy)
+    state = make_state(options, strategy)
     marks["model and optimiser"] = memory("VmHWM")
     begin = time.perf_counter()
-    text = restore_or_init(state, run, start)
+    text = restore_or_init(state, options, start)
     seconds = time.perf_counter() - begin
     marks["loading"] = memory("VmHWM")
     assert "resized: pos_embedding" in text and "new:" not in text, text

@@ -26,7 +26,7 @@ from vit_dist.cluster.strategy import make_strategy
 from vit_dist.config import finalize
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import make_writer
-from vit_dist.run.build import make_state
+from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.check import check
 from vit_dist.run.input import train_data
 from vit_dist.training.checkpoint import Checkpointer
@@ -35,15 +35,25 @@ from vit_dist.training.checkpoint import Checkpointer
 def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[float, float]]:
     config = _config.get_config(variant)
     config.total_steps, config.log_steps, config.save_steps = 10**6, steps, 10**6
-    run = check(finalize(config))
-    strategy = make_strategy(**run.strategy)
-    state = make_state(run, strategy)
-    writer, progress = make_writer(workdir), Progress(run.total_steps, title="loop")
+    options, data = check(finalize(config))
+    strategy = make_strategy(**options.evaluation.strategy)
+    state = make_state(options, strategy)
+    writer, progress = make_writer(workdir), Progress(options.total_steps, title="loop")
     loop = train_lib._Loop(
-        run, strategy, state, Checkpointer(workdir), writer, progress, Preemption(strategy), print
+        options,
+        data,
+        strategy=strategy,
+        state=state,
+        train_steps=make_step(options, data, state, strategy),
+        evaluate=Evaluation(options.evaluation, data, state.eval_model, strategy),
+        checkpointer=Checkpointer(workdir),
+        writer=writer,
+        progress=progress,
+        preemption=Preemption(strategy),
+        note=print,
     )
-    loop.save = lambda step: None  # saving is paid for apart
-    batch = next(iter(train_data(run, strategy, first_step=0)))
+    loop.save = lambda step, tensors: None  # saving is paid for apart
+    batch = next(iter(train_data(options, data, strategy, first_step=0)))
     batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
     n = tf.constant(steps, tf.int64)
     loop.train_steps(batches, n)  # compiles
@@ -52,9 +62,9 @@ def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[f
         began = time.perf_counter()
         loop.train_steps(batches, n)["loss"].numpy()
         bare = (time.perf_counter() - began) / steps
-        step = int(state.step.numpy())
-        loop.r = dataclasses.replace(run, total_steps=step + 2 * steps)
-        results.append((bare, loop.run(step)["seconds_per_step"]))
+        loop.first = int(state.step.numpy())
+        loop.calendar = dataclasses.replace(loop.calendar, total=loop.first + 2 * steps)
+        results.append((bare, loop.run(evaluated=True)["seconds_per_step"]))
     writer.close()
     return results
 

@@ -52,25 +52,27 @@ def measure(variant: str, setting: dict) -> dict[str, float]:
     from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit, named_weights
     from vit_dist.training.losses import make_loss
-    from vit_dist.training.optimizer import make_optimizer
-    from vit_dist.training.schedules import make_schedule
+    from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+    from vit_dist.training.schedules import Schedule
     from vit_dist.training.state import TrainState
-    from vit_dist.training.step import make_train_step
+    from vit_dist.training.step import StepOptions, make_train_step
 
     strategy, size = make_strategy(name="single"), setting["image_size"]
     with strategy.scope():
         options = {k: setting[k] for k in ("remat", "attention_block") if k in setting}
         model = build_vit(vit_config(variant, image_size=size, num_classes=1000, **options))
-        state = TrainState(model, make_optimizer(named_weights(model), weight_decay=0.1))
+        state = TrainState(
+            model, make_optimizer(named_weights(model), OptimizerOptions(weight_decay=0.1))
+        )
     train_steps = make_train_step(
         state,
         make_loss(),
         strategy=strategy,
-        schedule=make_schedule(1e-3, total_steps=10**6),
+        schedule=Schedule(1e-3, total_steps=10**6),
         preprocess=lambda images: tf.cast(images, tf.float32) / 127.5 - 1,
         batch_size=setting["batch_size"],
         seed=0,
-        accumulation=setting.get("accumulation", 1),
+        options=StepOptions(accumulation=setting.get("accumulation", 1)),
     )
     shape = (setting["batch_size"], size, size, 3)
     batch = {"image": np.zeros(shape, np.uint8), "label": np.zeros(shape[:1], np.int32)}

@@ -39,10 +39,10 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit, named_weights
     from vit_dist.training.losses import make_loss
-    from vit_dist.training.optimizer import make_optimizer
-    from vit_dist.training.schedules import make_schedule
+    from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+    from vit_dist.training.schedules import Schedule
     from vit_dist.training.state import TrainState
-    from vit_dist.training.step import make_train_step
+    from vit_dist.training.step import StepOptions, make_train_step
 
     if kind == "mirrored":
         strategy = make_strategy(name="mirrored", virtual_cpus=2)
@@ -52,16 +52,22 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     config = vit_config(args.variant, image_size=args.image_size, num_classes=1000)
     with strategy.scope():
         model = build_vit(config)
-        whole = None if shard else make_optimizer(named_weights(model), weight_decay=0.1)
+        whole = (
+            None
+            if shard
+            else make_optimizer(named_weights(model), OptimizerOptions(weight_decay=0.1))
+        )
     rule = whole or make_optimizer(
-        named_weights(model), weight_decay=0.1, shard_state=True, strategy=strategy
+        named_weights(model),
+        OptimizerOptions(weight_decay=0.1, shard_state=True),
+        strategy=strategy,
     )
     with strategy.scope():
         state = TrainState(model, rule)
     step = make_train_step(
-        state, make_loss(), strategy=strategy, schedule=make_schedule(1e-3, total_steps=100),
+        state, make_loss(), strategy=strategy, schedule=Schedule(1e-3, total_steps=100),
         preprocess=lambda x: tf.cast(x, tf.float32) / 127.5 - 1, batch_size=args.batch_size,
-        seed=0, jit=args.jit,
+        seed=0, options=StepOptions(jit=args.jit),
     )  # fmt: skip
     share = args.batch_size // 2
     images = np.random.default_rng(0).integers(0, 256, (share, *[args.image_size] * 2, 3))

@@ -26,8 +26,8 @@ import tensorflow as tf
 from vit_dist.model.variants import choose_form, vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optimizer import make_optimizer
-from vit_dist.training.schedules import make_schedule
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+from vit_dist.training.schedules import Schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import make_gradients, make_update
 
@@ -44,7 +44,9 @@ def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, 
         precision="bfloat16",
         form=choose_form("TPU"),
     )
-    state = TrainState(network, make_optimizer(named_weights(network), weight_decay=0.1))
+    state = TrainState(
+        network, make_optimizer(named_weights(network), OptimizerOptions(weight_decay=0.1))
+    )
     gradients = make_gradients(
         state,
         make_loss(),
@@ -53,12 +55,13 @@ def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, 
         accumulation=accumulation,
         seed=0,
     )
-    schedule = make_schedule(1e-3, total_steps=100_000, warmup_steps=10_000)
+    schedule = Schedule(1e-3, total_steps=100_000, warmup_steps=10_000)
     update = make_update(state, schedule=schedule, clip_norm=1.0, ema_decay=None)
 
     @tf.function(jit_compile=True, autograph=False)
     def step(images, labels):
-        return update(*gradients({"image": images, "label": labels}, tf.constant(0)))
+        done = update(*gradients({"image": images, "label": labels}, tf.constant(0)))
+        return done.metrics
 
     images = tf.TensorSpec((batch_size, SIZE, SIZE, 3), tf.uint8)
     labels = tf.TensorSpec((batch_size,), tf.int32)

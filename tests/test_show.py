@@ -44,8 +44,8 @@ def test_viewable_undoes_the_scaling(op):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_sheet_has_a_row_an_example_and_a_column_an_op(split):
-    run = check(tiny.make(input__eval_ops=tiny.OPS, **MIXING))
-    sheet = contact_sheet(run, split=split, step=7, count=3)
+    options, data = check(tiny.make(input__eval_ops=tiny.OPS, **MIXING))
+    sheet = contact_sheet(options, data, split=split, step=7, count=3)
     pixels = np.asarray(sheet)
     rows = (sheet.height - LABEL_HEIGHT - GAP) // (64 + LABEL_HEIGHT + GAP)
     assert rows == 3
@@ -54,7 +54,7 @@ def test_a_sheet_has_a_row_an_example_and_a_column_an_op(split):
     white = (first == 255).all(axis=(0, 2))
     columns = np.flatnonzero(~white[1:] & white[:-1]).size + (not white[0])
     assert columns == (4 if split == "train" else 2)  # stored, random_shift, value_range, mixing
-    source = run.sources[split]
+    source = data.sources[split]
     index = 0 if split == "val" else None
     if index == 0:
         stored = np.repeat(np.repeat(source.images[0], 8, 0), 8, 1)
@@ -67,7 +67,7 @@ def test_a_sheet_has_a_row_an_example_and_a_column_an_op(split):
 )
 def test_mistakes(options, words):
     with pytest.raises(ValueError, match=words):
-        contact_sheet(check(tiny.make()), **options)
+        contact_sheet(*check(tiny.make()), **options)
 
 
 def test_the_first_batch_goes_to_tensorboard(tmp_path):
@@ -77,8 +77,7 @@ def test_the_first_batch_goes_to_tensorboard(tmp_path):
     width, height, *pngs = events.Tensors("train/batch")[0].tensor_proto.string_val
     assert (int(width), int(height), len(pngs)) == (8, 8, 16)
     shown = [tf.io.decode_png(png).numpy() for png in pngs]
-    run = check(config)
-    sheet = functools.partial(contact_sheet, run, count=1)
+    sheet = functools.partial(contact_sheet, *check(config), count=1)
     last = np.asarray(sheet())[2 * LABEL_HEIGHT + GAP :][:64]
     enlarged = np.repeat(np.repeat(shown[0], 8, 0), 8, 1)
     left = np.flatnonzero((last != 255).any(axis=(0, 2)))

@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import processes
@@ -22,6 +21,7 @@ from tests.support.tiny import (
     without_evaluation,
 )
 from vit_dist.config import defaults as config_lib
+from vit_dist.config.errors import ConfigError
 from vit_dist.evaluate import evaluate
 from vit_dist.train import train
 from vit_dist.training.checkpoint import Checkpointer, open_checkpoint
@@ -210,8 +210,10 @@ def test_devices_and_micro_batches_change_nothing(tmp_path):
     assert_same(arrays(tmp_path / "parted"), arrays(tmp_path / "whole"), atol=1e-5)
 
 
-def test_zero_steps_evaluate_the_start(tmp_path):
-    metrics = train(make(total_steps=0, data__val_split=""), str(tmp_path))
-    assert metrics["step"] == 0 and metrics["test_examples"] == 360
-    assert not (tmp_path / "checkpoints").exists()
-    assert tf.io.gfile.exists(str(tmp_path / "config.json"))
+@pytest.mark.parametrize(
+    "total", [{"total_steps": 0}, {"total_steps": None, "total_epochs": 0.001}]
+)
+def test_nothing_to_train_is_an_error(tmp_path, total):
+    with pytest.raises(ConfigError, match=r"nothing would be trained: config\.total_.* is 0 steps"):
+        train(make(**total), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

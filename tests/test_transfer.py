@@ -42,15 +42,15 @@ def test_every_recipe_on_a_folder(folder, weights, recipe):
     config = transfer.get_config(arg)
     config.input.batch_size = 8
     config.total_epochs, config.total_steps = None, 500
-    run = check(finalize(config))
-    assert run.model["image_size"] == (48, 48)
+    run, _ = check(finalize(config))
+    assert run.image_size == (48, 48)
     settings, scale = transfer.WEIGHTS[weights]
-    assert all(run.model[key] == value for key, value in settings.items())
-    assert str(run.train_pipe).endswith(scale) and str(run.eval_pipe).endswith(scale)
+    assert all(run.model.network[key] == value for key, value in settings.items())
+    assert str(run.input.pipe).endswith(scale) and str(run.evaluation.pipe).endswith(scale)
     if recipe == "linear":
-        assert run.optimizer["lr_multipliers"] == (("^head/", 1.0), (".", 0.0))
+        assert run.optimizer.lr_multipliers == (("^head/", 1.0), (".", 0.0))
     if recipe in ("deit", "deit3"):
-        assert run.schedule["hold_steps"] * 5 == run.schedule["warmup_steps"] > 0
+        assert run.schedule.hold_steps * 5 == run.schedule.warmup_steps > 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from absl import flags
 
 from vit_dist.data.sources.array_record import convert
 from vit_dist.monitoring.progress import Progress
-from vit_dist.run.sources import open_sources
+from vit_dist.run.sources import SPLITS, open_sources
 
 FLAGS = flags.FLAGS
 
@@ -33,14 +33,8 @@ def main() -> int:
     config = cli.load_config()
     if not FLAGS.output:
         raise ValueError("give a folder for the shards: --output data/shards")
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    config.input.cache = "off"
-    sources = open_sources(config)
-    for name in FLAGS.splits or sources:
-        if name not in sources:
-            raise ValueError(f"split {name!r} is not configured; there are {sorted(sources)}")
-        source = sources[name]
+    splits = FLAGS.splits or [s for s in SPLITS if config.data[f"{s}_split"]]
+    for name, source in open_sources(config, training=False, splits=splits).items():
         with Progress(source.num_examples, title=f"convert {name}") as progress:
             written = convert(
                 source,

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw
 from vit_dist.data.pipeline import places
 from vit_dist.data.view import stages, viewable
 from vit_dist.paths import check_bucket
-from vit_dist.run.check import Run, check
+from vit_dist.run.check import check
+from vit_dist.run.options import Data, RunOptions
 
 FLAGS = flags.FLAGS
 LABEL_HEIGHT, GAP = 14, 6  # pixels
@@ -38,11 +39,11 @@ def define_flags() -> None:
 
 def main() -> int:
     """The command; returns its exit code."""
-    run = check(cli.load_config())
+    options, data = check(cli.load_config())
     if not FLAGS.output:
         raise ValueError("give an image file to write: --output sheet.png")
     check_bucket(FLAGS.output, "--output")
-    sheet = contact_sheet(run, split=FLAGS.split, step=FLAGS.step, count=FLAGS.count)
+    sheet = contact_sheet(options, data, split=FLAGS.split, step=FLAGS.step, count=FLAGS.count)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     epath.Path(FLAGS.output).write_bytes(buffer.getvalue())
@@ -50,11 +51,13 @@ def main() -> int:
     return 0
 
 
-def contact_sheet(run: Run, *, split: str = "train", step: int = 0, count: int = 8) -> Image.Image:
+def contact_sheet(
+    options: RunOptions, data: Data, *, split: str = "train", step: int = 0, count: int = 8
+) -> Image.Image:
     """Returns the sheet.
 
     Args:
-      run: A checked config.
+      options, data: See run.check.check.
       split: Which, of those configured.
       step: Of the training split.
       count: Rows; at most a batch, or the split.
@@ -62,35 +65,39 @@ def contact_sheet(run: Run, *, split: str = "train", step: int = 0, count: int =
     Raises:
       ValueError: No such split, or one that can only be streamed; a number out of range.
     """
-    if split not in run.sources:
-        raise ValueError(f"split {split!r} is not configured; there are {sorted(run.sources)}")
-    if not run.sources[split].indexable:
-        raise ValueError(f"{run.sources[split]} can only be streamed: it has no examples by number")
+    if split not in data.sources:
+        raise ValueError(f"split {split!r} is not configured; there are {sorted(data.sources)}")
+    if not data.sources[split].indexable:
+        raise ValueError(
+            f"{data.sources[split]} can only be streamed: it has no examples by number"
+        )
     if count < 1 or step < 0:
         raise ValueError(f"--count must be 1 or more and --step 0 or more, got {count} and {step}")
-    training, mixing = split == "train", run.mixing
+    training, mixing = split == "train", options.input.mixing
     group = mixing.group_size if training and mixing else 1  # whole ones: partners are within
-    most = run.batch_size if training else run.sources[split].num_examples
-    examples = _examples(run, split, step, min(-(-count // group) * group, most))
-    pipe = run.train_pipe if training else run.eval_pipe
+    most = options.input.batch_size if training else data.sources[split].num_examples
+    examples = _examples(options, data, split, step, min(-(-count // group) * group, most))
+    pipe = options.input.pipe if training else options.evaluation.pipe
     rows = [stages(pipe, example) for example in examples]
-    names = run.sources[split].class_names
+    names = data.sources[split].class_names
     captions = [names[int(example["label"])] for example in examples]
     titles = ["stored", *(s.text for s in pipe.steps if s.op.image or s.op.on_device)]
     if training and mixing:
         titles.append("mixing")
-        _add_mixtures(run, step, rows, captions)
+        _add_mixtures(options, step, rows, captions)
     return _draw(titles, rows[:count], captions[:count])
 
 
-def _examples(run: Run, split: str, step: int, count: int) -> list[dict[str, tf.Tensor]]:
-    source = run.sources[split]
+def _examples(
+    options: RunOptions, data: Data, split: str, step: int, count: int
+) -> list[dict[str, tf.Tensor]]:
+    source = data.sources[split]
     source.prepare()
     if split == "train":
-        first = step * run.batch_size
+        first = step * options.input.batch_size
         positions = tf.range(first, first + count, dtype=tf.int64)
-        known = {"batch_size": run.batch_size, "repeats": run.config.input.repeats}
-        where = places(source, positions, seed=run.config.seed, **known)
+        known = {"batch_size": options.input.batch_size, "repeats": options.input.repeats}
+        where = places(source, positions, seed=options.seed, **known)
     else:
         index = tf.range(count, dtype=tf.int64)
         epoch = tf.zeros_like(index)
@@ -100,14 +107,19 @@ def _examples(run: Run, split: str, step: int, count: int) -> list[dict[str, tf.
     return [{**source.read(place["index"]), **place} for place in each]
 
 
-def _add_mixtures(run: Run, step: int, rows: list[list[np.ndarray]], captions: list[str]) -> None:
-    pipe, mixing, count = run.train_pipe, run.mixing, len(rows)
+def _add_mixtures(
+    options: RunOptions, step: int, rows: list[list[np.ndarray]], captions: list[str]
+) -> None:
+    pipe, mixing, count = options.input.pipe, options.input.mixing, len(rows)
     assert mixing is not None
     # The device's op comes after all others on images: before it is what the batch holds.
     images = tf.constant(np.stack([row[-2] for row in rows]))
     height, width = images.shape[1:3]
     params = mixing.draw(
-        tf.constant(step), seed=run.config.seed, batch_size=run.batch_size, size=(height, width)
+        tf.constant(step),
+        seed=options.seed,
+        batch_size=options.input.batch_size,
+        size=(height, width),
     )[:count]
     for row, image in zip(
         rows, viewable(pipe, mixing.images(pipe.device(images), params)), strict=True

@@ -5,9 +5,9 @@ command again and it resumes from the newest whole checkpoint in the workdir.
 """
 
 import json
-import os
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
@@ -17,26 +17,25 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_dist.cluster.hosts import all_hosts, describe, device_kind, is_chief
+from vit_dist.cluster.hosts import all_hosts, describe, is_chief
 from vit_dist.cluster.preemption import Preemption
 from vit_dist.cluster.strategy import make_strategy
-from vit_dist.config import defaults as config_lib
+from vit_dist.config.errors import ConfigError, DivergedError
 from vit_dist.data.damage import check_share
-from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.data.pipeline import train_indices
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
-from vit_dist.monitoring.writer import Writer, make_writer
+from vit_dist.monitoring.writer import Writer, make_writer, was_written
 from vit_dist.run.advice import average_warnings, data_warnings
-from vit_dist.run.build import make_state
-from vit_dist.run.check import Run, check, check_parts
-from vit_dist.run.explain import explain_error
-from vit_dist.run.input import eval_data, first_images, train_data
+from vit_dist.run.build import Evaluation, make_state, make_step
+from vit_dist.run.calendar import Calendar, Pace
+from vit_dist.run.check import check, check_parts
+from vit_dist.run.explain import Reading, explain
+from vit_dist.run.input import first_images, train_data
+from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import check_data, check_hosts, find_start, restore_or_init
 from vit_dist.training.checkpoint import Checkpointer
-from vit_dist.training.losses import make_loss
-from vit_dist.training.schedules import make_schedule
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import choose_jit, make_train_step
 
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
@@ -51,7 +50,7 @@ def main() -> int:
     """The command; returns its exit code."""
     config = cli.load_config()
     if not flags.FLAGS.workdir:
-        raise ValueError("give a folder for this run: --workdir runs/NAME")
+        raise ConfigError("give a folder for this run: --workdir runs/NAME")
     logging.set_verbosity(logging.INFO)
     metrics = train(config, flags.FLAGS.workdir)
     return PREEMPTED if metrics.get("preempted") else 0
@@ -61,45 +60,67 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Trains as the config says, or resumes if the workdir holds a checkpoint.
 
     Args:
-      config: finalised; see config.get_defaults.
+      config: see config.get_defaults.
       workdir: folder of the run, local or gs://; made if absent.
 
     Returns:
       The last metrics: "step", "loss", ..., "val_accuracy" and "test_accuracy" where those splits
-      are configured, "preempted" 1.0 if SIGTERM ended the run early.
+      are configured, "preempted" 1.0 if a signal ended the run early.
 
     Raises:
-      ValueError: a mistake in the config or the data; see check.
-      FloatingPointError: the loss or gradient is not finite; the last good checkpoint stays.
-      OSError: the workdir cannot be written.
-      ConnectionError: another worker is gone.
+      ConfigError: a mistake in the config; see check.
+      DataError: data that is not there, is damaged, or has changed since the run began.
+      DivergedError: the loss or gradient is not finite; the last good checkpoint stays.
+      StorageError: the workdir cannot be written.
+      HostLostError: another worker is gone.
     """
-    run = check(config)
-    start = find_start(workdir, run.config)
-    check_data(start, run)
+    options, data = check(config)
+    start = find_start(workdir, options)
+    check_data(start, data)
     _make_folder(workdir)
-    strategy = make_strategy(**run.strategy)
-    check_parts(run.step, run.mixing, num_replicas=strategy.num_replicas_in_sync)
+    strategy = make_strategy(**options.evaluation.strategy)
+    check_parts(
+        options.input.batch_size,
+        options.step,
+        options.input.mixing,
+        num_replicas=strategy.num_replicas_in_sync,
+        shard_state=options.optimizer.shard_state,
+    )
     check_hosts(start, strategy)
-    state = make_state(run, strategy)
-    origin = restore_or_init(state, run, start)
+    state = make_state(options, strategy)
+    origin = restore_or_init(state, options, start)
     del start  # its arrays would take up memory to the end
     first, chief = int(state.step.numpy()), is_chief(strategy)
-    checkpointer = Checkpointer(workdir, keep=run.config.keep_checkpoints)
+    checkpointer = Checkpointer(workdir, keep=options.keep_checkpoints)
+    evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
     with (
         Preemption(strategy) as preemption,
         make_writer(workdir, first_step=first, active=chief) as writer,
-        Progress(run.total_steps, first_step=first, title="train") as progress,
+        Progress(options.total_steps, first_step=first, title="train") as progress,
     ):
         note = progress.note if chief else logging.info
-        _announce(run, strategy, state, workdir, origin, writer, note)
-        loop = _Loop(run, strategy, state, checkpointer, writer, progress, preemption, note)
+        loop = _Loop(
+            options,
+            data,
+            strategy=strategy,
+            state=state,
+            train_steps=make_step(options, data, state, strategy),
+            evaluate=Evaluation(options.evaluation, data, state.eval_model, strategy),
+            checkpointer=checkpointer,
+            writer=writer,
+            progress=progress,
+            preemption=preemption,
+            note=note,
+        )
         try:
-            metrics = loop.run(first)
+            _announce(options, data, strategy, state, workdir, origin, writer, note)
+            metrics = loop.run(evaluated=evaluated)
         except Exception as error:
             _finish_saving(checkpointer)
-            loop.explain(error, workdir)
-            raise
+            better = explain(error, loop.reading(), data, strategy, workdir=workdir)
+            if better is None:
+                raise
+            raise better from error
     all_hosts(strategy, 0)  # stay until the chief has saved: who leaves takes the cluster down
     if chief:
         print(result_line(metrics, workdir), flush=True)
@@ -110,101 +131,139 @@ def _make_folder(workdir: str) -> None:
     try:
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"cannot make the workdir {workdir} ({error.strerror}): give another --workdir"
         ) from error
 
 
 def _finish_saving(checkpointer: Checkpointer) -> None:
-    """Before leaving with an error: what was begun before it is good."""
+    """Before leaving with an error: a checkpoint that was begun before the error is good."""
     try:
         checkpointer.wait()
     except OSError as error:
-        logging.error("%s", error.strerror)
+        logging.error("%s", error)
+
+
+class _Asked(NamedTuple):
+    """What the hosts agree on after each call of the step."""
+
+    stop: bool  # a host got a signal
+    save: bool  # the chief's clock says that it is time
+    steps: int  # the most that the next call may run
 
 
 class _Loop:
-    """The training loop and what happens between its calls: log, evaluate, save, preempted."""
+    """The training loop and what happens between its calls: log, save, evaluate, stop."""
 
-    def __init__(self, run, strategy, state, checkpointer, writer, progress, preemption, note):
-        self.r, self.strategy, self.state = run, strategy, state
+    def __init__(
+        self,
+        options: RunOptions,
+        data: Data,
+        *,
+        strategy: tf.distribute.Strategy,
+        state: TrainState,
+        train_steps: Callable[..., dict[str, tf.Tensor]],
+        evaluate: Evaluation,
+        checkpointer: Checkpointer,
+        writer: Writer,
+        progress: Progress,
+        preemption: Preemption,
+        note: Callable[..., None],
+    ):
+        self.options, self.data, self.strategy, self.state = options, data, strategy, state
+        self.train_steps, self.evaluate = train_steps, evaluate
         self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
         self.preemption, self.note, self.chief = preemption, note, is_chief(strategy)
-        replicas = strategy.num_replicas_in_sync
-        self.meter = Meter(batch_size=run.batch_size, num_devices=replicas)
-        kind = device_kind(strategy)
-        jit = choose_jit(
-            run.step["jit"], kind=kind, num_replicas=replicas, sharded=run.optimizer["shard_state"]
+        self.calendar = Calendar(
+            total=options.total_steps,
+            log=options.log_steps,
+            save=options.save_steps,
+            evaluate=options.eval_steps,
         )
-        self.train_steps = make_train_step(
-            state,
-            make_loss(**run.loss),
-            strategy=strategy,
-            schedule=make_schedule(**run.schedule),
-            preprocess=run.train_pipe.device,
-            batch_size=run.batch_size,
-            seed=run.config.seed,
-            accumulation=run.step["accumulation"],
-            clip_norm=run.step["clip_norm"],
-            ema_decay=run.step["ema_decay"],
-            all_reduce_dtype=run.step["all_reduce_dtype"],
-            jit=jit,
-            mixing=run.mixing,
-            masked=bool(run.damage),
+        self.pace = Pace()
+        self.meter = Meter(
+            batch_size=options.input.batch_size, num_devices=strategy.num_replicas_in_sync
         )
-        self.evaluate = make_evaluator(
-            state.eval_model,
-            make_loss(name=run.loss["name"]),
-            strategy=strategy,
-            preprocess=run.eval_pipe.device,
-            jit=jit != "off",
-        )
-        self.datasets: dict[str, Any] = {}
-        self.fingerprint = run.sources["train"].fingerprint()  # takes a second with many files
+        self.fingerprint = data.sources["train"].fingerprint()  # takes a second with many files
+        self.first = int(state.step.numpy())  # the step at which this process begins
+        self.sums: dict[str, tf.Tensor] = {}  # since the last log; on the device until then
         self.masked = tf.zeros(())  # examples of this process; on the device until logged
-        self.saved = -1  # the step of the newest checkpoint of this process
-        self.reading: tuple[str, range] = ("train", range(0))  # split and steps, for messages
+        self.saved_step, self.saved_time = -1, time.monotonic()
+        # What is read now, for messages: first of all the images that TensorBoard shows.
+        self.split, self.steps_read = "train", range(self.first, self.first + 2)
 
-    def run(self, first: int) -> dict[str, float]:
-        """Steps `first` to the end; returns the last metrics."""
-        run, total = self.r, self.r.total_steps
+    def run(self, *, evaluated: bool) -> dict[str, float]:
+        """Trains to the end; returns the last metrics.
+
+        Args:
+          evaluated: whether "val" was judged at the first step before.
+        """
+        total, step, first = self.calendar.total, self.first, self.first
         metrics: dict[str, float] = {"step": float(first)}
-        self.first = first
-        batches = iter(train_data(run, self.strategy, first_step=first))
-        step = first
+        if self.calendar.evaluates_at(first) and not evaluated:
+            metrics |= self.judge("val", first)  # given up when the run was stopped
+        batches = iter(train_data(self.options, self.data, self.strategy, first_step=first))
         self.meter.start(first)
+        asked = _Asked(stop=False, save=False, steps=self.pace.limit)
+        logged = False
         while step < total:
-            n = self._until_next_event(step)
-            self.reading = ("train", range(step, step + n + run.config.input.prefetch))
-            tensors = self.train_steps(batches, tf.constant(n, tf.int64))
-            self.masked += tensors.pop("masked", 0.0)
-            self.meter.waited += tensors.pop("input_wait")
+            n = min(self.calendar.steps_to_event(step), asked.steps)
+            tensors = self.call(batches, step, n)
             step += n
-            if step % run.log_steps == 0 or step == total or step - n == first:
+            asked = self.ask()
+            # Whatever comes first in a run is logged as well, so that a person sees it moving.
+            event = self.calendar.steps_to_event(step - n) == n
+            if self.calendar.logs_at(step) or (event and not logged):
                 metrics |= self.log(step, tensors)
-            if run.eval_steps and step % run.eval_steps == 0 and step < total:
+                logged = True
+            if self.calendar.saves_at(step) or asked.save:
+                self.save(step, tensors)
+            stop = asked.stop
+            if self.calendar.evaluates_at(step) and not stop:
                 metrics |= self.judge("val", step)
-            if run.save_steps and step % run.save_steps == 0 and step < total:
-                self.save(step)
-            if self.preemption.requested():
-                return self.stop(step, metrics)
-        if step > first:
-            self.save(step)
+                stop = self.preemption.requested()
+            if stop:
+                return self.stop(step, tensors, metrics)
         for split in ("val", "test"):
-            metrics |= self.judge(split, step)
+            if not self.preemption.requested():
+                metrics |= self.judge(split, step)
         self.checkpointer.wait()
+        if self.preemption.requested():
+            metrics["preempted"] = 1.0
         return {**metrics, "step": float(step)}
 
-    def _until_next_event(self, step: int) -> int:
-        ends = [self.r.total_steps - step]
-        for every in (self.r.log_steps, self.r.eval_steps, self.r.save_steps):
-            if every:
-                ends.append(every - step % every)
-        return min(ends)
+    def call(self, batches: Any, step: int, n: int) -> dict[str, tf.Tensor]:
+        """Runs n steps, the first of them number `step`; returns the means since the last log."""
+        self.split, self.steps_read = "train", range(step, step + n + self.options.input.prefetch)
+        began = time.monotonic()
+        tensors = self.train_steps(batches, tf.constant(n, tf.int64))
+        self.pace.done(n, time.monotonic() - began)
+        self.meter.waited += tensors.pop("input_wait")
+        self.masked += tensors.pop("masked", 0.0)
+        # The means of a call become sums over the calls since the last log.
+        for name in ("loss", "accuracy"):
+            self.sums[name] = self.sums.get(name, 0.0) + tensors[name] * float(n)
+        self.sums["steps"] = self.sums.get("steps", 0.0) + float(n)
+        means = {name: self.sums[name] / self.sums["steps"] for name in ("loss", "accuracy")}
+        return {**tensors, **means}
+
+    def ask(self) -> _Asked:
+        """All hosts get the same answer, after the same step."""
+        minutes = self.options.save_minutes
+        save = self.chief and minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
+        # One number a host, so that a single gather will do: two bits, then the steps.
+        mine = self.preemption.noticed | save << 1 | self.pace.limit << 2
+        answers = all_hosts(self.strategy, mine)
+        return _Asked(
+            stop=any(a & 1 for a in answers),
+            save=any(a & 2 for a in answers),
+            steps=min(a >> 2 for a in answers),
+        )
 
     def log(self, step: int, tensors: Mapping[str, tf.Tensor]) -> dict[str, float]:
         """Fetches the step's metrics; the one place where the host waits for the device."""
-        metrics = {k: float(v) for k, v in tensors.items()}
+        metrics = {k: float(v) for k, v in tensors.items() if k != "applied"}
+        self.sums = {}
         self._check_finite()
         metrics |= self.meter.read(step)
         self.checkpointer.poll()
@@ -212,15 +271,16 @@ class _Loop:
             metrics["loss_scale"] = float(self.state.loss_scale.numpy())
             metrics["skipped_steps"] = float(step - int(self.state.updates.numpy()))
         metrics["weight_norm"] = _norm(self.state)
-        metrics["epoch"] = step * self.r.batch_size / self.r.sources["train"].num_examples
-        if self.r.damage:
+        num_examples = self.data.sources["train"].num_examples
+        metrics["epoch"] = step * self.options.input.batch_size / num_examples
+        if self.data.damage:
             metrics |= self._count_masked(step)
         self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
         if self.chief:
             shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
             shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
             shown += ["masked"] if metrics.get("masked") else []
-            eta = self.meter.eta(step, self.r.total_steps)
+            eta = self.meter.eta(step, self.calendar.total)
             self.progress.update(step, {k: metrics[k] for k in shown}, eta=eta)
         return metrics
 
@@ -229,31 +289,32 @@ class _Loop:
         count = int(self.masked.numpy())
         check_share(
             count,
-            seen=(step - self.first) * self.r.batch_size,
-            num_examples=self.r.sources["train"].num_examples,
-            limit=self.r.config.input.max_bad_share,
+            seen=(step - self.first) * self.options.input.batch_size,
+            num_examples=self.data.sources["train"].num_examples,
+            limit=self.options.input.max_bad_share,
         )
-        reasons = self.r.damage["train"].counts()
+        reasons = self.data.damage["train"].counts()
         return {"masked": float(count), **{f"masked_{k}": float(v) for k, v in reasons.items()}}
 
     def _check_finite(self) -> None:
         bad = int(self.state.first_bad_step.numpy())
         if bad >= 0:
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the loss or gradient of step {bad} is not finite. The weights are as they were "
                 "before it and the last checkpoint is good: lower optimizer.learning_rate, or "
                 "lengthen the warmup, or set precision=float32, and run again"
             )
 
     def judge(self, split: str, step: int) -> dict[str, float]:
-        """Evaluates a split, where the config names one."""
-        if split not in self.r.sources:
+        """Evaluates a split, where the config names one; {} if a wish to stop came meanwhile."""
+        if split not in self.data.sources:
             return {}
         with self.meter.pause():
-            self.reading = (split, range(0))
-            if split not in self.datasets:
-                self.datasets[split] = eval_data(self.r, self.strategy, split)
-            metrics = self.evaluate(self.datasets[split])
+            self.split, self.steps_read = split, range(0)
+            metrics = self.evaluate(split, stop=self.preemption.requested)
+        if metrics is None:
+            self.note(f"step {step}: the evaluation on {split} is given up, to be done at a resume")
+            return {}
         self.writer.scalars(step, {f"{split}/{k}": v for k, v in metrics.items()})
         self.note(
             f"step {step}: {split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
@@ -261,44 +322,54 @@ class _Loop:
         )
         return {f"{split}_{k}": v for k, v in metrics.items()}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, tensors: Mapping[str, tf.Tensor]) -> None:
         """Starts to write a checkpoint (chief only), never of a state that went wrong."""
-        if step == self.saved:
+        if step == self.saved_step:
             return
-        self.saved = step
         with self.meter.pause():
             self._check_finite()
+            # In float16 a run that diverges skips updates until its loss scale is 1; the weights
+            # from which it does so are not worth keeping in place of those of before.
+            if not float(tensors.get("applied", 1.0)) and step < self.calendar.total:
+                self.note(f"step {step}: not saved, its update was skipped (float16 overflow)")
+                return
+            self.saved_step, self.saved_time = step, time.monotonic()
             arrays = self.state.to_arrays() if self.chief or self.state.read_by_all_hosts else {}
             if self.chief:
                 notes = {
-                    "config": json.loads(config_lib.to_json(self.r.config)),
+                    "config": self.options.record,
                     "model": self.state.model.get_config(),
                     "data": self.fingerprint,
-                    "class_names": list(self.r.sources["train"].class_names),
+                    "class_names": list(self.data.sources["train"].class_names),
                 }
                 notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(arrays, step=step, notes=notes)
 
-    def explain(self, error: Exception, workdir: str) -> None:
-        """Raises a readable error in place of TensorFlow's or the system's, if one can be given."""
-        code = error.errno if isinstance(error, OSError) else None
-        if isinstance(error, OSError) and code and error.strerror == os.strerror(code):
-            raise OSError(
-                code,
-                f"{error.filename or workdir}: {error.strerror}. Checkpoints are untouched: make "
-                "room or mend the storage and run again to resume",
-            ) from error
-        split, steps = self.reading
-        reason = explain_error(error, self.r, self.strategy, split=split, steps=steps)
-        if reason is not None:
-            raise reason from error
-
-    def stop(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
-        """Saves and ends early, after SIGTERM or Ctrl-C."""
-        self.save(step)
+    def stop(
+        self, step: int, tensors: Mapping[str, tf.Tensor], metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Saves and ends early, after a signal."""
+        self.save(step, tensors)
         self.checkpointer.wait()
         self.note(f"step {step}: stopped on request, saved; run the same command to go on")
         return {**metrics, "step": float(step), "preempted": 1.0}
+
+    def reading(self) -> Reading:
+        """What is being read now, so that a failure can be explained."""
+        if self.split != "train":
+            return Reading(self.split, self.options.evaluation.pipe)
+
+        def indices() -> list[int]:
+            return train_indices(
+                self.data.sources["train"],
+                batch_size=self.options.input.batch_size,
+                seed=self.options.seed,
+                first_step=self.steps_read.start,
+                num_steps=len(self.steps_read),
+                repeats=self.options.input.repeats,
+            ).tolist()
+
+        return Reading("train", self.options.input.pipe, indices)
 
 
 def _norm(state: TrainState) -> float:
@@ -308,34 +379,38 @@ def _norm(state: TrainState) -> float:
 
 
 def _announce(
-    run: Run,
+    options: RunOptions,
+    data: Data,
     strategy: tf.distribute.Strategy,
     state: TrainState,
     workdir: str,
     origin: str,
     writer: Writer,
-    note: Any,
+    note: Callable[..., None],
 ) -> None:
-    text, first, chief = config_lib.to_json(run.config), int(state.step.numpy()), is_chief(strategy)
+    """Says and writes down what begins: config, devices, model, data, warnings, first images."""
+    text = json.dumps(options.record, indent=2, sort_keys=True)
+    first, chief = int(state.step.numpy()), is_chief(strategy)
     if chief:
         (epath.Path(workdir) / "config.json").write_text(text)
         writer.text(first, "config", f"```json\n{text}\n```")
     logging.info("config: %s", text)
-    source = run.sources["train"]
-    note(describe(strategy, batch_size=run.batch_size, accumulation=run.step["accumulation"]))
+    source = data.sources["train"]
+    batch_size, accumulation = options.input.batch_size, options.step.accumulation
+    note(describe(strategy, batch_size=batch_size, accumulation=accumulation))
     note(
-        f"model {run.config.model.variant} at {run.model['image_size']}: "
+        f"model {options.record['model']['variant']} at {options.image_size}: "
         f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
-        f"{source.num_classes} classes; {run.total_steps:,} steps"
+        f"{source.num_classes} classes; {options.total_steps:,} steps"
     )
-    warnings = data_warnings(run.sources, run.model["image_size"]) if chief else []
-    for line in [*warnings, *average_warnings(run.step["ema_decay"], run.total_steps)]:
+    warnings = data_warnings(dict(data.sources), options.image_size) if chief else []
+    for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
     # A stream would have to be skipped through once more.
-    if chief and first < run.total_steps and (source.indexable or not first):
-        writer.images(first, "train/batch", first_images(run, strategy, first_step=first))
+    if chief and first < options.total_steps and (source.indexable or not first):
+        writer.images(first, "train/batch", first_images(options, data, strategy, first_step=first))
     note(f"TensorBoard: tensorboard --logdir {workdir}")
 
 

@@ -14,10 +14,10 @@ from vit_dist.cluster.hosts import device_kind
 from vit_dist.model import vit
 from vit_dist.model.variants import vit_config
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optimizer import make_optimizer
-from vit_dist.training.schedules import make_schedule
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+from vit_dist.training.schedules import Schedule
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import choose_jit, make_train_step
+from vit_dist.training.step import StepOptions, choose_jit, make_train_step
 
 CORES = 2
 
@@ -77,20 +77,18 @@ def test_step_compiles_into_one_tpu_program_with_one_sum_per_gradient(
     with graph.as_default(), strategy.scope():
         config = vit_config("mu/4", image_size=16, num_classes=10, pool="tok", dropout=0.1)
         model, ema = (vit.build_vit(config, precision=precision) for _ in range(2))
-        optimizer = make_optimizer(vit.named_weights(model), weight_decay=0.1)
+        optimizer = make_optimizer(vit.named_weights(model), OptimizerOptions(weight_decay=0.1))
         state = TrainState(model, optimizer)
         state.ema = ema
         train_steps = make_train_step(
             state,
             make_loss(),
             strategy=strategy,
-            schedule=make_schedule(1e-3, total_steps=10),
+            schedule=Schedule(1e-3, total_steps=10),
             preprocess=lambda images: tf.cast(images, tf.float32) / 127.5 - 1,
             batch_size=16,
             seed=0,
-            accumulation=2,
-            ema_decay=0.9,
-            jit=choose_jit("auto", kind=device_kind(strategy), num_replicas=CORES),
+            options=StepOptions(accumulation=2, ema_decay=0.9),
         )
         out = train_steps(Feed(), tf.constant(3, tf.int64))
     functions = graph.as_graph_def().library.function

@@ -19,14 +19,14 @@ from vit_dist.data.mixing import make_mixing
 from vit_dist.data.sources.open import SOURCES, _open_mixture
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit
-from vit_dist.run import check as wiring
+from vit_dist.run.check import check
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optimizer import make_optimizer
-from vit_dist.training.schedules import make_schedule
-from vit_dist.training.step import check_step, make_train_step
+from vit_dist.training.optimizer import OptimizerOptions
+from vit_dist.training.schedules import Schedule
+from vit_dist.training.step import StepOptions
 
 SECTIONS = [name for name, value in DEFAULTS.items() if isinstance(value, dict)]
-COMMANDS = sorted(Path(vit_dist.__file__).parent.glob("*.py"))
+RUN = sorted(Path(vit_dist.__file__).parent.glob("run/*.py"))
 
 
 def put(config, key, value):
@@ -71,9 +71,9 @@ def parameters(*functions):
     [
         ("model", (vit_config, build_vit)),
         ("loss", (make_loss,)),
-        ("optimizer", (make_optimizer,)),
-        ("schedule", (make_schedule,)),
-        ("step", (check_step,)),
+        ("optimizer", (OptimizerOptions,)),
+        ("schedule", (Schedule,)),
+        ("step", (StepOptions,)),
         ("strategy", (make_strategy,)),
         ("data", (*SOURCES.values(), _open_mixture)),
         ("mixing", (make_mixing,)),
@@ -88,14 +88,13 @@ def test_keys_are_those_of_the_functions(section, functions):
 def test_checking_twins_take_the_same_keys():
     """What is checked without a device and what is made of it later must not drift apart."""
     assert parameters(check_strategy) == parameters(make_strategy)
-    assert set(DEFAULTS["step"]) <= parameters(make_train_step)
 
 
 @pytest.mark.parametrize("section", [s for s in SECTIONS if s not in ("input", "data")])
 def test_a_key_that_no_function_takes_is_an_error(section, monkeypatch):
     monkeypatch.setitem(DEFAULTS, section, {**DEFAULTS[section], "unread": 1})
     with pytest.raises(ValueError, match=f"config.{section}.unread is unknown"):
-        wiring.check(small())
+        check(small())
 
 
 def dotted_names(path):
@@ -106,7 +105,7 @@ def dotted_names(path):
 
 
 def test_every_other_key_is_read():
-    names = {name for path in COMMANDS for name in dotted_names(path)}
+    names = {name for path in RUN for name in dotted_names(path)}
     keys = [k for k, v in DEFAULTS.items() if not isinstance(v, dict)]
     keys = list(without_durations(dict.fromkeys(keys)))
     keys += [f"input.{key}" for key in DEFAULTS["input"]]
@@ -116,8 +115,8 @@ def test_every_other_key_is_read():
 
 def test_defaults_need_only_a_duration():
     with pytest.raises(ValueError, match=r"config.total is not set; set one of config.total_steps"):
-        wiring.check(small(total_steps=None))
-    run = wiring.check(small())
+        check(small(total_steps=None))
+    run, _ = check(small())
     assert (run.total_steps, run.log_steps, run.eval_steps, run.save_steps) == (10, 50, 1, 1)
 
 
@@ -127,17 +126,17 @@ def test_whole_sections_replaced_with_wrong_keys_are_caught():
         config = small()
         config[section] = ConfigDict({**get_defaults()[section], "unread": 1})
         with pytest.raises(ValueError, match=f"config.{section}.unread is unknown"):
-            wiring.check(config)
+            check(config)
         key = next(iter(DEFAULTS[section]))
         config = small()
         with config.unlocked(), config[section].unlocked():
             del config[section][key]
         with pytest.raises(ValueError, match=f"config.{section} lacks {key}"):
-            wiring.check(config)
+            check(config)
         with config.ignore_type():
             config[section] = 3
         with pytest.raises(ValueError, match=f"config.{section} must be a section of keys, got 3"):
-            wiring.check(config)
+            check(config)
         with config.unlocked():
             del config[section]
         with pytest.raises(ValueError, match=f"config lacks {section}: start from"):
@@ -206,7 +205,7 @@ def test_wrong_types(key, value, wanted):
 def test_values_out_of_range(key, value, message):
     config = small(**{key.replace(".", "__"): value})
     with pytest.raises(ValueError, match=message):
-        wiring.check(config)
+        check(config)
 
 
 def bound(count: int, rate: float, name: str, flag: bool, maybe: int | None = None) -> None:
@@ -252,7 +251,7 @@ def test_bind_wants_each_argument_once():
     assert bind(bound, rest, name="f", count=3) == GOOD | {"count": 3}
 
 
-BOUND = (vit_config, build_vit, make_loss, make_optimizer, make_schedule, check_step, make_strategy)
+BOUND = (vit_config, build_vit, make_loss, OptimizerOptions, Schedule, StepOptions, make_strategy)
 
 
 @pytest.mark.parametrize("function", BOUND)
@@ -289,8 +288,8 @@ def test_bad_image_size(given):
 
 def test_oblong_images_reach_the_model_and_the_pipe():
     ops = "resize(size)|value_range(-1, 1)|keep('image', 'label')"
-    run = wiring.check(small(image_size=(8, 16), input__train_ops=ops, input__eval_ops=ops))
-    assert run.model["image_size"] == (8, 16)
+    run, _ = check(small(image_size=(8, 16), input__train_ops=ops, input__eval_ops=ops))
+    assert run.image_size == (8, 16)
 
 
 def test_json_of_the_config_and_back():

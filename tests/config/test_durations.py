@@ -6,7 +6,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.durations import UNITS, duration
-from vit_dist.run import check as wiring
+from vit_dist.run.check import check
 
 
 def make(values):
@@ -82,17 +82,17 @@ def test_two_units_in_one_place(in_shell):
         finalize(config, values if in_shell else {})
 
 
-def test_finalize_copies_locks_and_may_be_repeated():
+def test_finalize_copies_freezes_and_may_be_repeated():
     config = make({"model.variant": "mu/4"})
     once = finalize(config, {})
     assert config.eval_percent == once.eval_percent == 10.0
     once_more = finalize(once)
-    assert once_more.to_dict() == once.to_dict() and once_more.is_locked
-    with pytest.raises(AttributeError):
-        once_more.nothing = 1
-    with once.unlocked():
-        once.model.variant = "L/16"
-    assert (config.model.variant, once_more.model.variant) == ("mu/4", "mu/4")
+    assert once_more.to_dict() == once.to_dict()
+    for key, value in (("nothing", 1), ("seed", 1)):
+        with pytest.raises(AttributeError):
+            setattr(once_more, key, value)
+    config.model.variant = "L/16"
+    assert (once.model.variant, once_more.model.variant) == ("mu/4", "mu/4")
 
 
 def test_warmup_counts_in_the_run():
@@ -100,9 +100,10 @@ def test_warmup_counts_in_the_run():
     values = {"total_steps": 10, "input.batch_size": 16}
     values |= {"input.train_ops": ops, "input.eval_ops": ops}
     values |= {"schedule.warmup_percent": 20.0, "schedule.cooldown_examples": 32}
-    schedule = wiring.check(make(values)).schedule
-    assert (schedule["warmup_steps"], schedule["cooldown_steps"]) == (2, 2)
-    assert schedule["timescale_steps"] == 10_000 and schedule["total_steps"] == 10
+    options, _ = check(make(values))
+    schedule = options.schedule
+    assert (schedule.warmup_steps, schedule.cooldown_steps) == (2, 2)
+    assert schedule.timescale_steps == 10_000 and schedule.total_steps == 10
 
 
 @pytest.mark.parametrize("key", ["step.clip_norm", "step.ema_decay", "input.num_threads"])

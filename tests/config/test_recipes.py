@@ -12,11 +12,9 @@ import tensorflow as tf
 
 from vit_dist.config.recipe import parse_arg
 from vit_dist.data.ops.pipe import parse
-from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import weight_shapes
 from vit_dist.run.check import check, check_parts
 from vit_dist.training.multipliers import multiplier
-from vit_dist.training.schedules import make_schedule
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 # Images by data set and split, and classes.
@@ -74,7 +72,8 @@ def run_of(name, arg, pipes=False):
     data.num_examples, data.num_classes = SIZES[data.name, data.train_split]
     data.source, data.name, data.height, data.width = "synthetic", None, 32, 32
     data.val_split, data.test_split = "val" if pipes else "", ""
-    return check(config)
+    options, _ = check(config)
+    return options
 
 
 # Every config
@@ -99,9 +98,9 @@ def test_there_is_every_recipe():
 def test_steps_and_hours_are_those_of_the_table(name, arg):
     run, row = run_of(name, arg), table(RECIPES[name])[arg]
     assert f"{run.total_steps:,}" == row["Steps"]
-    images = run.total_steps * run.batch_size
+    images = run.total_steps * run.input.batch_size
     # Three times the forward pass, two operations for each multiply-add.
-    hours = images * 6 * multiply_adds(vit_config(**run.model)) / TPU_FLOPS / 3600
+    hours = images * 6 * multiply_adds(run.model.network) / TPU_FLOPS / 3600
     last_digit = 10.0 ** -len(row["Hours"].partition(".")[2])
     assert abs(hours - float(row["Hours"])) <= 0.51 * last_digit
 
@@ -138,10 +137,10 @@ SCHEDULES = [
 @pytest.mark.parametrize(("name", "arg", "expected"), SCHEDULES)
 def test_schedule(name, arg, expected):
     """At the first step, the second, the end of the warmup, the middle and the last."""
-    options = run_of(name, arg).schedule
-    total = options["total_steps"]
-    steps = [0, 1, options["warmup_steps"], total // 2, total - 1]
-    rates = make_schedule(**options)(tf.constant(steps, tf.int64))
+    schedule = run_of(name, arg).schedule
+    total = schedule.total_steps
+    steps = [0, 1, schedule.warmup_steps, total // 2, total - 1]
+    rates = schedule(tf.constant(steps, tf.int64))
     # Near 0 the cosine in float32 is only so good.
     np.testing.assert_allclose(
         rates, expected, rtol=2e-5, atol=1e-9 if expected[4] > 1e-9 else 1e-8
@@ -153,10 +152,10 @@ def test_schedule(name, arg, expected):
     [("deit", "S/16", 2.008e-4), ("deit3", "S/16", 8.008e-4), ("deit3", "B/16", 6.008e-4)],
 )
 def test_rate_of_the_second_epoch(name, arg, second):
-    options = run_of(name, arg).schedule
-    epoch = options["hold_steps"]
+    schedule = run_of(name, arg).schedule
+    epoch = schedule.hold_steps
     assert epoch == {"deit": 1_281_024 // 1024, "deit3": 1_281_024 // 2048}[name]
-    rates = make_schedule(**options)(tf.constant([epoch - 1, epoch, 2 * epoch - 1], tf.int64))
+    rates = schedule(tf.constant([epoch - 1, epoch, 2 * epoch - 1], tf.int64))
     np.testing.assert_allclose(rates, [1e-6, second, second], rtol=1e-5)
 
 
@@ -180,23 +179,23 @@ OPTIMIZERS = [
 def test_optimizer(name, arg, o, r, w, s, m, c):
     run = run_of(name, arg)
     keys = ("name", "learning_rate", "weight_decay", "decay_scale", "momentum_dtype")
-    assert tuple(run.optimizer[key] for key in keys) == (o, r, w, s, m)
-    assert run.step["clip_norm"] == c
-    assert (run.optimizer["beta_1"], run.optimizer["beta_2"]) == (0.9, None)  # 0.999
-    assert run.optimizer["epsilon"] == (1e-8 if o == "lamb" else None)
-    assert run.step["ema_decay"] == (0.99996 if "deit" in name else None)
+    assert tuple(getattr(run.optimizer, key) for key in keys) == (o, r, w, s, m)
+    assert run.step.clip_norm == c
+    assert (run.optimizer.beta_1, run.optimizer.beta_2) == (0.9, None)  # 0.999
+    assert run.optimizer.epsilon == (1e-8 if o == "lamb" else None)
+    assert run.step.ema_decay == (0.99996 if "deit" in name else None)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_kernels_decay_and_nothing_else(name):
     run = run_of(name, next(iter(table(RECIPES[name]))))
-    names = list(weight_shapes(vit_config(**{**run.model, "depth": 2})))
-    decayed = {n for n in names if multiplier(run.optimizer["decay_multipliers"], n, 0.0)}
+    names = list(weight_shapes({**run.model.network, "depth": 2}))
+    decayed = {n for n in names if multiplier(run.optimizer.decay_multipliers, n, 0.0)}
     inner = [f"attention/{part}" for part in ("query", "key", "value", "out")]
     inner += ["mlp/dense_0", "mlp/dense_1"]
     expected = {f"encoderblock_{i}/{part}/kernel" for i in range(2) for part in inner}
     expected |= {"embedding/kernel", "head/kernel"}
-    expected |= {"pre_logits/kernel"} if run.model["rep_size"] else set()
+    expected |= {"pre_logits/kernel"} if run.model.network["rep_size"] else set()
     assert decayed == expected and len(names) > 2 * len(decayed)
 
 
@@ -306,7 +305,7 @@ FIRST_DRAWS = {
 def test_mixing_draws(name, arg):
     """One draw for the whole batch; big_vision's favours the example itself, DeiT's cuts half."""
     run = run_of(name, arg)
-    draw = functools.partial(run.mixing.draw, seed=0, batch_size=4, size=(224, 224))
+    draw = functools.partial(run.input.mixing.draw, seed=0, batch_size=4, size=(224, 224))
     rows = np.stack([draw(tf.constant(step, tf.int64)) for step in range(60)])
     np.testing.assert_array_equal(rows, np.broadcast_to(rows[:, :1], rows.shape))
     np.testing.assert_allclose(rows[: len(FIRST_DRAWS[name]), 0], FIRST_DRAWS[name], atol=1e-5)
@@ -321,14 +320,14 @@ def test_mixing_draws(name, arg):
 @pytest.mark.parametrize("name", RECIPES)
 def test_pipes_give_what_the_model_takes(name):
     run = run_of(name, next(iter(table(RECIPES[name]))), pipes=True)
-    assert run.train_pipe.steps and run.eval_pipe.steps
+    assert run.input.pipe.steps and run.evaluation.pipe.steps
 
 
 @recipes
 def test_batches_can_be_cut_for_many_devices(name, arg):
     run = run_of(name, arg)
     for replicas in (1, 8, 32):
-        check_parts(run.step, run.mixing, num_replicas=replicas)
+        check_parts(run.input.batch_size, run.step, run.input.mixing, num_replicas=replicas)
 
 
 # Arguments

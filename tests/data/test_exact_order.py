@@ -190,7 +190,7 @@ def test_a_stream_has_no_repeats(tmp_path):
 
 def test_a_config_with_repeats_is_wired(tmp_path):
     train_ops = "value_range(-1, 1)|keep('image', 'label', 'index')"
-    run = check(tiny.make(input__repeats=4, input__train_ops=train_ops))
-    batch = next(iter(train_data(run, make_strategy(name="single"), first_step=3)))
+    options, data = check(tiny.make(input__repeats=4, input__train_ops=train_ops))
+    batch = next(iter(train_data(options, data, make_strategy(name="single"), first_step=3)))
     index = batch["index"].numpy().reshape(4, 4)
     assert (index == index[0]).all() and len(set(index[0])) == 4

@@ -18,7 +18,7 @@ from vit_dist.data.mixing import make_mixing
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources.open import open_source
 from vit_dist.run.check import check
-from vit_dist.run.explain import explain_error
+from vit_dist.run.explain import Reading, explain_reading
 from vit_dist.run.input import train_data
 from vit_dist.train import train
 
@@ -276,10 +276,10 @@ def test_two_workers(tmp_path, services):
 
 
 def failure_of_run(config, strategy):
-    run = check(config)
+    options, data = check(config)
     with pytest.raises(tf.errors.OpError) as error:
-        next(iter(train_data(run, strategy, first_step=0)))
-    return explain_error(error.value, run, strategy, split="train", steps=range(2))
+        next(iter(train_data(options, data, strategy, first_step=0)))
+    return explain_reading(error.value, Reading("train", options.input.pipe), data)
 
 
 def test_a_bad_file_is_named_as_without_a_service(tmp_path, services):

@@ -49,7 +49,8 @@ def test_resumed_is_bit_equal_to_uninterrupted(tmp_path, monkeypatch, caplog):
 
     stopped = without_evaluation(**HARD, eval_steps=5)
     with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: saw.append(1) or len(saw) == 2)
+        # Calls have 1, 2, 1 and 1 steps.
+        patch.setattr(Preemption, "noticed", property(lambda _: saw.append(1) or len(saw) == 4))
         saw = []
         metrics = train(stopped, str(tmp_path / "parts"))
     assert metrics["step"] == 5 and metrics["preempted"] == 1.0
@@ -68,16 +69,18 @@ def test_resumed_is_bit_equal_to_uninterrupted(tmp_path, monkeypatch, caplog):
 def test_the_order_does_not_depend_on_the_replicas(replicas):
     """A run that goes on with other devices reads what it would have read."""
     ops = "value_range(-1, 1)|keep('image', 'label', 'index')"
-    run = check(make(input__train_ops=ops))
+    options, data = check(make(input__train_ops=ops))
     devices = {1: {"name": "single"}}.get(replicas, {"name": "mirrored", "virtual_cpus": replicas})
     strategy = make_strategy(**devices)
-    batches, seen = iter(train_data(run, strategy, first_step=77)), []
+    batches, seen = iter(train_data(options, data, strategy, first_step=77)), []
     for _ in range(3):
         parts = strategy.experimental_local_results(next(batches)["index"])
         assert [len(part) for part in parts] == [16 // replicas] * replicas
         seen += [int(i) for part in parts for i in part]
     known = {"batch_size": 16, "seed": 0}
-    assert seen == train_indices(run.sources["train"], **known, first_step=77, num_steps=3).tolist()
+    assert (
+        seen == train_indices(data.sources["train"], **known, first_step=77, num_steps=3).tolist()
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,8 @@ def test_where_a_run_begins(trained, tmp_path):
         (empty, {"init_from": here}, ("init_from", 12)),
         (empty, {}, ("scratch", None)),
     ):
-        start = find_start(workdir, make(**changed))
+        options, _ = check(make(**changed))
+        start = find_start(workdir, options)
         assert (start.how, start.checkpoint and start.checkpoint.step) == expected
 
 
@@ -136,17 +140,17 @@ def test_resume_from_another_run(trained, tmp_path, capsys):
 def test_loss_scaling_begins_anew_with_another_precision(tmp_path, before, after, scale):
     """float32's 1 would let float16 underflow; float16's is undone by no other precision."""
     strategy = make_strategy(name="single")
-    run = check(without_evaluation(precision=before))
-    state = make_state(run, strategy)
+    options, _ = check(without_evaluation(precision=before))
+    state = make_state(options, strategy)
     if before == "float16":
         state.loss_scale.assign(64.0)
         state.good_steps.assign(7)
     arrays = state.to_arrays()
-    notes = {"config": run.config.to_dict()}
+    notes = {"config": options.record}
     found = Checkpoint(path=tmp_path, step=0, notes=notes, arrays=arrays)
-    run = check(without_evaluation(precision=after))
-    state = make_state(run, strategy)
-    restore_or_init(state, run, Start("resume", found))
+    options, _ = check(without_evaluation(precision=after))
+    state = make_state(options, strategy)
+    restore_or_init(state, options, Start("resume", found))
     assert state.loss_scale.numpy() == scale
     assert state.good_steps.numpy() == (7 if scale == 64 else 0)
 

@@ -1,6 +1,7 @@
 """A compiled step around a small network, and the same step in NumPy."""
 
 import contextlib
+import dataclasses
 import functools
 import time
 
@@ -11,9 +12,9 @@ from scipy.special import log_softmax, softmax
 
 from vit_dist.model.vit import named_weights
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optimizer import make_optimizer
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import make_train_step
+from vit_dist.training.step import StepOptions, make_train_step
 
 BATCH, STEPS, CLASSES = 16, 5, 5
 SMOOTHING, CLIP, EMA, DECAY, EPSILON = 0.1, 0.05, 0.9, 0.2, 1e-3
@@ -68,6 +69,9 @@ def make_strategy(replicas):
     )
 
 
+STEP_KEYS = {field.name for field in dataclasses.fields(StepOptions)}
+
+
 class Engine:
     """A compiled step with its state, which each run sets back to the beginning."""
 
@@ -75,15 +79,15 @@ class Engine:
         self, make_model, *, replicas=1, strategy=None, ema_decay=None, optimizer=None, **options
     ):
         self.strategy = strategy or make_strategy(replicas)
-        optimizer = {"strategy": self.strategy, **(optimizer or {})}
+        chosen = OptimizerOptions(**(optimizer or {}))
         with self.strategy.scope():
             model = make_model()
             ema = make_model() if ema_decay else None
-        sharded = optimizer.get("shard_state")
-        with contextlib.nullcontext() if sharded else self.strategy.scope():
-            rule = make_optimizer(named_weights(model), **optimizer)
+        with contextlib.nullcontext() if chosen.shard_state else self.strategy.scope():
+            rule = make_optimizer(named_weights(model), chosen, strategy=self.strategy)
         with self.strategy.scope():
             self.state = TrainState(model, rule, ema)
+        step = {k: options.pop(k) for k in list(options) if k in STEP_KEYS}
         self.step = make_train_step(
             self.state,
             options.pop("loss", make_loss()),
@@ -92,7 +96,7 @@ class Engine:
             preprocess=options.pop("preprocess", preprocess),
             batch_size=BATCH,
             seed=options.pop("seed", 0),
-            ema_decay=ema_decay,
+            options=StepOptions(ema_decay=ema_decay, **step),
             **options,
         )
         self.initial = self.state.to_arrays()

@@ -19,8 +19,8 @@ from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.run.check import check
 from vit_dist.training.losses import make_loss
-from vit_dist.training.optimizer import make_optimizer
-from vit_dist.training.schedules import NAMES, make_schedule
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+from vit_dist.training.schedules import NAMES, Schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import make_train_step
 
@@ -152,16 +152,21 @@ def ours(recipe):
     with strategy.scope():
         model = make_model()
         rule = make_optimizer(
-            named_weights(model), name=recipe["name"], learning_rate=recipe["rate"],
-            weight_decay=recipe["decay"], momentum_dtype=recipe["momentum_dtype"],
+            named_weights(model),
+            OptimizerOptions(
+                name=recipe["name"],
+                learning_rate=recipe["rate"],
+                weight_decay=recipe["decay"],
+                momentum_dtype=recipe["momentum_dtype"],
+            ),
             num_heads=CONFIG["num_heads"],
-        )  # fmt: skip
+        )
         state = TrainState(model, rule, make_model())
     step = make_train_step(
         state,
         make_loss(label_smoothing=recipe["smoothing"]),
         strategy=strategy,
-        schedule=make_schedule(
+        schedule=Schedule(
             recipe["rate"], total_steps=recipe["total"], warmup_steps=recipe["warmup"],
             start_factor=recipe["start"], end_factor=recipe["end"],
         ),
@@ -218,7 +223,9 @@ def test_adafactor_vit_on_arrays_with_heads(peer, size):
         name: keras.Variable(np.zeros(shape, "f"), name=name.replace("/", "_"))
         for name, shape in ours.items()
     }
-    optimizer = make_optimizer(variables, name="adafactor_vit", num_heads=HEADS[size])
+    optimizer = make_optimizer(
+        variables, OptimizerOptions(name="adafactor_vit"), num_heads=HEADS[size]
+    )
     for i in range(STEPS):
         rng = np.random.default_rng(i)
         every = {n: rng.standard_normal(s, np.float32) for n, s in FACTORED.items()}
@@ -257,7 +264,8 @@ def test_schedules(peer, name, unit):
             options |= in_unit(duration, steps, unit)
     changed |= {f"schedule__{key}": value for key, value in options.items()}
     config = make(schedule__name=name, optimizer__learning_rate=PEAK, **changed)
-    schedule = make_schedule(**check(config).schedule)
+    options, _ = check(config)
+    schedule = options.schedule
     rates = [float(schedule(tf.constant(step))) for step in AT]
     np.testing.assert_allclose(rates, peer[f"schedule/{name}"], rtol=2e-6, atol=1e-8)
 

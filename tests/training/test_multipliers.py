@@ -10,7 +10,7 @@ from tests.support.tiny import make
 from vit_dist.model.vit import build_vit, named_weights, weight_shapes
 from vit_dist.run.check import check
 from vit_dist.training.multipliers import check_names, depth_of, multiplier, rate_multipliers
-from vit_dist.training.optimizer import make_optimizer
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 
 NAMES = (
     *("embedding/kernel", "cls", "pos_embedding", "encoderblock_0/norm_0/gamma"),
@@ -51,7 +51,10 @@ def test_what_is_frozen_has_no_state_no_update_and_no_decay():
     variables = named_weights(model)
     before = {name: v.numpy() for name, v in variables.items()}
     optimizer = make_optimizer(
-        variables, weight_decay=0.5, lr_multipliers=(("^head/", 1.0), ("norm_1/", 0.1), (".", 0.0))
+        variables,
+        OptimizerOptions(
+            weight_decay=0.5, lr_multipliers=(("^head/", 1.0), ("norm_1/", 0.1), (".", 0.0))
+        ),
     )
     trained = {name for name in variables if name.startswith("head/") or "norm_1/" in name}
     assert set(optimizer.variables) == trained
@@ -81,12 +84,14 @@ def test_both_conventions_of_decay(name, scale, decay, lost):
     variables = {k: keras.Variable(np.full((2,), 4.0, "f"), name=f"{k}_w") for k in "abcd"}
     optimizer = make_optimizer(
         variables,
-        name=name,
-        learning_rate=0.1,
-        weight_decay=decay,
-        decay_scale=scale,
-        decay_multipliers=(("[ab]", 1.0), ("c", 0.5)),
-        lr_multipliers=(("b", 3.0),),
+        OptimizerOptions(
+            name=name,
+            learning_rate=0.1,
+            weight_decay=decay,
+            decay_scale=scale,
+            decay_multipliers=(("[ab]", 1.0), ("c", 0.5)),
+            lr_multipliers=(("b", 3.0),),
+        ),
     )
     zeros = [tf.zeros(v.shape) for v in optimizer.variables.values()]
     optimizer.apply(
@@ -105,7 +110,9 @@ def test_the_conversion_from_big_vision():
     decays = []
     for options in ({"weight_decay": 0.1}, {"weight_decay": 1e-4, "decay_scale": "schedule"}):
         names = {"kernel": keras.Variable(np.ones((2,), "f"), name="kernel")}
-        decays.append(make_optimizer(names, learning_rate=1e-3, **options).decays["kernel"])
+        decays.append(
+            make_optimizer(names, OptimizerOptions(learning_rate=0.001, **options)).decays["kernel"]
+        )
     assert decays[0] == pytest.approx(decays[1])
 
 

@@ -50,7 +50,7 @@ def test_the_run_ends_and_can_go_on(clean, tmp_path, monkeypatch, log_steps, not
     options, folder = clean
     config = without_evaluation(**options, log_steps=log_steps)
     with monkeypatch.context() as patch:
-        patch.setattr("vit_dist.train.make_train_step", poisoned)
+        patch.setattr("vit_dist.run.build.make_train_step", poisoned)
         with pytest.raises(FloatingPointError, match=f"gradient of step {BAD} is not finite"):
             train(config, str(tmp_path / "run"))
     logged = [row["step"] for row in rows(tmp_path / "run")]

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tests.support.update_rules_in_numpy import RULES
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.training.optimizer import NAMES, make_optimizer
+from vit_dist.training.optimizer import NAMES, OptimizerOptions, make_optimizer
 from vit_dist.training.state import TrainState
 
 # The big one is long enough for both Adafactors to factor it, the middle one for one of them.
@@ -80,7 +80,9 @@ def restated(name, initial, *, decay, steps=10, **options):
 )
 def test_ten_updates(name, options, decay):
     variables = make_variables()
-    optimizer = make_optimizer(variables, name=name, weight_decay=decay, **options)
+    optimizer = make_optimizer(
+        variables, OptimizerOptions(name=name, weight_decay=decay, **options)
+    )
     expected, slots = restated(name, values_of(variables), decay=decay, **options)
     for step in range(10):
         apply(optimizer, step)
@@ -100,7 +102,7 @@ def test_every_optimizer_is_compared():
 def test_first_moments_in_bfloat16(name):
     """Half the room, the same course; the other slots stay float32; a checkpoint keeps all bits."""
     variables = make_variables()
-    optimizer = make_optimizer(variables, name=name, momentum_dtype="bfloat16")
+    optimizer = make_optimizer(variables, OptimizerOptions(name=name, momentum_dtype="bfloat16"))
     halves = {key for key, slot in optimizer.slots.items() if slot.dtype == "bfloat16"}
     assert halves == {key for key in optimizer.slots if key.endswith("/momentum")}
     assert halves or name == "adafactor"
@@ -116,7 +118,7 @@ def test_first_moments_in_bfloat16(name):
 def test_an_update_uses_the_moment_before_it_is_stored():
     """Else the first update of Adam would be off by the rounding of bfloat16."""
     weight = {"kernel": keras.Variable(np.zeros((1000,), "f"), name="kernel")}
-    optimizer = make_optimizer(weight, momentum_dtype="bfloat16", epsilon=1e-30)
+    optimizer = make_optimizer(weight, OptimizerOptions(momentum_dtype="bfloat16", epsilon=1e-30))
     g = np.random.default_rng(0).standard_normal(1000).astype("f")
     apply(optimizer, 4, gradients={"kernel": g})
     first = -rate(4) * (1 - 0.9) / (1 - 0.9**5) / np.sqrt((1 - 0.999) / (1 - 0.999**5))
@@ -128,7 +130,7 @@ def test_an_update_uses_the_moment_before_it_is_stored():
 def test_a_closed_gate_changes_no_bit(name, momentum_dtype):
     variables = make_variables()
     optimizer = make_optimizer(
-        variables, name=name, weight_decay=0.1, momentum_dtype=momentum_dtype
+        variables, OptimizerOptions(name=name, weight_decay=0.1, momentum_dtype=momentum_dtype)
     )
     apply(optimizer, 0)
     state = {**variables, **optimizer.slots}
@@ -153,7 +155,7 @@ def vit(**options):
 )
 def test_slots_belong_to_their_variables(name, kinds):
     variables = named_weights(vit(pool="map", rep_size=8, layer_scale=0.1))
-    optimizer = make_optimizer(variables, name=name)
+    optimizer = make_optimizer(variables, OptimizerOptions(name=name))
     assert set(optimizer.slots) == {f"{v}/{kind}" for v in variables for kind in kinds}
     # Each variable gets a gradient of its own, so that a slot under another's name shows.
     gradients = [tf.fill(v.shape, float(i + 1)) for i, v in enumerate(variables.values())]
@@ -178,7 +180,9 @@ def test_the_state_of_every_optimizer_comes_back(name):
     for _ in range(2):
         model = vit()
         rule = make_optimizer(
-            named_weights(model), name=name, momentum_dtype="bfloat16", num_heads=2
+            named_weights(model),
+            OptimizerOptions(name=name, momentum_dtype="bfloat16"),
+            num_heads=2,
         )
         states.append(TrainState(model, rule))
     for i, variable in enumerate(states[0].optimizer.slots.values()):
@@ -195,7 +199,7 @@ def test_adafactor_keeps_no_full_second_moment():
     variables = make_variables()
     sizes = {}
     for name in ("adamw", "adafactor", "adafactor_vit"):
-        slots = make_optimizer(variables, name=name).slots
+        slots = make_optimizer(variables, OptimizerOptions(name=name)).slots
         sizes[name] = {k: int(np.prod(s.shape)) for k, s in slots.items() if "momentum" not in k}
     assert sizes["adamw"]["big/kernel/velocity"] == 130 * 128
     for name in ("adafactor", "adafactor_vit"):
@@ -220,7 +224,7 @@ def test_adafactor_vit_factors_each_head_for_itself(width, heads):
         f"attention/{name}": keras.Variable(np.zeros(shape, "f"), name=name.replace("/", "_"))
         for name, shape in {**shapes, "out/bias": (width,)}.items()
     }
-    slots = make_optimizer(variables, name="adafactor_vit", num_heads=heads).slots
+    slots = make_optimizer(variables, OptimizerOptions(name="adafactor_vit"), num_heads=heads).slots
     found = {k.removeprefix("attention/"): tuple(s.shape) for k, s in slots.items()}
     moments = {f"{name}/momentum": shape for name, shape in shapes.items()}
     expected = {**moments, "out/bias/momentum": (width,), "out/bias/velocity": (width,)}
@@ -240,7 +244,7 @@ def test_adafactor_vit_factors_each_head_for_itself(width, heads):
 
 def test_adafactor_vit_asks_for_the_heads():
     with pytest.raises(ValueError, match=r"needs num_heads, to factor .*query/kernel"):
-        make_optimizer(named_weights(vit()), name="adafactor_vit")
+        make_optimizer(named_weights(vit()), OptimizerOptions(name="adafactor_vit"))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +258,8 @@ def test_adafactor_vit_asks_for_the_heads():
 def test_decay_multipliers(pattern, decayed):
     variables = make_variables()
     optimizer = make_optimizer(
-        variables, name="sgd", weight_decay=0.5, decay_multipliers=((pattern, 1.0),)
+        variables,
+        OptimizerOptions(name="sgd", weight_decay=0.5, decay_multipliers=((pattern, 1.0),)),
     )
     before = values_of(variables)
     zeros = {k: np.zeros_like(g) for k, g in gradient(0).items()}
@@ -268,7 +273,7 @@ def test_decay_multipliers(pattern, decayed):
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_what_decays_in_a_vit(name):
     variables = named_weights(vit(pool="map", rep_size=8, layer_scale=0.1, qkv_bias=True))
-    optimizer = make_optimizer(variables, name=name, weight_decay=0.1)
+    optimizer = make_optimizer(variables, OptimizerOptions(name=name, weight_decay=0.1))
     undecayed = {name.rsplit("/", 1)[-1] for name in set(variables) - optimizer.decayed}
     assert undecayed == {"bias", "beta", "gamma", "pos_embedding", "probe"}
     assert {"head/kernel", "embedding/kernel", "pre_logits/kernel"} < optimizer.decayed
@@ -293,10 +298,10 @@ def test_what_decays_in_a_vit(name):
 )
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
-        make_optimizer({}, **options)
+        make_optimizer({}, OptimizerOptions(**options))
 
 
 def test_muon_needs_a_keras_that_has_it(monkeypatch):
     monkeypatch.setattr("vit_dist.training.update_rules.HAS_MUON", False)
     with pytest.raises(ValueError, match="'muon' needs a newer Keras than the"):
-        make_optimizer({}, name="muon")
+        make_optimizer({}, OptimizerOptions(name="muon"))

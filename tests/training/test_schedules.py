@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from vit_dist.training.schedules import NAMES, make_schedule
+from vit_dist.training.schedules import NAMES, Schedule
 
 TOTAL, WARMUP = 1000, 100
 STEPS = (0, 1, 50, WARMUP, 101, 550, 949, 999, TOTAL, 1200)
@@ -32,7 +32,7 @@ def values(schedule, dtype=tf.int64, steps=STEPS):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_warmup(name):
-    schedule = make_schedule(0.3, total_steps=TOTAL, name=name, warmup_steps=WARMUP)
+    schedule = Schedule(0.3, total_steps=TOTAL, name=name, warmup_steps=WARMUP)
     expected = [0.3 * decay(name, step) * min(1, step / WARMUP) for step in STEPS]
     np.testing.assert_allclose(values(schedule), expected, rtol=1e-5, atol=1e-8)
     assert values(schedule)[0] == 0.0  # as in the reference
@@ -40,14 +40,14 @@ def test_with_warmup(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_warmup(name):
-    schedule = make_schedule(0.3, total_steps=TOTAL, name=name)
+    schedule = Schedule(0.3, total_steps=TOTAL, name=name)
     expected = [0.3 * decay(name, step, warmup=0) for step in STEPS]
     np.testing.assert_allclose(values(schedule, tf.int32), expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cooldown_factors_power_and_timescale(name):
-    schedule = make_schedule(
+    schedule = Schedule(
         2.0,
         total_steps=TOTAL,
         name=name,
@@ -78,7 +78,7 @@ def test_the_schedule_of_deit():
             return first + epoch * (peak - first) / warm
         return last + 0.5 * (peak - last) * (1 + math.cos(math.pi * epoch / epochs))
 
-    schedule = make_schedule(
+    schedule = Schedule(
         peak,
         total_steps=epochs * per_epoch,
         warmup_steps=warm * per_epoch,
@@ -95,7 +95,7 @@ def test_the_schedule_of_deit():
 
 
 def test_milestones_and_drop():
-    schedule = make_schedule(
+    schedule = Schedule(
         1.0, total_steps=200, name="step", milestones=(25, 50.5), drop=0.5, warmup_steps=10
     )
     rates = values(schedule, steps=(5, 10, 49, 50, 100, 101, 199))
@@ -106,14 +106,14 @@ def test_milestones_and_drop():
     ("name", "last"), [("cosine", 0.02), ("linear", 0.02), ("polynomial", 0.02), ("constant", 0.2)]
 )
 def test_after_the_end(name, last):
-    schedule = make_schedule(0.2, total_steps=10, name=name, end_factor=0.1)
+    schedule = Schedule(0.2, total_steps=10, name=name, end_factor=0.1)
     np.testing.assert_allclose(schedule(tf.constant(10)), last, rtol=1e-6)
     np.testing.assert_allclose(schedule(tf.constant(10**6)), last, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schedules_compile(name):
-    schedule = make_schedule(0.3, total_steps=TOTAL, warmup_steps=WARMUP, name=name, hold_steps=7)
+    schedule = Schedule(0.3, total_steps=TOTAL, warmup_steps=WARMUP, name=name, hold_steps=7)
     compiled = tf.function(schedule, jit_compile=True)
     for step in (50, 550):
         step = tf.constant(step, tf.int64)
@@ -122,7 +122,7 @@ def test_schedules_compile(name):
 
 @pytest.mark.parametrize("total", [0, 1, 2])
 def test_the_shortest_runs(total):
-    schedule = make_schedule(0.3, total_steps=total, warmup_steps=max(total - 1, 0))
+    schedule = Schedule(0.3, total_steps=total, warmup_steps=max(total - 1, 0))
     assert np.isfinite(schedule(tf.constant(0)))
 
 
@@ -152,4 +152,4 @@ def test_the_shortest_runs(total):
 )
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
-        make_schedule(**{"learning_rate": 0.1, "total_steps": 100, **options})
+        Schedule(**{"learning_rate": 0.1, "total_steps": 100, **options})

@@ -25,8 +25,8 @@ from tests.support.tiny import arrays, assert_same, make, without_evaluation
 from vit_dist.model.vit import named_weights
 from vit_dist.run.check import check
 from vit_dist.train import train
-from vit_dist.training.optimizer import NAMES, make_optimizer
-from vit_dist.training.sharding import Shards, deal_out
+from vit_dist.training.optimizer import NAMES, OptimizerOptions, make_optimizer
+from vit_dist.training.sharding import Shards, assign_owners
 from vit_dist.training.step import choose_jit
 
 
@@ -126,12 +126,12 @@ def test_half_the_state_on_each_of_two_replicas(engines):
     assert sum(local.shape.num_elements() for local in copies) == 2 * total
 
 
-def test_deal_out():
+def test_assign_owners():
     sizes = {"a": 5, "b": 7, "c": 5, "d": 1, "e": 6}
-    assert deal_out(sizes, 2) == {"b": 0, "e": 1, "a": 1, "c": 0, "d": 1}
-    assert deal_out(dict(reversed(sizes.items())), 2) == deal_out(sizes, 2)
-    assert set(deal_out(sizes, 1).values()) == {0}
-    assert sorted(deal_out({"a": 1, "b": 1}, 4).values()) == [0, 1]  # two replicas own nothing
+    assert assign_owners(sizes, 2) == {"b": 0, "e": 1, "a": 1, "c": 0, "d": 1}
+    assert assign_owners(dict(reversed(sizes.items())), 2) == assign_owners(sizes, 2)
+    assert set(assign_owners(sizes, 1).values()) == {0}
+    assert sorted(assign_owners({"a": 1, "b": 1}, 4).values()) == [0, 1]  # two replicas own nothing
 
 
 def test_weights_travel_in_their_places():
@@ -139,7 +139,7 @@ def test_weights_travel_in_their_places():
     shards = Shards(make_strategy(2), shapes)
     values = {name: np.float32(np.random.rand(*shape)) for name, shape in shapes.items()}
     packed = [shards.pack({n: values[n] for n in shards.names(r)}) for r in range(2)]
-    assert packed[0].shape == packed[1].shape == (shards.length,) == (9,)
+    assert packed[0].shape == packed[1].shape == (shards.padded_length,) == (9,)
     found = shards.unpack(tf.concat(packed, 0))
     assert set(found) == set(values)
     for name, value in values.items():
@@ -158,9 +158,9 @@ def test_mistakes():
     variables = named_weights(make_net())
     strategy = make_strategy(2)
     with strategy.scope(), pytest.raises(ValueError, match="no scope of it around"):
-        make_optimizer(variables, shard_state=True, strategy=strategy)
+        make_optimizer(variables, OptimizerOptions(shard_state=True), strategy=strategy)
     with pytest.raises(ValueError, match="needs the strategy"):
-        make_optimizer(variables, shard_state=True)
+        make_optimizer(variables, OptimizerOptions(shard_state=True))
     for refused, message in (
         ({"strategy__name": "tpu"}, r"optimizer\.shard_state is not for TPUs"),
         ({**TWO, "step__jit": "whole"}, "'whole' does not go with"),
@@ -169,7 +169,7 @@ def test_mistakes():
             check(make(optimizer__shard_state=True, **refused))
     tpu = object.__new__(tf.distribute.TPUStrategy)
     with pytest.raises(ValueError, match=r"optimizer\.shard_state is not for TPUs"):
-        make_optimizer(variables, shard_state=True, strategy=tpu)
+        make_optimizer(variables, OptimizerOptions(shard_state=True), strategy=tpu)
 
 
 # by the command

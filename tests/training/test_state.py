@@ -8,7 +8,7 @@ from tests.support.stepping import assert_bits
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.training.checkpoint import Checkpointer, open_checkpoint
-from vit_dist.training.optimizer import make_optimizer
+from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 from vit_dist.training.state import INITIAL_LOSS_SCALE, TrainState
 
 
@@ -19,7 +19,7 @@ def make_state():
             "mu/4", image_size=8, num_classes=5, width=8, mlp_dim=16, pool="tok", **options
         )
         models = [build_vit(config, seed=seed, precision=precision) for _ in range(1 + ema)]
-        rule = make_optimizer(named_weights(models[0]), name=optimizer)
+        rule = make_optimizer(named_weights(models[0]), OptimizerOptions(name=optimizer))
         return TrainState(models[0], rule, *models[1:])
 
     return make
@@ -99,7 +99,9 @@ def test_a_state_of_another_config(make_state, changed, message):
         **{k: v for k, v in changed.items() if k == "depth"},
     )  # fmt: skip
     models = [build_vit(config) for _ in range(1 + changed.get("ema", True))]
-    rule = make_optimizer(named_weights(models[0]), name=changed.get("optimizer", "adamw"))
+    rule = make_optimizer(
+        named_weights(models[0]), OptimizerOptions(name=changed.get("optimizer", "adamw"))
+    )
     arrays = TrainState(models[0], rule, *models[1:]).to_arrays()
     state = disturb(make_state())
     before = state.to_arrays()

@@ -26,7 +26,7 @@ from tests.support.stepping import (
 )
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.training.step import check_step, choose_jit
+from vit_dist.training.step import StepOptions, check_batch, choose_jit
 
 MATRIX = [
     (1, 1, "whole"),
@@ -246,8 +246,10 @@ def test_where_xla_compiles(jit, kind, replicas, expected):
     ],
 )
 def test_mistakes(options, message):
+    options = dict(options)
     with pytest.raises(ValueError, match=message):
-        check_step(**{"batch_size": BATCH, "num_replicas": 2, **options})
+        batch_size, num_replicas = options.pop("batch_size", BATCH), options.pop("num_replicas", 2)
+        check_batch(batch_size, StepOptions(**options), num_replicas=num_replicas)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

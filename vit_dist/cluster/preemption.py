@@ -38,6 +38,11 @@ class Preemption:
             raise KeyboardInterrupt
         self._flag = True
 
+    @property
+    def noticed(self) -> bool:
+        """Whether this host was asked to stop."""
+        return self._flag
+
     def requested(self) -> bool:
         """Whether any host was asked to stop; all hosts get the same answer at the same step."""
         return any(all_hosts(self._strategy, self._flag))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from vit_dist.config.binding import check_type, did_you_mean
 from vit_dist.config.durations import UNITS
@@ -24,8 +24,9 @@ class _Typed(NamedTuple):
 
 def _durations(name: str, **default: int) -> dict[str, _Typed]:
     """The keys name_steps, name_epochs, ... of which exactly one counts."""
-    types = {"steps": int, "epochs": float, "examples": int, "percent": float}
-    units = UNITS[:3] if name == "total" else UNITS
+    types = {"steps": int, "epochs": float, "examples": int, "percent": float, "minutes": float}
+    # A whole run has no percentage of itself; the clock decides only when to save.
+    units = UNITS[:3] if name == "total" else UNITS if name == "save" else UNITS[:4]
     return {f"{name}_{u}": _Typed(default.get(u), types[u]) for u in units}
 
 
@@ -193,7 +194,7 @@ def get_defaults() -> ConfigDict:
     return build(DEFAULTS).lock()
 
 
-def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> FrozenConfigDict:
     """Leaves one unit of each duration: the shell's, else the config file's, else the default's.
 
     Args:
@@ -201,12 +202,14 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
       overrides: dotted key -> value given on the command line.
 
     Returns:
-      A locked copy.
+      A copy that cannot be changed.
 
     Raises:
       ValueError: two units of one duration given in the same place, a key that is missing or that
         nobody reads, or a value of another type than the default's.
     """
+    if isinstance(config, FrozenConfigDict):
+        return config  # as this function returned it
     if not hasattr(config, "copy_and_resolve_references"):
         raise ValueError(f"get_config() must return a config, got {config!r}")
     config = config.copy_and_resolve_references()
@@ -218,7 +221,7 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
         names = {k.rsplit("_", 1)[0] for k in default if k.rsplit("_", 1)[-1] in UNITS}
         for name in sorted(names):
             _keep_one(section, default, name, prefix, overrides or {})
-    return config.lock()
+    return FrozenConfigDict(config)
 
 
 def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> None:
@@ -279,6 +282,11 @@ def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
 def to_json(config: ConfigDict) -> str:
     """The resolved config as indented JSON, keys sorted."""
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """The resolved config as JSON has it, tuples as lists: what is compared at a resume."""
+    return json.loads(to_json(config))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

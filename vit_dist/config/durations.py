@@ -1,10 +1,10 @@
-"""Durations of a run: in a config exactly one of _steps, _epochs, _examples, _percent counts."""
+"""Durations of a run: in a config exactly one of _steps, _epochs, _examples, ... counts."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-UNITS = ("steps", "epochs", "examples", "percent")
+UNITS = ("steps", "epochs", "examples", "percent", "minutes")
 
 
 def duration(
@@ -16,7 +16,9 @@ def duration(
     total_steps: int | None = None,
     where: str = "config",
 ) -> int:
-    """The duration `name` of a section in optimiser steps, rounded to the nearest, at least 0.
+    """The duration `name` of a section in optimizer steps, rounded to the nearest, at least 0.
+
+    One in minutes gives 0: no number of steps, the clock decides.
 
     Args:
       section: a finalised config or section with keys such as log_steps and log_epochs.
@@ -42,6 +44,7 @@ def duration(
             "epochs": num_examples / batch_size,
             "examples": 1 / batch_size,
             "percent": (total_steps or 0) / 100,
+            "minutes": 0.0,
         }[unit]
         return round(value * per_unit)
     raise ValueError(

@@ -6,7 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from vit_dist.config.errors import DataError
 from vit_dist.training.losses import Loss, as_distribution
+from vit_dist.training.step import compiled, without_grappler
 
 Tensors = dict[str, tf.Tensor]
 
@@ -18,8 +20,8 @@ def make_evaluator(
     strategy: tf.distribute.Strategy,
     preprocess: Callable[[tf.Tensor], tf.Tensor],
     jit: bool = True,
-) -> Callable[[Any], dict[str, float]]:
-    """Makes evaluate(dataset) -> {"accuracy", "top5_accuracy", "loss", "examples"}.
+) -> Callable[..., dict[str, float] | None]:
+    """Makes evaluate(dataset, stop=...) -> {"accuracy", "top5_accuracy", "loss", "examples"}.
 
     Args:
       model: images -> logits (b, C); its weights are read when evaluate is called.
@@ -30,6 +32,8 @@ def make_evaluator(
 
     Returns:
       A function of a distributed data set of {"image", "label", "mask"}; the mask is 0 for padding.
+      `stop` is asked after each batch, on every host; where it is true the evaluation is given up
+      and the function returns None.
       "accuracy" counts an example whose top class is among its labels, "top5_accuracy" one that
       has a label among its five top classes (absent with 5 classes or fewer). Of equal logits the
       first is ahead, so a head of zeros scores as chance does, and NaN is never a hit.
@@ -48,24 +52,30 @@ def make_evaluator(
 
     # TPUStrategy compiles by itself.
     whole = jit and not isinstance(strategy, tf.distribute.TPUStrategy)
-    compiled = tf.function(sums, jit_compile=True, autograph=False) if whole else sums
+    one_replica = compiled(sums) if whole else sums
 
     def replica_sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
         # Given a tf.function, strategy.run compiles all CPUs into one program, which XLA refuses.
-        return compiled(images, labels, mask)
+        return one_replica(images, labels, mask)
 
     @tf.function
     def step(batch: Tensors) -> Tensors:
         out = strategy.run(replica_sums, args=(batch["image"], batch["label"], batch["mask"]))
         return {k: strategy.reduce("SUM", v, axis=None) for k, v in out.items()}
 
-    def evaluate(dataset: Any) -> dict[str, float]:
+    run_step = without_grappler(step) if whole else step
+
+    def evaluate(
+        dataset: Any, *, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         totals: Tensors = {}
         for batch in dataset:
-            new = {k: tf.cast(v, tf.float64) for k, v in step(batch).items()}
+            new = {k: tf.cast(v, tf.float64) for k, v in run_step(batch).items()}
             totals = {k: totals[k] + v for k, v in new.items()} if totals else new
+            if stop():
+                return None
         if not totals or not float(totals["examples"]):
-            raise ValueError("nothing to evaluate: the split has no examples")
+            raise DataError("nothing to evaluate: the split has no examples")
         examples = float(totals.pop("examples"))
         means = {k: float(v) / examples for k, v in totals.items()}
         return {**means, "examples": examples}

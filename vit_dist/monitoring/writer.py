@@ -47,6 +47,15 @@ def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = 
     return Writer(_RemoteRows(path) if is_remote(path) else _Rows(path), events)
 
 
+def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
+    """Whether the metrics of `workdir` hold the scalar `name` at `step`."""
+    path = epath.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return False
+    rows = (line for line in path.read_text().split("\n") if _is_row_until(line, step))
+    return any(row["step"] == step and name in row for row in map(json.loads, rows))
+
+
 class Writer:
     """Writes scalars, texts and images of a run; see `make_writer`."""
 

@@ -1,29 +1,112 @@
-"""From a checked config to the parts of a run, made under its strategy."""
+"""From checked options to the parts of a run, made under its strategy."""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import device_kind
+from vit_dist.evaluators.classification import make_evaluator
 from vit_dist.model.variants import choose_form
-from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.run.check import Run
+from vit_dist.model.vit import ViT, build_vit, named_weights
+from vit_dist.run.explain import Reading, explain_reading
+from vit_dist.run.input import eval_data
+from vit_dist.run.options import Data, EvaluationOptions, ModelOptions, RunOptions
 from vit_dist.training.optimizer import make_optimizer
 from vit_dist.training.state import TrainState
+from vit_dist.training.step import choose_jit, make_train_step
 
 
-def make_state(run: Run, strategy: tf.distribute.Strategy) -> TrainState:
-    """Model, optimiser and moving average, new, under the strategy's scope."""
-    build = {**run.build, "form": choose_form(device_kind(strategy))}
+def make_model(options: ModelOptions, strategy: tf.distribute.Strategy) -> ViT:
+    """The model with new weights, under the strategy's scope."""
     with strategy.scope():
-        model = build_vit(**build)
-        ema = build_vit(**build) if run.step["ema_decay"] else None
-    # Sharded, a slot is on one device alone, which the scope does not have.
-    scope = contextlib.nullcontext() if run.optimizer["shard_state"] else strategy.scope()
-    heads = run.build["config"]["num_heads"]
-    with scope:
+        return build_vit(
+            dict(options.network),
+            seed=options.seed,
+            precision=options.precision,
+            head_bias=options.head_bias,
+            posemb_stddev=options.posemb_stddev,
+            form=choose_form(device_kind(strategy)),
+        )
+
+
+def make_state(options: RunOptions, strategy: tf.distribute.Strategy) -> TrainState:
+    """Model, optimizer and moving average, new, under the strategy's scope."""
+    model = make_model(options.model, strategy)
+    ema = make_model(options.model, strategy) if options.step.ema_decay else None
+    # A slot of sharded state is on one device; under the scope it would be on all of them.
+    sharded = options.optimizer.shard_state
+    with contextlib.nullcontext() if sharded else strategy.scope():
         optimizer = make_optimizer(
-            named_weights(model), **run.optimizer, strategy=strategy, num_heads=heads
+            named_weights(model),
+            options.optimizer,
+            strategy=strategy,
+            num_heads=options.model.network["num_heads"],
         )
     with strategy.scope():
         return TrainState(model, optimizer, ema)
+
+
+def make_step(
+    options: RunOptions, data: Data, state: TrainState, strategy: tf.distribute.Strategy
+) -> Callable[[Iterator[Any], tf.Tensor], dict[str, tf.Tensor]]:
+    """The compiled step of a training; see training.step.make_train_step."""
+    return make_train_step(
+        state,
+        options.loss,
+        strategy=strategy,
+        schedule=options.schedule,
+        preprocess=options.input.pipe.device,
+        batch_size=options.input.batch_size,
+        seed=options.seed,
+        options=options.step,
+        mixing=options.input.mixing,
+        masked=bool(data.damage),
+    )
+
+
+class Evaluation:
+    """Judges a model on the splits of a run; its data sets are made at their first use.
+
+    Args:
+      options, data: checked; see check.check_evaluation.
+      model: its weights are read at each call.
+      strategy: whose replicas share the work.
+    """
+
+    def __init__(
+        self,
+        options: EvaluationOptions,
+        data: Data,
+        model: ViT,
+        strategy: tf.distribute.Strategy,
+    ):
+        self._options, self._data, self._strategy = options, data, strategy
+        jit = choose_jit(
+            options.jit, kind=device_kind(strategy), num_replicas=strategy.num_replicas_in_sync
+        )
+        self._evaluate = make_evaluator(
+            model,
+            options.loss,
+            strategy=strategy,
+            preprocess=options.pipe.device,
+            jit=jit != "off",
+        )
+        self._datasets: dict[str, Any] = {}
+
+    def __call__(
+        self, split: str, *, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Metrics of a split, see make_evaluator; None if `stop` became true between batches.
+
+        Raises:
+          DataError: an example cannot be read.
+        """
+        try:
+            if split not in self._datasets:
+                self._datasets[split] = eval_data(self._options, self._data, self._strategy, split)
+            return self._evaluate(self._datasets[split], stop=stop)
+        except tf.errors.OpError as error:
+            reading = Reading(split, pipe=self._options.pipe)
+            raise explain_reading(error, reading, self._data) or error from error

@@ -1,155 +1,202 @@
-"""From a config to the parts of a run, checked before any device starts (law 3)."""
+"""From a config to the options of a run, checked before any device starts (law 3)."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vit_dist.cluster.strategy import check_strategy, make_strategy
 from vit_dist.config import defaults as config_lib
 from vit_dist.config import durations as durations_lib
 from vit_dist.config.binding import bind
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing, check_groups, make_mixing
 from vit_dist.data.ops.pipe import Pipe, output_spec, parse
+from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.source import Source
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
 from vit_dist.model.vit import build_vit, weight_shapes
 from vit_dist.model.weights import PATCH_METHODS
+from vit_dist.run.options import (
+    Data,
+    EvaluationOptions,
+    InputOptions,
+    ModelOptions,
+    RunOptions,
+    WeightsOptions,
+)
 from vit_dist.run.sources import check_input, open_sources
 from vit_dist.training.losses import make_loss
 from vit_dist.training.multipliers import check_names
-from vit_dist.training.optimizer import check_optimizer, make_optimizer
-from vit_dist.training.schedules import make_schedule
+from vit_dist.training.optimizer import OptimizerOptions
+from vit_dist.training.schedules import Schedule
 from vit_dist.training.sharding import NOT_ON_TPUS
-from vit_dist.training.step import check_step
+from vit_dist.training.step import StepOptions, check_batch
 
 MAX_SEED = 2**31 - 1  # the step's dropout seeds are int32
 _BUILD_KEYS = ("head_bias", "posemb_stddev")  # of config.model, for build_vit; the rest: vit_config
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A checked config: keyword arguments for every part, and durations in steps."""
-
-    config: ConfigDict
-    sources: dict[str, Source]  # split -> source; "train" always, "val" and "test" where named
-    damage: dict[str, Damage]  # the same keys where damaged examples are masked, else empty
-    train_pipe: Pipe
-    eval_pipe: Pipe
-    model: dict[str, Any]
-    build: dict[str, Any]
-    optimizer: dict[str, Any]
-    schedule: dict[str, Any]
-    loss: dict[str, Any]
-    step: dict[str, Any]
-    mixing: Mixing | None
-    strategy: dict[str, Any]
-    total_steps: int
-    log_steps: int
-    eval_steps: int
-    save_steps: int
-
-    @property
-    def batch_size(self) -> int:
-        return self.config.input.batch_size
-
-
-def check(config: ConfigDict) -> Run:
+def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     """Checks every key of a config and the data it names; touches no device.
 
     Raises:
-      ValueError: the first mistake found; says what was given, what is allowed, what to do.
+      ConfigError: the first mistake found; says what was given, what is allowed, what to do.
+      DataError: the data is not there, or not what the config says.
     """
-    config = config_lib.finalize(config)
-    strategy = bind(make_strategy, config.strategy, name="strategy")
-    check_strategy(**strategy)
+    config = _finalized(config)
+    # Whatever a glance finds comes first: opening the data can take minutes.
     optimizer = _check_optimizer(config)
-    loss = bind(make_loss, config.loss, name="loss")
-    make_loss(**loss)
-    size = config_lib.parse_image_size(config.image_size)
-    _check_ranges(config)
-    check_input(config)
-    step = bind(
-        check_step,
-        config.step,
-        name="step",
-        batch_size=config.input.batch_size,
-        num_replicas=max(config.strategy.virtual_cpus, 1),
-        shard_state=optimizer["shard_state"],
-    )
+    step = StepOptions(**bind(StepOptions, config.step, name="step"))
     mixing = make_mixing(**bind(make_mixing, config.mixing, name="mixing"))
-    check_parts(step, mixing, num_replicas=step["num_replicas"])
-    _durations(config, num_examples=1)  # a mistake there shows before a data set is prepared
-    sources = open_sources(config)
-    num_classes = sources["train"].num_classes
-    model, build = _check_model(config, size, num_classes)
-    patterns = {k: optimizer[k] for k in ("decay_multipliers", "lr_multipliers")}
-    if patterns != {k: config_lib.get_defaults().optimizer[k] for k in patterns}:  # takes a second
-        check_names(weight_shapes(build["config"]), **patterns)
-    pipes = {
-        "train": parse(config.input.train_ops, size=size, num_classes=num_classes),
-        "eval": parse(config.input.eval_ops, size=size, num_classes=num_classes),
-    }
-    _check_images(sources, pipes, (*size, model["channels"]))
-    durations = _durations(config, sources["train"].num_examples)
-    schedule = _bind_schedule(config, durations["total"], sources["train"].num_examples)
-    make_schedule(**schedule)
-    masked = config.input.on_bad_example == "mask"
-    return Run(
-        config=config,
-        sources=sources,
-        damage={k: Damage(v) for k, v in sources.items()} if masked else {},
-        train_pipe=pipes["train"],
-        eval_pipe=pipes["eval"],
-        model=model,
-        build=build,
+    check_parts(
+        config.input.batch_size,
+        step,
+        mixing,
+        num_replicas=max(config.strategy.virtual_cpus, 1),
+        shard_state=optimizer.shard_state,
+    )
+    _check_ranges(config)
+    loss = make_loss(**bind(make_loss, config.loss, name="loss"))
+    _durations(config, num_examples=1)
+    evaluation, data = _check_evaluation(config, training=True)
+    train = data.sources["train"]
+    if train.num_classes < 2:
+        raise DataError(
+            f"{train} has one class alone ({train.class_names[0]!r}): there is nothing to tell "
+            "apart. A folder wants one directory for each class"
+        )
+    _check_patterns(optimizer, evaluation.model.network)
+    pipe = _parse_pipe(config.input.train_ops, evaluation.model.network)
+    _check_images([train], pipe, "train_ops", evaluation.model.network)
+    durations = _durations(config, train.num_examples)
+    return RunOptions(
+        evaluation=evaluation,
+        input=InputOptions(
+            pipe=pipe,
+            batch_size=config.input.batch_size,
+            num_threads=config.input.num_threads,
+            prefetch=config.input.prefetch,
+            repeats=config.input.repeats,
+            mixing=mixing,
+            max_bad_share=config.input.max_bad_share,
+            services=tuple(parse_addresses(config.input.service)),
+            service_timeout=config.input.service_timeout,
+        ),
         optimizer=optimizer,
-        schedule=schedule,
-        loss=loss,
         step=step,
-        mixing=mixing,
-        strategy=strategy,
+        schedule=_make_schedule(config, durations["total"], train.num_examples),
+        loss=loss,
+        seed=config.seed,
         total_steps=durations["total"],
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
+        save_minutes=config.save_minutes or 0.0,
+        keep_checkpoints=config.keep_checkpoints,
+        resume_from=config.resume_from,
+        init_from=config.init_from,
+        record=config_lib.as_json(config),
+    ), data
+
+
+def check_evaluation(
+    config: ConfigDict, *, splits: Sequence[str] | None = None
+) -> tuple[EvaluationOptions, Data]:
+    """Checks what judging a model needs of a config, and opens the splits to judge it on.
+
+    Args:
+      config: its training split need not be there, its optimizer and schedule are not looked at.
+      splits: of "train", "val", "test"; None for val and test, as far as configured.
+
+    Raises:
+      ConfigError: a mistake there, or a split that is not configured.
+      DataError: the data is not there, or not what the config says.
+    """
+    config = _finalized(config)
+    _check_ranges(config)
+    return _check_evaluation(config, training=False, splits=splits)
+
+
+def _finalized(config: ConfigDict) -> FrozenConfigDict:
+    """As `finalize` gives it; a config of the command line went through it with its flags."""
+    return config if isinstance(config, FrozenConfigDict) else config_lib.finalize(config)
+
+
+def _check_evaluation(
+    config: FrozenConfigDict, *, training: bool, splits: Sequence[str] | None = None
+) -> tuple[EvaluationOptions, Data]:
+    strategy = bind(make_strategy, config.strategy, name="strategy")
+    check_strategy(**strategy)
+    size = config_lib.parse_image_size(config.image_size)
+    check_input(config)
+    sources = open_sources(config, training=training, splits=splits)
+    num_classes = next(iter(sources.values())).num_classes
+    model = _check_model(config, size, num_classes)
+    pipe = _parse_pipe(config.input.eval_ops, model.network)
+    judged = [source for name, source in sources.items() if not (training and name == "train")]
+    _check_images(judged, pipe, "eval_ops", model.network)
+    masked = config.input.on_bad_example == "mask"
+    options = EvaluationOptions(
+        model=model,
+        strategy=strategy,
+        pipe=pipe,
+        batch_size=config.input.eval_batch_size,
+        num_threads=config.input.num_threads,
+        # The kind of loss alone: with smoothed labels it would not tell how sure the model is.
+        loss=make_loss(name=config.loss.name),
+        jit=config.step.jit,
+        weights=WeightsOptions(
+            posemb_method=config.posemb_method,
+            patch_method=config.patch_method,
+            ignore=config.init_ignore,
+            image_size=config.init_image_size,
+        ),
     )
+    return options, Data(sources, {k: Damage(v) for k, v in sources.items()} if masked else {})
 
 
-def _check_optimizer(config: ConfigDict) -> dict[str, Any]:
-    later: dict[str, Any] = {"variables": {}, "strategy": None, "num_heads": None}
-    optimizer = bind(make_optimizer, config.optimizer, name="optimizer", **later)
-    optimizer = {key: value for key, value in optimizer.items() if key not in later}
-    check_optimizer(**optimizer)
-    if optimizer["shard_state"] and config.strategy.name == "tpu":
-        raise ValueError(NOT_ON_TPUS)
+def _check_optimizer(config: FrozenConfigDict) -> OptimizerOptions:
+    optimizer = OptimizerOptions(**bind(OptimizerOptions, config.optimizer, name="optimizer"))
+    if optimizer.shard_state and config.strategy.name == "tpu":
+        raise ConfigError(NOT_ON_TPUS)
     return optimizer
 
 
-def check_parts(step: Mapping[str, Any], mixing: Mixing | None, *, num_replicas: int) -> None:
-    """Checks that the global batch can be cut into replicas and micro-batches."""
-    check_step(**{**step, "num_replicas": num_replicas})
-    num_parts = num_replicas * step["accumulation"]
-    check_groups(mixing, batch_size=step["batch_size"], num_parts=num_parts)
+def check_parts(
+    batch_size: int,
+    step: StepOptions,
+    mixing: Mixing | None,
+    *,
+    num_replicas: int,
+    shard_state: bool = False,
+) -> None:
+    """Checks that the global batch can be cut into replicas and micro-batches, partners together.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    check_batch(batch_size, step, num_replicas=num_replicas, shard_state=shard_state)
+    check_groups(mixing, batch_size=batch_size, num_parts=num_replicas * step.accumulation)
 
 
-def _check_ranges(config: ConfigDict) -> None:
+def _check_ranges(config: FrozenConfigDict) -> None:
     if config.keep_checkpoints < 1:
-        raise ValueError(
+        raise ConfigError(
             f"config.keep_checkpoints must be 1 or more, got {config.keep_checkpoints}"
         )
     if not 0 <= config.seed <= MAX_SEED:
-        raise ValueError(f"config.seed must be in 0..{MAX_SEED}, got {config.seed}")
+        raise ConfigError(f"config.seed must be in 0..{MAX_SEED}, got {config.seed}")
     if config.init_image_size is not None:
         config_lib.parse_image_size(config.init_image_size, key="init_image_size")
     try:
         re.compile(config.init_ignore)
     except re.error as error:
-        raise ValueError(
+        raise ConfigError(
             f"config.init_ignore {config.init_ignore!r} is no regex: {error}"
         ) from None
     allowed = {
@@ -159,62 +206,82 @@ def _check_ranges(config: ConfigDict) -> None:
     }
     for key, names in allowed.items():
         if config[key] not in names:
-            raise ValueError(
+            raise ConfigError(
                 f"config.{key} {config[key]!r} is unknown; allowed: {', '.join(names)}"
             )
 
 
-def _check_model(
-    config: ConfigDict, size: tuple[int, int], num_classes: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: int) -> ModelOptions:
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
-    model = bind(vit_config, section, name="model", image_size=size, num_classes=num_classes)
-    build = bind(
-        build_vit,
-        {k: v for k, v in config.model.items() if k in _BUILD_KEYS},
-        name="model",
-        config=vit_config(**model),
-        seed=config.seed,
-        precision=config.precision,
+    network = vit_config(
+        **bind(vit_config, section, name="model", image_size=size, num_classes=num_classes)
     )
-    if model["pool"] == "none":
-        raise ValueError("config.model.pool 'none' gives one output per token; not for training")
-    return model, build
+    build = {k: v for k, v in config.model.items() if k in _BUILD_KEYS}
+    bind(build_vit, build, name="model", config=network)
+    if network["pool"] == "none":
+        raise ConfigError("config.model.pool 'none' gives one output per token; not for training")
+    return ModelOptions(network=network, precision=config.precision, seed=config.seed, **build)
+
+
+def _check_patterns(optimizer: OptimizerOptions, network: Mapping[str, Any]) -> None:
+    """Patterns for weights must match some; to list the model's weights takes a second."""
+    patterns = {
+        "decay_multipliers": optimizer.decay_multipliers,
+        "lr_multipliers": optimizer.lr_multipliers,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(OptimizerOptions)}
+    if any(tuple(rules) != defaults[key] for key, rules in patterns.items()):
+        check_names(weight_shapes(dict(network)), **patterns)
+
+
+def _parse_pipe(text: str, network: Mapping[str, Any]) -> Pipe:
+    return parse(text, size=network["image_size"], num_classes=network["num_classes"])
 
 
 def _check_images(
-    sources: Mapping[str, Source], pipes: Mapping[str, Pipe], shape: tuple[int, int, int]
+    sources: Sequence[Source], pipe: Pipe, key: str, network: Mapping[str, Any]
 ) -> None:
-    for name, source in sources.items():
-        key = "train" if name == "train" else "eval"
-        spec = output_spec(source, pipes[key])
+    """What the pipe makes of each source must be what the model takes."""
+    shape = (*network["image_size"], network["channels"])
+    for source in sources:
+        spec = output_spec(source, pipe)
         for needed in ("image", "label"):
             if needed not in spec:
-                raise ValueError(f"config.input.{key}_ops must keep '{needed}': {pipes[key]}")
+                raise ConfigError(f"config.input.{key} must keep '{needed}': {pipe}")
         got = tuple(spec["image"].shape)
         if got != shape:
-            raise ValueError(
-                f"config.input.{key}_ops gives images of {got}, but config.image_size is "
+            raise ConfigError(
+                f"config.input.{key} gives images of {got}, but config.image_size is "
                 f"{shape[:2]} and config.model.channels {shape[2]}: end the pipe with resize(size) "
                 "or a crop to size"
             )
-        if not any(step.op.on_device for step in pipes[key].steps):
-            raise ValueError(
-                f"config.input.{key}_ops leaves images at 0..255: add value_range(-1, 1), as the "
+        if not any(step.op.on_device for step in pipe.steps):
+            raise ConfigError(
+                f"config.input.{key} leaves images at 0..255: add value_range(-1, 1), as the "
                 "reference's checkpoints take them, or normalize('imagenet')"
             )
 
 
-def _durations(config: ConfigDict, num_examples: int) -> dict[str, int]:
+def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:
+    """Steps of "total", "log", "eval" and "save"."""
     known = {"batch_size": config.input.batch_size, "num_examples": num_examples}
     total = durations_lib.duration(config, "total", **known)
+    if total < 1 and num_examples > 1:
+        given = [
+            f"{k}={config[k]}" for k in config if k.startswith("total_") and config[k] is not None
+        ]
+        raise ConfigError(
+            f"nothing would be trained: config.{given[0]} is {total} steps of "
+            f"{config.input.batch_size} examples; train longer, or lower config.input.batch_size. "
+            "To judge weights as they are: python -m vit_dist.evaluate"
+        )
     durations = {"total": total}
     for name in ("log", "eval", "save"):
         durations[name] = durations_lib.duration(config, name, **known, total_steps=total)
     return durations
 
 
-def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> dict[str, Any]:
+def _make_schedule(config: FrozenConfigDict, total_steps: int, num_examples: int) -> Schedule:
     steps = {
         f"{name}_steps": durations_lib.duration(
             config.schedule,
@@ -226,11 +293,12 @@ def _bind_schedule(config: ConfigDict, total_steps: int, num_examples: int) -> d
         )
         for name in ("warmup", "cooldown", "timescale", "hold")
     }
-    return bind(
-        make_schedule,
+    arguments = bind(
+        Schedule,
         durations_lib.without_durations(config.schedule),
         name="schedule",
         learning_rate=config.optimizer.learning_rate,
         total_steps=total_steps,
         **steps,
     )
+    return Schedule(**arguments)

@@ -14,10 +14,12 @@ from typing import Any, NoReturn
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from vit_dist.config import defaults as config_lib
+from vit_dist.config import recorded
 from vit_dist.config.binding import did_you_mean
+from vit_dist.config.errors import ConfigError, UserError
 
 
 @contextlib.contextmanager
@@ -47,25 +49,67 @@ _INTERRUPTED = 130  # as shells report a program that SIGINT ended
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def define_config() -> None:
-    """Defines --config FILE[:arg] and --config.key=value."""
-    config_flags.DEFINE_config_file("config", None, "config file, e.g. configs/demo.py[:arg]")
+_DEFAULT_FROM: list[str] = []  # the flag whose run lends its config where --config is not given
 
 
-def load_config() -> ConfigDict:
+def define_config(*, default_from: str | None = None) -> None:
+    """Defines --config FILE[:arg] and --config.key=value.
+
+    Args:
+      default_from: name of a flag that names a run; without --config that run's own is taken.
+    """
+    _DEFAULT_FROM[:] = [default_from] if default_from else []
+    config_flags.DEFINE_config_file(
+        "config", None, "config file, e.g. configs/demo.py[:arg], or a run's folder or config.json"
+    )
+
+
+def load_config() -> FrozenConfigDict:
     """The finalised config of the command line.
 
     Raises:
-      ValueError: no --config, a file that gives none, or contradictory durations.
+      ConfigError: no --config, a file that gives none, or contradictory durations.
     """
     flag = flags.FLAGS["config"]
     if not flag.present:
-        raise ValueError("give a config file: --config configs/demo.py")
+        raise ConfigError("give a config file: --config configs/demo.py")
     if flag.value is None:
-        raise ValueError(
+        raise ConfigError(
             f"get_config() of {_config_file()} returns None: end it with return config"
         )
     return config_lib.finalize(flag.value, config_flags.get_override_values(flag))
+
+
+def _with_recorded_config(arguments: list[str]) -> list[str]:
+    """The command line, where --config may be a run's folder or its config.json.
+
+    ml_collections reads Python files alone; config/recorded.py is one that reads what a run left.
+    """
+    found, given = list(arguments), False
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        given = True
+        place = i if equals else i + 1
+        if not equals and place < len(arguments):
+            value = arguments[place]
+        if value and recorded.find(value):
+            found[place] = (f"{flag}=" if equals else "") + f"{recorded.__file__}:{value}"
+    run = _value_of(_DEFAULT_FROM[0], arguments) if _DEFAULT_FROM and not given else None
+    if run and recorded.find(run):
+        # Before all --config.key=value, which can be parsed only once the keys are known.
+        found.insert(1, f"--config={recorded.__file__}:{run}")
+    return found
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    """What the command line gives for --flag; None if it does not."""
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            return value if equals else next(iter(arguments[i + 1 : i + 2]), None)
+    return None
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -84,9 +128,13 @@ def run(main: Callable[[], int | None]) -> None:
     std_logging.getLogger("tensorflow").propagate = False
     std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
     try:
-        app.run(_guard(wrapped), flags_parser=_guard(flags.FLAGS))
+        app.run(_guard(wrapped), flags_parser=_guard(_parse_flags))
     finally:
         logging.flush()
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    return flags.FLAGS(_with_recorded_config(arguments))
 
 
 def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -118,6 +166,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     """The message for a failure that a user can mend, else None, and the exit code."""
     if isinstance(error, flags.Error):
         return _flag_message(error), USAGE_ERROR
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
     message = _config_message(error)
     if message:
         return message, USAGE_ERROR

@@ -1,64 +1,113 @@
-"""What to say when a run fails: the damaged example, the lost worker, the full disk."""
+"""What to say when a run fails: the damaged example, the lost host, the full disk.
 
+TensorFlow's own errors name nodes of graphs. These functions return what to raise in their place,
+or None where nothing better can be said: the error then keeps its traceback.
+"""
+
+import dataclasses
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import num_hosts
+from vit_dist.config.errors import DataError, HostLostError, StorageError, UserError
 from vit_dist.data.damage import explain_data_error
-from vit_dist.data.pipeline import train_indices
+from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.service import find_failure
-from vit_dist.run.check import Run
+from vit_dist.run.options import Data
+
+# Only what a data iterator raised can be the data's fault: its node stands in the message.
+_ITERATOR = re.compile(r"Iterator\w*GetNext")
+# How the others notice that a host is gone, whatever it died of.
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.CancelledError,
+)
 
 
-def explain_error(
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a run was reading when it failed.
+
+    Attributes:
+      split: "train", "val" or "test".
+      pipe: that prepared the images.
+      indices: called to list the examples that may have been read; they are looked at first.
+    """
+
+    split: str
+    pipe: Pipe
+    indices: Callable[[], Sequence[int]] = tuple
+
+
+def explain(
     error: Exception,
-    run: "Run",
+    reading: Reading,
+    data: Data,
     strategy: tf.distribute.Strategy,
     *,
-    split: str,
-    steps: range = range(0),
-) -> Exception | None:
-    """What to raise in place of a TensorFlow error: the damaged example, or the lost worker.
-
-    Args:
-      error: what running or reading raised.
-      run: the checked config.
-      strategy: what it ran on.
-      split: what was being read.
-      steps: of the training data, those that may have been read.
-
-    Returns:
-      None where nothing better can be said.
-    """
-    lost = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
-    if num_hosts(strategy) > 1 and isinstance(error, (*lost, tf.errors.CancelledError)):
+    workdir: str,
+) -> UserError | None:
+    """What to raise in place of an error that ended a run; see the module."""
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, OSError):
+        return _explain_storage(error, workdir)
+    if not isinstance(error, tf.errors.OpError):
+        return None
+    if _ITERATOR.search(error.message or ""):
+        return explain_reading(error, reading, data)
+    if num_hosts(strategy) > 1 and isinstance(error, _LOST):
         found = re.search(r"Collective (?:ops is|has)[^\n]*", error.message)
         what = found[0] if found else type(error).__name__
-        return ConnectionError(
+        return HostLostError(
             "lost another worker; its own log says why. Start all of them again: they go on from "
             f"the newest checkpoint. ({what[:300]})"
         )
-    ours = (tf.errors.ResourceExhaustedError, tf.errors.InternalError)  # not for want of good data
-    if not isinstance(error, tf.errors.OpError) or isinstance(error, ours):
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return _explain_memory(error)
+    return None
+
+
+def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> UserError | None:
+    """The damaged example, or the data service that failed, behind what an iterator raised."""
+    # Memory that ran out, or a fault of TensorFlow's, is no want of good data.
+    if isinstance(error, tf.errors.ResourceExhaustedError | tf.errors.InternalError):
         return None
     failed = find_failure(error)
     if isinstance(failed, ConnectionError):
-        return failed
-    source = run.sources[split]
-    indices: Sequence[int] = ()
-    if source.indexable and steps:
-        indices = train_indices(
-            source,
-            batch_size=run.batch_size,
-            seed=run.config.seed,
-            first_step=steps.start,
-            num_steps=len(steps),
-            repeats=run.config.input.repeats,
-        ).tolist()
-    pipe = run.train_pipe if split == "train" else run.eval_pipe
-    reason = explain_data_error(source, error, pipe=pipe, indices=indices)
-    if reason is None and failed is not None:  # it is the service's own trouble
-        return ValueError(f"{failed}. The data must be readable there under the same paths")
-    return None if reason is None else ValueError(reason)
+        return HostLostError(str(failed))
+    source = data.sources[reading.split]
+    indices = reading.indices() if source.indexable else ()
+    reason = explain_data_error(source, error, pipe=reading.pipe, indices=indices)
+    if reason is not None:
+        return DataError(reason)
+    if failed is not None:  # every example is readable here: it is the service's own trouble
+        return DataError(f"{failed}. The data must be readable there under the same paths")
+    return None
+
+
+def _explain_storage(error: OSError, workdir: str) -> StorageError | None:
+    """A plain error of the operating system, which no module of ours has put into words yet."""
+    if not error.errno or error.strerror != os.strerror(error.errno):
+        return None
+    return StorageError(
+        error.errno,
+        f"{error.filename or workdir}: {error.strerror}. Checkpoints are untouched: make room or "
+        "mend the storage and run again to resume",
+    )
+
+
+def _explain_memory(error: tf.errors.ResourceExhaustedError) -> UserError:
+    """Memory of a device or of the host that ran out."""
+    what = (error.message or "out of memory").splitlines()[0][:300]
+    return UserError(
+        f"out of memory: {what}. Lower config.input.batch_size, or raise "
+        "config.step.accumulation (micro-batches), or set config.model.remat=full or "
+        "config.precision=bfloat16; where it happened in an evaluation, lower "
+        "config.input.eval_batch_size"
+    )

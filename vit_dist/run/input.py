@@ -1,4 +1,4 @@
-"""From a checked config to the batches of a run, and what to say when reading them fails."""
+"""The batches of a run, distributed over its devices, from its options and opened data."""
 
 import functools
 from typing import Any
@@ -8,23 +8,22 @@ import tensorflow as tf
 
 from vit_dist.cluster.hosts import host_replicas
 from vit_dist.data.pipeline import ALL, Part, make_eval_data, make_train_data
-from vit_dist.data.service import from_services, parse_addresses
+from vit_dist.data.service import from_services
 from vit_dist.data.view import batch_images
-from vit_dist.run.check import Run
-from vit_dist.run.explain import explain_error
+from vit_dist.run.options import Data, EvaluationOptions, RunOptions
 
 
-def train_data(run: Run, strategy: tf.distribute.Strategy, *, first_step: int) -> Any:
+def train_data(
+    options: RunOptions, data: Data, strategy: tf.distribute.Strategy, *, first_step: int
+) -> Any:
     """The distributed training set from the batch of `first_step` on."""
-    local = host_replicas(strategy)
-    prefetch = run.config.input.prefetch * len(local)
-    make = functools.partial(_train_dataset, run, strategy, first_step=first_step)
-    section = run.config.input
-    if section.service:
+    prefetch = options.input.prefetch * len(host_replicas(strategy))
+    make = functools.partial(_train_dataset, options, data, strategy, first_step=first_step)
+    if options.input.services:
         dataset = from_services(
             lambda part: make(prefetch=1, part=part),
-            parse_addresses(section.service),
-            timeout=run.config.input.service_timeout,
+            options.input.services,
+            timeout=options.input.service_timeout,
             prefetch=prefetch,
         )
     else:
@@ -33,26 +32,29 @@ def train_data(run: Run, strategy: tf.distribute.Strategy, *, first_step: int) -
 
 
 def first_images(
-    run: Run, strategy: tf.distribute.Strategy, *, first_step: int, count: int = 16
+    options: RunOptions,
+    data: Data,
+    strategy: tf.distribute.Strategy,
+    *,
+    first_step: int,
+    count: int = 16,
 ) -> np.ndarray:
     """The first images of a step's batch on this host as the model sees them, uint8 (B, H, W, 3).
 
     Raises:
-      ValueError: they cannot be read; names the first that cannot.
+      tf.errors.OpError: they cannot be read; run/explain.py finds which.
     """
-    if run.mixing is not None:  # partners are within a group
-        count = -(-count // run.mixing.group_size) * run.mixing.group_size
-    try:
-        dataset = _train_dataset(run, strategy, first_step=first_step, prefetch=1, only=count)
-        with tf.device("CPU:0"):
-            return batch_images(run.train_pipe, next(iter(dataset)), run.mixing)
-    except tf.errors.OpError as error:
-        steps = range(first_step, first_step + 2)
-        raise explain_error(error, run, strategy, split="train", steps=steps) or error from error
+    mixing = options.input.mixing
+    if mixing is not None:  # an image is mixed with others of its group: whole groups only
+        count = -(-count // mixing.group_size) * mixing.group_size
+    dataset = _train_dataset(options, data, strategy, first_step=first_step, prefetch=1, only=count)
+    with tf.device("CPU:0"):
+        return batch_images(options.input.pipe, next(iter(dataset)), mixing)
 
 
 def _train_dataset(
-    run: Run,
+    options: RunOptions,
+    data: Data,
     strategy: tf.distribute.Strategy,
     *,
     first_step: int,
@@ -61,39 +63,37 @@ def _train_dataset(
     only: int | None = None,
 ) -> tf.data.Dataset:
     return make_train_data(
-        run.sources["train"],
-        run.train_pipe,
-        batch_size=run.batch_size,
-        seed=run.config.seed,
+        data.sources["train"],
+        options.input.pipe,
+        batch_size=options.input.batch_size,
+        seed=options.seed,
         first_step=first_step,
         num_replicas=strategy.num_replicas_in_sync,
         local_replicas=host_replicas(strategy),
-        num_threads=run.config.input.num_threads,
+        num_threads=options.input.num_threads,
         prefetch=prefetch,
-        mixing=run.mixing,
-        repeats=run.config.input.repeats,
-        damage=run.damage.get("train"),
+        mixing=options.input.mixing,
+        repeats=options.input.repeats,
+        damage=data.damage.get("train"),
         part=part,
         only=only,
     )
 
 
-def eval_data(run: Run, strategy: tf.distribute.Strategy, split: str) -> Any:
+def eval_data(
+    options: EvaluationOptions, data: Data, strategy: tf.distribute.Strategy, split: str
+) -> Any:
     """A distributed evaluation set: each example once, padding masked."""
-    replicas = strategy.num_replicas_in_sync
+    source, replicas = data.sources[split], strategy.num_replicas_in_sync
+    # At most one padded batch: a small split would be mostly padding otherwise.
+    needed = min(options.batch_size, source.num_examples)
     dataset = make_eval_data(
-        run.sources[split],
-        run.eval_pipe,
-        # At most one padded batch: a small split would be mostly padding otherwise.
-        batch_size=_eval_batch(run, split, replicas),
+        source,
+        options.pipe,
+        batch_size=-(-needed // replicas) * replicas,
         num_replicas=replicas,
         local_replicas=host_replicas(strategy),
-        num_threads=run.config.input.num_threads,
-        damage=run.damage.get(split),
+        num_threads=options.num_threads,
+        damage=data.damage.get(split),
     )
     return strategy.distribute_datasets_from_function(lambda _: dataset)
-
-
-def _eval_batch(run: Run, split: str, replicas: int) -> int:
-    needed = min(run.config.input.eval_batch_size, run.sources[split].num_examples)
-    return -(-needed // replicas) * replicas

@@ -1,5 +1,7 @@
 """From a config to the opened sources of a run's splits."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from vit_dist.data.damage import POLICIES
@@ -8,7 +10,7 @@ from vit_dist.data.sources.cache import FORMS, CachedSource
 from vit_dist.data.sources.open import open_source
 from vit_dist.data.sources.source import Source
 
-_SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 def check_input(config: ConfigDict) -> None:
@@ -47,37 +49,56 @@ def check_input(config: ConfigDict) -> None:
         )
 
 
-def open_sources(config: ConfigDict) -> dict[str, Source]:
-    """Opens the splits that the config names, the training split with its cache.
+def open_sources(
+    config: ConfigDict, *, training: bool = True, splits: Sequence[str] | None = None
+) -> dict[str, Source]:
+    """Opens splits of the data: for a training all that the config names, "train" with its cache.
+
+    Args:
+      config: finalised.
+      training: whether "train" is to be trained on; else it is a split like any other.
+      splits: of "train", "val", "test", those to open; None for all that the config names, without
+        a training for all of these but "train".
 
     Raises:
-      ValueError: a split that is not there, or sets of classes that differ.
+      ValueError: a split that is not configured or not there, or sets of classes that differ.
     """
     options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
-    splits = {s: config.data[f"{s}_split"] for s in _SPLITS if config.data[f"{s}_split"]}
-    if "train" not in splits:
+    configured = {s: config.data[f"{s}_split"] for s in SPLITS if config.data[f"{s}_split"]}
+    if training and "train" not in configured:
         raise ValueError("config.data.train_split must name a split")
+    if splits is None:
+        splits = [s for s in configured if training or s != "train"]
+    for split in splits:
+        if split not in configured:
+            raise ValueError(f"split {split!r} is not configured; there are {sorted(configured)}")
+    if not splits:
+        raise ValueError(
+            "there is nothing to evaluate on: set config.data.val_split or config.data.test_split"
+        )
     if config.data.source == "folder" and config.input.on_bad_example == "mask":
         options["check_files"] = False  # what is no image is masked when it is met
-    sources = {k: open_source(config.data.source, split=v, **options) for k, v in splits.items()}
-    if config.input.cache != "off":
+    sources = {
+        name: open_source(config.data.source, split=configured[name], **options) for name in splits
+    }
+    if training and config.input.cache != "off":
         sources["train"] = CachedSource(
             sources["train"],
             config.input.cache,
             folder=config.input.cache_dir or None,
             keep_damaged=config.input.on_bad_example == "mask",
         )
-    if config.input.service and not sources["train"].portable:
+    if training and config.input.service and not sources["train"].portable:
         raise ValueError(
             f"config.input.service cannot read {sources['train']}"
             + (" from config.input.cache" if config.input.cache != "off" else "")
             + ": that calls Python in this process. It takes demo, folder, synthetic, tfrecord, "
             "TFDS sets prepared as tfrecord and mixtures of these, with config.input.cache='off'"
         )
-    for name, source in sources.items():
-        if source.num_classes != sources["train"].num_classes:
+    (first, one), *others = sources.items()
+    for name, source in others:
+        if source.num_classes != one.num_classes:
             raise ValueError(
-                f"split {name!r} has {source.num_classes} classes, "
-                f"train has {sources['train'].num_classes}"
+                f"split {name!r} has {source.num_classes} classes, {first} has {one.num_classes}"
             )
     return sources

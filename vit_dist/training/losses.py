@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
+
 Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
@@ -21,9 +23,14 @@ REDUCTIONS = ("sum", "mean")
 
 
 def as_distribution(labels: tf.Tensor, num_classes: int) -> tf.Tensor:
-    """Labels as float32 (B, C): class numbers (B,) become one-hot rows, rows stay as they are."""
+    """Labels as float32 (B, C): class numbers (B,) become one-hot rows, rows stay as they are.
+
+    A number outside of 0..C-1 becomes a row of NaN, so that its step is found not to be finite; as
+    tf.one_hot has it, a row of zeros, it would train towards nothing without a word.
+    """
     if labels.shape.rank == 1:
-        return tf.one_hot(labels, num_classes)
+        known = (labels >= 0) & (labels < num_classes)
+        return tf.where(known[:, tf.newaxis], tf.one_hot(labels, num_classes), float("nan"))
     return tf.cast(labels, tf.float32)
 
 
@@ -47,20 +54,20 @@ def make_loss(
       A function of logits (B, C), any float type, and labels: int (B,) or float (B, C).
 
     Raises:
-      ValueError: unknown name or reduction, a number out of range, or what is sigmoid's alone.
+      ConfigError: unknown name or reduction, a number out of range, or what is sigmoid's alone.
     """
     if name not in LOSSES:
-        raise ValueError(f"loss {name!r} is unknown; allowed: {', '.join(LOSSES)}")
+        raise ConfigError(f"loss {name!r} is unknown; allowed: {', '.join(LOSSES)}")
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"loss.label_smoothing must be in [0, 1), got {label_smoothing}")
+        raise ConfigError(f"loss.label_smoothing must be in [0, 1), got {label_smoothing}")
     if reduction not in REDUCTIONS:
-        raise ValueError(
+        raise ConfigError(
             f"loss.reduction {reduction!r} is unknown; allowed: {', '.join(REDUCTIONS)}"
         )
     if threshold is not None and not 0 <= threshold < 1:
-        raise ValueError(f"loss.threshold must be in [0, 1), or None, got {threshold}")
+        raise ConfigError(f"loss.threshold must be in [0, 1), or None, got {threshold}")
     if name != "sigmoid" and (reduction != "sum" or threshold is not None):
-        raise ValueError(
+        raise ConfigError(
             f"loss.reduction and loss.threshold are for the sigmoid loss; {name!r} takes "
             "reduction 'sum' and threshold None"
         )

@@ -1,13 +1,15 @@
-"""Optimisers: rules that move one variable, as Keras has them, driven by our step (law 2)."""
+"""Optimizers: rules that update one variable, as Keras has them, driven by our step (law 2)."""
 
 import contextlib
-import inspect
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.training import update_rules
 from vit_dist.training.multipliers import (
     Rules,
@@ -34,15 +36,15 @@ MOMENTUM_DTYPES = ("float32", "bfloat16")
 
 
 class Optimizer:
-    """A rule, the variables that it moves, and how fast each learns and decays.
+    """A rule, the variables that it updates, and how fast each learns and decays.
 
     Attributes:
-      variables: those that train, by name; frozen ones are not among them and have no slots.
+      variables: name -> variable, of those that train; frozen ones are left out and have no slots.
       rates: name -> what its learning rate is multiplied by.
       decays: name -> d in w -= rate * d * w, for those that decay.
-      slots: the optimiser's state by name, such as "encoderblock_0/norm_0/gamma/momentum"; a
-        Remote for those on other hosts.
-      shards: which replica has which slots; None: each replica has all.
+      slots: the optimizer's state by name, such as "encoderblock_0/norm_0/gamma/momentum"; a
+        Remote stands for a slot on another host.
+      shards: which replica has which slots; None: each replica has all slots.
     """
 
     def __init__(
@@ -65,13 +67,13 @@ class Optimizer:
         self._names = {id(v): name for name, v in self.variables.items()}
         self.slots: dict[str, keras.Variable | Remote] = {}
         self._slots_of: dict[str, list[keras.Variable]] = {name: [] for name in self.variables}
-        rule.place = self._place
+        rule.make_slot = self._make_slot
         rule.build(list(self.variables.values()))
 
-    def _place(
+    def _make_slot(
         self, variable: keras.Variable, kind: str, like: Remote, make: Callable[[], keras.Variable]
     ) -> keras.Variable | Remote:
-        """Makes a slot where it belongs; `like` says what it is like."""
+        """Makes a slot where its owner is; `like` is kept for a slot of another host."""
         name = self._names[id(variable)]
         device = None if self.shards is None else self.shards.device(name)
         if self.shards is not None and device is None:
@@ -92,7 +94,7 @@ class Optimizer:
         gate: tf.Tensor,
         replica: int | None = None,
     ) -> tf.Tensor | None:
-        """Moves the variables of this replica by one update.
+        """Updates the variables of this replica once.
 
         Args:
           gradients: one per variable, summed over replicas and clipped; float32.
@@ -100,11 +102,12 @@ class Optimizer:
           count: scalar int64, updates done before this one.
           gate: scalar bool; where false, variables and slots keep their values. A select after the
             update rather than a conditional around it: XLA fuses it into the update's own loop.
-          replica: with `shards` the number of this one, which moves its own slots alone.
+          replica: needed with `shards`: the number of this replica, which updates the slots that it
+            owns.
 
         Returns:
-          None; with `shards` the new weights of the replica's own variables, packed, which `take`
-          wants from all replicas. No variable of the model has moved yet then.
+          None; with `shards` the new weights of the variables that the replica owns, packed. The
+          model itself changes when `take` is given the packs of all replicas.
         """
         if self.shards is None or replica is None:
             for _, values in self._updated(self.variables, gradients, learning_rate, count, gate):
@@ -120,9 +123,9 @@ class Optimizer:
         return self.shards.pack({name: weights[name] for name in own})
 
     def take(self, gathered: tf.Tensor) -> None:
-        """Gives this replica's variables the weights that the replicas packed, in their order."""
+        """Writes the packs of all replicas, concatenated, into the variables of this replica."""
         if self.shards is None:
-            raise ValueError("nothing is sharded: apply has moved the variables")
+            raise ValueError("nothing is sharded: apply has updated the variables")
         for name, value in self.shards.unpack(gathered).items():
             self.variables[name].value.assign(value)
 
@@ -134,14 +137,15 @@ class Optimizer:
         count: tf.Tensor,
         gate: tf.Tensor,
     ) -> Iterator[tuple[str, list[tuple[keras.Variable, tf.Tensor]]]]:
-        """Each variable's name, and what it and its slots are to become."""
+        """Yields for each variable of `names` its name and (variable or slot, new value) pairs."""
         self.rule.begin(count)
         for (name, variable), gradient in zip(self.variables.items(), gradients, strict=True):
             if name not in names:
                 continue
             rate = learning_rate if self.rates[name] == 1 else learning_rate * self.rates[name]
-            # Functional: what the rule assigns stays in the scope, and each variable is assigned
-            # once, after the gate: the step has a quarter fewer operations to compile.
+            # Keras's StatelessScope records what the rule assigns instead of assigning it. So each
+            # variable is assigned once, behind the gate, rather than by the rule and again by the
+            # gate: a quarter fewer operations to compile.
             owned = [variable, *self._slots_of[name]]
             before = [(v, tf.convert_to_tensor(v.value)) for v in owned]
             with keras.StatelessScope(state_mapping=before) as scope:
@@ -154,104 +158,118 @@ class Optimizer:
         self.rule.begin(0)  # keep no tensor of a graph that is being traced
 
 
-def check_optimizer(**options: Any) -> None:
-    """Raises ValueError for arguments of make_optimizer out of range; touches no device."""
-    bound = inspect.signature(make_optimizer).bind({}, **options)
-    bound.apply_defaults()
-    given = bound.arguments
-    allowed = {"name": NAMES, "decay_scale": DECAY_SCALES, "momentum_dtype": MOMENTUM_DTYPES}
-    for key, names in allowed.items():
-        if given[key] not in names:
-            what = "optimizer" if key == "name" else f"optimizer.{key}"
-            raise ValueError(f"{what} {given[key]!r} is unknown; allowed: {', '.join(names)}")
-    if given["name"] == "muon" and not update_rules.HAS_MUON:
-        raise ValueError(
-            f"optimizer 'muon' needs a newer Keras than the {keras.__version__} here: "
-            "pip install --upgrade keras (3.13 or later wants Python 3.11)"
-        )
-    for key in ("decay_multipliers", "lr_multipliers"):
-        check_rules(key, given[key])
-    for key in ("beta_1", "beta_2", "momentum"):
-        if given[key] is not None and not 0 <= given[key] < 1:
-            raise ValueError(f"optimizer.{key} must be in [0, 1), got {given[key]}")
-    for key in ("learning_rate", "weight_decay"):
-        if given[key] < 0:
-            raise ValueError(f"optimizer.{key} must not be negative, got {given[key]}")
-    if given["epsilon"] is not None and given["epsilon"] <= 0:
-        raise ValueError(f"optimizer.epsilon must be above 0, got {given['epsilon']}")
-    if given["layer_decay"] is not None and not 0 < given["layer_decay"] <= 1:
-        raise ValueError(
-            f"optimizer.layer_decay must be in (0, 1], or None, got {given['layer_decay']}"
-        )
-    if given["decay_scale"] == "schedule" and not given["learning_rate"]:
-        raise ValueError("optimizer.decay_scale 'schedule' needs a learning_rate above 0")
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """What an optimizer is; make_optimizer makes it for the variables of a model.
 
-
-def make_optimizer(
-    variables: dict[str, keras.Variable],
-    *,
-    name: str = "adamw",
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.0,
-    decay_scale: str = "learning_rate",
-    decay_multipliers: Rules = (("kernel$", 1.0),),
-    lr_multipliers: Rules = (),
-    layer_decay: float | None = None,
-    momentum_dtype: str = "float32",
-    beta_1: float = 0.9,
-    beta_2: float | None = None,
-    epsilon: float | None = None,
-    momentum: float | None = None,
-    shard_state: bool = False,
-    strategy: tf.distribute.Strategy | None = None,
-    num_heads: int | None = None,
-) -> Optimizer:
-    """Makes an optimiser for the named variables; call it under the strategy's scope.
-
-    Args:
-      variables: name -> variable; all of the model's.
+    Attributes:
       name: one of NAMES; update_rules has the formulas and where they are from.
       learning_rate: the schedule's peak.
       weight_decay: d in w -= rate * d * w, decoupled (arXiv 1711.05101).
       decay_scale: what decay is multiplied by: "learning_rate", the variable's current one, as in
         PyTorch, or "schedule", the current over the peak, as in big_vision and the paper.
       decay_multipliers: (regex, factor) pairs; the first found in a name counts, else 0.
-      lr_multipliers: the same for learning rates, else 1; 0 freezes the variable.
-      layer_decay: of learning rates from the head down; see rules.rate_multipliers.
+      lr_multipliers: such pairs for learning rates; a name that none matches has 1; 0 freezes.
+      layer_decay: of learning rates from the head down; see multipliers.rate_multipliers.
       momentum_dtype: in which first moments are stored, "float32" or "bfloat16".
       beta_1, beta_2, epsilon, momentum: of the rules that have them; None for the paper's.
-      shard_state: each replica holds the slots of a part of the variables only (sharding.py); call
-        it outside of the strategy's scope then, which would make every slot on every replica.
-      strategy: of the replicas, for shard_state.
+      shard_state: ZeRO-1, each replica holds the slots of a part of the variables (sharding.py).
+
+    Raises:
+      ConfigError: unknown name, or a number out of range.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    decay_scale: str = "learning_rate"
+    decay_multipliers: Rules = (("kernel$", 1.0),)
+    lr_multipliers: Rules = ()
+    layer_decay: float | None = None
+    momentum_dtype: str = "float32"
+    beta_1: float = 0.9
+    beta_2: float | None = None
+    epsilon: float | None = None
+    momentum: float | None = None
+    shard_state: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"name": NAMES, "decay_scale": DECAY_SCALES, "momentum_dtype": MOMENTUM_DTYPES}
+        for key, allowed in choices.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                what = "optimizer" if key == "name" else f"optimizer.{key}"
+                raise ConfigError(f"{what} {value!r} is unknown; allowed: {', '.join(allowed)}")
+        if self.name == "muon" and not update_rules.HAS_MUON:
+            raise ConfigError(
+                f"optimizer 'muon' needs a newer Keras than the {keras.__version__} here: "
+                "pip install --upgrade keras (3.13 or later)"
+            )
+        check_rules("decay_multipliers", self.decay_multipliers)
+        check_rules("lr_multipliers", self.lr_multipliers)
+        for key in ("beta_1", "beta_2", "momentum"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 1:
+                raise ConfigError(f"optimizer.{key} must be in [0, 1), got {value}")
+        for key in ("learning_rate", "weight_decay"):
+            value = getattr(self, key)
+            if not 0 <= value < math.inf:
+                wrong = "must not be negative" if value < 0 else "must be a finite number"
+                raise ConfigError(f"optimizer.{key} {wrong}, got {value}")
+        if self.epsilon is not None and not 0 < self.epsilon < math.inf:
+            raise ConfigError(f"optimizer.epsilon must be above 0, got {self.epsilon}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"optimizer.layer_decay must be in (0, 1], or None, got {self.layer_decay}"
+            )
+        if self.decay_scale == "schedule" and not self.learning_rate:
+            raise ConfigError("optimizer.decay_scale 'schedule' needs a learning_rate above 0")
+
+
+def make_optimizer(
+    variables: dict[str, keras.Variable],
+    options: OptimizerOptions | None = None,
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    num_heads: int | None = None,
+) -> Optimizer:
+    """Makes an optimizer for the named variables; call it under the strategy's scope.
+
+    Args:
+      variables: name -> variable; all of the model's.
+      options: None for AdamW with the defaults of OptimizerOptions.
+      strategy: of the replicas, needed where options.shard_state. Call it outside of the
+        strategy's scope then: the scope would make every slot on every replica.
       num_heads: of the model's attention, for adafactor_vit, which factors each head for itself.
 
     Raises:
-      ValueError: unknown name, a number out of range, a pattern that matches no variable,
-        shard_state under a scope, without a strategy, or on TPUs, or adafactor_vit without
-        num_heads for a model with attention.
+      ConfigError: a pattern that matches no variable, shard_state under a scope, without a
+        strategy, or on TPUs, or adafactor_vit without num_heads for a model with attention.
     """
-    given = {k: v for k, v in locals().items() if k not in ("variables", "strategy", "num_heads")}
-    check_optimizer(**given)
-    used = decay_multipliers if weight_decay else ()
-    check_names(variables, decay_multipliers=used, lr_multipliers=lr_multipliers)
-    rates = rate_multipliers(variables, lr_multipliers=lr_multipliers, layer_decay=layer_decay)
-    peak = learning_rate if decay_scale == "schedule" else None
-    decays = _decays(rates, weight_decay, decay_multipliers, peak)
-    own = {k: v if given[k] is None else given[k] for k, v in NAMES[name].items()}
-    rule = _make_rule(name, float(learning_rate), {"beta_1": beta_1, **own})
-    rule.momentum_dtype = momentum_dtype
-    if name == "adafactor_vit":
+    options = options or OptimizerOptions()
+    used = options.decay_multipliers if options.weight_decay else ()
+    check_names(variables, decay_multipliers=used, lr_multipliers=options.lr_multipliers)
+    rates = rate_multipliers(
+        variables, lr_multipliers=options.lr_multipliers, layer_decay=options.layer_decay
+    )
+    peak = options.learning_rate if options.decay_scale == "schedule" else None
+    decays = _decays(rates, options.weight_decay, options.decay_multipliers, peak)
+    rule = _make_rule(options)
+    rule.momentum_dtype = options.momentum_dtype
+    if options.name == "adafactor_vit":
         rule.views = _views(variables, num_heads)
-    if shard_state and (strategy is None or tf.distribute.has_strategy()):
-        raise ValueError("shard_state needs the strategy, and no scope of it around make_optimizer")
-    shared = strategy if shard_state else None
+    if options.shard_state and (strategy is None or tf.distribute.has_strategy()):
+        raise ConfigError(
+            "shard_state needs the strategy, and no scope of it around make_optimizer"
+        )
+    shared = strategy if options.shard_state else None
     return Optimizer(rule, variables, rates=rates, decays=decays, strategy=shared)
 
 
 def _decays(
     rates: dict[str, float], weight_decay: float, rules: Rules, peak: float | None
 ) -> dict[str, float]:
-    """By name what decays how fast; `peak`: the learning rate's, where decay goes by schedule."""
+    """Returns name -> decay coefficient; `peak` is given where decay_scale is "schedule"."""
     decays = {}
     for name, rate in rates.items():
         factor = weight_decay * multiplier(rules, name, 0.0)
@@ -263,7 +281,7 @@ def _decays(
 def _views(
     variables: dict[str, keras.Variable], num_heads: int | None
 ) -> dict[int, tuple[int, ...]]:
-    """By id the shapes, heads apart, of attention's variables."""
+    """Returns id of variable -> its shape with an axis for heads, of attention's variables."""
     found = {}
     for name, variable in variables.items():
         shape = tuple(variable.shape)
@@ -274,8 +292,13 @@ def _views(
     return found
 
 
-def _make_rule(name: str, rate: float, own: dict[str, float]) -> Any:
-    beta_1 = own.pop("beta_1")
+def _make_rule(options: OptimizerOptions) -> Any:
+    """The update rule with its numbers; where the options have None, the paper's."""
+    name, rate, beta_1 = options.name, float(options.learning_rate), options.beta_1
+    own = {}
+    for key, papers in NAMES[name].items():
+        given = getattr(options, key)
+        own[key] = papers if given is None else given
     if name in ("adamw", "lamb"):
         rule = update_rules.Adam if name == "adamw" else update_rules.Lamb
         return rule(rate, beta_1=beta_1, name=name, **own)

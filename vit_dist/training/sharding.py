@@ -1,12 +1,13 @@
-"""The optimiser's state cut up among the replicas: ZeRO-1 (Rajbhandari et al., arXiv 1910.02054).
+"""Optimizer state sharded over the replicas: ZeRO-1 (Rajbhandari et al., arXiv 1910.02054).
 
-Each replica holds the slots of its own variables only, moves those, and hands the new weights to
-the others. Whole variables are dealt out, so that a rule which needs a whole tensor (LAMB's trust
-ratio, Adafactor's factors, Muon's iterations) does the same as without. tf.distribute has an
-all-reduce and an all-gather in replica context but no reduce-scatter: gradients are all-reduced as
-ever, and an all-gather of the weights comes on top.
+Each variable has one replica that owns it. A replica keeps optimizer slots only for the variables
+that it owns, updates them, and sends their new weights to all replicas. Variables are never cut:
+a rule that needs a whole tensor (LAMB's trust ratio, Adafactor's factors, Muon's iterations) gives
+the same result as unsharded. tf.distribute has an all-reduce and an all-gather in replica context
+but no reduce-scatter, so gradients are all-reduced as before, and the weights need an extra
+all-gather.
 
-Shapes: R replicas; n the most entries that one of them owns.
+Shapes: R replicas; n = number of entries of the fullest replica (all are padded to it).
 """
 
 import dataclasses
@@ -26,18 +27,18 @@ NOT_ON_TPUS = (
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """What stands for a slot that a replica of another host holds."""
+    """Placeholder (shape and dtype) for a slot that lives on another host."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
-def deal_out(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
-    """Deals names out to parts: the largest first, each to the part that has the least so far.
+def assign_owners(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
+    """Assigns names to parts: the largest first, each to the part with the least so far.
 
-    Graham's longest processing time rule (SIAM J. Appl. Math. 17, 1969): no part gets more than
-    4/3 of what the best division would give the fullest. Equal sizes go by name, so that every
-    host finds the same.
+    Graham's longest processing time rule (SIAM J. Appl. Math. 17, 1969): the fullest part is at
+    most 4/3 of the optimal fullest part. Ties are broken by name, so every host computes the same
+    owners.
     """
     loads, owners = [0] * parts, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -47,7 +48,7 @@ def deal_out(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
 
 
 class Shards:
-    """Which replica owns which variable, and how weights and slots travel between them.
+    """Which replica owns which variable, and how weights and slots get from one to another.
 
     Args:
       strategy: whose replicas share the work: mirrored, multi-worker or a single device.
@@ -66,30 +67,36 @@ class Shards:
         self.strategy, self.num_parts = strategy, strategy.num_replicas_in_sync
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
-        self.owners = deal_out(self.sizes, self.num_parts)
-        self.length = max(sum(self.sizes[n] for n in self.names(r)) for r in range(self.num_parts))
+        self.owners = assign_owners(self.sizes, self.num_parts)
+        # An all-gather wants equal lengths.
+        self.padded_length = max(
+            sum(self.sizes[n] for n in self.names(r)) for r in range(self.num_parts)
+        )
+        # Replica -> device, of this host's replicas alone.
         local = zip(host_replicas(strategy), strategy.extended.worker_devices, strict=True)
-        self.devices: dict[int, str] = dict(local)  # of this host's replicas
+        self.local_devices: dict[int, str] = dict(local)
 
     def names(self, replica: int) -> list[str]:
-        """The variables of a replica, in the order in which they travel."""
+        """The variables that a replica owns, in the order in which `pack` lays them out."""
         return [name for name, owner in self.owners.items() if owner == replica]
 
     def device(self, name: str) -> str | None:
-        """Where a variable's slots are; None: on another host."""
-        return self.devices.get(self.owners[name])
+        """The device of a variable's slots; None if that is on another host."""
+        return self.local_devices.get(self.owners[name])
 
     def pack(self, values: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """The new weights of one replica's variables, in `names`' order -> (n,), zeros behind."""
+        """New weights of one replica's variables -> (n,), flattened in the order of `names`, padded
+        with zeros.
+        """
         parts = [tf.reshape(value, [-1]) for value in values.values()]
         used = sum(part.shape[0] for part in parts)
-        return tf.concat([*parts, tf.zeros(self.length - used)], axis=0)
+        return tf.concat([*parts, tf.zeros(self.padded_length - used)], axis=0)
 
     def unpack(self, gathered: tf.Tensor) -> dict[str, tf.Tensor]:
-        """What all replicas packed, (R n,) in their order -> the weights by name."""
+        """Inverse of `pack`: the concatenation of all replicas' packs, (R*n,) -> name: weight."""
         values = {}
         for replica in range(self.num_parts):
-            begin = replica * self.length
+            begin = replica * self.padded_length
             for name in self.names(replica):
                 part = gathered[begin : begin + self.sizes[name]]
                 values[name] = tf.reshape(part, self.shapes[name])
@@ -99,10 +106,13 @@ class Shards:
     @property
     def on_several_hosts(self) -> bool:
         """Whether some slots are on another host, so that all hosts have to read them together."""
-        return len(self.devices) < self.num_parts
+        return len(self.local_devices) < self.num_parts
 
     def read(self, name: str, slot: tf.Variable | Remote) -> np.ndarray:
-        """A slot of variable `name`, float32, on every host; all call this in the same order."""
+        """Fetches a slot of variable `name`, float32, to every host.
+
+        Collective: all hosts must call it, in the same order.
+        """
         if not self.on_several_hosts:
             return tf.cast(slot, tf.float32).numpy()
         shape, owner = tuple(slot.shape), self.owners[name]
@@ -112,13 +122,14 @@ class Shards:
                 return tf.zeros(int(np.prod(shape)))
             return tf.reshape(tf.cast(slot, tf.float32), [-1])
 
+        # The owner contributes the slot, every other replica zeros: their sum is the slot.
         parts = self.strategy.experimental_distribute_values_from_function(part)
         total = self._add(parts)
         return self.strategy.experimental_local_results(total)[0].numpy().reshape(shape)
 
     @tf.function(reduce_retracing=True)
     def _add(self, parts: tf.Tensor) -> tf.Tensor:
-        """A vector of each replica -> their sum, on each."""
+        """All-reduce sum of one vector per replica."""
 
         def of_replica(x: tf.Tensor) -> tf.Tensor:
             context = tf.distribute.get_replica_context()

@@ -15,7 +15,7 @@ INITIAL_LOSS_SCALE = 2.0**15  # as in Keras's and NVIDIA Apex's dynamic loss sca
 
 
 class TrainState:
-    """Model, optimiser, moving average and counters; make it under the strategy's scope.
+    """Model, optimizer, moving average and counters; make it under the strategy's scope.
 
     Attributes:
       model: what is trained.

@@ -1,30 +1,34 @@
-"""One optimiser step, which means the same on any number of replicas (law 2).
+"""One optimizer step, which means the same on any number of replicas (law 2).
 
-loss = sum over the global batch / global batch size. In each replica micro-batches accumulate, one
-all-reduce sums the gradients, then every replica does the same: unscale, is it finite?, clip by the
-global norm, update, moving average.
+loss = sum over the global batch / global batch size. In each replica the gradients of micro-batches
+add up; one all-reduce sums them over the replicas; then every replica does what update.py says:
+unscale, test for infinities, clip by the global norm, update, moving average.
 
 Shapes: b examples per replica, a micro-batches, C classes.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import tensorflow as tf
 
+from vit_dist.cluster.hosts import device_kind
+from vit_dist.config.errors import ConfigError
 from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
-from vit_dist.training.update import Tensors, make_settle, make_update
+from vit_dist.training.update import Tensors, Updated, make_settle, make_update
 
 JITS = ("auto", "whole", "split", "off")
 ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 
-_INPUTS = ("image", "label", "mix", "mask")  # of a batch, as far as there
+_INPUTS = ("image", "label", "mix", "mask")  # what the step takes of a batch, where it is there
 
 
 class Mixing(Protocol):
-    """Mixes examples of a batch, whose "mix" (b, ...) says how."""
+    """Mixes the examples of a batch, by what its entry "mix" (b, ...) says."""
 
     def images(self, images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
         """Images (b, H, W, C), float, mixed."""
@@ -33,41 +37,63 @@ class Mixing(Protocol):
         """Label distributions (b, C) mixed."""
 
 
-def check_step(
-    *,
-    batch_size: int,
-    num_replicas: int,
-    accumulation: int = 1,
-    clip_norm: float | None = 1.0,
-    ema_decay: float | None = None,
-    all_reduce_dtype: str = "float32",
-    jit: str = "auto",
-    shard_state: bool = False,
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a step does besides the model, the loss and the optimizer.
+
+    Attributes:
+      accumulation: micro-batches per replica and step; memory does not grow with their number.
+      clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
+      ema_decay: d in average = d * average + (1 - d) * weights; None for no moving average.
+      all_reduce_dtype: "bfloat16" halves what replicas send each other, and rounds each replica's
+        share of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
+      jit: "auto", "whole", "split" or "off"; see choose_jit.
+
+    Raises:
+      ConfigError: a number out of range, or an unknown name.
+    """
+
+    accumulation: int = 1
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    all_reduce_dtype: str = "float32"
+    jit: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.accumulation < 1:
+            raise ConfigError(f"step.accumulation must be 1 or more, got {self.accumulation}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise ConfigError(
+                f"step.clip_norm must be above 0, or None for no clipping, got {self.clip_norm}"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(
+                f"step.ema_decay must be between 0 and 1, or None, got {self.ema_decay}"
+            )
+        choices = {"jit": JITS, "all_reduce_dtype": ALL_REDUCE_DTYPES}
+        for key, allowed in choices.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ConfigError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def check_batch(
+    batch_size: int, options: StepOptions, *, num_replicas: int, shard_state: bool = False
 ) -> None:
-    """Raises ValueError for arguments of make_train_step that cannot work; touches no device."""
-    if accumulation < 1:
-        raise ValueError(f"step.accumulation must be 1 or more, got {accumulation}")
-    unit = num_replicas * accumulation
+    """Checks that a global batch can be cut into replicas and micro-batches.
+
+    Raises:
+      ConfigError: it cannot, or the ways to compile and to shard exclude each other.
+    """
+    unit = num_replicas * options.accumulation
     if batch_size < 1 or batch_size % unit:
-        raise ValueError(
+        raise ConfigError(
             f"input.batch_size {batch_size} is not divisible by {num_replicas} replicas x "
-            f"{accumulation} micro-batches; the nearest that is: "
+            f"{options.accumulation} micro-batches; the nearest that is: "
             f"{max(round(batch_size / unit), 1) * unit}"
         )
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(
-            f"step.clip_norm must be above 0, or None for no clipping, got {clip_norm}"
-        )
-    if ema_decay is not None and not 0 < ema_decay < 1:
-        raise ValueError(f"step.ema_decay must be between 0 and 1, or None, got {ema_decay}")
-    for key, value, allowed in (
-        ("jit", jit, JITS),
-        ("all_reduce_dtype", all_reduce_dtype, ALL_REDUCE_DTYPES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"step.{key} {value!r} is unknown; allowed: {', '.join(allowed)}")
-    if shard_state and jit == "whole" and num_replicas > 1:
-        raise ValueError(
+    if shard_state and options.jit == "whole" and num_replicas > 1:
+        raise ConfigError(
             "step.jit 'whole' does not go with optimizer.shard_state on several replicas: the "
             "weights are gathered between two parts; take auto or split"
         )
@@ -79,7 +105,7 @@ def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False)
     "whole" compiles the function given to strategy.run, all-reduce included: one device, or GPUs.
     "split" compiles forward + backward and the update apart, the all-reduce between them: several
     CPUs, whose collectives XLA lacks. On TPUs "off": TPUStrategy compiles everything itself.
-    With `sharded` optimiser state the weights are gathered as well, and it is "split" for several
+    With `sharded` optimizer state the weights are gathered as well, and it is "split" for several
     replicas of any kind.
     """
     if kind == "TPU":
@@ -100,7 +126,11 @@ def make_gradients(
     mixing: Mixing | None = None,
     masked: bool = False,
 ) -> Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
-    """Makes gradients(batch, replica): this replica's share of the global gradient."""
+    """Makes gradients(batch, replica) -> (gradients, metrics), this replica's share of both.
+
+    The gradients (float32, one per variable that trains) are of the loss over the *global* batch,
+    times the loss scale; summed over the replicas they are those of the whole batch.
+    """
     variables = [v.value for v in state.optimizer.variables.values()]
 
     def micro(batch: Tensors, key: tf.Tensor):
@@ -123,10 +153,14 @@ def make_gradients(
         return grads, sums
 
     def gradients(batch: Tensors, replica: tf.Tensor):
+        # Dropout's masks are a function of seed, step, replica and micro-batch (law 1): the step
+        # comes from the state, so that a resume draws what the run would have drawn.
         key = tf.stack([tf.constant(seed, tf.int32), tf.cast(state.step.value(), tf.int32)])
         key = tf.random.experimental.stateless_fold_in(key, replica, alg="philox")
         if accumulation == 1:
             return micro(batch, key)
+        # (b, ...) -> (a, b / a, ...): micro-batch i is a run of neighbours, so that examples which
+        # mixup and CutMix pair stay together.
         parts = {
             k: tf.reshape(x, (accumulation, x.shape[0] // accumulation, *x.shape[1:]))
             for k, x in batch.items()
@@ -138,6 +172,7 @@ def make_gradients(
             sums = {k: sums[k] + v for k, v in metrics.items()}
             return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
 
+        # A loop on the device rather than one unrolled: memory and program stay those of one part.
         zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
         names = ("loss", "accuracy", *(("masked",) if masked else ()))
         start = (tf.constant(0), zeros, {name: tf.constant(0.0) for name in names})
@@ -150,7 +185,7 @@ def make_gradients(
 
 
 def _sum(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
-    """Sum over the examples; a masked one is 0, whatever became of it (a select, no product)."""
+    """Sum over the examples, without masked ones: selected, as a product would keep their NaN."""
     return tf.reduce_sum(tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values)
 
 
@@ -163,11 +198,7 @@ def make_train_step(
     preprocess: Callable[[tf.Tensor], tf.Tensor],
     batch_size: int,
     seed: int,
-    accumulation: int = 1,
-    clip_norm: float | None = 1.0,
-    ema_decay: float | None = None,
-    all_reduce_dtype: str = "float32",
-    jit: str = "whole",
+    options: StepOptions | None = None,
     mixing: Mixing | None = None,
     masked: bool = False,
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
@@ -181,12 +212,7 @@ def make_train_step(
       preprocess: images as the input delivers them (uint8) -> as the model takes them; on device.
       batch_size: global.
       seed: of dropout and stochastic depth.
-      accumulation: micro-batches per replica; memory does not grow with their number.
-      clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
-      ema_decay: of the moving average in `state`.
-      all_reduce_dtype: "bfloat16" halves what replicas send each other, and rounds each one's share
-        of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
-      jit: "whole", "split" or "off"; see choose_jit.
+      options: None for the defaults of StepOptions. "auto" as `jit` is resolved by choose_jit.
       mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
       masked: batches have a "mask", float32 (b,); examples where it is 0 add nothing to the sums.
 
@@ -195,50 +221,78 @@ def make_train_step(
       what `mixing` takes) if there is mixing; n is a scalar int tensor.
       It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
       (before clipping) and "learning_rate" those of the last, "masked" (if so) is the number of
-      examples masked in them, "input_wait" the seconds that the host waited for their batches.
+      examples masked in them, "applied" (in float16) whether the last step changed the weights,
+      "input_wait" the seconds that the host waited for their batches.
+
+    Raises:
+      ConfigError: the batch cannot be cut into replicas and micro-batches.
     """
-    gradients = make_gradients(
+    options = options or StepOptions()
+    replicas, sharded = strategy.num_replicas_in_sync, state.optimizer.shards is not None
+    check_batch(batch_size, options, num_replicas=replicas, shard_state=sharded)
+    gradients: Any = make_gradients(
         state,
         loss_fn,
         preprocess=preprocess,
         batch_size=batch_size,
-        accumulation=accumulation,
+        accumulation=options.accumulation,
         seed=seed,
         mixing=mixing,
         masked=masked,
     )
-    update = make_update(state, schedule=schedule, clip_norm=clip_norm, ema_decay=ema_decay)
-    settle = make_settle(state, ema_decay=ema_decay) if state.optimizer.shards else None
-    check_step(
-        batch_size=batch_size,
-        accumulation=accumulation,
-        jit=jit,
-        num_replicas=strategy.num_replicas_in_sync,
-        shard_state=settle is not None,
+    update: Any = make_update(
+        state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=options.ema_decay
+    )
+    settle: Any = make_settle(state, ema_decay=options.ema_decay) if sharded else None
+    jit = choose_jit(
+        options.jit, kind=device_kind(strategy), num_replicas=replicas, sharded=sharded
     )
     if jit == "split":
-        gradients, update = _compiled(gradients), _compiled(update)
-        settle = _compiled(settle) if settle else None
-    sent_as = all_reduce_dtype if strategy.num_replicas_in_sync > 1 else None
+        gradients, update = compiled(gradients), compiled(update)
+        settle = compiled(settle) if settle else None
+    sent_as = options.all_reduce_dtype if replicas > 1 else None
     run = _make_replica_step(gradients, update, settle, sent_as=sent_as)
-    run = _compiled(run) if jit == "whole" else run
-    return _make_loop(run, strategy, counted=("masked",) if masked else ())
+    run = compiled(run) if jit == "whole" else run
+    applied = ("applied",) if state.model.compute_dtype == "float16" else ()
+    last = ("grad_norm", "learning_rate", *applied)
+    loop = _make_loop(run, strategy, counted=("masked",) if masked else (), last=last)
+    return loop if jit == "off" else without_grappler(loop)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Grappler can do nothing for what XLA compiles, and took a second of the 12 to the first step.
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A tf.function that XLA compiles."""
     return tf.function(function, jit_compile=True, autograph=False)
+
+
+def without_grappler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls the function with TensorFlow's graph optimizer off, and puts it back as it was.
+
+    Grappler can do nothing for what XLA compiles, and took a second of the 12 to the first step.
+    Its setting belongs to the process and is read at each call, so a notebook's own functions, and
+    the input pipeline, keep theirs.
+    """
+
+    @functools.wraps(getattr(function, "python_function", function))
+    def call(*args: Any) -> Any:
+        before = tf.config.optimizer.get_experimental_options()
+        off = bool(before.get("disable_meta_optimizer", False))
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+        try:
+            return function(*args)
+        finally:
+            tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": off})
+
+    return call
 
 
 def _make_replica_step(
     gradients: Callable[..., Any],
-    update: Callable[..., Any],
+    update: Callable[..., Updated],
     settle: Callable[..., None] | None,
     *,
     sent_as: str | None,
 ) -> Callable[[Tensors], Tensors]:
-    """What each replica runs; `sent_as` is the type of gradients on their way, None for no way."""
+    """What each replica runs; `sent_as`: the dtype of gradients that are sent, None if none are."""
 
     def replica_step(batch: Tensors) -> Tensors:
         context = tf.distribute.get_replica_context()
@@ -247,12 +301,14 @@ def _make_replica_step(
         if sent_as is not None:
             grads, sums = _all_reduce(context, grads, sums, sent_as)
         if settle is None:
-            return update(grads, sums)
-        # Each replica is traced for itself, as a number of its own: it has slots of its own.
+            return update(grads, sums).metrics
+        # With sharded state every replica updates other variables, so each traces a graph of its
+        # own: its number is a Python int there, not a tensor.
         number = int(tf.get_static_value(context.replica_id_in_sync_group))
-        metrics, packed, gate = update(grads, sums, number)
-        settle(packed if sent_as is None else context.all_gather(packed, axis=0), gate)
-        return metrics
+        done = update(grads, sums, number)
+        packed = done.packed if sent_as is None else context.all_gather(done.packed, axis=0)
+        settle(packed, done.apply_update)
+        return done.metrics
 
     return replica_step
 
@@ -260,11 +316,11 @@ def _make_replica_step(
 def _all_reduce(
     context: tf.distribute.ReplicaContext, grads: list[tf.Tensor], sums: Tensors, sent_as: str
 ) -> tuple[list[tf.Tensor], Tensors]:
-    """Both summed over the replicas; gradients travel as `sent_as`."""
+    """Gradients and metrics, summed over the replicas; gradients are sent as `sent_as`."""
     add = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
     if sent_as == "float32":
         return add((grads, sums))
-    # Apart: TensorFlow packs what it gets into one tensor, and fails where types differ.
+    # Two calls: TensorFlow packs the tensors of a call into one, and fails where dtypes differ.
     sent, sums = add([tf.cast(g, sent_as) for g in grads]), add(sums)
     return [tf.cast(g, tf.float32) for g in sent], sums
 
@@ -272,9 +328,12 @@ def _all_reduce(
 def _make_loop(
     run: Callable[[Tensors], Tensors],
     strategy: tf.distribute.Strategy,
-    counted: tuple[str, ...] = (),
+    *,
+    counted: tuple[str, ...],
+    last: tuple[str, ...],
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
-    means, last = ("loss", "accuracy"), ("grad_norm", "learning_rate")
+    """The loop over n steps: metrics in `counted` are summed, `last` are those of the last step."""
+    means = ("loss", "accuracy")
     summed = means + counted
 
     @tf.function

@@ -1,10 +1,11 @@
 """The second half of a step: what every replica does with the summed gradients (law 2).
 
-Unscale, is it finite?, clip by the global norm, move the variables, average, count.
+Unscale; test for infinities and NaN; clip by the global norm; update the variables; update the
+moving average; count. Nothing here branches on the host: `apply_update` is a value on the device.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -15,45 +16,69 @@ GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (a
 Tensors = dict[str, tf.Tensor]
 
 
+class Updated(NamedTuple):
+    """What one update gives.
+
+    Attributes:
+      metrics: the summed metrics, "grad_norm" before clipping, "learning_rate", and in float16
+        "applied": 1.0 if the weights changed, 0.0 if an overflow made the step pass; float32.
+      apply_update: scalar bool; false: this and later steps change no weight.
+      packed: None, or with sharded optimizer state the new weights of the variables that this
+        replica owns, (n,) float32: the model changes when `settle` has those of all replicas.
+    """
+
+    metrics: Tensors
+    apply_update: tf.Tensor
+    packed: tf.Tensor | None
+
+
 def make_update(
     state: TrainState,
     *,
     schedule: Callable[[tf.Tensor], tf.Tensor],
     clip_norm: float | None,
     ema_decay: float | None,
-) -> Callable[..., Any]:
-    """Makes update(summed gradients, summed metrics) -> metrics; moves this replica's variables.
+) -> Callable[..., Updated]:
+    """Makes update(grads, sums, replica=None), which changes this replica's variables.
 
-    With sharded optimiser state it wants the replica's number too, and returns (metrics, packed
-    weights, gate): the slots have moved, the weights wait for make_settle's.
+    Its arguments are the gradients (float32, one per trained variable) and the metrics, both summed
+    over the replicas, and with sharded optimizer state the number of the replica, an int.
     """
     scaled = state.model.compute_dtype == "float16"
 
-    def update(grads: list[tf.Tensor], sums: Tensors, replica: int | None = None):
+    def update(grads: list[tf.Tensor], sums: Tensors, replica: int | None = None) -> Updated:
         step, scale = state.step.value(), state.loss_scale.value()
         if scaled:
             grads = [g / scale for g in grads]
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(g) for g in grads]))
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
-        gate = finite & (state.first_bad_step.value() < 0)
+        apply_update = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:
             factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
             grads = [g * factor for g in grads]
         rate = schedule(step)
         packed = state.optimizer.apply(
-            grads, learning_rate=rate, count=state.updates.value(), gate=gate, replica=replica
+            grads,
+            learning_rate=rate,
+            count=state.updates.value(),
+            gate=apply_update,
+            replica=replica,
         )
         if packed is None:
-            _average(state, ema_decay, gate)
-        # float16 overflows now and then and recovers; the rest, and a scale of 1, never do.
-        bad = ~finite & ((scale <= 1.0) if scaled else True) & (state.first_bad_step.value() < 0)
-        state.first_bad_step.assign(tf.where(bad, step, state.first_bad_step.value()))
+            _update_average(state, ema_decay, apply_update)
+        # In float16 an overflow only lowers the loss scale. In other precisions, or where the scale
+        # is 1 already, nothing can repair it: the first such step is remembered.
+        beyond_repair = ~finite & ((scale <= 1.0) if scaled else True)
+        first = beyond_repair & (state.first_bad_step.value() < 0)
+        state.first_bad_step.assign(tf.where(first, step, state.first_bad_step.value()))
         if scaled:
             _rescale(state, finite)
-        state.updates.assign_add(tf.cast(gate, tf.int64))
+        state.updates.assign_add(tf.cast(apply_update, tf.int64))
         state.step.assign_add(1)
         metrics = {**sums, "grad_norm": norm, "learning_rate": rate}
-        return metrics if packed is None else (metrics, packed, gate)
+        if scaled:
+            metrics["applied"] = tf.cast(apply_update, tf.float32)
+        return Updated(metrics, apply_update, packed)
 
     return update
 
@@ -61,23 +86,27 @@ def make_update(
 def make_settle(
     state: TrainState, *, ema_decay: float | None
 ) -> Callable[[tf.Tensor, tf.Tensor], None]:
-    """Makes settle(what all replicas packed, gate): the end of an update of sharded state."""
+    """Makes settle(gathered, apply_update), the end of an update of sharded optimizer state.
 
-    def settle(gathered: tf.Tensor, gate: tf.Tensor) -> None:
+    It writes the new weights of all replicas, gathered in their order, into the model, and then
+    updates the moving average.
+    """
+
+    def settle(gathered: tf.Tensor, apply_update: tf.Tensor) -> None:
         state.optimizer.take(gathered)
-        _average(state, ema_decay, gate)
+        _update_average(state, ema_decay, apply_update)
 
     return settle
 
 
-def _average(state: TrainState, decay: float | None, gate: tf.Tensor) -> None:
-    """Moves the average of the weights, where there is one, to those that the model has now."""
+def _update_average(state: TrainState, decay: float | None, apply_update: tf.Tensor) -> None:
+    """Moves the moving average, if there is one, towards the weights that the model has now."""
     if state.ema is None or decay is None:
         return
     for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
         old = tf.convert_to_tensor(average.value)
         new = old + (1 - decay) * (tf.convert_to_tensor(weight.value) - old)
-        average.value.assign(tf.where(gate, new, old))
+        average.value.assign(tf.where(apply_update, new, old))
 
 
 def _rescale(state: TrainState, finite: tf.Tensor) -> None:

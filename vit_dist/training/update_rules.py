@@ -1,7 +1,8 @@
-"""How one variable moves: rules in the form of Keras's update_step, on summed gradients.
+"""How one variable is updated: rules in the form of Keras's update_step, on summed gradients.
 
-Slots may be stored in bfloat16; a rule computes in float32 and uses what it computed, not what it
-stored, as optax does. Decay is the Optimizer's, but for LAMB's, which is part of its update.
+Slots may be stored in bfloat16. A rule computes in float32 and goes on with the float32 value, not
+with the rounded one that it stored, as optax does. Weight decay is applied by the Optimizer, except
+for LAMB, whose trust ratio includes it.
 """
 
 import inspect
@@ -16,14 +17,14 @@ from vit_dist.training.sharding import Remote
 
 
 class _Rule:
-    """What the Optimizer sets: the count of updates, the type of first moments, where slots go.
+    """What Optimizer sets on every rule: number of updates, dtype of first moments, slot factory.
 
-    Keras's own counter needs Keras's own apply().
+    Keras's own counter of updates is advanced by Keras's apply(), which is not used here.
     """
 
     count: tf.Tensor | int = 0
     momentum_dtype = "float32"
-    place: Callable[..., Any]  # variable, kind, what it is like, how to make it -> a slot
+    make_slot: Callable[..., Any]  # (variable, kind, Remote of its shape, make) -> a slot
     _corrections: dict[float, tf.Tensor]
     _scalars: dict[float, tf.Tensor]
 
@@ -32,13 +33,15 @@ class _Rule:
         return self.count
 
     def begin(self, count: tf.Tensor | int) -> None:
-        """Before the variables of one update: `count` updates are done."""
+        """Begins an update; `count` updates were done before it."""
         self.count = count
         self._corrections, self._scalars = {}, {}
 
     def scalar(self, value: float | tf.Tensor) -> tf.Tensor:
-        """`value` as one constant for all variables of an update: a tenth of the step's operations
-        would be such constants, and each takes time to trace and to compile.
+        """`value` as a constant that all variables of an update share.
+
+        One constant for each variable would be a tenth of the step's operations, each of which
+        takes time to trace and to compile.
         """
         if isinstance(value, tf.Tensor):
             return value
@@ -49,7 +52,7 @@ class _Rule:
     def average(
         self, slot: keras.Variable, value: tf.Tensor, decay: float | tf.Tensor
     ) -> tf.Tensor:
-        """Moves an exponential moving average and returns it as computed, in float32."""
+        """Updates an exponential moving average; returns its new value in float32, not rounded."""
         new = self.scalar(decay) * _read(slot) + self.scalar(1 - decay) * value
         slot.assign(tf.cast(new, slot.dtype))
         return new
@@ -60,7 +63,8 @@ class _Rule:
             self._corrections[decay] = 1 - decay ** tf.cast(self.count + 1, tf.float32)
         return self._corrections[decay]
 
-    # Keras's own of these four go round a StatelessScope.
+    # Optimizer.apply runs a rule inside a keras.StatelessScope, which records assignments instead
+    # of doing them. Keras's own versions of the next four methods bypass that scope.
 
     def _var_key(self, variable: keras.Variable) -> int:
         return id(variable)
@@ -82,14 +86,14 @@ class _Rule:
     def add_slot(
         self, variable: keras.Variable, shape: Any, kind: str, initializer: Any = "zeros"
     ) -> Any:
-        """A slot named as Keras names its own: the variable's path, then the kind."""
+        """Makes a slot, named as Keras names its slots: the variable's path, then the kind."""
         dtype = self.momentum_dtype if kind == "momentum" else variable.dtype
         name = f"{variable.path.replace('/', '_')}_{kind}"
 
         def make() -> keras.Variable:
             return self.add_variable(shape, initializer, dtype, name=name)  # type: ignore[attr-defined]
 
-        return self.place(variable, kind, Remote(tuple(shape), dtype), make)
+        return self.make_slot(variable, kind, Remote(tuple(shape), dtype), make)
 
 
 def _read(variable: keras.Variable) -> tf.Tensor:
@@ -103,7 +107,7 @@ class Adam(_Rule, keras.optimizers.Adam):
     """
 
     def direction(self, gradient: tf.Tensor, variable: keras.Variable) -> tf.Tensor:
-        """Moves both moments; returns m^ / (sqrt(v^) + epsilon)."""
+        """Updates both moments; returns m^ / (sqrt(v^) + epsilon)."""
         index = self._get_variable_index(variable)
         m = self.average(self._momentums[index], gradient, self.beta_1)
         v = self.average(self._velocities[index], tf.square(gradient), self.beta_2)
@@ -254,7 +258,7 @@ def _rms(x: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_mean(tf.square(x)))
 
 
-# Keras 3.12, the last for Python 3.10, has a Muon of other constants, without this scaling.
+# Keras 3.12 and older have a Muon of other constants, without this scaling.
 HAS_MUON = "rms_rate" in inspect.signature(getattr(keras.optimizers, "Muon", object)).parameters
 if HAS_MUON:
 

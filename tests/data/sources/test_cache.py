@@ -120,6 +120,6 @@ def test_mistakes(key, value, words):
 
 def test_a_config_with_a_cache_is_checked_and_read(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
-    run = check(tiny.of_folder(folder, input__cache="decoded", data__val_split=""))
-    assert isinstance(run.sources["train"], CachedSource)
-    assert run.sources["train"].read(tf.constant(3, tf.int64))["image"].shape == (20, 20, 3)
+    _, data = check(tiny.of_folder(folder, input__cache="decoded", data__val_split=""))
+    assert isinstance(data.sources["train"], CachedSource)
+    assert data.sources["train"].read(tf.constant(3, tf.int64))["image"].shape == (20, 20, 3)

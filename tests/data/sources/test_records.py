@@ -1,7 +1,6 @@
 """TFRecord files, shards, synthetic images and mixtures: what they hold, and their order."""
 
 import collections
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 
 from tests.support import images, tiny
 from tests.support.images import PIPE
-from vit_dist.config.defaults import to_json
 from vit_dist.data import pipeline
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources.array_record import convert
@@ -299,9 +297,10 @@ def test_a_mixture_from_a_config(parts):
     ops = f"decode|{tiny.ANY_SIZE}"
     options = {"input__train_ops": ops, "input__eval_ops": ops, "data__source": "mixture"}
     options |= {"data__parts": parts, "data__val_split": "", "data__test_split": ""}
-    run = check(tiny.make(**options))
-    assert run.sources["train"].num_examples == 33 and run.model["num_classes"] == 3
-    assert json.loads(to_json(run.config))["data"]["parts"] == parts
+    run, data = check(tiny.make(**options))
+    assert data.sources["train"].num_examples == 33 and run.model.network["num_classes"] == 3
+    assert run.record["data"]["parts"] == parts
     spread = {k: v for k, v in parts[0].items() if k != "data_dir"}
     common = {"data__data_dir": parts[0]["data_dir"], "data__parts": [spread, parts[1]]}
-    assert check(tiny.make(**options | common)).sources["train"].num_examples == 33
+    _, data = check(tiny.make(**options | common))
+    assert data.sources["train"].num_examples == 33
