@@ -235,13 +235,9 @@ def test_a_bad_image_in_a_record(tmp_path, stream):
 # a whole run
 
 
-def masked_run(root, total_steps, **changed):
-    config = tiny.of_folder(
-        root, input__on_bad_example="mask", data__val_split="", input__max_bad_share=0.5, **changed
-    )
-    with config.unlocked():
-        config.total_steps = total_steps
-    return config
+def masked_run(root, total_steps, *, max_bad_share=0.5, **changed):
+    masking = {"input__on_bad_example": "mask", "input__max_bad_share": max_bad_share}
+    return tiny.of_folder(root, total_steps=total_steps, data__val_split="", **masking, **changed)
 
 
 def test_a_masked_example_counts_as_nothing(tmp_path):
@@ -270,9 +266,7 @@ def test_too_many_bad_examples_end_the_run(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
     for i in range(3):
         (folder / "train" / "cats" / f"{i}.jpg").write_bytes(b"")
-    config = masked_run(folder, 4, log_steps=1)
-    with config.unlocked():
-        config.input.max_bad_share = 0.15
+    config = masked_run(folder, 4, log_steps=1, max_bad_share=0.15)
     with pytest.raises(ValueError, match=r"damaged examples were masked.*max_bad_share"):
         train(config, str(tmp_path / "run"))
 
@@ -292,9 +286,7 @@ def test_the_limit_is_of_an_epoch_or_more(masked, seen, fails):
 def test_a_resume_notices_other_images(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
     train(tiny.of_folder(folder, data__val_split=""), str(tmp_path / "run"))
-    again = tiny.of_folder(folder, data__val_split="")
-    with again.unlocked():
-        again.total_steps = 3
+    again = tiny.of_folder(folder, data__val_split="", total_steps=3)
     one = folder / "train" / "cats" / "3.jpg"
     content = one.read_bytes()
     changes = {
@@ -308,6 +300,7 @@ def test_a_resume_notices_other_images(tmp_path):
         with pytest.raises(ValueError, match="has changed since step 2 was saved") as error:
             train(again, str(tmp_path / "run"))
         assert words[name] in str(error.value)
-    with again.unlocked():
-        again.resume_from = str(tmp_path / "run")
+    again = tiny.of_folder(
+        folder, data__val_split="", total_steps=3, resume_from=str(tmp_path / "run")
+    )
     assert train(again, str(tmp_path / "other"))["step"] == 3

@@ -239,15 +239,11 @@ def config_of(folder, services, **changed):
 )
 def test_a_run_and_its_resume(tmp_path, services, devices):
     folder = tiny.make_folder(tmp_path / "images")
-    parts = config_of(folder, services, **devices)
+    train(config_of(folder, services, **devices), str(tmp_path / "parts"))
+    # Another number of services goes on.
+    parts = config_of(folder, services[1:], total_steps=4, **devices)
     train(parts, str(tmp_path / "parts"))
-    whole = tiny.of_folder(folder, data__val_split="", **devices)
-    for config in (parts, whole):
-        with config.unlocked():
-            config.total_steps = 4
-    with parts.unlocked():
-        parts.input.service = services[1].address  # another number of them
-    train(parts, str(tmp_path / "parts"))
+    whole = tiny.of_folder(folder, data__val_split="", total_steps=4, **devices)
     train(whole, str(tmp_path / "whole"))
     tiny.assert_same(tiny.arrays(tmp_path / "parts"), tiny.arrays(tmp_path / "whole"), atol=0)
 

@@ -145,9 +145,8 @@ def test_libraries_that_open_files_themselves_need_local_ones(tmp_path, remote):
     source = open_source("folder", split="train", data_dir=str(tmp_path))
     with pytest.raises(ValueError, match="the folder for shards must be a local path, got gs://"):
         convert(source, str(remote), split="train", examples_per_shard=8)
-    config = tiny.of_folder(tmp_path, data__val_split="", input__cache="raw")
-    with config.unlocked():
-        config.input.cache_dir = str(remote)
+    cache = {"input__cache": "raw", "input__cache_dir": str(remote)}
+    config = tiny.of_folder(tmp_path, data__val_split="", **cache)
     with pytest.raises(ValueError, match=r"config.input.cache_dir must be a local path, got gs:"):
         open_sources(config)
     assert not tf.io.gfile.glob(f"{remote}/*")
