@@ -2,8 +2,11 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin
+
+from vit_dist.config.errors import ConfigError
 
 
 def bind(
@@ -14,27 +17,27 @@ def bind(
     Replacing a whole section passes a locked ConfigDict silently; the signature is what counts.
 
     Raises:
-      ValueError: a key the function does not take, one that it needs, or one given twice.
+      ConfigError: a key the function does not take, one that it needs, or one given twice.
     """
     parameters = inspect.signature(function).parameters
     for key in section:
         if key not in parameters or key in given:
             allowed = sorted(set(parameters) - set(given))
-            raise ValueError(
+            raise ConfigError(
                 f"config.{name}.{key} is unknown{did_you_mean(key, allowed)} "
                 f"Keys of config.{name}: {', '.join(allowed)}"
             )
     arguments = {**section, **given}
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
     if missing:
-        raise ValueError(f"config.{name} lacks {', '.join(missing)}")
+        raise ConfigError(f"config.{name} lacks {', '.join(missing)}")
     for key, value in section.items():
         check_type(f"config.{name}.{key}", value, parameters[key].annotation)
     return arguments
 
 
 def check_type(key: str, value: Any, annotation: Any) -> None:
-    """Raises ValueError if `value` is of none of the annotation's types; an int is a float too."""
+    """Raises ConfigError if `value` is of none of the annotation's types; an int is a float too."""
     if isinstance(annotation, str):
         raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
     allowed = get_args(annotation) or (annotation,)
@@ -46,7 +49,31 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
         fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
     if not fits:
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        raise ValueError(f"{key} must be {wanted}, got {value!r}")
+        raise ConfigError(f"{key} must be {wanted}, got {value!r}")
+
+
+def check_range(key: str, value: float, interval: str, *, none: bool = False) -> None:
+    """Raises ConfigError if a number is not in an interval such as "[0, 1)"; NaN is in none.
+
+    Args:
+      key: for the message.
+      value: the number.
+      interval: with inf or -inf for an end that has no limit.
+      none: whether the message offers None as well.
+    """
+    left, low, high, right = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", interval).groups()  # type: ignore[union-attr]
+    above = value >= float(low) if left == "[" else value > float(low)
+    below = value <= float(high) if right == "]" else value < float(high)
+    if above and below:
+        return
+    wanted = f"in {interval}"
+    if low == "-inf" and high == "inf":
+        wanted = "a finite number"
+    elif high == "inf":
+        wanted = f"{low} or more" if left == "[" else f"above {low}"
+    elif isinstance(value, int) and left + right == "[]":
+        wanted = f"in {low}..{high}"
+    raise ConfigError(f"{key} must be {wanted}{', or None' if none else ''}, got {value!r}")
 
 
 def did_you_mean(name: str, allowed: Any) -> str:

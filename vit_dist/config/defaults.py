@@ -11,37 +11,55 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
-from vit_dist.config.binding import check_type, did_you_mean
+from vit_dist.config.binding import check_range, check_type, did_you_mean
 from vit_dist.config.durations import UNITS
 
 
-class _Typed(NamedTuple):
-    """A key that may be None, or (type object) take any literal."""
+class _Key(NamedTuple):
+    """A key whose type or range its default alone does not tell.
+
+    Attributes:
+      default: what the key is where nobody sets it.
+      type: of its values; object for any literal.
+      range: an interval of numbers such as "[0, 1)"; inf and NaN are in none.
+      none: whether it may be None.
+    """
 
     default: Any
     type: type
+    range: str = ""
+    none: bool = True
 
 
-def _durations(name: str, **default: int) -> dict[str, _Typed]:
+def _number(default: int | float, interval: str) -> _Key:
+    """A key that is always a number of the interval."""
+    return _Key(default, type(default), interval, none=False)
+
+
+_RANGES = {"percent": "[0, 100]", "minutes": "(0, inf)"}  # of durations; of other units 0 or more
+
+
+def _durations(name: str, **default: int) -> dict[str, _Key]:
     """The keys name_steps, name_epochs, ... of which exactly one counts."""
     types = {"steps": int, "epochs": float, "examples": int, "percent": float, "minutes": float}
     # A whole run has no percentage of itself; the clock decides only when to save.
     units = UNITS[:3] if name == "total" else UNITS if name == "save" else UNITS[:4]
-    return {f"{name}_{u}": _Typed(default.get(u), types[u]) for u in units}
+    ranges = {u: _RANGES.get(u, "[0, inf)") for u in units}
+    return {f"{name}_{u}": _Key(default.get(u), types[u], ranges[u]) for u in units}
 
 
 DEFAULTS: dict[str, Any] = {
-    "seed": 0,  # of weights, data order, augmentation and dropout
-    "image_size": _Typed(224, object),  # pixels: an int, or (height, width); pipes call it `size`
+    "seed": _number(0, "[0, 2147483647]"),  # int32; of weights, data order, augmentation, dropout
+    "image_size": _Key(224, object),  # pixels: an int, or (height, width); pipes call it `size`
     "precision": "float32",  # of activations: float32 | bfloat16 | float16 (with loss scaling)
     **_durations("total"),  # how long to train; required
     **_durations("log", steps=50),  # how often to write metrics
     **_durations("eval", percent=10),  # how often to evaluate on val; always at the end
     **_durations("save", percent=10),  # how often to save; always at the end
-    "keep_checkpoints": 2,  # the newest so many stay on disk
+    "keep_checkpoints": _number(2, "[1, inf)"),  # the newest so many stay on disk
     "resume_from": "",  # another run's folder: continue it here, optimiser and step included
     "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
-    "init_image_size": _Typed(None, object),  # pixels of those, where their file does not tell
+    "init_image_size": _Key(None, object),  # pixels of those, where their file does not tell
     "init_ignore": "",  # regex: tensors of theirs that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
@@ -50,101 +68,121 @@ DEFAULTS: dict[str, Any] = {
         "train_split": "train",
         "val_split": "val",  # "" for none
         "test_split": "test",  # evaluated once, at the end; "" for none
-        "name": _Typed(None, str),  # tfds: builder, e.g. imagenet2012
-        "data_dir": _Typed(None, str),  # tfds, folder, array_record: where it lies
-        "file_format": _Typed(None, str),  # tfds: array_record | tfrecord
-        "val_fraction": _Typed(None, float),  # folder without val/
-        "test_fraction": _Typed(None, float),  # folder without test/
-        "files": _Typed(None, str),  # tfrecord: pattern with {split}, e.g. /data/{split}-*
-        "class_file": _Typed(None, str),  # tfrecord: names of the classes, one a line
-        "image_key": _Typed(None, str),  # tfrecord: feature with the encoded image
-        "label_key": _Typed(None, str),  # tfrecord: feature with the class number
-        "first_label": _Typed(None, int),  # tfrecord: the number of the first class
-        "counts": _Typed(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
-        "stream": _Typed(None, bool),  # tfrecord: in sequence, not by index; None: from a bucket
-        "num_classes": _Typed(None, int),  # tfrecord without class_file; synthetic
-        "num_examples": _Typed(None, int),  # synthetic
-        "height": _Typed(None, int),  # synthetic: of the images, before the pipe
-        "width": _Typed(None, int),  # synthetic
-        "image_format": _Typed(None, str),  # synthetic: jpeg | array
-        "parts": _Typed(None, object),  # mixture: [{"source": ..., "weight": ..., options}, ...]
+        "name": _Key(None, str),  # tfds: builder, e.g. imagenet2012
+        "data_dir": _Key(None, str),  # tfds, folder, array_record: where it lies
+        "file_format": _Key(None, str),  # tfds: array_record | tfrecord
+        "val_fraction": _Key(None, float, "[0, 1)"),  # folder without val/
+        "test_fraction": _Key(None, float, "[0, 1)"),  # folder without test/
+        "files": _Key(None, str),  # tfrecord: pattern with {split}, e.g. /data/{split}-*
+        "class_file": _Key(None, str),  # tfrecord: names of the classes, one a line
+        "image_key": _Key(None, str),  # tfrecord: feature with the encoded image
+        "label_key": _Key(None, str),  # tfrecord: feature with the class number
+        "first_label": _Key(None, int, "(-inf, inf)"),  # tfrecord: the number of the first class
+        "counts": _Key(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
+        "stream": _Key(None, bool),  # tfrecord: in sequence, not by index; None: from a bucket
+        "num_classes": _Key(None, int, "[1, inf)"),  # tfrecord without class_file; synthetic
+        "num_examples": _Key(None, int, "[1, inf)"),  # synthetic
+        "height": _Key(None, int, "[1, inf)"),  # synthetic: of the images, before the pipe
+        "width": _Key(None, int, "[1, inf)"),  # synthetic
+        "image_format": _Key(None, str),  # synthetic: jpeg | array
+        "parts": _Key(None, object),  # mixture: [{"source": ..., "weight": ..., options}, ...]
     },
     "input": {  # data/pipeline.py
-        "batch_size": 1024,  # examples per optimiser step, over all replicas
-        "eval_batch_size": 1024,  # over all replicas
+        "batch_size": _number(1024, "[1, inf)"),  # examples per optimiser step, over all replicas
+        "eval_batch_size": _number(1024, "[1, inf)"),  # over all replicas
         "train_ops": (  # data/ops/; runs on every training image
             "decode_jpeg_and_inception_crop(size)|flip_lr|value_range(-1, 1)|keep('image', 'label')"
         ),
         "eval_ops": (  # the same for val and test
             "decode|resize(size)|value_range(-1, 1)|keep('image', 'label')"
         ),
-        "num_threads": _Typed(None, int),  # None: as many as tf.data finds useful
-        "prefetch": 2,  # batches per replica kept ready
-        "repeats": 1,  # repeated augmentation: copies of each example in a batch; 3 in DeiT
+        "num_threads": _Key(None, int, "[1, inf)"),  # None: as many as tf.data finds useful
+        "prefetch": _number(2, "[1, inf)"),  # batches per replica kept ready
+        "repeats": _number(
+            1, "[1, inf)"
+        ),  # repeated augmentation: copies of each example in a batch; 3 in DeiT
         "on_bad_example": "fail",  # fail: name it and end | mask: it counts as nothing
-        "max_bad_share": 0.001,  # mask: of an epoch (or of what was read, if more) before ending
+        "max_bad_share": _number(
+            0.001, "[0, 1]"
+        ),  # mask: of an epoch (or of what was read, if more) before ending
         "cache": "off",  # of train: off | raw (bytes of the files) | decoded (before the pipe)
         "cache_dir": "",  # a folder for the cache, kept for later runs; "": in memory
         "service": "",  # host:port,host:port of vit_dist.data_service, which make train's batches
-        "service_timeout": 120.0,  # seconds to wait for one of them
+        "service_timeout": _number(120.0, "(0, inf)"),  # seconds to wait for one of them
     },
     "mixing": {  # data/mixing.py
-        "mixup_alpha": 0.0,  # of Beta(alpha, alpha); 0: no mixup
-        "cutmix_alpha": 0.0,  # the same for CutMix
-        "probability": 1.0,  # of mixing at all
-        "switch_probability": 0.5,  # of CutMix, if both alphas are positive
+        "mixup_alpha": _number(0.0, "[0, inf)"),  # of Beta(alpha, alpha); 0: no mixup
+        "cutmix_alpha": _number(0.0, "[0, inf)"),  # the same for CutMix
+        "probability": _number(1.0, "[0, 1]"),  # of mixing at all
+        "switch_probability": _number(0.5, "[0, 1]"),  # of CutMix, if both alphas are positive
         "mode": "batch",  # what shares a draw: batch | pair | elem (each its own)
-        "group_size": 2,  # neighbours that are each other's partners; divides a micro-batch
+        "group_size": _number(
+            2, "[2, inf)"
+        ),  # neighbours that are each other's partners; divides a micro-batch
         "fold_lambda": False,  # mixup's lambda = max(lambda, 1 - lambda), as big_vision
     },
     "model": {  # model/vit.py
         "variant": "S/16",  # size/patch
-        "width": _Typed(None, int),  # these four replace the variant's
-        "depth": _Typed(None, int),
-        "mlp_dim": _Typed(None, int),
-        "num_heads": _Typed(None, int),
+        "width": _Key(None, int, "[1, inf)"),  # these four replace the variant's
+        "depth": _Key(None, int, "[1, inf)"),
+        "mlp_dim": _Key(None, int, "[1, inf)"),
+        "num_heads": _Key(None, int, "[1, inf)"),
         "pool": "gap",  # tok | gap | tok_gap | map
         "posemb": "learned",  # learned | sincos2d
-        "posemb_stddev": 0.02,  # initial spread of learned positions
-        "rep_size": 0,  # representation layer before the head; -1: as wide as the model
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-        "drop_path": 0.0,  # stochastic depth at the last block
+        "posemb_stddev": _number(0.02, "[0, inf)"),  # initial spread of learned positions
+        "rep_size": _number(
+            0, "[-1, inf)"
+        ),  # representation layer before the head; -1: as wide as the model
+        "dropout": _number(0.0, "[0, 1)"),
+        "attention_dropout": _number(0.0, "[0, 1)"),
+        "drop_path": _number(0.0, "[0, 1)"),  # stochastic depth at the last block
         "drop_path_growth": "linear",  # from 0 at the first block, or constant (DeiT III)
-        "layer_scale": _Typed(None, float),  # e.g. 1e-4; None: without
+        "layer_scale": _Key(None, float, "(0, inf)"),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,
         "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
-        "attention_block": _Typed(None, int),  # keys at a time, e.g. 512 for many tokens
+        "attention_block": _Key(None, int, "[1, inf)"),  # keys at a time, e.g. 512 for many tokens
         "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
-        "cls_token": _Typed(None, bool),  # None: if the pool needs one
-        "registers": 0,  # further learned tokens, e.g. 4
+        "cls_token": _Key(None, bool),  # None: if the pool needs one
+        "registers": _number(0, "[0, inf)"),  # further learned tokens, e.g. 4
         "prefix_posemb": "cls",  # which tokens before the patches have a position: cls | all | none
-        "norm_epsilon": 1e-6,  # LayerNorm's; 1e-12 in Hugging Face's ViT and DeiT
+        "norm_epsilon": _number(
+            1e-6, "(0, inf)"
+        ),  # LayerNorm's; 1e-12 in Hugging Face's ViT and DeiT
         "norm_after_pool": False,  # timm's fc_norm
-        "channels": 3,  # of the images that the pipes give
-        "head_bias": 0.0,  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
+        "channels": _number(3, "[1, inf)"),  # of the images that the pipes give
+        "head_bias": _number(
+            0.0, "(-inf, inf)"
+        ),  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
     },
     "loss": {  # training/losses.py
         "name": "softmax",  # softmax | sigmoid
-        "label_smoothing": 0.0,
+        "label_smoothing": _number(0.0, "[0, 1)"),
         "reduction": "sum",  # sigmoid, over the classes: sum | mean (PyTorch, DeiT III)
-        "threshold": _Typed(None, float),  # sigmoid: label shares above it count as 1, others as 0
+        "threshold": _Key(
+            None, float, "[0, 1)"
+        ),  # sigmoid: label shares above it count as 1, others as 0
     },
     "optimizer": {  # training/optimizer.py
         "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon
-        "learning_rate": 1e-3,  # the schedule's peak
-        "weight_decay": 0.1,  # decoupled; from big_vision: its value / peak, or decay_scale
+        "learning_rate": _number(1e-3, "[0, inf)"),  # the schedule's peak
+        "weight_decay": _number(
+            0.1, "[0, inf)"
+        ),  # decoupled; from big_vision: its value / peak, or decay_scale
         "decay_scale": "learning_rate",  # decay is times this: learning_rate | schedule
         # (regex, factor) pairs, of which the first found in a variable's name counts.
-        "decay_multipliers": _Typed((("kernel$", 1.0),), object),  # of decay; no match: 0
-        "lr_multipliers": _Typed((), object),  # of the learning rate; 0 freezes; no match: 1
-        "layer_decay": _Typed(None, float),  # learning rate per block from the head down, e.g. 0.75
+        "decay_multipliers": _Key((("kernel$", 1.0),), object),  # of decay; no match: 0
+        "lr_multipliers": _Key((), object),  # of the learning rate; 0 freezes; no match: 1
+        "layer_decay": _Key(
+            None, float, "(0, 1]"
+        ),  # learning rate per block from the head down, e.g. 0.75
         "momentum_dtype": "float32",  # in which first moments are stored: float32 | bfloat16
-        "beta_1": 0.9,  # adamw, lamb, lion, adafactor_vit, muon
-        "beta_2": _Typed(None, float),  # the same; None: lion 0.99, else 0.999
-        "epsilon": _Typed(None, float),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
-        "momentum": _Typed(None, float),  # None: sgd 0.9, muon 0.95
+        "beta_1": _number(0.9, "[0, 1)"),  # adamw, lamb, lion, adafactor_vit, muon
+        "beta_2": _Key(None, float, "[0, 1)"),  # the same; None: lion 0.99, else 0.999
+        "epsilon": _Key(
+            None, float, "(0, inf)"
+        ),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
+        "momentum": _Key(None, float, "[0, 1)"),  # None: sgd 0.9, muon 0.95
         "shard_state": False,  # ZeRO-1: each replica holds the state of a part of the variables
     },
     "schedule": {  # training/schedules.py
@@ -153,27 +191,33 @@ DEFAULTS: dict[str, Any] = {
         **_durations("cooldown", steps=0),  # linear, to 0 at the end
         **_durations("timescale", steps=10_000),  # rsqrt
         **_durations("hold", steps=1),  # the rate changes only so often
-        "start_factor": 0.0,  # the warmup's first learning rate / peak
-        "end_factor": 0.0,  # cosine, linear, polynomial: final learning rate / peak
-        "power": 2.0,  # polynomial
-        "milestones": _Typed((30.0, 60.0, 90.0), object),  # step: percent of the run
-        "drop": 0.1,  # step: factor at each milestone
+        "start_factor": _number(0.0, "[0, 1]"),  # the warmup's first learning rate / peak
+        "end_factor": _number(
+            0.0, "[0, 1]"
+        ),  # cosine, linear, polynomial: final learning rate / peak
+        "power": _number(2.0, "(0, inf)"),  # polynomial
+        "milestones": _Key((30.0, 60.0, 90.0), object),  # step: percent of the run
+        "drop": _number(0.1, "[0, 1]"),  # step: factor at each milestone
         "decay_from": "warmup",  # its end, or start: of the run, as timm
     },
     "step": {  # training/step.py
-        "accumulation": 1,  # micro-batches per replica and step
-        "clip_norm": _Typed(1.0, float),  # global; None: no clipping
-        "ema_decay": _Typed(None, float),  # e.g. 0.9999; None: no moving average
+        "accumulation": _number(1, "[1, inf)"),  # micro-batches per replica and step
+        "clip_norm": _Key(1.0, float, "(0, inf)"),  # global; None: no clipping
+        "ema_decay": _Key(None, float, "(0, 1)"),  # e.g. 0.9999; None: no moving average
         "all_reduce_dtype": "float32",  # in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
     "strategy": {  # cluster/strategy.py
         "name": "auto",  # auto | single | mirrored | multiworker | tpu
-        "virtual_cpus": 0,  # split the CPU into so many devices; 0: use it whole
+        "virtual_cpus": _number(
+            0, "[0, inf)"
+        ),  # split the CPU into so many devices; 0: use it whole
         "tpu": "",  # "local", or the TPU's name; "": the environment's TPU_NAME
         "tpu_zone": "",
         "tpu_project": "",
-        "timeout_seconds": 1800.0,  # multiworker: a collective stuck for so long is an error
+        "timeout_seconds": _number(
+            1800.0, "(0, inf)"
+        ),  # multiworker: a collective stuck for so long is an error
     },
 }
 
@@ -184,10 +228,12 @@ def get_defaults() -> ConfigDict:
     def build(section: Mapping[str, Any]) -> ConfigDict:
         config = ConfigDict()
         for key, value in section.items():
-            if isinstance(value, _Typed):
+            if isinstance(value, _Key) and value.none:
                 # In the shell a literal, so that None can be said; finalize() checks the type.
                 kind = str if value.type is str else object
                 value = FieldReference(value.default, field_type=kind)
+            elif isinstance(value, _Key):
+                value = value.default
             config[key] = build(value) if isinstance(value, dict) else value
         return config
 
@@ -240,10 +286,13 @@ def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> 
             if not isinstance(value, ConfigDict):
                 raise ValueError(f"{name} must be a section of keys, got {value!r}")
             _check_keys(value, default, name)
-        elif not isinstance(default, _Typed):
+        elif not isinstance(default, _Key):
             check_type(name, value, type(default))
-        elif default.type is not object:
-            check_type(name, value, default.type | None)
+        else:
+            if default.type is not object:
+                check_type(name, value, default.type | None if default.none else default.type)
+            if default.range and value is not None:
+                check_range(name, value, default.range, none=default.none)
 
 
 def _keep_one(

@@ -37,7 +37,6 @@ from vit_dist.training.schedules import Schedule
 from vit_dist.training.sharding import NOT_ON_TPUS
 from vit_dist.training.step import StepOptions, check_batch
 
-MAX_SEED = 2**31 - 1  # the step's dropout seeds are int32
 _BUILD_KEYS = ("head_bias", "posemb_stddev")  # of config.model, for build_vit; the rest: vit_config
 
 
@@ -60,7 +59,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         num_replicas=max(config.strategy.virtual_cpus, 1),
         shard_state=optimizer.shard_state,
     )
-    _check_ranges(config)
+    _check_choices(config)
     loss = make_loss(**bind(make_loss, config.loss, name="loss"))
     _durations(config, num_examples=1)
     evaluation, data = _check_evaluation(config, training=True)
@@ -118,7 +117,7 @@ def check_evaluation(
       DataError: the data is not there, or not what the config says.
     """
     config = _finalized(config)
-    _check_ranges(config)
+    _check_choices(config)
     return _check_evaluation(config, training=False, splits=splits)
 
 
@@ -184,13 +183,7 @@ def check_parts(
     check_groups(mixing, batch_size=batch_size, num_parts=num_replicas * step.accumulation)
 
 
-def _check_ranges(config: FrozenConfigDict) -> None:
-    if config.keep_checkpoints < 1:
-        raise ConfigError(
-            f"config.keep_checkpoints must be 1 or more, got {config.keep_checkpoints}"
-        )
-    if not 0 <= config.seed <= MAX_SEED:
-        raise ConfigError(f"config.seed must be in 0..{MAX_SEED}, got {config.seed}")
+def _check_choices(config: FrozenConfigDict) -> None:
     if config.init_image_size is not None:
         config_lib.parse_image_size(config.init_image_size, key="init_image_size")
     try:
