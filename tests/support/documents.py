@@ -12,3 +12,9 @@ def commands_of(text: str) -> list[list[str]]:
     lines = re.sub(r"\\\n\s*", " ", fenced or indented).splitlines()
     lines = [line for line in lines if line.startswith(("python -m vit_dist.", "launch/"))]
     return [shlex.split(line, comments=True) for line in lines if "--config FILE" not in line]
+
+
+def python_blocks(text: str) -> dict[str, str]:
+    """The fenced blocks of Python of a page: name (or number) -> code."""
+    blocks = re.findall(r"^```python ?(\S*)\n(.*?)^```$", text, re.M | re.S)
+    return {name or str(i): code for i, (name, code) in enumerate(blocks)}

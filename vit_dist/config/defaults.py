@@ -63,6 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "init_ignore": "",  # regex: tensors of theirs that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
+    "modules": _Key((), object),  # your own to import first, e.g. ("my_ops",)
     "data": {  # data/sources/; keys left None take the source's own default
         "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
         "train_split": "train",
@@ -85,6 +86,7 @@ DEFAULTS: dict[str, Any] = {
         "height": _Key(None, int, "[1, inf)"),  # synthetic: of the images, before the pipe
         "width": _Key(None, int, "[1, inf)"),  # synthetic
         "image_format": _Key(None, str),  # synthetic: jpeg | array
+        "options": _Key(None, object),  # a source of your own: {name: value} for its constructor
         "parts": _Key(None, object),  # mixture: [{"source": ..., "weight": ..., options}, ...]
     },
     "input": {  # data/pipeline.py

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from vit_dist.config.modules import check_modules, import_modules
 from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.model.formats.pretrained import open_pretrained
 from vit_dist.model.formats.tensors import LazyArray
@@ -153,6 +154,9 @@ def _of_run(path: str) -> Origin:
         if name.startswith(prefix)
     }
     notes = checkpoint.notes
+    import_modules(
+        check_modules(notes["config"].get("modules", ()))
+    )  # they register ops of the pipe
     network = notes["model"]
     size, classes = tuple(network["image_size"]), network["num_classes"]
     return Origin(

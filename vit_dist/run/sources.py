@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.damage import POLICIES
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.cache import FORMS, CachedSource
@@ -64,6 +65,10 @@ def open_sources(
       ValueError: a split that is not configured or not there, or sets of classes that differ.
     """
     options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
+    own = options.pop("options")
+    if own is not None and not hasattr(own, "items"):
+        raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")
+    options |= dict(own or {})
     configured = {s: config.data[f"{s}_split"] for s in SPLITS if config.data[f"{s}_split"]}
     if training and "train" not in configured:
         raise ValueError("config.data.train_split must name a split")

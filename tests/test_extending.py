@@ -1,0 +1,95 @@
+"""docs/extending.md: its modules, in a folder of a user's, serve every command of a run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from tests.support import tiny
+from tests.support.documents import python_blocks
+from vit_dist.config.errors import ConfigError
+from vit_dist.data.ops import pipe
+from vit_dist.data.sources.open import SOURCES
+from vit_dist.evaluate import evaluate
+from vit_dist.run.check import check
+from vit_dist.run.origins import open_origin
+from vit_dist.train import train
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
+MODULES = ("my_ops", "my_source")
+
+
+def forget():
+    """As in another process: nothing is imported or registered."""
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    pipe._REGISTRY.pop("invert", None)
+    SOURCES.pop("shapes", None)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's folder with the page's modules, where commands are started."""
+    for name, code in python_blocks(PAGE.read_text()).items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget()
+    yield tmp_path
+    forget()
+
+
+def config(**changed):
+    ops = f"resize(size)|{tiny.OPS}"
+    options = {
+        "modules": MODULES,
+        "data__source": "shapes",
+        "data__options": {"pixels": 12},
+        "input__train_ops": f"invert(0.5)|{ops}",
+        "input__eval_ops": f"invert(1.0)|{ops}",
+        "total_steps": 2,
+    }
+    return tiny.make(**{**options, **changed})
+
+
+def test_a_run_with_an_op_and_a_source_of_ones_own(folder):
+    metrics = train(config(), str(folder / "run"))
+    assert metrics["val_examples"] == 32
+    forget()  # the run itself knows what to import
+    origin = open_origin(str(folder / "run"))
+    assert origin.class_names == ["square", "circle"] and "invert" in str(origin.pipe)
+    forget()
+    assert evaluate(config(), str(folder / "run"), splits=["val"])["val"]["loss"] == pytest.approx(
+        metrics["val_loss"]
+    )
+
+
+def test_the_op_does_what_it_says(folder):
+    check(config())
+    image = tf.fill((2, 2, 3), tf.constant(10, tf.uint8))
+    for probability, expected in ((0.0, 10), (1.0, 245)):
+        made = pipe.parse(f"invert({probability})").host({"image": image, "seed": [0, 1]})
+        assert set(made["image"].numpy().ravel()) == {expected}
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"modules": ("no_such_module",)}, "'no_such_module', which is no module here.*PYTHONPATH"),
+        ({"modules": ("my-ops",)}, "must be a list of modules"),
+        ({"modules": 3}, "must be a list of modules"),
+        ({"data__options": {"pixel": 12}}, "takes no option 'pixel', did you mean 'pixels'"),
+        ({"data__options": 3}, "config.data.options must be a dict"),
+        ({"input__train_ops": f"invert(2)|{tiny.ANY_SIZE}"}, r"probability must be in \[0, 1\]"),
+    ],
+)
+def test_mistakes(folder, changed, words):
+    with pytest.raises(ValueError, match=words):
+        check(config(**changed))
+
+
+def test_a_module_that_is_wrong_inside_keeps_its_traceback(folder):
+    (folder / "my_ops.py").write_text("import no_such_library")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        check(config())
+    assert not issubclass(ModuleNotFoundError, ConfigError)
