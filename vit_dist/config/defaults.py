@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
     **_durations("eval", percent=10),  # how often to evaluate on val; always at the end
     **_durations("save", percent=10),  # how often to save; always at the end
     "keep_checkpoints": _number(2, "[1, inf)"),  # the newest so many stay on disk
-    "resume_from": "",  # another run's folder: continue it here, optimiser and step included
+    "resume_from": "",  # another run's folder: continue it here, optimizer and step included
     "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
     "init_image_size": _Key(None, object),  # pixels of those, where their file does not tell
     "init_ignore": "",  # regex: tensors of theirs that may be left out
@@ -66,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "modules": _Key((), object),  # your own to import first, e.g. ("my_ops",)
     "data": {  # data/sources/; keys left None take the source's own default
         "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
-        "train_split": "train",
+        "train_split": "train",  # as the source names it; tfds: TFDS's syntax, "train[:99%]"
         "val_split": "val",  # "" for none
         "test_split": "test",  # evaluated once, at the end; "" for none
         "name": _Key(None, str),  # tfds: builder, e.g. imagenet2012
@@ -90,12 +90,12 @@ DEFAULTS: dict[str, Any] = {
         "parts": _Key(None, object),  # mixture: [{"source": ..., "weight": ..., options}, ...]
     },
     "input": {  # data/pipeline.py
-        "batch_size": _number(1024, "[1, inf)"),  # examples per optimiser step, over all replicas
+        "batch_size": _number(1024, "[1, inf)"),  # examples per optimizer step, over all replicas
         "eval_batch_size": _number(1024, "[1, inf)"),  # over all replicas
         "train_ops": (  # data/ops/; runs on every training image
             "decode_jpeg_and_inception_crop(size)|flip_lr|value_range(-1, 1)|keep('image', 'label')"
         ),
-        "eval_ops": (  # the same for val and test
+        "eval_ops": (  # runs on every image of val and test
             "decode|resize(size)|value_range(-1, 1)|keep('image', 'label')"
         ),
         "num_threads": _Key(None, int, "[1, inf)"),  # None: as many as tf.data finds useful
@@ -114,7 +114,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "mixing": {  # data/mixing.py
         "mixup_alpha": _number(0.0, "[0, inf)"),  # of Beta(alpha, alpha); 0: no mixup
-        "cutmix_alpha": _number(0.0, "[0, inf)"),  # the same for CutMix
+        "cutmix_alpha": _number(0.0, "[0, inf)"),  # of CutMix; 0: none
         "probability": _number(1.0, "[0, 1]"),  # of mixing at all
         "switch_probability": _number(0.5, "[0, 1]"),  # of CutMix, if both alphas are positive
         "mode": "batch",  # what shares a draw: batch | pair | elem (each its own)
@@ -125,23 +125,25 @@ DEFAULTS: dict[str, Any] = {
     },
     "model": {  # model/vit.py
         "variant": "S/16",  # size/patch
-        "width": _Key(None, int, "[1, inf)"),  # these four replace the variant's
-        "depth": _Key(None, int, "[1, inf)"),
-        "mlp_dim": _Key(None, int, "[1, inf)"),
-        "num_heads": _Key(None, int, "[1, inf)"),
+        "width": _Key(None, int, "[1, inf)"),  # in place of the variant's
+        "depth": _Key(None, int, "[1, inf)"),  # in place of the variant's
+        "mlp_dim": _Key(None, int, "[1, inf)"),  # in place of the variant's
+        "num_heads": _Key(None, int, "[1, inf)"),  # in place of the variant's
         "pool": "gap",  # tok | gap | tok_gap | map
         "posemb": "learned",  # learned | sincos2d
         "posemb_stddev": _number(0.02, "[0, inf)"),  # initial spread of learned positions
         "rep_size": _number(
             0, "[-1, inf)"
         ),  # representation layer before the head; -1: as wide as the model
-        "dropout": _number(0.0, "[0, 1)"),
-        "attention_dropout": _number(0.0, "[0, 1)"),
+        "dropout": _number(
+            0.0, "[0, 1)"
+        ),  # of positions, attention's output and both layers of the MLP
+        "attention_dropout": _number(0.0, "[0, 1)"),  # of attention's weights
         "drop_path": _number(0.0, "[0, 1)"),  # stochastic depth at the last block
         "drop_path_growth": "linear",  # from 0 at the first block, or constant (DeiT III)
         "layer_scale": _Key(None, float, "(0, inf)"),  # e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
-        "qkv_bias": True,
+        "qkv_bias": True,  # biases of query, key and value
         "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
         "attention_block": _Key(None, int, "[1, inf)"),  # keys at a time, e.g. 512 for many tokens
         "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
@@ -159,7 +161,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "loss": {  # training/losses.py
         "name": "softmax",  # softmax | sigmoid
-        "label_smoothing": _number(0.0, "[0, 1)"),
+        "label_smoothing": _number(0.0, "[0, 1)"),  # s in labels * (1 - s) + s / number of classes
         "reduction": "sum",  # sigmoid, over the classes: sum | mean (PyTorch, DeiT III)
         "threshold": _Key(
             None, float, "[0, 1)"
@@ -180,7 +182,7 @@ DEFAULTS: dict[str, Any] = {
         ),  # learning rate per block from the head down, e.g. 0.75
         "momentum_dtype": "float32",  # in which first moments are stored: float32 | bfloat16
         "beta_1": _number(0.9, "[0, 1)"),  # adamw, lamb, lion, adafactor_vit, muon
-        "beta_2": _Key(None, float, "[0, 1)"),  # the same; None: lion 0.99, else 0.999
+        "beta_2": _Key(None, float, "[0, 1)"),  # as beta_1; None: lion 0.99, else 0.999
         "epsilon": _Key(
             None, float, "(0, inf)"
         ),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
@@ -215,8 +217,8 @@ DEFAULTS: dict[str, Any] = {
             0, "[0, inf)"
         ),  # split the CPU into so many devices; 0: use it whole
         "tpu": "",  # "local", or the TPU's name; "": the environment's TPU_NAME
-        "tpu_zone": "",
-        "tpu_project": "",
+        "tpu_zone": "",  # of a TPU by name
+        "tpu_project": "",  # of a TPU by name
         "timeout_seconds": _number(
             1800.0, "(0, inf)"
         ),  # multiworker: a collective stuck for so long is an error

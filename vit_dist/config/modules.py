@@ -1,7 +1,7 @@
 """A user's own modules, which register ops and sources where a config names them.
 
-A run records their names in its config, so that predict, export, evaluate and show of the run import
-them again. They are looked for where Python looks for every module, never beside weights.
+A run records their names in its config, so that predict, export, evaluate and show of the run
+import them again. They are modules on Python's own path, never files beside weights.
 """
 
 import importlib
