@@ -1,13 +1,16 @@
-# Nothing but make and a Python from 3.10 to 3.13 is assumed; `make help` lists the targets.
+# Nothing but make and a Python from 3.11 to 3.13 is assumed; `make help` lists the targets.
 PYTHON ?= python3
+PYTHONS := 3.11 3.12 3.13
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-BIN := .venv/bin
-STAMP := .venv/.installed
-SHELL_SCRIPTS = $(wildcard launch/*.sh) $(wildcard .ci/run)
+# Another environment, say for another Python: make VENV=.venv-py3.12 PYTHON=python3.12 test
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SHELL_SCRIPTS = $(wildcard launch/*.sh tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-interop lint format bench bench-tpu clean
+.PHONY: help install demo test test-pythons check-newest test-interop lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,10 +19,10 @@ install: $(STAMP) ## make .venv with TensorFlow for CPUs and the developers' too
 
 # The stamp is written last, so that an interrupted install is done again.
 $(STAMP): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "$(PYTHON) is not a Python from 3.10 to 3.13; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into .venv: some minutes, about 3 GB"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())' || \
+	  { echo "$(PYTHON) is none of Python $(PYTHONS); name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into $(VENV): some minutes, about 3 GB"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
 	@touch $@
 
@@ -28,6 +31,19 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+# Both find Pythons by themselves, and give each an environment of its own: .venv-py3.11, .venv-py3.12, ...
+test-pythons: ## run the tests under each supported Python that this machine has
+	@found=$$(tools/pythons.sh $(PYTHONS)) || exit 1; for each in $$found; do \
+	  echo "Python $${each%%=*}"; \
+	  $(MAKE) --no-print-directory VENV=.venv-py$${each%%=*} PYTHON=$${each#*=} test || exit 1; \
+	done
+
+check-newest: $(STAMP) ## make check under the newest supported Python here, if .venv has an older one
+	@each=$$(tools/pythons.sh $(PYTHONS) | tail -n 1); version=$${each%%=*}; test -n "$$each" || exit 1; \
+	if $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')"; \
+	then echo "$(VENV) has the newest Python of this machine, $$version"; \
+	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} check; fi
 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(shell find tests -name 'test_interop*.py')
@@ -38,6 +54,10 @@ lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
+	$(BIN)/hadolint launch/docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(STAMP) ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
@@ -70,6 +90,6 @@ bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v
 	@.venv-tpu-compile/bin/python -m pip install --quiet -e '.[tpu-compile]'
 	@touch $@
 
-clean: ## remove .venv, caches and build products, but no runs
-	rm -rf .venv .venv-interop .venv-tpu-compile build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove environments, caches and build products, but no runs
+	rm -rf .venv .venv-interop .venv-tpu-compile .venv-py* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv-*' -prune -exec rm -rf {} +

@@ -1,3 +1,3 @@
 """vit_dist: distributed training of Vision Transformers with TensorFlow."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
