@@ -17,7 +17,7 @@ PREFIXES = {
 }
 
 
-def best(function, *, images: int, rounds: int = 5) -> float:
+def best(function, *, images: int, rounds: int) -> float:
     """The least milliseconds for an image; the first call, which compiles, does not count."""
     function()
     took = []
@@ -28,7 +28,7 @@ def best(function, *, images: int, rounds: int = 5) -> float:
     return min(took) / images * 1e3
 
 
-def pipe_time(files: list[str], text: str) -> float:
+def pipe_time(files: list[str], text: str, *, rounds: int) -> float:
     pipe = ops.parse(text)
 
     def example(i):
@@ -47,10 +47,10 @@ def pipe_time(files: list[str], text: str) -> float:
         for _ in range(len(files) // CHUNK):
             next(batches)
 
-    return best(run, images=len(files))
+    return best(run, images=len(files), rounds=rounds)
 
 
-def operation_times(images: tf.Tensor) -> list[tuple[str, float, float]]:
+def operation_times(images: tf.Tensor, *, rounds: int) -> list[tuple[str, float, float]]:
     """(name, ours, the plain form) for each operation of RandAugment."""
     style = augment.Style(reference=True, cutout=40)
     count, height, width, _ = images.shape
@@ -76,19 +76,19 @@ def operation_times(images: tf.Tensor) -> list[tuple[str, float, float]]:
             for _ in range(8):
                 plain(first)
 
-        mine = best(lambda at=at: compiled(images, at), images=count, rounds=3)
-        rows.append((name, mine, best(repeat, images=8, rounds=3)))
+        mine = best(lambda at=at: compiled(images, at), images=count, rounds=rounds)
+        rows.append((name, mine, best(repeat, images=8, rounds=rounds)))
     return rows
 
 
-def main(files: list[str]) -> None:
+def main(files: list[str], *, rounds: int) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     print("\nCPU time of the parts, ms per image, one thread")
     for name, text in PREFIXES.items():
-        print(f"  {name:32} {pipe_time(files, text):6.3f}", flush=True)
+        print(f"  {name:32} {pipe_time(files, text, rounds=rounds):6.3f}", flush=True)
     decoded = [tf.io.decode_jpeg(tf.io.read_file(path)) for path in files[:CHUNK]]
     images = tf.cast(tf.stack([tf.image.resize(image, (224, 224)) for image in decoded]), tf.uint8)
     print("  one operation of RandAugment at magnitude 10: here, and in the plain form")
-    for name, ours, plain in operation_times(images):
+    for name, ours, plain in operation_times(images, rounds=rounds):
         print(f"    {name:14} {ours:6.3f} {plain:6.3f}", flush=True)

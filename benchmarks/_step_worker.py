@@ -23,12 +23,13 @@ from vit_dist.training.step import make_train_step
 
 
 def main() -> None:
-    variant, batch_size, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    variant, size, depth, batch_size, threads = sys.argv[1], *map(int, sys.argv[2:])
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     strategy = make_strategy(name="single")
     with strategy.scope():
         # As timm's: cls token, erf GELU.
-        config = vit_config(variant, image_size=224, num_classes=1000, pool="tok", gelu="erf")
+        options = {"pool": "tok", "gelu": "erf", "depth": depth}
+        config = vit_config(variant, image_size=size, num_classes=1000, **options)
         model = build_vit(config)
         state = TrainState(
             model, make_optimizer(named_weights(model), OptimizerOptions(weight_decay=0.1))
@@ -44,7 +45,7 @@ def main() -> None:
     )
     generator = np.random.default_rng(0)
     batch = {
-        "image": generator.integers(0, 256, (batch_size, 224, 224, 3)).astype(np.uint8),
+        "image": generator.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8),
         "label": generator.integers(0, 1000, (batch_size,)).astype(np.int32),
     }
     batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())

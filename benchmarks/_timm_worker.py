@@ -15,13 +15,15 @@ NAMES = {"Ti/16": "vit_tiny_patch16_224", "S/16": "vit_small_patch16_224"}
 
 
 def main() -> None:
-    variant, batch_size, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    variant, size, depth, batch_size, threads = sys.argv[1], *map(int, sys.argv[2:])
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = timm.create_model(NAMES[variant], pretrained=False, num_classes=1000).train()
+    model = timm.create_model(
+        NAMES[variant], pretrained=False, num_classes=1000, img_size=size, depth=depth
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     loss_fn = torch.nn.CrossEntropyLoss()
-    images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
     labels = torch.randint(0, 1000, (batch_size,))
     print("ready", sum(p.numel() for p in model.parameters()), flush=True)
     for line in sys.stdin:

@@ -5,7 +5,7 @@
 Peers, on the same files and cores, taking turns: the reference systems' form in tf.data (plain,
 per image, float on the host; RandAugment through tf.switch_case) and timm with Pillow and two
 worker processes. Prints images/s, CPU time for an image, the ratios, and where the time goes.
-The files are 240 JPEGs of 500 x 375, cut from photographs that scikit-learn and Matplotlib ship.
+The files are 240 JPEGs of 500 x 375, cut from the two photographs that scikit-learn ships.
 """
 
 import argparse
@@ -19,14 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import _smoke
 import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-BATCH = 64
-WARM_UP = 6 * BATCH  # more than what waits in any of the pipelines
+WARM_UP = 6  # batches: more than what waits in any of the pipelines
 CROP = "decode_jpeg_and_inception_crop(224)|flip_lr"
 PIPES = {"crop": f"{CROP}|value_range", "randaug": f"{CROP}|randaug(2, 10)|value_range"}
+SMOKE = {"rounds": 1, "images": 64, "batch_size": 8, "files": 32, "pipes": ["randaug"]}
 GOALS = {"reference": {"crop": 1.25, "randaug": 2.0}, "timm": {"crop": 3.0, "randaug": 3.0}}
 PYTHONS = {
     "ours": (sys.executable, str(HERE / "input.py"), "--worker", "ours"),
@@ -38,14 +39,11 @@ PYTHONS = {
 }
 
 
-def write_images(folder: Path, count: int = 240) -> None:
+def write_images(folder: Path, count: int) -> None:
     """Writes `count` JPEGs of 500 x 375, in two classes."""
-    from matplotlib import cbook
     from sklearn.datasets import load_sample_images
 
-    with cbook.get_sample_data("grace_hopper.jpg", asfileobj=True) as file:
-        hopper = np.asarray(Image.open(file).convert("RGB"))
-    photos = [*load_sample_images().images, hopper]
+    photos = load_sample_images().images
     random = np.random.RandomState(0)
     for i in range(count):
         photo = Image.fromarray(photos[i % len(photos)])
@@ -59,30 +57,31 @@ def write_images(folder: Path, count: int = 240) -> None:
         cut.save(path, quality=int(random.randint(84, 93)))
 
 
-def make_data(system: str, kind: str, folder: str):
+def make_data(system: str, kind: str, folder: str, batch_size: int):
     """Returns the batches of our pipeline, or of the reference systems' form."""
     if system == "reference":
         import _input_peers
 
         files = sorted(map(str, Path(folder).rglob("*.jpg")))
-        return _input_peers.make_data(files, BATCH, augmented=kind == "randaug")
+        return _input_peers.make_data(files, batch_size, augmented=kind == "randaug")
     from vit_dist.data.ops import basic as ops
     from vit_dist.data.pipeline import make_train_data
     from vit_dist.data.sources import open as sources
 
     source = sources.open_source("folder", split="train", data_dir=folder)
-    return make_train_data(source, ops.parse(PIPES[kind]), batch_size=BATCH, seed=0, prefetch=2)
+    options = {"batch_size": batch_size, "seed": 0, "prefetch": 2}
+    return make_train_data(source, ops.parse(PIPES[kind]), **options)
 
 
-def work(system: str, folder: str, kind: str) -> None:
+def work(system: str, folder: str, kind: str, batch_size: str) -> None:
     """Reads a number of images from stdin, loads them and prints the seconds."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    batches = iter(make_data(system, kind, folder))
+    batches = iter(make_data(system, kind, folder, int(batch_size)))
     next(batches)
     print("ready", flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
-        for _ in range(int(line) // BATCH):
+        for _ in range(int(line) // int(batch_size)):
             next(batches)
         print(time.perf_counter() - began, flush=True)
 
@@ -90,10 +89,11 @@ def work(system: str, folder: str, kind: str) -> None:
 class Worker:
     """One pipeline in a process of its own, which is stopped while others are measured."""
 
-    def __init__(self, system: str, kind: str, folder: str):
+    def __init__(self, system: str, kind: str, folder: str, batch_size: int):
+        self.batch_size = batch_size
         self.system, self.errors = system, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*PYTHONS[system], folder, kind, str(BATCH)],
+            [*PYTHONS[system], folder, kind, str(batch_size)],
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -110,7 +110,7 @@ class Worker:
     def measure(self, images: int) -> tuple[float, float]:
         """Seconds of wall clock and of CPU for an image."""
         self.signal(signal.SIGCONT)
-        self.load(WARM_UP)
+        self.load(WARM_UP * self.batch_size)
         before = self.cpu_seconds()
         seconds = self.load(images)
         cpu = self.cpu_seconds() - before
@@ -149,16 +149,16 @@ class Worker:
         self.errors.close()
 
 
-def compare(folder: str, kinds: list[str], systems: list[str], rounds: int, images: int) -> None:
-    for kind in kinds:
+def compare(folder: str, systems: list[str], args: argparse.Namespace) -> None:
+    for kind in args.pipes:
         workers = {}
         try:
             for system in systems:
-                workers[system] = Worker(system, kind, folder)
+                workers[system] = Worker(system, kind, folder, args.batch_size)
             results = {system: [] for system in systems}
-            for _ in range(rounds):
+            for _ in range(args.rounds):
                 for system, worker in workers.items():
-                    results[system].append(worker.measure(images))
+                    results[system].append(worker.measure(args.images))
         finally:
             for worker in workers.values():
                 worker.end()
@@ -178,36 +178,38 @@ def report(kind: str, results: dict[str, list[tuple[float, float]]]) -> None:
         print(line, flush=True)
 
 
-def profile(folder: str) -> None:
+def profile(folder: str, *, rounds: int) -> None:
     """CPU time for an image of what the pipeline consists of, by one thread."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     import _input_profile
 
-    _input_profile.main(sorted(map(str, Path(folder).rglob("*.jpg")))[:64])
+    _input_profile.main(sorted(map(str, Path(folder).rglob("*.jpg")))[:64], rounds=rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--files", type=int, default=240)
     parser.add_argument("--skip-timm", action="store_true")
     parser.add_argument("--skip-profile", action="store_true")
     parser.add_argument("--profile-only", action="store_true")
     parser.add_argument("--pipes", nargs="+", choices=PIPES, default=list(PIPES))
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = _smoke.parse(parser, SMOKE)
     if args.worker:
-        work(*args.worker[:3])
+        work(*args.worker)
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder))
+        write_images(Path(folder), args.files)
         sizes = [path.stat().st_size for path in Path(folder).rglob("*.jpg")]
         print(f"{len(sizes)} JPEGs of 500 x 375, {np.mean(sizes) / 1e3:.0f} KB on average")
         if not args.profile_only:
             systems = [name for name in PYTHONS if name != "timm" or not args.skip_timm]
-            compare(folder, args.pipes, systems, args.rounds, args.images)
+            compare(folder, systems, args)
         if not args.skip_profile:
-            profile(folder)
+            profile(folder, rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ SGD's, with a momentum in bfloat16). Memory is VmHWM, the highest there ever was
 TensorFlow's libraries included: what imports, the model and the optimiser need is told apart.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -16,62 +17,78 @@ import tempfile
 import time
 from pathlib import Path
 
+import _smoke
 from _process import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 3.0
-VIT = {"image_size": 384, "num_classes": 1000, "pool": "tok"}
+CLASSES = 1000
+SMOKE = {"variant": "Ti/16", "depth": 1, "file_size": 32, "image_size": 48}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", default="B/16")
+    parser.add_argument("--depth", type=int, help="number of blocks")
+    parser.add_argument("--file_size", type=int, default=224, help="resolution of the file")
+    parser.add_argument("--image_size", type=int, default=384, help="resolution of the model")
+    parser.add_argument("--step", choices=STEPS, help="do this alone, in this process")
+    parser.add_argument("--paths", nargs="*", help="the files of the step")
+    args = _smoke.parse(parser, SMOKE)
+    if args.step:
+        STEPS[args.step](args)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("B_16.npz", "B_16.safetensors")]
-        _run("_write", *paths)
+        name = args.variant.replace("/", "_")
+        paths = [str(Path(folder) / f"{name}.{ending}") for ending in ("npz", "safetensors")]
+        _run("write", *paths)
         for path in paths:
-            _run("_load", path)
-        _run("_train", paths[0])
+            _run("load", path)
+        _run("train", paths[0])
 
 
-def _run(step: str, *paths: Path) -> None:
-    command = [sys.executable, __file__, step, *map(str, paths)]
+def _run(step: str, *paths: str) -> None:
+    command = [sys.executable, __file__, *sys.argv[1:], "--step", step, "--paths", *paths]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run(command, check=True, env=env)
 
 
-def _write(*paths: str) -> None:
+def _write(args: argparse.Namespace) -> None:
     import numpy as np
 
     from vit_dist.model.formats.writing import write_pretrained
     from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit, named_weights
 
-    model = build_vit(vit_config("B/16", **{**VIT, "image_size": 224}))
+    sizes = {"image_size": args.file_size, "depth": args.depth, "num_classes": CLASSES}
+    model = build_vit(vit_config(args.variant, pool="tok", **sizes))
     rng = np.random.default_rng(0)
     arrays = {n: rng.standard_normal(v.shape, np.float32) for n, v in named_weights(model).items()}
-    for path, system in zip(paths, ("npz", "timm"), strict=True):
+    for path, system in zip(args.paths, ("npz", "timm"), strict=True):
         half = {"mean": [0.5], "std": [0.5]}
         write_pretrained(Path(path), system, arrays, model.get_config(), **half)
 
 
-def _load(path: str) -> None:
+def _load(args: argparse.Namespace) -> None:
     from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit
     from vit_dist.run import cli  # noqa: F401  before TensorFlow, as in every command
     from vit_dist.run.origins import open_origin
 
     marks = {"imports": memory("VmHWM")}
-    model = build_vit(vit_config("B/16", **VIT))
+    sizes = {"image_size": args.image_size, "depth": args.depth, "num_classes": CLASSES}
+    model = build_vit(vit_config(args.variant, pool="tok", **sizes))
     marks["model"] = memory("VmHWM")
     begin = time.perf_counter()
-    origin = open_origin(path)
+    origin = open_origin(args.paths[0])
     report = origin.fill(model)
     seconds = time.perf_counter() - begin
     marks["loading"] = memory("VmHWM")
     assert len(report.resized) == 1 and not report.new, report
-    _print("the functions", path, seconds, marks)
+    _print("the functions", args.paths[0], seconds, marks)
 
 
-def _train(path: str) -> None:
+def _train(args: argparse.Namespace) -> None:
     from vit_dist.cluster.strategy import make_strategy
     from vit_dist.config import get_defaults
     from vit_dist.run import cli  # noqa: F401  before TensorFlow, as in every command
@@ -79,11 +96,12 @@ def _train(path: str) -> None:
     from vit_dist.run.check import check
     from vit_dist.run.start import find_start, restore_or_init
 
-    config = get_defaults()
-    config.image_size, config.total_steps, config.init_from = VIT["image_size"], 1, path
+    config, path = get_defaults(), args.paths[0]
+    config.image_size, config.total_steps, config.init_from = args.image_size, 1, path
     config.input.train_ops = config.input.eval_ops = "decode|resize(size)|value_range(-1, 1)"
-    config.data.source, config.data.num_classes = "synthetic", VIT["num_classes"]
-    config.model.variant, config.model.pool = "B/16", VIT["pool"]
+    config.data.source, config.data.num_classes = "synthetic", CLASSES
+    config.model.variant, config.model.depth = args.variant, args.depth
+    config.model.pool = "tok"
     config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0
     config.optimizer.momentum_dtype = "bfloat16"
     options, _ = check(config)
@@ -112,8 +130,7 @@ def _print(route: str, path: str, seconds: float, marks: dict[str, int]) -> None
     )
 
 
+STEPS = {"write": _write, "load": _load, "train": _train}
+
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        {"_write": _write, "_load": _load, "_train": _train}[sys.argv[1]](*sys.argv[2:])
+    main()

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import _config
+import _smoke
 import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,9 +32,12 @@ from vit_dist.run.check import check
 from vit_dist.run.input import train_data
 from vit_dist.training.checkpoint import Checkpointer
 
+SMOKE = {"image_size": 32, "depth": 1, "steps": 1, "rounds": 1}
 
-def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[float, float]]:
-    config = _config.get_config(variant)
+
+def measure(args: argparse.Namespace, workdir: str) -> list[tuple[float, float]]:
+    steps = args.steps
+    config = _config.get_config(args.variant, image_size=args.image_size, depth=args.depth)
     config.total_steps, config.log_steps, config.save_steps = 10**6, steps, 10**6
     options, data = check(finalize(config))
     strategy = make_strategy(**options.evaluation.strategy)
@@ -58,7 +62,7 @@ def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[f
     n = tf.constant(steps, tf.int64)
     loop.train_steps(batches, n)  # compiles
     results = []
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         began = time.perf_counter()
         loop.train_steps(batches, n)["loss"].numpy()
         bare = (time.perf_counter() - began) / steps
@@ -72,15 +76,17 @@ def measure(variant: str, steps: int, rounds: int, workdir: str) -> list[tuple[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="Ti/16")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--depth", type=int, help="number of blocks")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    args = _smoke.parse(parser, SMOKE)
     with tempfile.TemporaryDirectory() as workdir:
-        results = measure(args.variant, args.steps, args.rounds, workdir)
+        results = measure(args, workdir)
     bare = statistics.median(b for b, _ in results)
     whole = statistics.median(w for _, w in results)
     print(
-        f"{args.variant} at 224, batch 16: bare step {bare * 1e3:.0f} ms, "
+        f"{args.variant} at {args.image_size}, batch 16: bare step {bare * 1e3:.0f} ms, "
         f"whole loop {whole * 1e3:.0f} ms, ratio {whole / bare:.3f} (n={args.rounds}; limit 1.02)"
     )
 

@@ -17,9 +17,17 @@ import sys
 import time
 from pathlib import Path
 
+import _smoke
 from _process import memory
 
 HERE = Path(__file__).resolve().parent
+SMOKE = {
+    "variant": "Ti/16",
+    "depth": 1,
+    "batch_size": 4,
+    "image_size": 32,
+    "only": ["plain", "4 micro-batches"],
+}
 
 
 def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dict]:
@@ -41,7 +49,7 @@ def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dic
     ]
 
 
-def measure(variant: str, setting: dict) -> dict[str, float]:
+def measure(variant: str, depth: int | None, setting: dict) -> dict[str, float]:
     """Runs in a fresh process: bytes that a step takes at most, and CPU seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, str(HERE.parent))
@@ -60,7 +68,8 @@ def measure(variant: str, setting: dict) -> dict[str, float]:
     strategy, size = make_strategy(name="single"), setting["image_size"]
     with strategy.scope():
         options = {k: setting[k] for k in ("remat", "attention_block") if k in setting}
-        model = build_vit(vit_config(variant, image_size=size, num_classes=1000, **options))
+        sizes = {"image_size": size, "depth": depth, "num_classes": 1000}
+        model = build_vit(vit_config(variant, **sizes, **options))
         state = TrainState(
             model, make_optimizer(named_weights(model), OptimizerOptions(weight_decay=0.1))
         )
@@ -91,27 +100,33 @@ def measure(variant: str, setting: dict) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", default="S/16")
+    parser.add_argument("--depth", type=int, help="number of blocks")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--long_batch", type=int, default=2)
     parser.add_argument("--long_size", type=int, default=768)
+    parser.add_argument("--only", nargs="+", help="names of settings, as they are printed")
     parser.add_argument("--one", help="measure this setting only (JSON), in this process")
-    args = parser.parse_args()
+    args = _smoke.parse(parser, SMOKE)
     if args.one:
-        print(json.dumps(measure(args.variant, json.loads(args.one))), flush=True)
+        print(json.dumps(measure(args.variant, args.depth, json.loads(args.one))), flush=True)
         return
     base: dict[str, float] = {}
     print(f"{args.variant}, float32, AdamW, one CPU device: {args.image_size} px, batch "
           f"{args.batch_size}; long: {args.long_size} px, batch {args.long_batch}")  # fmt: skip
-    for setting in settings(args.batch_size, args.image_size, args.long_batch, args.long_size):
-        command = [sys.executable, __file__, "--variant", args.variant, "--one"]
+    compared = settings(args.batch_size, args.image_size, args.long_batch, args.long_size)
+    for setting in compared:
+        if args.only and setting["name"] not in args.only:
+            continue
+        command = [sys.executable, __file__, "--variant", args.variant]
+        command += ["--depth", str(args.depth)] if args.depth else []
         done = subprocess.run(
-            [*command, json.dumps(setting)], capture_output=True, text=True, check=False
+            [*command, "--one", json.dumps(setting)], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise SystemExit(f"{setting} ended with code {done.returncode}: {done.stderr[-2000:]}")
         found = json.loads(done.stdout.splitlines()[-1])
-        if "plain" in setting["name"]:
+        if "plain" in setting["name"] or not base:
             base = found
         print(
             f"{setting['name']:32} {found['bytes'] / 2**20:8,.0f} MiB "

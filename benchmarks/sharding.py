@@ -18,9 +18,18 @@ import sys
 import time
 from pathlib import Path
 
+import _smoke
 from _process import memory
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOKE = {
+    "variant": "Ti/16",
+    "depth": 1,
+    "image_size": 32,
+    "steps": 1,
+    "rounds": 1,
+    "kind": ["workers"],
+}
 
 
 def megabytes(key: str) -> float:
@@ -49,7 +58,8 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     else:
         strategy = make_strategy(name="multiworker")
     before = megabytes("VmRSS")
-    config = vit_config(args.variant, image_size=args.image_size, num_classes=1000)
+    sizes = {"image_size": args.image_size, "depth": args.depth, "num_classes": 1000}
+    config = vit_config(args.variant, **sizes)
     with strategy.scope():
         model = build_vit(config)
         whole = (
@@ -109,6 +119,7 @@ def start(args: argparse.Namespace, kind: str, shard: bool) -> list[dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="S/16")
+    parser.add_argument("--depth", type=int, help="number of blocks")
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
@@ -116,7 +127,7 @@ def main() -> None:
     parser.add_argument("--jit", default="off", choices=("off", "split"))
     parser.add_argument("--kind", choices=("mirrored", "workers"), action="append")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = _smoke.parse(parser, SMOKE)
     if args.one:
         kind, shard = args.one.split(",")
         print(json.dumps(measure(args, kind, shard == "1")))

@@ -14,13 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import _smoke
+
 HERE = Path(__file__).resolve().parent
 LIMIT = 20.0
+SMOKE = {"image_size": 32, "depth": 1, "rounds": 1}
 
 
-def measure(workdir: str) -> tuple[float, float]:
+def measure(args: argparse.Namespace, workdir: str) -> tuple[float, float]:
     """Seconds until training begins, and until the first step's metrics are there."""
     command = [sys.executable, "-m", "vit_dist.train", "--config", str(HERE / "_config.py")]
+    command += [f"--config.image_size={args.image_size}"]
+    command += [f"--config.model.depth={args.depth}"] if args.depth else []
     began = time.perf_counter()
     process = subprocess.Popen(
         [*command, "--workdir", workdir],
@@ -45,17 +50,19 @@ def measure(workdir: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--depth", type=int, help="number of blocks")
+    args = _smoke.parse(parser, SMOKE)
     results = []
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as workdir:
-            results.append(measure(workdir))
+            results.append(measure(args, workdir))
     ready = statistics.median(r for r, _ in results)
     first = statistics.median(f for _, f in results)
     print(
-        f"Ti/16 at 224: {ready:.1f} s to the model, {first - ready:.1f} s to compile "
+        f"Ti/16 at {args.image_size}: {ready:.1f} s to the model, {first - ready:.1f} s to compile "
         f"the first step and run it; {first:.1f} s in all, "
-        f"{first / LIMIT:.2f} of the limit (n={rounds})"
+        f"{first / LIMIT:.2f} of the limit (n={args.rounds})"
     )
 
 

@@ -13,8 +13,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _smoke
+
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / ".venv-interop" / "bin" / "python"
+SMOKE = {
+    "variants": "Ti/16",
+    "image_size": 32,
+    "depth": 1,
+    "batch_size": 2,
+    "steps": 1,
+    "rounds": 1,
+}
 
 
 class Worker:
@@ -47,8 +57,10 @@ class Worker:
         self.process.wait()
 
 
-def compare(variant: str, *, batch_size: int, steps: int, rounds: int, threads: int) -> float:
-    arguments = (variant, str(batch_size), str(threads))
+def compare(variant: str, args: argparse.Namespace) -> float:
+    batch_size, steps, rounds = args.batch_size, args.steps, args.rounds
+    sizes = (args.image_size, args.depth, batch_size, args.threads)
+    arguments = (variant, *map(str, sizes))
     ours = Worker(sys.executable, "_step_worker.py", *arguments)
     peer = Worker(str(PEER), "_timm_worker.py", *arguments)
     if ours.num_params != peer.num_params:
@@ -65,9 +77,9 @@ def compare(variant: str, *, batch_size: int, steps: int, rounds: int, threads: 
     ratio = rate["ours"] / rate["peer"]
     pairs = sorted(p / o for o, p in zip(times["ours"], times["peer"], strict=True))
     print(
-        f"{variant} at 224, batch {batch_size}, {threads} threads: vit_dist {rate['ours']:.2f} "
-        f"images/s, timm {rate['peer']:.2f} images/s, ratio {ratio:.2f} "
-        f"(rounds {pairs[0]:.2f} to {pairs[-1]:.2f}, n={rounds})",
+        f"{variant} at {args.image_size}, batch {batch_size}, {args.threads} threads: "
+        f"vit_dist {rate['ours']:.2f} images/s, timm {rate['peer']:.2f} images/s, "
+        f"ratio {ratio:.2f} (rounds {pairs[0]:.2f} to {pairs[-1]:.2f}, n={rounds})",
         flush=True,
     )
     return ratio
@@ -76,21 +88,17 @@ def compare(variant: str, *, batch_size: int, steps: int, rounds: int, threads: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variants", default="Ti/16,S/16")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--depth", type=int, default=12, help="number of blocks")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=3, help="steps per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = _smoke.parse(parser, SMOKE)
     if not PEER.exists():
         raise SystemExit("timm is not installed: run `make bench`")
     for variant in args.variants.split(","):
-        compare(
-            variant,
-            batch_size=args.batch_size,
-            steps=args.steps,
-            rounds=args.rounds,
-            threads=args.threads,
-        )
+        compare(variant, args)
 
 
 if __name__ == "__main__":

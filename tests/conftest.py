@@ -1,7 +1,8 @@
-"""One TensorFlow setting for all tests: the CPU alone, seen as four devices."""
+"""One TensorFlow setting for all tests: the CPU alone, seen as four devices; and their kinds."""
 
 import itertools
 import os
+import types
 
 # Before TensorFlow is imported. Two xdist workers share a machine that may have two cores only.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -17,17 +18,65 @@ import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
 from tests.support.bucket import serve_bucket  # noqa: E402
+from tests.support.kinds import MARKERS, Watch, kinds_of  # noqa: E402
+
+WATCH = pytest.StashKey[Watch]()
+HEARD = pytest.StashKey[dict[object, set[str]]]()  # fixture -> what its set-up did
 
 
 def pytest_configure(config):
     """Splits the CPU before a test touches it: MirroredStrategy then has 2 or 4 devices."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        import tensorflow as tf
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        return  # only hands tests to its workers
+    from vit_dist.run import cli  # noqa: F401  before TensorFlow, without what is slow to import
 
-        (cpu,) = tf.config.list_physical_devices("CPU")
-        tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * 4
-        )
+    import tensorflow as tf
+
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+    config.stash[WATCH], config.stash[HEARD] = Watch(), {}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Marks what kind of test it is; Muon is tested where Keras has the one that we mean."""
+    from vit_dist.training.update_rules import HAS_MUON
+
+    skip = pytest.mark.skip(reason="this Keras has another Muon, or none")
+    for item in items:
+        params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if not HAS_MUON and "muon" in params:
+            item.add_marker(skip)
+        functions = [item.function, *(f.func for f in _fixtures(item)), *params]
+        functions = [f for f in functions if isinstance(f, types.FunctionType)]
+        for kind in kinds_of(functions, item.fixturenames):
+            item.add_marker(kind)
+
+
+def _fixtures(item):
+    """The definitions of the fixtures of a test."""
+    return [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    with request.config.stash[WATCH].listen() as heard:
+        request.config.stash[HEARD][fixturedef] = heard
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that does what no marker says fails: `make check` would start it."""
+    with item.config.stash[WATCH].listen() as heard:
+        result = yield
+    for fixture in _fixtures(item):
+        heard |= item.config.stash[HEARD].get(fixture, set())
+    for kind in heard - {mark.name for mark in item.iter_markers()}:
+        pytest.fail(f"this test {MARKERS[kind]}: write @pytest.mark.{kind} above it", pytrace=False)
+    return result
 
 
 @pytest.fixture
@@ -52,14 +101,3 @@ def remote(bucket, monkeypatch, count=itertools.count()):  # noqa: B008
     path.mkdir(parents=True)
     yield path
     bucket.refuse(0)
-
-
-def pytest_collection_modifyitems(items):
-    """Muon is tested where Keras has the one that we mean."""
-    from vit_dist.training.update_rules import HAS_MUON
-
-    skip = pytest.mark.skip(reason="this Keras has another Muon, or none")
-    for item in items:
-        spec = getattr(item, "callspec", None)
-        if not HAS_MUON and spec and "muon" in spec.params.values():
-            item.add_marker(skip)
