@@ -17,6 +17,7 @@ from vit_dist.config import defaults as config_lib
 from vit_dist.config import recorded
 from vit_dist.config.binding import did_you_mean
 from vit_dist.config.errors import ConfigError, UserError
+from vit_dist.monitoring.lines import LineFormatter
 from vit_dist.run import notices
 
 
@@ -129,8 +130,10 @@ def run(main: Callable[[], int | None]) -> None:
     # TensorFlow prints its notices itself, and again by way of absl.
     std_logging.getLogger("tensorflow").propagate = False
     std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
-    # All along, because TensorFlow logs wherever a device, a kernel or XLA is first used.
+    # Not only at the start: TensorFlow logs wherever a device, a kernel or XLA is first used.
     with notices.hidden(python_apart=True):
+        if sys.stderr.isatty():  # a file, such as another host's, keeps times and places
+            logging.get_absl_handler().setFormatter(LineFormatter())
         try:
             app.run(_guard(wrapped), flags_parser=_guard(_parse_flags))
         finally:

@@ -1,7 +1,7 @@
-"""The program behind notices.hidden: standard input to standard error, without TensorFlow's notices.
+"""The program behind notices.hidden: copies its input to standard error, except notices.
 
-What it leaves out goes to standard output. It is started as a file, isolated and beside the import
-of TensorFlow, so it imports next to nothing.
+Those of TensorFlow go to standard output. It is started as a file, isolated, while the main process
+imports TensorFlow, so it imports next to nothing.
 """
 
 import os
@@ -11,7 +11,7 @@ import sys
 
 # "I0000 00:00:1795.2  24683 cudart_stub.cc:31] text" (absl's log) or
 # "2026-11-26 04:20:51.22: I tensorflow/core/util/port.cc:153] text" (TensorFlow's own).
-# The suffix tells C++ from Python, whose log looks alike: "I1126 04:20:51.2 24683 train.py:31] text".
+# The suffix tells C++ from Python, whose log looks alike: "I1126 04:20:51.2 24683 train.py:31] x".
 _LOGGED = re.compile(
     rb"(?:([IWEF])\d{4} [\d:. ]+|\d{4}-\d\d-\d\d [\d:.]+: ([IWEF]) )([\w./-]+\.(?:cc|cu|h)):\d+\] ?"
 )
@@ -60,7 +60,7 @@ def _has_gpus() -> bool:
 
 
 def _main() -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group. What is written after them matters most.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group, and what follows them has to be shown.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     has_gpus = _has_gpus()

@@ -1,8 +1,8 @@
 """Keeps TensorFlow's start-up notices off the terminal, and hides nothing else.
 
-TensorFlow's C++ code writes to file descriptor 2 itself, and TF_CPP_MIN_LOG_LEVEL does not stop what
-it writes before it has set up its log. So, within `hidden()`, descriptor 2 is a pipe to a second
-process, notice_filter.py, which passes every line on at once, except notices.
+TensorFlow's C++ code writes to file descriptor 2 itself, and TF_CPP_MIN_LOG_LEVEL does not stop
+what it writes before it has set up its log. So, within `hidden()`, descriptor 2 is a pipe to a
+second process, notice_filter.py, which passes every line on at once, except notices.
 
 It is a process because a thread would not do: that would lose the last lines of a crash (a failed
 CHECK ends in abort()), and the program would hang once C++ code that holds Python's lock has filled
@@ -10,6 +10,7 @@ the pipe. Starting it takes about 20 ms, in which TensorFlow's import, of 5 s, g
 """
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -49,9 +50,7 @@ def hidden(*, python_apart: bool = False) -> Iterator[None]:
     os.dup2(pipe, _STDERR)
     os.close(pipe)
     if python_apart and _writes_to_stderr(before):
-        sys.stderr = open(
-            real, "w", buffering=1, encoding=before.encoding, errors=before.errors, closefd=False
-        )
+        sys.stderr = _stream_to(real, like=before)
     try:
         yield
     finally:
@@ -73,7 +72,7 @@ def notices() -> str:
 
 
 def _start() -> tuple[subprocess.Popen, int, int] | None:
-    """Returns (filter, the pipe's end to write to, the real standard error); None if it cannot be."""
+    """(filter, the pipe's end to write to, the real standard error); None if it cannot be."""
     global _kept
     with contextlib.ExitStack() as on_failure:
         try:
@@ -94,6 +93,14 @@ def _start() -> tuple[subprocess.Popen, int, int] | None:
             return None
         on_failure.pop_all()
     return process, write, real
+
+
+def _stream_to(descriptor: int, *, like: TextIO) -> TextIO:
+    # It stays open: handlers of logs may hold it, and write at exit.
+    file = io.FileIO(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(file), encoding=like.encoding, errors=like.errors, line_buffering=True
+    )
 
 
 def _writes_to_stderr(stream: TextIO) -> bool:
