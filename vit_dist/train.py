@@ -41,6 +41,7 @@ from vit_dist.run.start import check_data, check_hosts, find_start, restore_or_i
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.state import TrainState
 
+WAITS = "the first step is traced and compiled"  # shown until its metrics are
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
 
@@ -108,7 +109,7 @@ def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
     with (
         Preemption(strategy) as preemption,
         make_writer(workdir, first_step=first, active=chief) as writer,
-        Progress(options.total_steps, first_step=first, title="train") as progress,
+        Progress(options.total_steps, first_step=first, title="train", waits=WAITS) as progress,
     ):
         note = progress.note if chief else logging.info
         loop = _Loop(
@@ -408,14 +409,18 @@ def _announce(
         (epath.Path(workdir) / "config.json").write_text(text)
         writer.text(first, "config", f"```json\n{text}\n```")
     detail("config: %s", text)
-    detail("what TensorFlow said while it started:\n%s", notices() or "nothing")
+    detail("TensorFlow %s said while it started:\n%s", tf.__version__, notices().rstrip() or "-")
     source = data.sources["train"]
     batch_size, accumulation = options.input.batch_size, options.step.accumulation
     note(describe(strategy, batch_size=batch_size, accumulation=accumulation))
+    height, width = options.image_size
     note(
-        f"model {options.record['model']['variant']} at {options.image_size}: "
-        f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
-        f"{source.num_classes} classes; {options.total_steps:,} steps"
+        f"model {options.record['model']['variant']} at {height}x{width}: "
+        f"{state.model.count_params():,} parameters"
+    )
+    note(
+        f"{source.num_examples:,} training examples in {source.num_classes} classes; "
+        f"{options.total_steps:,} steps"
     )
     warnings = data_warnings(dict(data.sources), options.image_size) if chief else []
     for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:

@@ -2,6 +2,7 @@
 
 import logging as std_logging
 import re
+import sys
 
 import pytest
 import tensorflow as tf
@@ -14,7 +15,10 @@ from vit_dist.monitoring.log import LOG_FILE, RunLog, detail
 def lines_of(folder):
     """The lines of the log, without their times, which every message has."""
     text = (folder / LOG_FILE).read_text(encoding="utf-8")
-    return re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", text, flags=re.M).splitlines()
+    lines = re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", text, flags=re.M).splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("start: ")]
+    assert starts[0] == 0
+    return [line for line in lines if not line.startswith("start: ")]
 
 
 def test_what_is_logged_before_the_folder_is_known_comes_first(tmp_path):
@@ -27,7 +31,7 @@ def test_what_is_logged_before_the_folder_is_known_comes_first(tmp_path):
     expected = ["warning: early 1", "early details", "several", "lines, of 漢字", "error: late"]
     assert lines_of(tmp_path) == expected
     stamped = (tmp_path / LOG_FILE).read_text(encoding="utf-8")
-    assert len(re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", stamped, re.M)) == 4
+    assert len(re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", stamped, re.M)) == 5
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
@@ -37,12 +41,14 @@ def test_lines_are_on_disk_at_once(tmp_path):
         assert lines_of(tmp_path) == ["now"]
 
 
-def test_a_later_start_appends(tmp_path):
+def test_a_later_start_appends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--config", "a b.py"])
     for text in ("first", "second"):
         with RunLog() as log:
             log.open(tmp_path)
             detail(text)
     assert lines_of(tmp_path) == ["first", "second"]
+    assert (tmp_path / LOG_FILE).read_text().count(" start: train --config 'a b.py' (process ") == 2
 
 
 def test_a_process_that_opens_none_writes_nothing(tmp_path, monkeypatch):
@@ -107,7 +113,7 @@ def test_in_a_bucket(remote, bucket):
         detail("sent")
         detail("at the end")
     sent = (remote / LOG_FILE).read_text()
-    assert re.findall(r"\d\d:\d\d:\d\d (.*)", sent) == ["sent", "at the end"]
+    assert re.findall(r"\d\d:\d\d:\d\d (.*)", sent)[1:] == ["sent", "at the end"]
 
 
 def test_a_bucket_that_fails_ends_nothing(remote, bucket, capsys):

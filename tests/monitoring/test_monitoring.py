@@ -268,7 +268,9 @@ def screens(console):
 @pytest.mark.parametrize("width", [80, 120])
 def test_bar_on_a_terminal(width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    with Progress(100_000, first_step=100, title="vit [demo]", console=console) as progress:
+    with Progress(
+        100_000, first_step=100, title="vit [demo]", waits="it compiles", console=console
+    ) as progress:
         progress.update(12_000, METRICS, eta=372_300)
         progress.note("saved step 120")
     lines = screens(console)
@@ -276,6 +278,7 @@ def test_bar_on_a_terminal(width):
     bars = [line for line in lines if line.startswith("vit [demo] ")]
     assert re.fullmatch(r"vit \[demo\] [━╸╺ ]{20,} +100/100000 +0%\s*", bars[0])
     assert re.fullmatch(r"vit \[demo\] [━╸╺ ]{20,} +12000/100000 +12% +eta 103:25:00\s*", bars[-1])
+    assert lines[lines.index(bars[0]) + 1].rstrip() == "it compiles"
     below = lines[lines.index(bars[-1]) + 1].rstrip()
     shown = "loss 1.235  accuracy 0.5117  lr 0.001235  grad_norm 0.3457  img/s 12,346"
     assert below == shown + ("  loss_scale 32,768" if width == 120 else "")

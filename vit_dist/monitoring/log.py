@@ -6,6 +6,9 @@ the progress bar shows.
 """
 
 import logging as std_logging
+import os
+import platform
+import shlex
 import sys
 from types import TracebackType
 
@@ -56,6 +59,8 @@ class RunLog(std_logging.Handler):
         """
         self._path = epath.Path(workdir) / LOG_FILE
         self._rows = open_rows(self._path)
+        host, process = platform.node(), os.getpid()
+        detail("start: %s (process %d of %s)", shlex.join(sys.argv), process, host)
         for text in self._held:
             self._add(text)
         self._held.clear()

@@ -27,8 +27,15 @@ class Progress:
     """
 
     def __init__(
-        self, total_steps: int, *, first_step: int = 0, title: str, console: Console | None = None
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        title: str,
+        waits: str = "",
+        console: Console | None = None,
     ):
+        """`waits` stands on the terminal until the first metrics do: what takes so long."""
         self._total = total_steps
         self._title = title
         self._console = console or Console()
@@ -36,7 +43,7 @@ class Progress:
         self._at_exit = ExitStack()
         if self._bar:
             self._task = self._bar.add_task(
-                title, total=total_steps, completed=first_step, metrics="", left=""
+                title, total=total_steps, completed=first_step, metrics=waits, left=""
             )
 
     def __enter__(self) -> "Progress":
