@@ -104,10 +104,13 @@ def test_fine_tuning_begins_with_a_file(tmp_path, capsys):
     )  # fmt: skip
     train(config, str(tmp_path / "run"))
     out = capsys.readouterr().out
-    assert "loaded 37 tensors unchanged" in out
-    assert "resized: pos_embedding (1, 10, 12) -> (1, 17, 12) (align_corners)" in out
-    assert "new: head/kernel (12, 10), as model.rep_size differs" in out
-    assert "unused: pre_logits/kernel (12, 8)" in out
+    summary = "loaded 37 tensors unchanged, 1 resized, 2 new (head), 2 unused (pre_logits)"
+    assert f"{summary}\nresized: pos_embedding (1, 10, 12) -> (1, 17, 12) (align_corners)\n" in out
+    assert "head/kernel" not in out
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"{summary}\n" in log
+    assert "\nnew: head/kernel (12, 10), as model.rep_size differs\n" in log
+    assert "\nunused: pre_logits/kernel (12, 8)\n" in log
     kernel = open_origin(str(tmp_path / "run")).tensors["embedding/kernel"]
     np.testing.assert_array_equal(kernel, tree["embedding/kernel"])
 

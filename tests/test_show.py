@@ -1,6 +1,5 @@
 """What people see: the contact sheet, the first batch in TensorBoard, and converting by command."""
 
-import functools
 import importlib
 import sys
 
@@ -14,9 +13,12 @@ from tests.support import processes, tiny
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources.open import open_source
 from vit_dist.data.view import stages, viewable
+from vit_dist.inspection.lettering import LINE_HEIGHT
+from vit_dist.inspection.sheet import GAP, draw_grid
 from vit_dist.run import cli
 from vit_dist.run.check import check
-from vit_dist.show import GAP, LABEL_HEIGHT, contact_sheet
+from vit_dist.run.input import first_images
+from vit_dist.show import contact_sheet, make_rows
 from vit_dist.train import train
 
 MIXING = {"mixing__mixup_alpha": 0.8, "mixing__mode": "elem"}
@@ -47,9 +49,9 @@ def test_a_sheet_has_a_row_an_example_and_a_column_an_op(split):
     options, data = check(tiny.make(input__eval_ops=tiny.OPS, **MIXING))
     sheet = contact_sheet(options, data, split=split, step=7, count=3)
     pixels = np.asarray(sheet)
-    rows = (sheet.height - LABEL_HEIGHT - GAP) // (64 + LABEL_HEIGHT + GAP)
+    rows = (sheet.height - LINE_HEIGHT - GAP) // (64 + LINE_HEIGHT + GAP)
     assert rows == 3
-    top = 2 * LABEL_HEIGHT + GAP
+    top = 2 * LINE_HEIGHT + GAP
     first = pixels[top : top + 64]
     white = (first == 255).all(axis=(0, 2))
     columns = np.flatnonzero(~white[1:] & white[:-1]).size + (not white[0])
@@ -70,18 +72,48 @@ def test_mistakes(options, words):
         contact_sheet(*check(tiny.make()), **options)
 
 
-def test_the_first_batch_goes_to_tensorboard(tmp_path):
-    config = tiny.without_evaluation(total_steps=2, **MIXING)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_first_images_of_a_run_are_those_of_the_sheet(mixed):
+    parts = check(tiny.make(**(MIXING if mixed else {})))
+    cells = first_images(*parts, tf.distribute.get_strategy(), first_step=3)
+    _, rows = make_rows(*parts, step=3, count=16)
+    assert len(cells) == len(rows) == 16
+    for cell, row in zip(cells, rows, strict=True):
+        np.testing.assert_array_equal(cell.image, row[-1].image)
+        assert cell.caption == row[0].caption
+    assert any(" + " in cell.caption for cell in cells) == mixed
+
+
+def test_labels_of_the_pipe_are_shown():
+    """Whether it leaves class numbers or makes rows of them."""
+    ops = tiny.OPS.replace("keep", "onehot(10)|keep")
+    texts = []
+    for train_ops in (tiny.OPS, ops):
+        parts = check(tiny.make(input__train_ops=train_ops))
+        cells = first_images(*parts, tf.distribute.get_strategy(), first_step=0)
+        texts.append([cell.caption for cell in cells])
+    assert texts[0] == texts[1] and set(texts[0]) <= set("0123456789")
+
+
+def test_a_damaged_image_is_named_so(tmp_path):
+    folder = tiny.make_folder(tmp_path)
+    for path in (folder / "train" / "cats").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    masked = {"input__on_bad_example": "mask", "input__max_bad_share": 1.0}
+    parts = check(tiny.of_folder(folder, **masked))
+    cells = first_images(*parts, tf.distribute.get_strategy(), first_step=0)
+    assert sorted(cell.caption for cell in cells) == ["dogs"] * 8 + ["unreadable"] * 8
+
+
+def test_the_first_batch_is_one_sheet_in_tensorboard(tmp_path):
+    config = tiny.without_evaluation(total_steps=2)
     train(config, str(tmp_path))
-    events = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0}).Reload()
-    width, height, *pngs = events.Tensors("train/batch")[0].tensor_proto.string_val
-    assert (int(width), int(height), len(pngs)) == (8, 8, 16)
-    shown = [tf.io.decode_png(png).numpy() for png in pngs]
-    sheet = functools.partial(contact_sheet, *check(config), count=1)
-    last = np.asarray(sheet())[2 * LABEL_HEIGHT + GAP :][:64]
-    enlarged = np.repeat(np.repeat(shown[0], 8, 0), 8, 1)
-    left = np.flatnonzero((last != 255).any(axis=(0, 2)))
-    np.testing.assert_array_equal(last[:, left[left > left[-1] - 64][0] :][:, :64], enlarged)
+    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    width, height, png = events.Tensors("train/batch")[0].tensor_proto.string_val
+    sheet = tf.io.decode_png(png).numpy()
+    assert sheet.shape == (int(height), int(width), 3)
+    cells = first_images(*check(config), tf.distribute.get_strategy(), first_step=0)
+    np.testing.assert_array_equal(sheet, np.asarray(draw_grid(cells)))
 
 
 def command(name, *arguments):
@@ -106,6 +138,12 @@ def test_the_commands(tmp_path):
     assert code == 0 and f"{sheet}: " in text
     with Image.open(sheet) as opened:
         assert opened.height > 8 * 64
+    assert "warning" not in text
+    (folder / "train" / "cats").rename(folder / "train" / "c\x07ts")
+    (folder / "val" / "cats").rename(folder / "val" / "c\x07ts")
+    code, text = call("show", *flags, f"--output={sheet}", log=tmp_path / "c")
+    assert code == 0 and "no font of this machine has 1 of the characters" in text
+    assert "such as U+0007 stand for them" in text
     for name in ("convert", "show"):
         code, text = call(name, *flags, log=tmp_path / name)
         assert code == 2 and "error: give" in text and "--output" in text

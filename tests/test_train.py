@@ -71,7 +71,7 @@ def test_rows_come_at_exactly_these_steps(trained):
 
 
 def test_tensorboard_shows_the_same(trained):
-    events = EventAccumulator(str(trained.workdir / "tensorboard")).Reload()
+    events = EventAccumulator(str(trained.workdir)).Reload()
     names = ("loss", "learning_rate", "grad_norm", "weight_norm", "input_stall")
     names += ("examples_per_second_per_device",)
     tags = [f"train/{name}" for name in names] + ["val/accuracy", "test/accuracy"]

@@ -2,8 +2,9 @@
 
 python -m vit_dist.show --config FILE --output sheet.png [--split train] [--step 0] [--count 8]
 
-A row is an example: of the training split those of a step's batch, else the first ones. Columns are
-the image as stored, then after each op; with config.mixing the last is the mixture of the batch.
+Each row is an example: of the training split those of a step's batch, of another split the first
+ones. The columns are the image as stored, then after each op; with config.mixing the last column is
+the image mixed with its partner in the batch, and the caption says in which shares.
 """
 
 import io
@@ -15,17 +16,18 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 from etils import epath
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from vit_dist.data.mixing import Mixing
 from vit_dist.data.pipeline import places
 from vit_dist.data.view import stages, viewable
+from vit_dist.inspection.lettering import undrawable
+from vit_dist.inspection.sheet import Cell, describe_label, draw_sheet
 from vit_dist.paths import check_bucket
 from vit_dist.run.check import check
 from vit_dist.run.options import Data, RunOptions
 
 FLAGS = flags.FLAGS
-LABEL_HEIGHT, GAP = 14, 6  # pixels
-SMALLEST, LARGEST = 64, 224  # pixels of an image's longer side; others are shown larger or smaller
 
 
 def define_flags() -> None:
@@ -48,22 +50,41 @@ def main() -> int:
     sheet.save(buffer, format="PNG")
     epath.Path(FLAGS.output).write_bytes(buffer.getvalue())
     print(f"{FLAGS.output}: {sheet.width} x {sheet.height} pixels")
+    lacking = undrawable(data.sources[FLAGS.split].class_names)
+    if lacking:
+        print(
+            f"warning: no font of this machine has {len(lacking)} of the characters in names of "
+            f"classes; codes such as U+{ord(lacking[0]):04X} stand for them. To see the letters, "
+            "install a font of that script, such as one of Noto's"
+        )
     return 0
 
 
 def contact_sheet(
     options: RunOptions, data: Data, *, split: str = "train", step: int = 0, count: int = 8
 ) -> Image.Image:
-    """Returns the sheet.
+    """Draws what `make_rows` returns; its arguments and errors."""
+    titles, rows = make_rows(options, data, split=split, step=step, count=count)
+    return draw_sheet(rows, titles=titles)
+
+
+def make_rows(
+    options: RunOptions, data: Data, *, split: str = "train", step: int = 0, count: int = 8
+) -> tuple[list[str], list[list[Cell]]]:
+    """Makes a sheet's content, in this process and one example at a time.
 
     Args:
-      options, data: See run.check.check.
-      split: Which, of those configured.
-      step: Of the training split.
-      count: Rows; at most a batch, or the split.
+      options, data: see run.check.check.
+      split: which one, of those configured.
+      step: of the training split, whose batch of this step is shown.
+      count: rows; at most as many as a batch, or the split, has examples.
+
+    Returns:
+      The titles of the columns, and a row for each example: its image as stored, with its class,
+      and after each op.
 
     Raises:
-      ValueError: No such split, or one that can only be streamed; a number out of range.
+      ValueError: no such split, or one that can only be streamed; a number out of range.
     """
     if split not in data.sources:
         raise ValueError(f"split {split!r} is not configured; there are {sorted(data.sources)}")
@@ -78,14 +99,21 @@ def contact_sheet(
     most = options.input.batch_size if training else data.sources[split].num_examples
     examples = _examples(options, data, split, step, min(-(-count // group) * group, most))
     pipe = options.input.pipe if training else options.evaluation.pipe
-    rows = [stages(pipe, example) for example in examples]
-    names = data.sources[split].class_names
-    captions = [names[int(example["label"])] for example in examples]
     titles = ["stored", *(s.text for s in pipe.steps if s.op.image or s.op.on_device)]
+    rows = [stages(pipe, example) for example in examples]
+    labels = np.array([int(example["label"]) for example in examples])
+    names = data.sources[split].class_names
     if training and mixing:
         titles.append("mixing")
-        _add_mixtures(options, step, rows, captions)
-    return _draw(titles, rows[:count], captions[:count])
+        classes = tf.one_hot(labels, len(names))
+        mixed, labels = _mixtures(options, mixing, step, rows, classes)
+        rows = [[*row, image] for row, image in zip(rows, mixed, strict=True)]
+    captions = [describe_label(label, names) for label in labels]
+    cells = [
+        [Cell(row[0], caption), *map(Cell, row[1:])]
+        for row, caption in zip(rows, captions, strict=True)
+    ]
+    return titles, cells[:count]
 
 
 def _examples(
@@ -107,12 +135,12 @@ def _examples(
     return [{**source.read(place["index"]), **place} for place in each]
 
 
-def _add_mixtures(
-    options: RunOptions, step: int, rows: list[list[np.ndarray]], captions: list[str]
-) -> None:
-    pipe, mixing, count = options.input.pipe, options.input.mixing, len(rows)
-    assert mixing is not None
-    # The device's op comes after all others on images: before it is what the batch holds.
+def _mixtures(
+    options: RunOptions, mixing: Mixing, step: int, rows: list[list[np.ndarray]], classes: tf.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images of whole groups of a batch, mixed, as uint8 (B, H, W, 3); their labels (B, C)."""
+    # Mixing works on the floats that the op on the device makes, and the rows hold the pixels that
+    # stand for them. So that op is done again, on the column before its own.
     images = tf.constant(np.stack([row[-2] for row in rows]))
     height, width = images.shape[1:3]
     params = mixing.draw(
@@ -120,45 +148,9 @@ def _add_mixtures(
         seed=options.seed,
         batch_size=options.input.batch_size,
         size=(height, width),
-    )[:count]
-    for row, image in zip(
-        rows, viewable(pipe, mixing.images(pipe.device(images), params)), strict=True
-    ):
-        row.append(image)
-    shares, group = params.numpy()[:, 0], mixing.group_size
-    own = list(captions)
-    for i, share in enumerate(shares):
-        partner = i // group * group + (i - 1) % group
-        captions[i] = f"{own[i]}; {share:.2f} + {1 - share:.2f} {own[partner]}"
-
-
-def _draw(titles: list[str], rows: list[list[np.ndarray]], captions: list[str]) -> Image.Image:
-    images = [[_thumbnail(image) for image in row] for row in rows]
-    widths = [max(row[i].width for row in images) for i in range(len(titles))]
-    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    lengths = [probe.textlength(title) for title in titles]
-    lengths[0] = max(lengths[0], *(probe.textlength(caption) for caption in captions))
-    widths = [max(w, int(length) + 1) + GAP for w, length in zip(widths, lengths, strict=True)]
-    heights = [max(image.height for image in row) + LABEL_HEIGHT + GAP for row in images]
-    sheet = Image.new("RGB", (sum(widths) + GAP, sum(heights) + LABEL_HEIGHT + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    lefts = [GAP + sum(widths[:i]) for i in range(len(widths))]
-    for left, title in zip(lefts, titles, strict=True):
-        draw.text((left, 0), title, fill="black")
-    top = LABEL_HEIGHT + GAP
-    for row, caption, height in zip(images, captions, heights, strict=True):
-        draw.text((lefts[0], top), caption, fill="black")
-        for left, image in zip(lefts, row, strict=True):
-            sheet.paste(image, (left, top + LABEL_HEIGHT))
-        top += height
-    return sheet
-
-
-def _thumbnail(pixels: np.ndarray) -> Image.Image:
-    image = Image.fromarray(pixels)
-    image.thumbnail((LARGEST, LARGEST))
-    factor = -(-SMALLEST // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    )[: len(rows)]
+    floats = mixing.images(options.input.pipe.device(images), params)
+    return viewable(options.input.pipe, floats), mixing.labels(classes, params).numpy()
 
 
 def script() -> None:

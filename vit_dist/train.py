@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
+import numpy as np
 import tensorflow as tf
 from absl import flags, logging
 from etils import epath
@@ -23,6 +24,8 @@ from vit_dist.cluster.strategy import make_strategy
 from vit_dist.config.errors import ConfigError, DivergedError
 from vit_dist.data.damage import check_share
 from vit_dist.data.pipeline import train_indices
+from vit_dist.inspection.sheet import draw_grid
+from vit_dist.monitoring.log import RunLog, detail
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import Writer, make_writer, was_written
@@ -32,11 +35,13 @@ from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.check import check, check_parts
 from vit_dist.run.explain import Reading, explain
 from vit_dist.run.input import first_images, train_data
+from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import check_data, check_hosts, find_start, restore_or_init
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.state import TrainState
 
+WAITS = "the first step is traced and compiled"  # shown until its metrics are
 PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
 
@@ -74,11 +79,19 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       StorageError: the workdir cannot be written.
       HostLostError: another worker is gone.
     """
+    # It collects from here on what is logged, and writes it once the workdir is there.
+    with RunLog() as log:
+        return _train(config, workdir, log)
+
+
+def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
     options, data = check(config)
     start = find_start(workdir, options)
     check_data(start, data)
     _make_folder(workdir)
     strategy = make_strategy(**options.evaluation.strategy)
+    if is_chief(strategy):
+        log.open(workdir)
     check_parts(
         options.input.batch_size,
         options.step,
@@ -96,7 +109,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     with (
         Preemption(strategy) as preemption,
         make_writer(workdir, first_step=first, active=chief) as writer,
-        Progress(options.total_steps, first_step=first, title="train") as progress,
+        Progress(options.total_steps, first_step=first, title="train", waits=WAITS) as progress,
     ):
         note = progress.note if chief else logging.info
         loop = _Loop(
@@ -124,6 +137,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     all_hosts(strategy, 0)  # stay until the chief has saved: who leaves takes the cluster down
     if chief:
         print(result_line(metrics, workdir), flush=True)
+        detail("%s", result_line(metrics, workdir))
     return metrics
 
 
@@ -394,14 +408,19 @@ def _announce(
     if chief:
         (epath.Path(workdir) / "config.json").write_text(text)
         writer.text(first, "config", f"```json\n{text}\n```")
-    logging.info("config: %s", text)
+    detail("config: %s", text)
+    detail("TensorFlow %s said while it started:\n%s", tf.__version__, notices().rstrip() or "-")
     source = data.sources["train"]
     batch_size, accumulation = options.input.batch_size, options.step.accumulation
     note(describe(strategy, batch_size=batch_size, accumulation=accumulation))
+    height, width = options.image_size
     note(
-        f"model {options.record['model']['variant']} at {options.image_size}: "
-        f"{state.model.count_params():,} parameters; {source.num_examples:,} training examples in "
-        f"{source.num_classes} classes; {options.total_steps:,} steps"
+        f"model {options.record['model']['variant']} at {height}x{width}: "
+        f"{state.model.count_params():,} parameters"
+    )
+    note(
+        f"{source.num_examples:,} training examples in {source.num_classes} classes; "
+        f"{options.total_steps:,} steps"
     )
     warnings = data_warnings(dict(data.sources), options.image_size) if chief else []
     for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:
@@ -410,7 +429,8 @@ def _announce(
         note(line)
     # A stream would have to be skipped through once more.
     if chief and first < options.total_steps and (source.indexable or not first):
-        writer.images(first, "train/batch", first_images(options, data, strategy, first_step=first))
+        sheet = draw_grid(first_images(options, data, strategy, first_step=first))
+        writer.images(first, "train/batch", np.asarray(sheet)[np.newaxis])
     note(f"TensorBoard: tensorboard --logdir {workdir}")
 
 

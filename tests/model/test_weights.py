@@ -9,7 +9,7 @@ import tensorflow as tf
 from vit_dist.model.posemb import resize_posemb
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.model.weights import adapt_weights
+from vit_dist.model.weights import LoadReport, adapt_weights
 
 
 def vit(*, seed=0, **options):
@@ -97,13 +97,25 @@ def test_the_report_reads_well():
     arrays, config = trained(pool="tok")
     report = adapt_weights(vit(num_classes=3, image_size=24), arrays, source=config)
     assert str(report).splitlines() == [
-        "loaded 20 tensors unchanged",
+        "loaded 20 tensors unchanged, 1 resized, 2 new (head), 1 unused (cls)",
         "resized: pos_embedding (1, 17, 16) -> (1, 36, 16) (align_corners)",
+    ]
+    lines = report.full().splitlines()
+    assert len(lines) == 24 and lines[-4:] == [
+        str(report).splitlines()[1],
         "new: head/kernel (16, 3), as model.pool differs",
         "new: head/bias (3,), as model.pool differs",
         "unused: cls (1, 1, 16)",
     ]
-    assert len(report.full().splitlines()) == 24
+
+
+def test_a_report_of_many_tensors_stays_short():
+    names = [f"{part}/{i} (3, 3)" for part in ("text", "a", "b", "c", "d") for i in range(100)]
+    report = LoadReport(loaded=["x"], unused=names, assumed=["gelu 'erf', which no file tells"])
+    assert str(report).splitlines() == [
+        "loaded 1 tensors unchanged, 500 unused (text, a, b, c, ...)",
+        "assumed: gelu 'erf', which no file tells",
+    ]
 
 
 def test_the_method_of_resampling_is_passed_on():

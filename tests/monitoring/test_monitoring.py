@@ -2,15 +2,20 @@
 
 import io
 import json
+import logging as std_logging
 import re
+import sys
 
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.util import tensor_util
 
+from vit_dist.monitoring.log import RunLog
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress, format_duration, format_number
 from vit_dist.monitoring.writer import make_writer
@@ -25,7 +30,7 @@ def read_rows(workdir):
 
 
 def read_events(workdir):
-    return EventAccumulator(str(workdir / "tensorboard")).Reload()
+    return EventAccumulator(str(workdir)).Reload()
 
 
 def log_steps(workdir, steps, *, first_step=0, value=1.0):
@@ -52,6 +57,41 @@ def test_rows_are_on_disk_before_close(tmp_path):
     writer.scalars(1, {"loss": 1.0})
     assert [row["step"] for row in read_rows(tmp_path)] == [1]
     writer.close()
+
+
+def test_tensorboard_calls_a_run_by_the_name_of_its_folder(tmp_path):
+    for name in ("first", "second"):
+        log_steps(tmp_path / "runs" / name, [10])
+        (tmp_path / "runs" / name / "checkpoints").mkdir()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
+    assert sorted(multiplexer.Runs()) == ["first", "second"]
+
+
+def test_a_run_of_an_older_version_keeps_its_curve(tmp_path):
+    """Its events are in a folder of the run's; later points are dropped there too."""
+    log_steps(tmp_path / "run", [10, 20, 30], value=1.0)
+    old = tmp_path / "run" / "tensorboard"
+    old.mkdir()
+    for path in (tmp_path / "run").glob("events*"):
+        path.rename(old / path.name)
+    log_steps(tmp_path / "run", [30, 40], first_step=20, value=2.0)
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    assert list(multiplexer.Runs()) == ["run/tensorboard"]
+    points = [(e.step, e.value) for e in read_events(old).Scalars("loss")]
+    assert points == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+
+
+def test_a_folder_without_events_is_no_older_run(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    log_steps(tmp_path, [10])
+    assert len(list(tmp_path.glob("events*"))) == 1
+
+
+def test_constants_are_rows_and_no_curves(tmp_path):
+    with make_writer(tmp_path) as writer:
+        writer.scalars(1, {"val/examples": 180, "val/loss": 1.0, "train/examples_per_second": 5.0})
+    assert read_rows(tmp_path)[0]["val/examples"] == 180
+    assert read_events(tmp_path).Tags()["scalars"] == ["val/loss", "train/examples_per_second"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -195,10 +235,6 @@ def test_eta_forgets_compilation_and_smooths(clock):
 # progress
 
 
-def without_escapes(console):
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).replace("\r", "\n")
-
-
 def test_plain_lines_in_a_log():
     console = Console(file=io.StringIO(), force_terminal=False, width=20)
     with Progress(1000, title="vit [demo]", console=console) as progress:
@@ -213,23 +249,91 @@ def test_plain_lines_in_a_log():
     ]
 
 
-def test_bar_on_a_terminal():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    with Progress(1000, first_step=100, title="vit [demo]", console=console) as progress:
-        progress.update(120, {"loss": 1.23456, "accuracy": 0.5}, eta=3723)
+METRICS = {
+    "loss": 1.23456,
+    "accuracy": 0.51171875,
+    "learning_rate": 0.00123456,
+    "grad_norm": 0.345678,
+    "examples_per_second": 12345.6,
+    "loss_scale": 32768.0,
+}
+
+
+def screens(console):
+    """What a terminal shows in turn: each time the bar is drawn, its lines."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    return text.replace("\r", "\n").split("\n")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_bar_on_a_terminal(width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    with Progress(
+        100_000, first_step=100, title="vit [demo]", waits="it compiles", console=console
+    ) as progress:
+        progress.update(12_000, METRICS, eta=372_300)
         progress.note("saved step 120")
-    shown = without_escapes(console)
-    assert re.search(r"vit \[demo\] +[━╸╺ ]+ +100/1000 +10%", shown)
-    assert re.search(r" 120/1000 +12% +eta 1:02:03 +loss 1.235  accuracy 0.5", shown)
-    assert re.search(r"^saved step 120 *$", shown, re.MULTILINE)
+    lines = screens(console)
+    assert max(map(len, lines)) <= width
+    bars = [line for line in lines if line.startswith("vit [demo] ")]
+    assert re.fullmatch(r"vit \[demo\] [━╸╺ ]{20,} +100/100000 +0%\s*", bars[0])
+    assert re.fullmatch(r"vit \[demo\] [━╸╺ ]{20,} +12000/100000 +12% +eta 103:25:00\s*", bars[-1])
+    assert lines[lines.index(bars[0]) + 1].rstrip() == "it compiles"
+    below = lines[lines.index(bars[-1]) + 1].rstrip()
+    shown = "loss 1.235  accuracy 0.5117  lr 0.001235  grad_norm 0.3457  img/s 12,346"
+    assert below == shown + ("  loss_scale 32,768" if width == 120 else "")
+    assert "saved step 120" in map(str.rstrip, lines)
 
 
-def test_a_narrow_terminal_cuts_metrics_rather_than_wrapping():
-    console = Console(file=io.StringIO(), force_terminal=True, width=70, color_system=None)
+def test_a_narrow_terminal_breaks_metrics_at_spaces():
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, color_system=None)
     with Progress(10, title="vit", console=console) as progress:
-        progress.update(5, {f"metric_{i}": i for i in range(20)})
-    shown = without_escapes(console)
-    assert "metric_0 0" in shown and "metric_19" not in shown and "…" in shown
+        progress.update(5, METRICS, eta=42)
+    lines = [line.rstrip() for line in screens(console)]
+    assert max(map(len, lines)) <= 40
+    below = lines[max(i for i, line in enumerate(lines) if line.startswith("vit ")) + 1 :]
+    shown = "loss 1.235 accuracy 0.5117 lr 0.001235 grad_norm 0.3457 img/s 12,346 loss_scale 32,768"
+    assert " ".join(" ".join(below).split()) == shown
+
+
+def test_a_warning_stands_above_the_bar(monkeypatch):
+    """And does not run into it: absl writes to the stream that standard error was at its import."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    handler = logging.get_absl_handler()
+    before = handler.python_handler.stream
+    with Progress(10, title="vit", console=console) as progress:
+        progress.update(5, {"loss": 1.0})
+        handler.handle(std_logging.makeLogRecord({"msg": "masked: 3.jpg", "levelno": 30}))
+        progress.update(6, {"loss": 2.0})
+    assert handler.python_handler.stream is before
+    lines = [line.rstrip() for line in screens(console)]
+    (warning,) = (i for i, line in enumerate(lines) if "masked: 3.jpg" in line)
+    assert not lines[warning].startswith("vit") and lines[warning].endswith("masked: 3.jpg")
+    assert any(line.startswith("vit") and " 6/10 " in line for line in lines[warning:])
+
+
+def test_a_log_file_for_errors_keeps_them(monkeypatch):
+    """python -m vit_dist.train 2> errors: the bar's terminal does not take them."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
+    with Progress(10, title="vit", console=console):
+        print("an error", file=sys.stderr)
+    assert errors.getvalue() == "an error\n" and "an error" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_go_to_the_log(terminal, tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    with RunLog() as log:
+        log.open(tmp_path)
+        with Progress(1000, title="train", console=console) as progress:
+            progress.update(120, {"loss": 1.23456, "learning_rate": 0.1}, eta=42.4)
+            progress.note("step 120: saved")
+    text = (tmp_path / "log.txt").read_text()
+    assert "step 120/1000  12%  loss 1.235  lr 0.1  eta 0:42\n" in text
+    assert text.endswith(" step 120: saved\n")
 
 
 @pytest.mark.parametrize(

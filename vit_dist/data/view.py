@@ -41,9 +41,19 @@ def viewable(pipe: Pipe, images: tf.Tensor) -> np.ndarray:
     return np.clip(np.round(shown), 0, 255).astype(np.uint8)
 
 
-def batch_images(pipe: Pipe, batch: Tensors, mixing: Mixing | None) -> np.ndarray:
-    """Returns the images of a training batch, of whole groups, as the model sees them, uint8."""
-    images = pipe.device(batch["image"])
+def batch_images(
+    pipe: Pipe, batch: Tensors, mixing: Mixing | None, *, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A training batch, of whole groups, as the model sees it.
+
+    Returns:
+      Images, uint8 (B, H, W, 3), and labels: (B,) class numbers, or (B, num_classes) shares where
+      the pipe or the mixing makes such.
+    """
+    images, labels = pipe.device(batch["image"]), batch["label"]
     if mixing is not None:
         images = mixing.images(images, batch["mix"])
-    return viewable(pipe, images)
+        if labels.shape.rank == 1:
+            labels = tf.one_hot(labels, num_classes)
+        labels = mixing.labels(labels, batch["mix"])
+    return viewable(pipe, images), np.asarray(labels)

@@ -33,26 +33,42 @@ class LoadReport:
     assumed: list[str] = dataclasses.field(default_factory=list)  # what the checkpoint did not tell
 
     def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} tensors unchanged"]
-        for title in ("resized", "new", "unused", "assumed"):
+        """A summary: how many of each kind, then what was resampled and what was assumed."""
+        counts = [f"loaded {len(self.loaded)} tensors unchanged"]
+        for kind in ("resized", "new", "unused"):
+            texts = getattr(self, kind)
+            if texts:
+                parts = "" if kind == "resized" else f" ({_parts(texts)})"
+                counts.append(f"{len(texts)} {kind}{parts}")
+        lines = [", ".join(counts)]
+        for title in ("resized", "assumed"):
             lines += [f"{title}: {text}" for text in _collapsed(getattr(self, title))]
         return "\n".join(lines)
 
     def full(self) -> str:
-        """Every tensor, one a line."""
+        """Every tensor, one a line: for a log."""
         titles = ("loaded", "resized", "new", "unused", "assumed")
         return "\n".join(f"{title}: {text}" for title in titles for text in getattr(self, title))
 
 
+def _parts(lines: Sequence[str], most: int = 4) -> str:
+    """The parts of a network that tensors belong to: "head/kernel (64, 5)" is of "head"."""
+    names = list(dict.fromkeys(_part(line) for line in lines))
+    return ", ".join(names[:most] + ["..."] * (len(names) > most))
+
+
 def _collapsed(lines: Sequence[str]) -> list[str]:
-    """Long lists, such as another model's tower, by the first part of their names."""
+    """More than a dozen lines by parts: "24 tensors encoderblock_0..."."""
     if len(lines) <= 12:
         return list(lines)
     groups: dict[str, int] = {}
     for line in lines:
-        group = re.split(r"[/. ]", line)[0]
-        groups[group] = groups.get(group, 0) + 1
-    return [f"{count} tensors {group}..." for group, count in groups.items()]
+        groups[_part(line)] = groups.get(_part(line), 0) + 1
+    return [f"{count} tensors {part}..." for part, count in groups.items()]
+
+
+def _part(line: str) -> str:
+    return re.split(r"[/. ]", line)[0]
 
 
 def adapt_weights(

@@ -1,6 +1,9 @@
 """Metrics on disk: metrics.jsonl, one JSON object a line, and the same for TensorBoard.
 
-Event files are written with TensorBoard's own library rather than `tf.summary`, because the ops of
+Event files lie in the run's folder itself, so that `tensorboard --logdir runs` calls the run by the
+name of its folder.
+
+They are written with TensorBoard's own library rather than `tf.summary`, because the ops of
 `tf.summary` run eagerly on the default device and would make the training loop wait for it.
 """
 
@@ -24,8 +27,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from vit_dist.paths import is_remote
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
+OLD_TENSORBOARD_DIR = "tensorboard"
 FLUSH_SECONDS = 30
+# Last parts of names of metrics whose value never changes. Rows have them, TensorBoard does not.
+CONSTANTS = ("examples",)
 
 
 def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = True) -> "Writer":
@@ -42,9 +47,9 @@ def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = 
     path = workdir / METRICS_FILE
     _drop_rows_after(path, first_step)
     # Flushed now and then by a thread; the JSON lines are the copy that loses nothing.
-    events = EventFileWriter(str(workdir / TENSORBOARD_DIR), flush_secs=FLUSH_SECONDS)
+    events = EventFileWriter(str(_events_folder(workdir)), flush_secs=FLUSH_SECONDS)
     events.add_event(_session_start(first_step))
-    return Writer(_RemoteRows(path) if is_remote(path) else _Rows(path), events)
+    return Writer(open_rows(path), events)
 
 
 def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
@@ -59,7 +64,7 @@ def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
 class Writer:
     """Writes scalars, texts and images of a run; see `make_writer`."""
 
-    def __init__(self, rows: "_Rows | None", events: EventFileWriter | None):
+    def __init__(self, rows: "Rows | None", events: EventFileWriter | None):
         self._rows = rows
         self._events = events
 
@@ -76,7 +81,8 @@ class Writer:
         row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._rows.add(json.dumps(row, allow_nan=False) + "\n")
-        self._add(step, [_Value(tag=k, simple_value=v) for k, v in values.items()])
+        curves = {k: v for k, v in values.items() if k.split("/")[-1] not in CONSTANTS}
+        self._add(step, [_Value(tag=k, simple_value=v) for k, v in curves.items()])
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Shows `markdown` in TensorBoard's text tab."""
@@ -123,12 +129,17 @@ class Writer:
 _Value = summary_pb2.Summary.Value
 
 
-class _Rows:
-    """The rows on a disk, each there at once: a killed process loses none."""
+def open_rows(path: epath.Path) -> "Rows":
+    """Opens a text file, local or in a bucket, to append lines to."""
+    return _RemoteRows(path) if is_remote(path) else Rows(path)
+
+
+class Rows:
+    """Lines of text on a disk, each there at once: a killed process loses none."""
 
     def __init__(self, path: epath.Path):
         self._open = contextlib.ExitStack()
-        self._file = self._open.enter_context(path.open("a"))
+        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
 
     def add(self, row: str) -> None:
         self._file.write(row)
@@ -138,7 +149,7 @@ class _Rows:
         self._open.close()
 
 
-class _RemoteRows(_Rows):
+class _RemoteRows(Rows):
     """The rows in a bucket, which takes only whole objects: each flush sends the file anew.
 
     So a thread flushes, no oftener than TensorBoard's files are flushed. A process that is killed
@@ -170,6 +181,16 @@ class _RemoteRows(_Rows):
         self._thread.shutdown()
         for done in (*self._sent, closed):
             done.result()
+
+
+def _events_folder(workdir: epath.Path) -> epath.Path:
+    """The run's folder; for a run of an older version the folder in it with the events so far.
+
+    TensorBoard takes each folder with events for a run, so a curve goes on only in the same one.
+    """
+    old = workdir / OLD_TENSORBOARD_DIR
+    has_events = old.is_dir() and any("tfevents" in path.name for path in old.iterdir())
+    return old if has_events else workdir
 
 
 def _drop_rows_after(path: epath.Path, step: int) -> None:

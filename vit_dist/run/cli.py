@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
-# TensorFlow's C++ start-up notices drown our own; errors still show.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
@@ -22,6 +19,8 @@ from vit_dist.config import defaults as config_lib
 from vit_dist.config import recorded
 from vit_dist.config.binding import did_you_mean
 from vit_dist.config.errors import ConfigError, UserError
+from vit_dist.monitoring.lines import LineFormatter
+from vit_dist.run import notices
 
 
 @contextlib.contextmanager
@@ -36,9 +35,13 @@ def _hidden(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-# Where they are installed, Keras loads them for wrappers and plots that nothing here uses: a third
-# of the time to import TensorFlow, and 100 MB. Afterwards they can be imported as ever.
-with _hidden("matplotlib", "scipy", "sklearn"):
+# TensorFlow's own log shows errors only: its notices drown what we print. What it writes before it
+# has read the variable is hidden by `notices`.
+os.environ.setdefault(notices.LEVEL_VARIABLE, "2")
+
+# Where these three are installed, Keras loads them for wrappers and plots that nothing here uses: a
+# third of the time to import TensorFlow, and 100 MB. Afterwards they can be imported as ever.
+with notices.hidden(), _hidden("matplotlib", "scipy", "sklearn"):
     importlib.import_module("keras")
 
 import tensorflow as tf  # noqa: E402
@@ -132,10 +135,14 @@ def run(main: Callable[[], int | None]) -> None:
     # TensorFlow prints its notices itself, and again by way of absl.
     std_logging.getLogger("tensorflow").propagate = False
     std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
-    try:
-        app.run(_guard(wrapped), flags_parser=_guard(_parse_flags))
-    finally:
-        logging.flush()
+    # Not only at the start: TensorFlow logs wherever a device, a kernel or XLA is first used.
+    with notices.hidden(python_apart=True):
+        if sys.stderr.isatty():  # a file, such as another host's, keeps times and places
+            logging.get_absl_handler().setFormatter(LineFormatter())
+        try:
+            app.run(_guard(wrapped), flags_parser=_guard(_parse_flags))
+        finally:
+            logging.flush()
 
 
 def _help_text(command: ModuleType) -> str:

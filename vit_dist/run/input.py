@@ -3,13 +3,13 @@
 import functools
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import host_replicas
 from vit_dist.data.pipeline import ALL, Part, make_eval_data, make_train_data
 from vit_dist.data.service import from_services
 from vit_dist.data.view import batch_images
+from vit_dist.inspection.sheet import Cell, describe_label
 from vit_dist.run.options import Data, EvaluationOptions, RunOptions
 
 
@@ -38,18 +38,29 @@ def first_images(
     *,
     first_step: int,
     count: int = 16,
-) -> np.ndarray:
-    """The first images of a step's batch on this host as the model sees them, uint8 (B, H, W, 3).
+) -> list[Cell]:
+    """The first images of a step's batch on this host as the model sees them, with their classes.
+
+    Returns:
+      Cells of a sheet, `count` or as many as this host has, each with a uint8 (H, W, 3) image.
 
     Raises:
       tf.errors.OpError: they cannot be read; run/explain.py finds which.
     """
-    mixing = options.input.mixing
+    source, mixing, only = data.sources["train"], options.input.mixing, count
     if mixing is not None:  # an image is mixed with others of its group: whole groups only
-        count = -(-count // mixing.group_size) * mixing.group_size
-    dataset = _train_dataset(options, data, strategy, first_step=first_step, prefetch=1, only=count)
+        only = -(-count // mixing.group_size) * mixing.group_size
+    dataset = _train_dataset(options, data, strategy, first_step=first_step, prefetch=1, only=only)
     with tf.device("CPU:0"):
-        return batch_images(options.input.pipe, next(iter(dataset)), mixing)
+        batch = next(iter(dataset))
+        images, labels = batch_images(
+            options.input.pipe, batch, mixing, num_classes=source.num_classes
+        )
+    captions = [describe_label(label, source.class_names) for label in labels]
+    if "mask" in batch:  # an image that could not be read is black, and is not trained on
+        readable = batch["mask"].numpy() > 0
+        captions = [c if ok else "unreadable" for c, ok in zip(captions, readable, strict=True)]
+    return [Cell(*pair) for pair in zip(images, captions, strict=True)][:count]
 
 
 def _train_dataset(

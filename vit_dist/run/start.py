@@ -13,6 +13,7 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import LoadReport
+from vit_dist.monitoring.log import detail
 from vit_dist.paths import check_bucket
 from vit_dist.run.options import Data, RunOptions, WeightsOptions
 from vit_dist.run.origins import Origin, open_origin, scaled
@@ -114,7 +115,7 @@ def restore_or_init(state: TrainState, options: RunOptions, start: Start) -> str
         if state.ema is not None:
             for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
                 average.assign(weight)
-        logging.info("weights from %s:\n%s", start.origin.path, report.full())
+        detail("weights from %s:\n%s", start.origin.path, report.full())
         return f"weights from {start.origin.path}\n{report}"
     checkpoint = start.checkpoint
     if checkpoint is None:

@@ -1,0 +1,98 @@
+"""Sheets of images with captions."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vit_dist.inspection.lettering import LINE_HEIGHT, draw_text, shortened, text_width
+
+GAP = 6  # pixels
+SMALLEST, LARGEST = 64, 224  # pixels of an image's longer side; others are shown larger or smaller
+LONGEST = 400  # pixels of a caption
+LEAST_SHARE = 0.05  # of a class in a label, to be named: smoothed labels have a little of each
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An image of a sheet.
+
+    Attributes:
+      image: uint8 (H, W, 3), or (H, W) grey.
+      caption: one line, above the image.
+    """
+
+    image: np.ndarray
+    caption: str = ""
+
+
+def draw_sheet(rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = ()) -> Image.Image:
+    """Draws rows of images, each below its caption.
+
+    Args:
+      rows: from top to bottom; the last may be shorter.
+      titles: of the columns, above them; as many as the first row has cells, or none.
+
+    Returns:
+      An RGB image, as large as it has to be.
+    """
+    captions = [[shortened(cell.caption, LONGEST) for cell in row] for row in rows]
+    images = [[_thumbnail(cell.image) for cell in row] for row in rows]
+    widths = [0] * len(rows[0])
+    for i, title in enumerate(titles):
+        widths[i] = _ceil(text_width(title))
+    for texts, row in zip(captions, images, strict=True):
+        for i, (text, image) in enumerate(zip(texts, row, strict=True)):
+            widths[i] = max(widths[i], image.width, _ceil(text_width(text)))
+    lefts = [GAP + sum(widths[:i]) + GAP * i for i in range(len(widths))]
+    heights = [LINE_HEIGHT + max(image.height for image in row) + GAP for row in images]
+    top = LINE_HEIGHT + GAP if titles else GAP
+    size = (lefts[-1] + widths[-1] + GAP, top + sum(heights))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for left, title in zip(lefts, titles, strict=False):
+        draw_text(draw, (left, 0), title)
+    for texts, row, height in zip(captions, images, heights, strict=True):
+        for left, text, image in zip(lefts, texts, row, strict=False):
+            draw_text(draw, (left, top), text)
+            sheet.paste(image, (left, top + LINE_HEIGHT))
+        top += height
+    return sheet
+
+
+def draw_grid(cells: Sequence[Cell], *, columns: int = 4) -> Image.Image:
+    """Draws images in rows of `columns`, each below its caption."""
+    return draw_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
+
+
+def describe_label(label: np.ndarray, names: Sequence[str]) -> str:
+    """A caption for a label: "cat", or "0.70 cat + 0.30 dog" where it has parts of several classes.
+
+    Args:
+      label: a class number, or (C,) the share of each class.
+      names: of the C classes.
+    """
+    label = np.asarray(label)
+    if not label.ndim:
+        number = int(label)
+        known = 0 <= number < len(names)
+        return names[number] if known else f"label {number}, of {len(names)} classes"
+    # The largest shares first, at most three: a caption is short.
+    largest = np.argsort(-label, kind="stable")[:3]
+    named = [i for i in largest if label[i] >= LEAST_SHARE]
+    if len(named) < 2:
+        return names[int(largest[0])]
+    return " + ".join(f"{label[i]:.2f} {names[i]}" for i in named)
+
+
+def _ceil(length: float) -> int:
+    return int(length) + 1
+
+
+def _thumbnail(pixels: np.ndarray) -> Image.Image:
+    """The image enlarged by a whole number to SMALLEST at least, or reduced to LARGEST."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((LARGEST, LARGEST))
+    factor = -(-SMALLEST // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
