@@ -47,9 +47,9 @@ def kinds_of(functions: Collection[types.FunctionType], fixtures: Collection[str
         home = value.__name__ if isinstance(value, types.ModuleType) else _module(value)
         if home.startswith(("subprocess", "multiprocessing")):
             kinds.add("spawns")
-        elif home.startswith("vit_dist.") and getattr(value, "__name__", "") in BUILDERS:
-            kinds.add("compiles")
-        elif isinstance(value, str) and value == "jit_compile":
+        elif (home.startswith("vit_dist.") and getattr(value, "__name__", "") in BUILDERS) or (
+            isinstance(value, str) and value == "jit_compile"
+        ):
             kinds.add("compiles")
     return kinds
 
