@@ -4,9 +4,9 @@
 
 Files of 86 million random parameters in vision_transformer's and timm's layouts. For each, and for
 two routes, a process of its own: the functions alone, as predicting and exporting call them, and
-the way that training takes through config.init_from, whose optimiser holds memory besides (here
+the way that training takes through config.init_from, whose optimizer holds memory besides (here
 SGD's, with a momentum in bfloat16). Memory is VmHWM, the highest there ever was of the process,
-TensorFlow's libraries included: what imports, the model and the optimiser need is told apart.
+TensorFlow's libraries included: what imports, the model and the optimizer need is told apart.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def _train(args: argparse.Namespace) -> None:
     strategy = make_strategy(**options.evaluation.strategy)
     marks = {"imports": memory("VmHWM")}
     state = make_state(options, strategy)
-    marks["model and optimiser"] = memory("VmHWM")
+    marks["model and optimizer"] = memory("VmHWM")
     begin = time.perf_counter()
     text = restore_or_init(state, options, start)
     seconds = time.perf_counter() - begin

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/memory.py [--variant S/16] [--batch_size 32] [--image_size 224]
 
 Each setting runs in a process of its own (Linux), on one CPU device, compiled by XLA: the peak of
-its resident memory during two steps, less what it held before the first (weights, optimiser state;
+its resident memory during two steps, less what it held before the first (weights, optimizer state;
 XLA's buffers stay resident between steps), and the CPU time that they took. Long: many tokens, a
 small batch at --long_size pixels.
 """

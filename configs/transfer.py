@@ -16,7 +16,7 @@ huggingface (ViT), ours. What still differs, init_from refuses with the flags to
 
 `recipe`:
 
-| Recipe               | Whose                             | Batch, optimiser, peak          |
+| Recipe               | Whose                             | Batch, optimizer, peak          |
 |----------------------|-----------------------------------|---------------------------------|
 | `vision_transformer` | its README; so finetune_384.py    | 512, SGD, 0.03 (CIFAR-10: 0.01) |
 | `big_vision`         | its configs/transfer.py           | 512, SGD, 0.01                  |

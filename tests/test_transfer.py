@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     ("weights", "recipe"), list(itertools.product(transfer.WEIGHTS, transfer.RECIPES))
 )
 def test_every_recipe_on_a_folder(folder, weights, recipe):
-    """Bound to what it feeds: model, optimiser, schedule, pipes."""
+    """Bound to what it feeds: model, optimizer, schedule, pipes."""
     arg = f"model=mu/8,dataset=folder:{folder},res=48,weights={weights},recipe={recipe}"
     config = transfer.get_config(arg)
     config.input.batch_size = 8

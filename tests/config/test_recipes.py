@@ -159,7 +159,7 @@ def test_rate_of_the_second_epoch(name, arg, second):
     np.testing.assert_allclose(rates, [1e-6, second, second], rtol=1e-5)
 
 
-# Golden values: the optimiser and what decays
+# Golden values: the optimizer and what decays
 
 OPTIMIZERS = [
     ("vit_s16_i1k", "90", "adamw", 1e-3, 1e-4, "schedule", "bfloat16", 1.0),

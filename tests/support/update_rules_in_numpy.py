@@ -1,4 +1,4 @@
-"""The optimisers' formulas restated in NumPy.
+"""The optimizers' formulas restated in NumPy.
 
 Each returns what is subtracted from the weights, decay included, and moves the slots in place; t
 counts from 1, `decay` is 0 for what does not decay.

@@ -1,4 +1,4 @@
-"""ZeRO-1: the optimiser's state cut up among the replicas gives the same weights, slots, files."""
+"""ZeRO-1: the optimizer's state cut up among the replicas gives the same weights, slots, files."""
 
 import contextlib
 import json

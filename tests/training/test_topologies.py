@@ -1,4 +1,4 @@
-"""Every optimiser takes the same step on any replicas x micro-batches x workers."""
+"""Every optimizer takes the same step on any replicas x micro-batches x workers."""
 
 import contextlib
 import functools
@@ -59,7 +59,7 @@ def test_replicas_and_micro_batches(name, replicas, accumulation):
     engine.replicas_hold_the_same()
 
 
-# What two workers run: every optimiser, some with their state cut up, and gradients in 16 bits.
+# What two workers run: every optimizer, some with their state cut up, and gradients in 16 bits.
 HERE = [name for name in NAMES if name != "muon" or HAS_MUON]
 IN_PARTS = ("adamw", "lamb", "adafactor_vit")
 SHARDED, BFLOAT16, FLOAT16 = "sharded ", "bfloat16 gradients", "float16"

@@ -1,1 +1,1 @@
-"""The optimiser step: losses, schedules, optimisers, checkpoints."""
+"""The optimizer step: losses, schedules, optimizers, checkpoints."""

@@ -66,7 +66,7 @@ _OLD_NUMBERS = {
     "MlpBlock_3": "MlpBlock_0",
 }
 _INLINED_MAP = re.compile(r"(probe$|MlpBlock_0/|MultiHeadDotProductAttention_0/|LayerNorm_0/)")
-# The other parts of a training state or a two-tower model: the optimiser, the text tower, the
+# The other parts of a training state or a two-tower model: the optimizer, the text tower, the
 # temperature and bias of its loss.
 OTHER_PARTS = re.compile(r"(opt|states?|params/(txt|t|b)|opt/target/(txt|t|b)|txt|t|b|step)(/|$)")
 
