@@ -19,6 +19,7 @@ def bind(
     Raises:
       ConfigError: a key the function does not take, one that it needs, or one given twice.
     """
+    # The signature is the list of keys: a key that no function takes cannot be set without effect.
     parameters = inspect.signature(function).parameters
     for key in section:
         if key not in parameters or key in given:

@@ -306,6 +306,7 @@ def _keep_one(
     given = [k for k in keys if k in section and section[k] is not None]
     shell = [k for k in given if prefix + k in overrides]
     file = [k for k in given if section[k] != default[k]]
+    # The command line wins over the file, and a file's value over the default of another unit.
     chosen = shell or file or given
     if len(chosen) > 1:
         values = ", ".join(f"{prefix}{k}={section[k]}" for k in chosen)

@@ -31,6 +31,7 @@ def duration(
     Raises:
       ValueError: none is set, or it is negative, or a percentage above 100.
     """
+    # A finalised config has one unit that is not None; the others were put aside by `finalize`.
     units = [u for u in UNITS if f"{name}_{u}" in section]
     for unit in units:
         value = section[f"{name}_{unit}"]

@@ -68,6 +68,7 @@ def make_evaluator(
     def evaluate(
         dataset: Any, *, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
+        # In float64 on the host's side: float32 counts examples exactly to 16 million only.
         totals: Tensors = {}
         for batch in dataset:
             new = {k: tf.cast(v, tf.float64) for k, v in run_step(batch).items()}
@@ -85,9 +86,11 @@ def make_evaluator(
 
 def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """How many classes (b, C) are ahead of an example's foremost label: (b,), 0 for a hit."""
+    # A mixed or multi-label target has several labels: the most likely of them is judged.
     label_logits = tf.where(targets > 0, logits, logits.dtype.min)
     first = tf.argmax(label_logits, -1, tf.int32)[:, None]
     best = tf.gather(label_logits, first, batch_dims=1)
     ahead = (logits > best) | ((logits == best) & (tf.range(logits.shape[-1]) < first))
+    # Comparisons with NaN are false, which would make a model of NaN always right.
     ahead |= tf.math.is_nan(logits) | tf.math.is_nan(best)
     return tf.reduce_sum(tf.cast(ahead, tf.int32), -1)

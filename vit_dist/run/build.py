@@ -93,6 +93,7 @@ class Evaluation:
             preprocess=options.pipe.device,
             jit=jit != "off",
         )
+        # Made once: tf.data sets up its threads anew for each data set, not for each pass over one.
         self._datasets: dict[str, Any] = {}
 
     def __call__(

@@ -63,6 +63,8 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     )
     _check_choices(config)
     loss = make_loss(**bind(make_loss, config.loss, name="loss"))
+    # With a made-up number of examples: it finds durations that are missing or negative, minutes
+    # before a data set has been downloaded and counted.
     _durations(config, num_examples=1)
     evaluation, data = _check_evaluation(config, training=True)
     train = data.sources["train"]
@@ -136,6 +138,7 @@ def _check_evaluation(
     check_strategy(**strategy)
     size = config_lib.parse_image_size(config.image_size)
     check_input(config)
+    # The model needs the number of classes, which only the data knows.
     sources = open_sources(config, training=training, splits=splits)
     num_classes = next(iter(sources.values())).num_classes
     model = _check_model(config, size, num_classes)
@@ -262,6 +265,7 @@ def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:
     """Steps of "total", "log", "eval" and "save"."""
     known = {"batch_size": config.input.batch_size, "num_examples": num_examples}
     total = durations_lib.duration(config, "total", **known)
+    # More than one: not in the first look, which knows no number of examples.
     if total < 1 and num_examples > 1:
         given = [
             f"{k}={config[k]}" for k in config if k.startswith("total_") and config[k] is not None

@@ -201,6 +201,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     message = _config_message(error)
     if message:
         return message, USAGE_ERROR
+    # Where it was raised tells whose error it is.
     frames = traceback.extract_tb(error.__traceback__)
     own = frames and os.path.abspath(frames[-1].filename).startswith(_PACKAGE)
     if isinstance(error, FileNotFoundError) and not error.errno:  # data that our own check misses

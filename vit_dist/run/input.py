@@ -20,6 +20,7 @@ def train_data(
     prefetch = options.input.prefetch * len(host_replicas(strategy))
     make = functools.partial(_train_dataset, options, data, strategy, first_step=first_step)
     if options.input.services:
+        # Each service makes every n-th element of the data set that this host would make alone.
         dataset = from_services(
             lambda part: make(prefetch=1, part=part),
             options.input.services,
@@ -28,6 +29,8 @@ def train_data(
         )
     else:
         dataset = make(prefetch=prefetch)
+    # From a function: TensorFlow would otherwise shard the data set among the hosts by itself, and
+    # each host makes its own examples alone already.
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 
 

@@ -73,8 +73,10 @@ def make_loss(
         )
 
     def loss(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        # Half precision would round a loss near 0 away, and overflow in the sum over 21k classes.
         logits = tf.cast(logits, tf.float32)
         num_classes = logits.shape[-1]
+        # In timm's order: mixup before, then the threshold, then smoothing.
         targets = as_distribution(labels, num_classes)
         if threshold is not None:
             targets = tf.cast(targets > threshold, tf.float32)

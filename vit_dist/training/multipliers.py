@@ -69,6 +69,7 @@ def rate_multipliers(
       lr_multipliers: (regex, factor) pairs, of which the first that matches counts; else 1.
       layer_decay: times layer_decay ** (num_blocks + 1 - depth_of(name)); None for none.
     """
+    # The depth comes from the names, so that it is right for any model with such names.
     blocks = [_BLOCK.match(name) for name in names]
     num_blocks = 1 + max((int(b[1]) for b in blocks if b), default=-1)
     factors = {}

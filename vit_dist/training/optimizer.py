@@ -21,7 +21,7 @@ from vit_dist.training.multipliers import (
 )
 from vit_dist.training.sharding import Remote, Shards
 
-# Each with what its None's stand for: the values of its paper.
+# Name -> what a None in OptimizerOptions stands for: the value of the rule's paper.
 NAMES: dict[str, dict[str, float]] = {
     "adamw": {"beta_2": 0.999, "epsilon": 1e-8},
     "sgd": {"momentum": 0.9},
@@ -59,7 +59,8 @@ class Optimizer:
         self.rule, self.rates, self.decays = rule, rates, decays
         self.variables = {name: v for name, v in variables.items() if rates[name]}
         self.decayed = set(decays)
-        if isinstance(rule, update_rules.Lamb):  # its update includes the decay
+        # LAMB's trust ratio is of the update with its decay, so the rule applies the decay itself.
+        if isinstance(rule, update_rules.Lamb):
             rule.decays = {id(variables[name]): decay for name, decay in decays.items()}
             self.decays = {}
         shapes = {name: tuple(v.shape) for name, v in self.variables.items()}
@@ -67,6 +68,8 @@ class Optimizer:
         self._names = {id(v): name for name, v in self.variables.items()}
         self.slots: dict[str, keras.Variable | Remote] = {}
         self._slots_of: dict[str, list[keras.Variable]] = {name: [] for name in self.variables}
+        # Keras's build() asks for one slot after the other: by way of make_slot each of them gets a
+        # name and, with shards, a place.
         rule.make_slot = self._make_slot
         rule.build(list(self.variables.values()))
 
@@ -114,6 +117,8 @@ class Optimizer:
                 for variable, new in values:
                     variable.value.assign(new)
             return None
+        # The slots change now; the weights only when all replicas' packs are there, so that no
+        # replica computes with weights that others do not have yet.
         weights = {}
         own = self.shards.names(replica)
         for name, values in self._updated(own, gradients, learning_rate, count, gate):
@@ -247,6 +252,7 @@ def make_optimizer(
         strategy, or on TPUs, or adafactor_vit without num_heads for a model with attention.
     """
     options = options or OptimizerOptions()
+    # Without decay nobody minds patterns that match nothing, such as those of another model.
     used = options.decay_multipliers if options.weight_decay else ()
     check_names(variables, decay_multipliers=used, lr_multipliers=options.lr_multipliers)
     rates = rate_multipliers(
@@ -273,6 +279,8 @@ def _decays(
     decays = {}
     for name, rate in rates.items():
         factor = weight_decay * multiplier(rules, name, 0.0)
+        # With the schedule's scale decay is d * schedule / peak; Optimizer multiplies by the
+        # variable's own rate, so both are divided out here.
         if rate and factor:
             decays[name] = factor if peak is None else factor / (peak * rate)
     return decays

@@ -109,6 +109,7 @@ class Schedule:
         step = tf.convert_to_tensor(step)
         if self.hold_steps > 1:  # a TPU has no 64-bit division: it takes 2000 operations
             step = step // self.hold_steps * self.hold_steps
+        # float32 is exact up to step 16,777,216, and a schedule is smooth there.
         t = tf.cast(step, tf.float32)
         factor = self._decay(t)
         if self.warmup_steps:
@@ -130,6 +131,7 @@ class Schedule:
         if self.name == "rsqrt":
             return tf.math.rsqrt(1 + tf.maximum(t - begin, 0.0) / self.timescale_steps)
         if self.name == "step":
+            # Fractions of a step: timm's milestones need not fall on one.
             milestones = [m * self.total_steps / 100 for m in self.milestones]
             reached = [tf.cast(t >= milestone, tf.float32) for milestone in milestones]
             return self.drop ** tf.add_n(reached)

@@ -40,7 +40,7 @@ def assign_owners(sizes: Mapping[str, int], parts: int) -> dict[str, int]:
     most 4/3 of the optimal fullest part. Ties are broken by name, so every host computes the same
     owners.
     """
-    loads, owners = [0] * parts, {}
+    loads, owners = [0] * parts, {}  # entries so far, by part
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += sizes[name]
@@ -96,6 +96,7 @@ class Shards:
         """Inverse of `pack`: the concatenation of all replicas' packs, (R*n,) -> name: weight."""
         values = {}
         for replica in range(self.num_parts):
+            # A replica's pack begins at a multiple of the padded length, its zeros are passed over.
             begin = replica * self.padded_length
             for name in self.names(replica):
                 part = gathered[begin : begin + self.sizes[name]]

@@ -131,21 +131,26 @@ def make_gradients(
     The gradients (float32, one per variable that trains) are of the loss over the *global* batch,
     times the loss scale; summed over the replicas they are those of the whole batch.
     """
+    # `.value` is the tf.Variable behind Keras's variable, which is what a GradientTape watches.
     variables = [v.value for v in state.optimizer.variables.values()]
 
     def micro(batch: Tensors, key: tf.Tensor):
         images = preprocess(batch["image"])
         if mixing is not None:
             images = mixing.images(images, batch["mix"])
+        # Frozen variables are not watched: they cost no backward pass.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(variables)
             logits = state.model(images, training=True, seed=key)
             targets = as_distribution(batch["label"], logits.shape[-1])
             if mixing is not None:
                 targets = mixing.labels(targets, batch["mix"])
+            # The divisor is the global batch, so that shares of replicas and of micro-batches only
+            # have to be added: no share weighs more than another (law 2).
             loss = _sum(loss_fn(logits, targets), batch) / batch_size
             scaled = loss * state.loss_scale
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
+        # A variable that the loss does not reach has a gradient of zeros.
         grads = tape.gradient(scaled, variables, unconnected_gradients="zero")
         sums = {"loss": loss, "accuracy": _sum(tf.cast(hits, tf.float32), batch) / batch_size}
         if masked:
@@ -247,6 +252,7 @@ def make_train_step(
     jit = choose_jit(
         options.jit, kind=device_kind(strategy), num_replicas=replicas, sharded=sharded
     )
+    # What XLA compiles must not hold the all-reduce when several replicas run: see choose_jit.
     if jit == "split":
         gradients, update = compiled(gradients), compiled(update)
         settle = compiled(settle) if settle else None
@@ -274,6 +280,7 @@ def without_grappler(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(getattr(function, "python_function", function))
     def call(*args: Any) -> Any:
+        # The getter gives {} where nothing was set; the setter keeps what it is not told.
         before = tf.config.optimizer.get_experimental_options()
         off = bool(before.get("disable_meta_optimizer", False))
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
@@ -296,6 +303,7 @@ def _make_replica_step(
 
     def replica_step(batch: Tensors) -> Tensors:
         context = tf.distribute.get_replica_context()
+        # In TensorFlow's words; the number of the replica over all hosts, a tensor on TPUs.
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         grads, sums = gradients(batch, replica)
         if sent_as is not None:
@@ -336,8 +344,11 @@ def _make_loop(
     means = ("loss", "accuracy")
     summed = means + counted
 
+    # Traced once: `n` is a tensor, so any number of steps is the same program. AutoGraph turns the
+    # loop into one on the device's host, which asks the iterator for the next batch by itself.
     @tf.function
     def train_steps(batches: Iterator[Any], n: tf.Tensor) -> Tensors:
+        # A loop's variables need a value, of their final dtype, before its first turn.
         out = {name: tf.constant(0.0) for name in summed + last}
         waited = tf.constant(0.0, tf.float64)
         for _ in tf.range(n):
@@ -358,6 +369,7 @@ def _make_loop(
 @tf.autograph.experimental.do_not_convert
 def _timed_next(batches: Iterator[Any]) -> tuple[Any, tf.Tensor]:
     """The next batch, and the seconds until it was there, float64."""
+    # Without these control dependencies TensorFlow may read the clock before or after both.
     began = tf.timestamp()
     with tf.control_dependencies([began]):
         batch = next(batches)

@@ -50,10 +50,12 @@ def make_update(
         step, scale = state.step.value(), state.loss_scale.value()
         if scaled:
             grads = [g / scale for g in grads]
+        # l2_loss is half the sum of squares. An infinity or NaN anywhere makes the norm one.
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(g) for g in grads]))
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
         apply_update = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:
+            # 1e-30: a gradient of zeros stays one, rather than becoming 0 / 0.
             factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
             grads = [g * factor for g in grads]
         rate = schedule(step)
@@ -73,6 +75,7 @@ def make_update(
         state.first_bad_step.assign(tf.where(first, step, state.first_bad_step.value()))
         if scaled:
             _rescale(state, finite)
+        # `step` counts data, `updates` counts what Adam's bias corrections depend on.
         state.updates.assign_add(tf.cast(apply_update, tf.int64))
         state.step.assign_add(1)
         metrics = {**sums, "grad_norm": norm, "learning_rate": rate}

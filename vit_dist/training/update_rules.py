@@ -137,6 +137,7 @@ class Lamb(Adam):
             weight = _read(variable)
             update += self.decays[id(variable)] * weight
             size, length = tf.norm(weight), tf.norm(update)
+            # A new bias is all zeros: without this it could never move.
             either = (size > 0) & (length > 0)
             update *= tf.where(either, tf.math.divide_no_nan(size, length), 1.0)
         self.assign_sub(variable, learning_rate * update)
@@ -202,7 +203,8 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         """(second longest, longest) axis, or None where the second moment is kept in full."""
         if len(shape) < 2:
             return None
-        second, longest = np.argsort(shape)[-2:]  # ties as optax breaks them
+        # np.argsort breaks ties as optax does, which decides what is a row and what a column.
+        second, longest = np.argsort(shape)[-2:]
         return (int(second), int(longest)) if shape[second] >= self.factor_from else None
 
     def _view(self, variable: keras.Variable) -> tuple[int, ...]:
@@ -232,6 +234,8 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         squared = tf.square(gradient) + self.epsilon
         if axes is None:
             return gradient * tf.math.rsqrt(self.average(slots["velocity"], squared, beta))
+        # The second moment is approximated by the outer product of its row and column means
+        # (arXiv 1804.04235, algorithm 4): O(rows + columns) of memory.
         second, longest = axes
         row = self.average(slots["row"], tf.reduce_mean(squared, longest), beta)
         column = self.average(slots["column"], tf.reduce_mean(squared, second), beta)
