@@ -98,12 +98,14 @@ def test_an_exception_goes_through(capfd):
     assert capfd.readouterr().err == "shown\n"
 
 
-@pytest.mark.parametrize("how", ["wanted", "no program"])
+@pytest.mark.parametrize("how", ["wanted", "no program", "first process of a container"])
 def test_everything_shows_where_it_is_wanted_or_cannot_be_hidden(how, monkeypatch, capfd):
     if how == "wanted":
         monkeypatch.setenv(notices.LEVEL_VARIABLE, "0")
-    else:
+    elif how == "no program":
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    else:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
     with notices.hidden():
         write(ABSL + "\n")
     assert capfd.readouterr().err == ABSL + "\n"

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 class Meter:
     """Measures steps per second, leaving out what happens inside `pause` (evaluating, saving).
 
-    A device works asynchronously, so `read` means something only right after a value of the
-    step it names has arrived on the host.
+    A device works asynchronously: the host only hands it work, and is ahead. So call `read(step)`
+    right after a metric of that step has arrived on the host, when the device has done the step.
 
     Attributes:
-      waited: Seconds of the interval in which the host waited for batches, to be added to.
+      waited: seconds of this interval in which the host waited for batches; the loop adds to it.
     """
 
     def __init__(
@@ -53,10 +53,13 @@ class Meter:
     def read(self, step: int) -> dict[str, float]:
         """Returns the rates since `start` or the last `read`, and begins the next interval.
 
-        "input_stall", the share of `waited` in it, is the input's fault on CPUs; an accelerator
-        works on meanwhile, and loses at most that share.
+        Returns:
+          "examples_per_second" and the same per device; "seconds_per_step"; "input_stall", the
+          share of the interval that went by in `waited`. An accelerator works on while the host
+          waits, so it loses at most that share.
         """
         assert step > self._step, f"no step between {self._step} and {step}"
+        # A clock may not have moved; no rate is infinite.
         interval = max(self._clock() - self._began - self._paused, 1e-9)
         stall = min(float(self.waited) / interval, 1.0)
         seconds = interval / (step - self._step)

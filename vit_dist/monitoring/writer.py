@@ -27,7 +27,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from vit_dist.paths import is_remote
 
 METRICS_FILE = "metrics.jsonl"
-OLD_TENSORBOARD_DIR = "tensorboard"
+OLD_TENSORBOARD_DIR = "tensorboard"  # in the run's folder, where version 0.1 put the events
 FLUSH_SECONDS = 30
 # Last parts of names of metrics whose value never changes. Rows have them, TensorBoard does not.
 CONSTANTS = ("examples",)

@@ -1,4 +1,8 @@
-"""What data and durations are likely to do to a run: warnings, before it starts."""
+"""Warnings before a run starts: what its data and its durations are likely to do to it.
+
+None of it is a mistake, which would end the run. With each of these a run goes through, and ends
+with a poor accuracy, or one that tells little.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +12,10 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-_SAMPLE = 200  # images whose size is looked at
+_SAMPLE = 200  # images whose size is looked at: a second on a disk, and enough for a median
 _UNBALANCED = 10.0  # the largest class over the smallest
 _FEW = 20  # images of a class
-_STALE = 0.2  # share of the weights from before the run in the moving average at its end
+_STALE = 0.2  # share of the initial weights in the moving average at the end of the run
 
 
 def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[str]:
@@ -51,11 +55,13 @@ def average_warnings(decay: float | None, num_steps: int) -> list[str]:
     """
     if not decay or num_steps < 1 or decay**num_steps < _STALE:
         return []
-    better = max(1 - 10 / num_steps, 0.5)  # an average over the last tenth
+    # After n steps the average holds decay^n of what it began with, and it averages over about
+    # 1 / (1 - decay) steps. The decay that is proposed averages over the last tenth of the run.
+    better = max(1 - 10 / num_steps, 0.5)
     return [
         f"config.step.ema_decay {decay} averages over {1 / (1 - decay):,.0f} steps, and there are "
         f"{num_steps:,}: {decay**num_steps:.0%} of what is evaluated at the end will be the "
-        f"weights from before. Set --config.step.ema_decay={better:.2g}, or None to evaluate the "
+        f"initial weights. Set --config.step.ema_decay={better:.2g}, or None to evaluate the "
         "weights themselves"
     ]
 
@@ -85,6 +91,7 @@ def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> lis
 
 
 def _size_warnings(paths: Sequence[str], image_size: tuple[int, int]) -> list[str]:
+    # Spread over all classes: the paths are in the order of their folders.
     step = max(len(paths) // _SAMPLE, 1)
     sizes = [size for path in paths[::step] if (size := _size(path)) is not None]
     small = [s for s in sizes if s[0] < image_size[0] or s[1] < image_size[1]]

@@ -54,9 +54,10 @@ def is_notice(line: bytes, *, has_gpus: bool) -> bool:
 
 
 def _has_gpus() -> bool:
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not os.path.isdir("/dev"):
         return False
-    return any(name.startswith("nvidia") for name in os.listdir("/dev"))
+    # dxg is how Windows lends its GPUs to Linux.
+    return any(name.startswith(("nvidia", "dxg")) for name in os.listdir("/dev"))
 
 
 def _main() -> None:

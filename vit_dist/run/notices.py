@@ -31,8 +31,9 @@ _kept: int | None = None  # descriptor of a file with the notices so far; the fi
 def hidden(*, python_apart: bool = False) -> Iterator[None]:
     """Hides TensorFlow's notices from whoever reads standard error, until the `with` ends.
 
-    It does nothing where TF_CPP_MIN_LOG_LEVEL is 0 or 1, set by someone who wants to see them, or
-    where no second process can be started.
+    It does nothing where TF_CPP_MIN_LOG_LEVEL is 0 or 1, as set by whoever wants to see them; where
+    no second process can be started; and in the first process of a container, at whose end the
+    system kills all others, so that the filter could not pass on the last words of a crash.
 
     Args:
       python_apart: what Python itself writes goes past the filter, unchanged and without delay, so
@@ -40,7 +41,7 @@ def hidden(*, python_apart: bool = False) -> Iterator[None]:
         descriptor, which stays open for the log handlers made in between.
     """
     wanted = os.environ.get(LEVEL_VARIABLE) in ("0", "1")
-    started = None if wanted or sys.stderr is None else _start()
+    started = None if wanted or os.getpid() == 1 or sys.stderr is None else _start()
     if started is None:
         yield
         return
