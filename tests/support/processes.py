@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import resource
 import sys
-import time
 from pathlib import Path
+
+from tests.support.waiting import wait_for
 
 TINY = str(Path(__file__).with_name("tiny.py"))
 
@@ -50,12 +51,10 @@ class Command:
 
     def wait_for(self, condition, seconds=120):
         """Returns what `condition` returns once that is true; fails if the process ends before."""
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert self._process.is_alive(), f"ended: {self.text()[-2000:]}"
-            assert time.monotonic() < deadline, f"waited in vain: {self.text()[-2000:]}"
-            self._process.join(0.02)
-        return found
+        try:
+            return wait_for(condition, seconds, alive=self._process.is_alive)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.text()[-2000:]}") from error
 
     def __enter__(self):
         return self
