@@ -1,5 +1,6 @@
 """One TensorFlow setting for all tests: the CPU alone, seen as four devices; and their kinds."""
 
+import importlib
 import itertools
 import os
 import types
@@ -30,9 +31,8 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {meaning}")
     if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
         return  # only hands tests to its workers
+    importlib.import_module("vit_dist.run.cli")  # TensorFlow, without what is slow to import
     import tensorflow as tf
-
-    from vit_dist.run import cli  # noqa: F401  before TensorFlow, without what is slow to import
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)

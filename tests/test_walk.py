@@ -1,15 +1,12 @@
 """The commands of docs/finetuning.md, from a folder of photographs to predictions, in miniature."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.support import photographs
+from tests.support import photographs, processes
 from tests.support.documents import commands_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,17 +38,16 @@ def test_the_photographs_are_what_the_docs_say(folder):
 
 
 def run(words, folder):
-    module = words[2]
-    words = [sys.executable, *words[1:], *SMALL.get(module, [])]
+    """What `python -m MODULE FLAGS` prints, with fewer epochs."""
+    module, flags = words[2], [*words[3:], *SMALL.get(words[2], [])]
     if module == "vit_dist.train":
-        words = [re.sub(r"total_epochs=\d+", "total_epochs=4", word) for word in words]
-        words += [] if any("total_epochs" in word for word in words) else [
-            "--config.total_epochs=2"
-        ]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+        flags = [re.sub(r"total_epochs=\d+", "total_epochs=4", flag) for flag in flags]
+        if not any("total_epochs" in flag for flag in flags):
+            flags.append("--config.total_epochs=2")
+    log, errors = folder / f"{module}.{len(list(folder.iterdir()))}.out", folder / "errors"
+    code, out = processes.run(*flags, module=module, cwd=folder, log=log, errors=errors)
+    assert code == 0, errors.read_text()[-3000:]
+    return out
 
 
 def test_from_a_folder_to_predictions(folder):

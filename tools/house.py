@@ -73,10 +73,10 @@ class Module(NamedTuple):
         return [*self.name.split("."), ""][1]
 
 
-def read_modules(root: Path) -> list[Module]:
-    """All modules of the package below `root`."""
+def read_modules(root: Path, folder: str = PACKAGE) -> list[Module]:
+    """All modules below `root`/`folder`: those of the package, or the tests."""
     modules = []
-    for path in sorted((root / PACKAGE).rglob("*.py")):
+    for path in sorted((root / folder).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         source = path.read_text()
@@ -206,6 +206,25 @@ def check_nothing_left_undone(modules: list[Module]) -> Iterator[str]:
                 yield f"{module.path}:{node.lineno}: swallows an exception"
 
 
+def check_imports_of_tests(tests: list[Module]) -> Iterator[str]:
+    """A test imports helpers from tests/support, and nothing from another test."""
+    for module in tests:
+        names = {name for name in imports_of(module) if name.split(".")[0] == "tests"}
+        for name in sorted(n for n in names if not f"{n}.".startswith("tests.support.")):
+            yield f"{module.path}: imports {name}; move what both need into tests/support"
+
+
+def check_waits_of_tests(tests: list[Module]) -> Iterator[str]:
+    """Tests wait for something, not for a time, and none is expected to fail."""
+    for module in tests:
+        for node in ast.walk(module.tree):
+            name = getattr(node, "attr", getattr(node, "id", ""))
+            if name == "sleep":
+                yield f"{module.path}:{node.lineno}: sleeps; wait_for() of tests/support/waiting.py"
+            if name == "xfail":
+                yield f"{module.path}:{node.lineno}: a test that fails is mended or taken out"
+
+
 RULES: tuple[Callable[[list[Module]], Iterator[str]], ...] = (
     check_rooms,
     check_table,
@@ -215,14 +234,18 @@ RULES: tuple[Callable[[list[Module]], Iterator[str]], ...] = (
     check_files_in_model,
     check_nothing_left_undone,
 )
+TEST_RULES: tuple[Callable[[list[Module]], Iterator[str]], ...] = (
+    check_imports_of_tests,
+    check_waits_of_tests,
+)
 
 
 def main(root: Path) -> int:
     """Prints each rule and what breaks it; returns the exit code."""
-    modules = read_modules(root)
+    modules, tests = read_modules(root), read_modules(root, "tests")
     failures = 0
-    for rule in RULES:
-        found = list(rule(modules))
+    for rule in (*RULES, *TEST_RULES):
+        found = list(rule(tests if rule in TEST_RULES else modules))
         failures += len(found)
         print(f"{'FAILED' if found else 'ok    '} {(rule.__doc__ or '').splitlines()[0]}")
         for line in found:

@@ -7,12 +7,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.launching import launch, make_env
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "python -m vit_dist.train"
@@ -243,13 +243,6 @@ def start(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and whoever else holds the pipes open
         process.communicate()
-
-
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def wait_until_running(tmp_path):

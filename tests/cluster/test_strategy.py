@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from tests.support import processes
+from tests.support.waiting import pause
 from vit_dist.cluster import strategy as lib
 from vit_dist.cluster.hosts import describe
 from vit_dist.cluster.strategy import check_strategy, make_strategy, resolve
@@ -242,7 +243,7 @@ def meet_in_threads(workers, indices, timeout):
     threads = [threading.Thread(target=one, args=(i,)) for i in indices]
     for thread in threads:
         thread.start()
-        time.sleep(0.01)  # in this order, most of the time
+        pause(0.01)  # in this order, most of the time
     for thread in threads:
         thread.join()
     return outcome

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from tests.support import images, processes, tiny
+from tests.support.waiting import wait_for
 from vit_dist.cluster.strategy import make_strategy
 from vit_dist.data import pipeline, service
 from vit_dist.data.mixing import make_mixing
@@ -49,9 +50,10 @@ class Service:
         self.log.unlink(missing_ok=True)
         self.process = processes._CONTEXT.Process(target=processes._call, args=arguments)
         self.process.start()
-        while "ready" not in (self.log.read_text() if self.log.exists() else ""):
-            assert self.process.is_alive(), self.log.read_text()
-            time.sleep(0.05)
+        wait_for(
+            lambda: self.log.exists() and "ready" in self.log.read_text(),
+            alive=self.process.is_alive,
+        )
 
     def kill(self):
         self.process.kill()

@@ -26,6 +26,8 @@ MARKERS = {
 BUILDERS = {
     "train",
     "evaluate",
+    "make_step",
+    "Evaluation",
     "make_train_step",
     "make_gradients",
     "make_update",
@@ -47,9 +49,8 @@ def kinds_of(functions: Collection[types.FunctionType], fixtures: Collection[str
         home = value.__name__ if isinstance(value, types.ModuleType) else _module(value)
         if home.startswith(("subprocess", "multiprocessing")):
             kinds.add("spawns")
-        elif (home.startswith("vit_dist.") and getattr(value, "__name__", "") in BUILDERS) or (
-            isinstance(value, str) and value == "jit_compile"
-        ):
+        builds = home.startswith("vit_dist.") and getattr(value, "__name__", "") in BUILDERS
+        if builds or (isinstance(value, str) and value == "jit_compile"):
             kinds.add("compiles")
     return kinds
 

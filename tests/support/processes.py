@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import resource
 import sys
-import time
 from pathlib import Path
+
+from tests.support.waiting import wait_for
 
 TINY = str(Path(__file__).with_name("tiny.py"))
 
@@ -21,18 +22,25 @@ class Command:
     Args:
       flags: of the command.
       log: file for what it prints.
-      env: more variables.
+      errors: file for what it prints to stderr, if that is not the log.
+      module: another command.
+      cwd: folder in which it runs.
+      env: more variables. Those that TensorFlow reads when it is imported come too late.
       file_limit: largest file it may write, in bytes: a disk that is full.
     """
 
-    def __init__(self, *flags, log, env=None, file_limit=None):
+    def __init__(
+        self, *flags, log, errors=None, module="vit_dist.train", cwd=".", env=None, file_limit=None
+    ):
         self.log = Path(log)
-        arguments = ([*map(str, flags)], str(log), env or {}, file_limit)
-        self._process = _CONTEXT.Process(target=_train, args=arguments)
+        outputs = (os.path.abspath(log), os.path.abspath(errors or log))
+        words = (module, *map(str, flags))
+        arguments = (words, outputs, os.path.abspath(cwd), env or {}, file_limit)
+        self._process = _CONTEXT.Process(target=_command, args=arguments)
         self._process.start()
         self.pid = self._process.pid
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=280):
         """The exit code, negative for a signal."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running: {self.text()[-2000:]}"
@@ -43,12 +51,10 @@ class Command:
 
     def wait_for(self, condition, seconds=120):
         """Returns what `condition` returns once that is true; fails if the process ends before."""
-        deadline = time.monotonic() + seconds
-        while not (found := condition()):
-            assert self._process.is_alive(), f"ended: {self.text()[-2000:]}"
-            assert time.monotonic() < deadline, f"waited in vain: {self.text()[-2000:]}"
-            time.sleep(0.02)
-        return found
+        try:
+            return wait_for(condition, seconds, alive=self._process.is_alive)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.text()[-2000:]}") from error
 
     def __enter__(self):
         return self
@@ -69,40 +75,31 @@ def call(function, *args, log):
     """Calls a function of a test module in a fork; returns its exit code and what it printed."""
     process = _CONTEXT.Process(target=_call, args=(function, args, str(log)))
     process.start()
-    process.join(120)
+    process.join(280)
     return process.exitcode, Path(log).read_text()
 
 
 def main(name, *arguments):
-    """Runs the command of a module, such as vit_dist.export; for `call`."""
-    from vit_dist.run import cli
-
+    """Does what `python -m NAME ARGUMENTS` would, such as vit_dist.export; for `call`."""
     sys.argv = [name, *arguments]
-    module = importlib.import_module(name)
-    module.define_flags()
-    cli.run(module.main)
+    importlib.import_module(name).script()
 
 
 def _call(function, args, log):
-    _print_into(log)
+    _print_into(log, log)
     function(*args)
 
 
-def _print_into(log):
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _print_into(*paths):
+    """Leads stdout and stderr into files."""
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
 
-def _train(flags, log, env, file_limit):
-    _print_into(log)
+def _command(words, outputs, cwd, env, file_limit):
+    _print_into(*outputs)
+    os.chdir(cwd)
     os.environ.update(env)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.argv = ["train.py", *flags]
-
-    from vit_dist import train
-    from vit_dist.run import cli
-
-    train.define_flags()
-    cli.run(train.main)
+    main(*words)

@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import time
 
 import keras
 import numpy as np
 import tensorflow as tf
 from scipy.special import log_softmax, softmax
 
+from tests.support.waiting import pause
 from vit_dist.model.vit import named_weights
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
@@ -122,7 +122,7 @@ class Engine:
         return iter(self.strategy.distribute_datasets_from_function(lambda _: data))
 
     def _late(self, labels):
-        time.sleep(self.delay)
+        pause(self.delay)
         return labels
 
     def run(self, images, labels, *, calls=None, **changed):

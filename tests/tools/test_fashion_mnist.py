@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from vit_dist.data import fashion_mnist, pipeline
+from tools import fashion_mnist
+from vit_dist.data import pipeline
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources.open import open_source
 

@@ -15,6 +15,11 @@ def test_the_package_keeps_the_rule(rule):
     assert list(rule(house.read_modules(ROOT))) == []
 
 
+@pytest.mark.parametrize("rule", house.TEST_RULES, ids=lambda rule: rule.__name__)
+def test_the_tests_keep_the_rule(rule):
+    assert list(rule(house.read_modules(ROOT, "tests"))) == []
+
+
 COMMAND = "def main(): ...\ndef script(): ...\n"
 # rule: (files of a package that breaks it, what the rule says)
 BROKEN = {
@@ -65,6 +70,29 @@ def test_what_breaks_a_rule_is_named(tmp_path, rule, files, said):
         path.write_text(textwrap.dedent(text))
     found = list(rule(house.read_modules(tmp_path)))
     assert any(said in line for line in found), found
+
+
+BROKEN_BY_TESTS = {
+    "another test": (
+        house.check_imports_of_tests,
+        "from tests.data.test_damage import broken",
+        "imports tests.data.test_damage",
+    ),
+    "the root": (house.check_imports_of_tests, "from tests import conftest", "tests.conftest"),
+    "a sleep": (house.check_waits_of_tests, "import time\ntime.sleep(1)", "test_a.py:2: sleeps"),
+    "a bare sleep": (house.check_waits_of_tests, "sleep(1)", "test_a.py:1: sleeps"),
+    "xfail": (house.check_waits_of_tests, "@pytest.mark.xfail\ndef f(): ...", "test_a.py:1: a"),
+}
+
+
+@pytest.mark.parametrize("rule, text, said", BROKEN_BY_TESTS.values(), ids=BROKEN_BY_TESTS)
+def test_a_test_that_breaks_a_rule_is_named(tmp_path, rule, text, said):
+    (tmp_path / "tests" / "support").mkdir(parents=True)
+    (tmp_path / "tests" / "test_a.py").write_text(text)
+    good = "from tests.support import processes\nfrom tests.support.tiny import make\n"
+    (tmp_path / "tests" / "test_b.py").write_text(good)
+    (found,) = rule(house.read_modules(tmp_path, "tests"))
+    assert said in found
 
 
 def test_exit_code(tmp_path, capsys):

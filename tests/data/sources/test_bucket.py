@@ -2,7 +2,6 @@
 
 import errno
 import threading
-import time
 
 import pytest
 import tensorflow as tf
@@ -10,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.bucket import copy
 from tests.support.tiny import arrays, assert_same, make_folder, of_folder, rows, without_evaluation
+from tests.support.waiting import wait_for
 from vit_dist.cluster.preemption import Preemption
 from vit_dist.evaluate import evaluate
 from vit_dist.export import export
@@ -75,8 +75,7 @@ def test_metrics_are_sent_now_and_then(remote, bucket):
 
     rows = _RemoteRows(path, clock=lambda: now[0])
     rows.add("0\n")
-    while not uploads():
-        time.sleep(0.01)
+    wait_for(uploads)
     now[0] += FLUSH_SECONDS
     for i in range(1, 100):
         rows.add(f"{i}\n")
