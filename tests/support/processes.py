@@ -15,28 +15,22 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["vit_dist.train", "sklearn.datasets"])
 
 
-class Command:
-    """`python -m vit_dist.train FLAGS`, running; ends with the test's `with`.
+class Process:
+    """A process that writes into a log; ends with the test's `with`."""
 
-    Args:
-      flags: of the command.
-      log: file for what it prints.
-      env: more variables.
-      file_limit: largest file it may write, in bytes: a disk that is full.
-    """
-
-    def __init__(self, *flags, log, env=None, file_limit=None):
-        self.log = Path(log)
-        arguments = ([*map(str, flags)], str(log), env or {}, file_limit)
-        self._process = _CONTEXT.Process(target=_train, args=arguments)
-        self._process.start()
-        self.pid = self._process.pid
+    def __init__(self, process, *, log):
+        self.log, self._process, self.pid = Path(log), process, process.pid
 
     def wait(self, seconds=120):
         """The exit code, negative for a signal."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running: {self.text()[-2000:]}"
         return self._process.exitcode
+
+    def is_alive(self, seconds=0.0):
+        """Whether it still runs after that time; returns earlier if it does not."""
+        self._process.join(seconds)
+        return self._process.exitcode is None
 
     def text(self):
         return self.log.read_text() if self.log.exists() else ""
@@ -58,6 +52,43 @@ class Command:
         self._process.join()
 
 
+class Command(Process):
+    """`python -m vit_dist.train FLAGS`, running.
+
+    Args:
+      flags: of the command.
+      log: file for what it prints.
+      env: more variables.
+      file_limit: largest file it may write, in bytes: a disk that is full.
+    """
+
+    def __init__(self, *flags, log, env=None, file_limit=None):
+        arguments = ([*map(str, flags)], str(log), env or {}, file_limit)
+        super().__init__(_start(_train, arguments), log=log)
+
+
+class Call(Process):
+    """A function of a test module, running."""
+
+    def __init__(self, function, *args, log):
+        super().__init__(_start(_call, (function, args, str(log))), log=log)
+
+
+def _start(target, arguments):
+    process = _CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def wait_until(condition, seconds=60):
+    """Returns what `condition` returns once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
 def run(*flags, log, **options):
     """Runs the command to its end; returns its exit code and what it printed."""
     with Command(*flags, log=log, **options) as command:
@@ -67,10 +98,9 @@ def run(*flags, log, **options):
 
 def call(function, *args, log):
     """Calls a function of a test module in a fork; returns its exit code and what it printed."""
-    process = _CONTEXT.Process(target=_call, args=(function, args, str(log)))
-    process.start()
-    process.join(120)
-    return process.exitcode, Path(log).read_text()
+    with Call(function, *args, log=log) as process:
+        code = process.wait()
+        return code, process.text()
 
 
 def main(name, *arguments):
