@@ -22,8 +22,10 @@ import tensorflow as tf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vit_dist import train as train_lib
+from vit_dist.cluster.meeting import meet
 from vit_dist.cluster.preemption import Preemption
 from vit_dist.cluster.strategy import make_strategy
+from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config import finalize
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import make_writer
@@ -42,6 +44,8 @@ def measure(args: argparse.Namespace, workdir: str) -> list[tuple[float, float]]
     options, data = check(finalize(config))
     strategy = make_strategy(**options.evaluation.strategy)
     state = make_state(options, strategy)
+    preemption = Preemption()
+    preemption.attach(lambda number: [number])
     writer, progress = make_writer(workdir), Progress(options.total_steps, title="loop")
     loop = train_lib._Loop(
         options,
@@ -53,7 +57,8 @@ def measure(args: argparse.Namespace, workdir: str) -> list[tuple[float, float]]
         checkpointer=Checkpointer(workdir),
         writer=writer,
         progress=progress,
-        preemption=Preemption(strategy),
+        preemption=preemption,
+        watchdog=Watchdog(meet(None, timeout_seconds=1.0), timeout_seconds=1.0),
         note=print,
     )
     loop.save = lambda step, tensors: None  # saving is paid for apart

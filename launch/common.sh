@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the launchers: which Python, which words are flags of vit_dist.train, how commands are shown.
-# shellcheck disable=SC2034  # the launchers read DRY_RUN and TAKEN
+# shellcheck disable=SC2034  # the launchers read DRY_RUN, TAKEN and CHECKOUT
 
 TRAIN_FLAGS=()
 DRY_RUN=
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+CHECKOUT=$PWD
 if [[ -z ${PYTHON:-} ]]; then
   if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
 fi
@@ -64,6 +65,26 @@ has_train_flag() {
   return 1
 }
 
+# train_flag NAME: the value that TRAIN_FLAGS gives it, the last one if there are several.
+train_flag() {
+  local i value=
+  for i in ${TRAIN_FLAGS[@]+"${!TRAIN_FLAGS[@]}"}; do
+    case "${TRAIN_FLAGS[i]}" in
+      "$1") value=${TRAIN_FLAGS[i + 1]-} ;;
+      "$1="*) value=${TRAIN_FLAGS[i]#*=} ;;
+    esac
+  done
+  echo "$value"
+}
+
+# Without these two vit_dist.train cannot begin; --flagfile may hold them.
+need_train_flags() {
+  local name
+  for name in --config --workdir; do
+    has_train_flag "$name" || has_train_flag --flagfile || fail "$name is missing: give --config FILE and --workdir DIR (see --help)"
+  done
+}
+
 # set_by_launcher NAME VALUE REASON: adds a flag, behind --config, where ml_collections wants it.
 set_by_launcher() {
   ! has_train_flag "$1" || fail "$1 is set by $3: leave one of them out"
@@ -78,4 +99,9 @@ quoted() {
     words+=("$word")
   done
   echo "${words[*]}"
+}
+
+# show_command WORD...: a line that can be pasted into a shell in any folder.
+show_command() {
+  echo "cd $(quoted "$CHECKOUT") && $(quoted "$@")"
 }

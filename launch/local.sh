@@ -4,11 +4,13 @@
 #   launch/local.sh [--cpus N] [--dry-run] --config FILE --workdir DIR [--config.key=value ...] [-- FLAG ...]
 #
 #   --cpus N     N virtual devices on the CPU instead of the GPUs: how a run behaves on N devices, without them
-#   --dry-run    print the command, run nothing
+#   --dry-run    print the command, which can be pasted anywhere, and run nothing
 #   --help
 #
-# All GPUs are used, or those that CUDA_VISIBLE_DEVICES names; without any, the CPU. --config*, --workdir and
-# all that follows -- go to `python -m vit_dist.train` unchanged. Paths are relative to the checkout.
+# All GPUs are used, or those that CUDA_VISIBLE_DEVICES names; without any, the CPU. A scheduler's variables that
+# describe several hosts do not count: this machine trains alone. --config*, --workdir and all that follows -- go to
+# `python -m vit_dist.train` unchanged. Paths are relative to the checkout. The process becomes Python itself, so
+# signals need no handing on.
 # PYTHON names the interpreter; else it is .venv/bin/python, or python3 if there is none.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -35,7 +37,7 @@ while (($#)); do
   esac
 done
 
-# What a cluster left in the environment would make this run wait for other machines.
+# TensorFlow itself reads these two, which a cluster may have left in the environment.
 environment=(-u TF_CONFIG -u TPU_NAME)
 if [[ -n $cpus ]]; then
   ((cpus > 0)) || fail "--cpus needs at least 1"
@@ -43,12 +45,13 @@ if [[ -n $cpus ]]; then
   set_by_launcher --config.strategy.name mirrored --cpus
   set_by_launcher --config.strategy.virtual_cpus "$cpus" --cpus
 elif ! has_train_flag --config.strategy.name; then
-  TRAIN_FLAGS+=(--config.strategy.name=auto)
+  TRAIN_FLAGS+=(--config.strategy.name=local)
 fi
 
+need_train_flags
 command=(env "${environment[@]}" "$PYTHON" -m vit_dist.train "${TRAIN_FLAGS[@]}")
 if [[ -n $DRY_RUN ]]; then
-  quoted "${command[@]}"
+  show_command "${command[@]}"
 else
   exec "${command[@]}"
 fi

@@ -14,7 +14,7 @@
 #   --type TYPE        or TPU_TYPE; for create: v5litepod-8, v6e-4, v4-8, ...
 #   --version VERSION  or TPU_VERSION; for create: the runtime image, by default the one that belongs to TYPE
 #   --spot             for create: cheaper, may be taken away at any time
-#   --dry-run          print the commands, run nothing
+#   --dry-run          print the commands, which can be pasted anywhere, and run nothing
 #   --help
 #
 # `run` detaches: the training goes on when the connection ends. --config*, --workdir and all that follows -- go to
@@ -28,7 +28,7 @@ action=
 name=${TPU_NAME:-} zone=${TPU_ZONE:-} project=${TPU_PROJECT:-} type=${TPU_TYPE:-} version=${TPU_VERSION:-}
 spot=
 remote_dir=vit_dist # in the home directory there
-archive=build/checkout.tgz
+archive=$CHECKOUT/build/checkout.tgz
 
 parse() {
   while (($#)); do
@@ -87,7 +87,7 @@ create() {
 
 install() {
   show_or_run mkdir -p "${archive%/*}"
-  show_or_run tar -czf "$archive" --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude=./build .
+  show_or_run tar -czf "$archive" -C "$CHECKOUT" --exclude=./.git --exclude='./.venv*' --exclude=./runs --exclude=./build .
   tpu_vm scp "$archive" "$name:checkout.tgz" --worker=all
   local unpack="mkdir -p $remote_dir && tar -xzf checkout.tgz -C $remote_dir && cd $remote_dir"
   # Ubuntu's python3 comes without venv.
@@ -96,6 +96,10 @@ install() {
 }
 
 run() {
+  need_train_flags
+  local workdir
+  workdir=$(train_flag --workdir)
+  [[ -z $workdir || $workdir == gs://* ]] || fail "--workdir is '$workdir', a folder on the VM's own disk, which goes with the VM: give one in a bucket, gs://BUCKET/PATH"
   set_by_launcher --config.strategy.name tpu "${0##*/}"
   set_by_launcher --config.strategy.tpu local "${0##*/}"
   local train

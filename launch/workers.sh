@@ -10,12 +10,13 @@
 #   --gpus-per-worker K    worker i of --workers sees GPUs i*K to i*K+K-1; 0 hides all. Default: each sees all
 #   --logs DIR             where worker-I.log go (appended); WORKDIR/logs by default, runs/logs for gs://
 #   --grace S              seconds from SIGTERM to SIGKILL, time to save a checkpoint; 30 by default
-#   --dry-run              print the commands, run nothing
+#   --dry-run              print the commands, which can be pasted anywhere, and run nothing
 #   --help
 #
-# The first worker started here is also shown live. SIGTERM and Ctrl-C are handed to the workers. When a worker fails,
-# the others wait for it in vain: they get SIGTERM, then SIGKILL after 10 s (or --grace, if less), and this script
-# exits with the code of the first that failed. Code 42 means stopped and saved: run it again to go on.
+# The first worker started here is also shown live. SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C make the workers save
+# and leave; a second Ctrl-C kills them. When a worker fails, the others wait for it in vain: they get SIGTERM, then
+# SIGKILL after 10 s (or --grace, if less), and this script exits with the code of the first that failed. Code 42 means
+# stopped and saved: run it again to go on. Should this script itself be killed, Linux kills its workers with it.
 # --config*, --workdir and all that follows -- go to `python -m vit_dist.train` unchanged. Paths are relative to the
 # checkout.
 # PYTHON names the interpreter; else it is .venv/bin/python, or python3 if there is none.
@@ -28,7 +29,9 @@ addresses=() # of all workers of the cluster
 local_indices=()
 declare -A pids=() # worker index -> process
 status=0
-kill_at= # in SECONDS; set once the workers have been told to stop
+kill_at=     # in SECONDS; set once the workers have been told to stop
+interrupted= # by a first Ctrl-C
+asked=       # by a signal
 live_pid=
 
 parse() {
@@ -90,13 +93,8 @@ make_cluster() {
 
 choose_logs() {
   [[ -z $logs ]] || return 0
-  local i workdir=
-  for i in "${!TRAIN_FLAGS[@]}"; do
-    case "${TRAIN_FLAGS[i]}" in
-      --workdir) workdir=${TRAIN_FLAGS[i + 1]-} ;;
-      --workdir=*) workdir=${TRAIN_FLAGS[i]#*=} ;;
-    esac
-  done
+  local workdir
+  workdir=$(train_flag --workdir)
   logs=$workdir/logs
   [[ -n $workdir && $workdir != *://* ]] || logs=runs/logs
 }
@@ -115,20 +113,35 @@ worker_command() {
   COMMAND+=("$PYTHON" -m vit_dist.train "${TRAIN_FLAGS[@]}")
 }
 
+# What comes before a worker's command so that Linux kills the worker when this script dies; the script might have died
+# before the request was made, hence the comparison. Elsewhere, or without setpriv, there is no such thing.
+bind_to_this_script() {
+  BOUND=()
+  if setpriv --pdeathsig KILL true 2>/dev/null; then
+    # shellcheck disable=SC2016  # for the inner shell to expand
+    BOUND=(setpriv --pdeathsig KILL bash -c '[[ $PPID == "$0" ]] && exec "$@"' "$$")
+  fi
+}
+
 start_worker() {
   local log="$logs/worker-$1.log" live
   worker_command "$1"
   if [[ -z $live_pid ]]; then
     # `tee` outlives a signal to the whole process group: what the worker says while it stops is shown too.
-    exec {live}> >(trap '' INT TERM && exec tee -a -- "$log")
+    exec {live}> >(trap '' INT TERM HUP USR1 USR2 && exec tee -a -- "$log")
     live_pid=$!
-    "${COMMAND[@]}" </dev/null >&"$live" 2>&1 {live}>&- &
+    ${BOUND[@]+"${BOUND[@]}"} "${COMMAND[@]}" </dev/null >&"$live" 2>&1 {live}>&- &
     pids[$1]=$!
     exec {live}>&-
   else
-    "${COMMAND[@]}" </dev/null >>"$log" 2>&1 &
+    ${BOUND[@]+"${BOUND[@]}"} "${COMMAND[@]}" </dev/null >>"$log" 2>&1 &
     pids[$1]=$!
   fi
+}
+
+# The terminal may be what has gone: that is no reason to leave the workers alone.
+say() {
+  echo "${0##*/}: $*" >&2 || true
 }
 
 signal_workers() {
@@ -136,12 +149,29 @@ signal_workers() {
   for pid in ${pids[@]+"${pids[@]}"}; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 
-# stop REASON SECONDS: SIGTERM now; TensorFlow's runtime may swallow it, hence SIGKILL after SECONDS.
+# stop REASON SECONDS: SIGTERM now; SIGKILL after SECONDS, should a worker not hear or not end.
 stop() {
   [[ -z $kill_at ]] || return 0
-  echo "${0##*/}: $1; SIGTERM to the workers, SIGKILL after $2 s" >&2
+  say "$1; SIGTERM to the workers, SIGKILL after $2 s"
   kill_at=$((SECONDS + $2))
   signal_workers TERM
+}
+
+# shellcheck disable=SC2329  # a trap calls it
+on_signal() {
+  asked=1
+  stop "got SIG$1" "$grace"
+}
+
+# shellcheck disable=SC2329  # a trap calls it
+on_interrupt() {
+  if [[ -n $interrupted ]]; then
+    say "interrupted again; SIGKILL to the workers"
+    signal_workers KILL
+  fi
+  interrupted=1
+  asked=1
+  stop interrupted "$grace"
 }
 
 # harvest I: notes how a worker that is gone ended.
@@ -149,9 +179,12 @@ harvest() {
   local code=0
   wait "${pids[$1]}" || code=$?
   unset "pids[$1]"
+  # A worker that SIGTERM (143) ended before it could hear it had done nothing that could be lost.
+  if [[ -n $asked ]] && ((code == 143)); then code=42; fi
   ((code)) || return 0
-  ((status)) || status=$code
-  echo "${0##*/}: worker $1 exited with code $code; see $logs/worker-$1.log" >&2
+  # A failure counts for more than a stop on request: what the chief did not save is lost.
+  if ((status == 0 || status == 42)); then status=$code; fi
+  say "worker $1 exited with code $code; see $logs/worker-$1.log"
   ((${#pids[@]})) || return 0
   # 42: it was asked to stop and the run is saved; the chief may still be at it.
   if ((code == 42)); then stop "worker $1 was stopped" "$grace"; else stop "worker $1 failed" "$((grace < 10 ? grace : 10))"; fi
@@ -179,18 +212,25 @@ main() {
   if [[ -n $DRY_RUN ]]; then
     for i in "${local_indices[@]}"; do
       worker_command "$i"
-      echo "$(quoted "${COMMAND[@]}") >> $(quoted "$logs/worker-$i.log") 2>&1 &"
+      echo "$(show_command mkdir -p "$logs") && $(quoted "${COMMAND[@]}") >> $(quoted "$logs/worker-$i.log") 2>&1 &"
     done
     exit 0
   fi
+  local name
+  for name in TERM HUP USR1 USR2; do
+    # shellcheck disable=SC2064  # the name as it is now
+    trap "on_signal $name" "$name"
+  done
+  trap on_interrupt INT
+  trap '' PIPE # whoever reads what this script says may end first
   mkdir -p "$logs"
-  trap 'stop "got SIGTERM" "$grace"' TERM
-  trap 'stop interrupted "$grace"' INT
+  bind_to_this_script
   for i in "${local_indices[@]}"; do
     [[ -n $kill_at ]] || start_worker "$i"
   done
   supervise
-  wait "$live_pid" || true # for the last lines of the worker shown live
+  [[ -n $live_pid ]] || exit 42 # asked to stop before the first worker was started
+  wait "$live_pid" || true      # for the last lines of the worker shown live
   exit "$status"
 }
 

@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"model", "cluster", "config"},
     "monitoring": {"paths"},
     "model": set(),
-    "cluster": set(),
+    "cluster": {"config"},
     "config": set(),
     "paths": set(),
 }

@@ -17,10 +17,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from vit_dist.cluster.strategy import make_strategy
+from vit_dist.cluster.meeting import meet
+from vit_dist.cluster.strategy import choose_cluster, make_strategy
 from vit_dist.config.errors import ConfigError
 from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
+from vit_dist.run.facts import evaluation_facts
 from vit_dist.run.origins import open_origin
 from vit_dist.run.start import fill
 
@@ -70,7 +72,11 @@ def evaluate(
     """
     options, data = check_evaluation(config, splits=splits)
     origin = open_origin(checkpoint, image_size=options.weights.image_size)
-    strategy = make_strategy(**options.strategy)
+    devices = options.strategy
+    cluster = choose_cluster(devices["name"], devices["tpu"])
+    with meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting:
+        meeting.agree(evaluation_facts(data, origin))
+        strategy = make_strategy(**devices)
     model = make_model(options.model, strategy)
     report = fill(model, origin, options.weights, pipes={"eval_ops": options.pipe})
     for name in report.new:

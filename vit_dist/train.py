@@ -4,6 +4,7 @@ main -> check the config -> train: strategy, state, restore, data, then the loop
 command again and it resumes from the newest whole checkpoint in the workdir.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -18,9 +19,11 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_dist.cluster.hosts import all_hosts, describe, is_chief
-from vit_dist.cluster.preemption import Preemption
-from vit_dist.cluster.strategy import make_strategy
+from vit_dist.cluster.hosts import all_hosts, describe, device_kind, is_chief
+from vit_dist.cluster.meeting import meet
+from vit_dist.cluster.preemption import PREEMPTED, Preemption
+from vit_dist.cluster.strategy import choose_cluster, device_warnings, make_strategy
+from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config.errors import ConfigError, DivergedError
 from vit_dist.data.damage import check_share
 from vit_dist.data.pipeline import train_indices
@@ -34,15 +37,16 @@ from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.check import check, check_parts
 from vit_dist.run.explain import Reading, explain
+from vit_dist.run.facts import host_facts
 from vit_dist.run.input import first_images, train_data
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
-from vit_dist.run.start import check_data, check_hosts, find_start, restore_or_init
+from vit_dist.run.start import Start, check_data, find_start, restore_or_init
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.state import TrainState
+from vit_dist.training.step import jit_warnings
 
 WAITS = "the first step is traced and compiled"  # shown until its metrics are
-PREEMPTED = 42  # exit code after SIGTERM: saved, start again to go on (as TensorFlow's handler)
 
 
 def define_flags() -> None:
@@ -85,13 +89,37 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
+    """From the check of the config until all hosts know that they begin with the same things."""
     options, data = check(config)
-    start = find_start(workdir, options)
-    check_data(start, data)
-    _make_folder(workdir)
-    strategy = make_strategy(**options.evaluation.strategy)
-    if is_chief(strategy):
-        log.open(workdir)
+    devices = options.evaluation.strategy
+    cluster = choose_cluster(devices["name"], devices["tpu"])
+    with (
+        Preemption() as preemption,
+        meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting,
+    ):
+        # Only now is it certain that the chief of an earlier start writes no more checkpoints.
+        start = find_start(workdir, options)
+        check_data(start, data)
+        _make_folder(workdir)
+        meeting.agree(host_facts(options, data, start))
+        if meeting.index == 0:
+            log.open(workdir)
+        strategy = make_strategy(**devices)
+        preemption.attach(functools.partial(all_hosts, strategy))
+        with Watchdog(meeting, timeout_seconds=devices["timeout_seconds"]) as watchdog:
+            return _run(options, data, start, workdir, strategy, preemption, watchdog)
+
+
+def _run(
+    options: RunOptions,
+    data: Data,
+    start: Start,
+    workdir: str,
+    strategy: tf.distribute.Strategy,
+    preemption: Preemption,
+    watchdog: Watchdog,
+) -> dict[str, float]:
+    """From the devices to the last metrics."""
     check_parts(
         options.input.batch_size,
         options.step,
@@ -99,7 +127,6 @@ def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
         num_replicas=strategy.num_replicas_in_sync,
         shard_state=options.optimizer.shard_state,
     )
-    check_hosts(start, strategy)
     state = make_state(options, strategy)
     origin = restore_or_init(state, options, start)
     del start  # its arrays would take up memory to the end
@@ -107,7 +134,6 @@ def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
     checkpointer = Checkpointer(workdir, keep=options.keep_checkpoints)
     evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
     with (
-        Preemption(strategy) as preemption,
         make_writer(workdir, first_step=first, active=chief) as writer,
         Progress(options.total_steps, first_step=first, title="train", waits=WAITS) as progress,
     ):
@@ -123,6 +149,7 @@ def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
             writer=writer,
             progress=progress,
             preemption=preemption,
+            watchdog=watchdog,
             note=note,
         )
         try:
@@ -130,7 +157,9 @@ def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
             metrics = loop.run(evaluated=evaluated)
         except Exception as error:
             _finish_saving(checkpointer)
-            better = explain(error, loop.reading(), data, strategy, workdir=workdir)
+            better = explain(
+                error, loop.reading(), data, strategy, workdir=workdir, blame=watchdog.lost
+            )
             if better is None:
                 raise
             raise better from error
@@ -182,12 +211,14 @@ class _Loop:
         writer: Writer,
         progress: Progress,
         preemption: Preemption,
+        watchdog: Watchdog,
         note: Callable[..., None],
     ):
         self.options, self.data, self.strategy, self.state = options, data, strategy, state
         self.train_steps, self.evaluate = train_steps, evaluate
         self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
-        self.preemption, self.note, self.chief = preemption, note, is_chief(strategy)
+        self.preemption, self.watchdog = preemption, watchdog
+        self.note, self.chief = note, is_chief(strategy)
         self.calendar = Calendar(
             total=options.total_steps,
             log=options.log_steps,
@@ -249,6 +280,7 @@ class _Loop:
     def call(self, batches: Any, step: int, n: int) -> dict[str, tf.Tensor]:
         """Runs n steps, the first of them number `step`; returns the means since the last log."""
         self.split, self.steps_read = "train", range(step, step + n + self.options.input.prefetch)
+        self.watchdog.progress(step)
         began = time.monotonic()
         tensors = self.train_steps(batches, tf.constant(n, tf.int64))
         self.pace.done(n, time.monotonic() - began)
@@ -323,9 +355,15 @@ class _Loop:
         """Evaluates a split, where the config names one; {} if a wish to stop came meanwhile."""
         if split not in self.data.sources:
             return {}
+
+        def stop() -> bool:
+            self.watchdog.progress(step, f"the evaluation of {split}")
+            return self.preemption.requested()
+
+        self.watchdog.progress(step, f"the evaluation of {split}")
         with self.meter.pause():
             self.split, self.steps_read = split, range(0)
-            metrics = self.evaluate(split, stop=self.preemption.requested)
+            metrics = self.evaluate(split, stop=stop)
         if metrics is None:
             self.note(f"step {step}: the evaluation on {split} is given up, to be done at a resume")
             return {}
@@ -340,6 +378,7 @@ class _Loop:
         """Starts to write a checkpoint (chief only), never of a state that went wrong."""
         if step == self.saved_step:
             return
+        self.watchdog.progress(step, "the save")
         with self.meter.pause():
             self._check_finite()
             # In float16 a run that diverges skips updates until its loss scale is 1; the weights
@@ -422,7 +461,13 @@ def _announce(
         f"{source.num_examples:,} training examples in {source.num_classes} classes; "
         f"{options.total_steps:,} steps"
     )
-    warnings = data_warnings(dict(data.sources), options.image_size) if chief else []
+    warnings = device_warnings(strategy)
+    warnings += jit_warnings(
+        options.step.jit,
+        kind=device_kind(strategy),
+        num_replicas=strategy.num_replicas_in_sync,
+    )
+    warnings += data_warnings(dict(data.sources), options.image_size) if chief else []
     for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:
         note(f"warning: {line}")
     for line in origin.splitlines():

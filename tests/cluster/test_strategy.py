@@ -3,19 +3,18 @@
 import functools
 import json
 import os
-import socket
-import threading
-import time
 from unittest import mock
 
 import pytest
 import tensorflow as tf
 
 from tests.support import processes
-from tests.support.waiting import pause
+from vit_dist.cluster import hosts
 from vit_dist.cluster import strategy as lib
+from vit_dist.cluster.environment import Cluster
 from vit_dist.cluster.hosts import describe
-from vit_dist.cluster.strategy import check_strategy, make_strategy, resolve
+from vit_dist.cluster.strategy import check_strategy, choose_cluster, make_strategy, resolve
+from vit_dist.config.errors import ConfigError
 
 
 def tf_config(index, workers=("host0:2222", "host1:2222")):
@@ -25,7 +24,7 @@ def tf_config(index, workers=("host0:2222", "host1:2222")):
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
-    for name in ("TF_CONFIG", *lib._TPU_VARIABLES):
+    for name in ("TF_CONFIG", "TPU_WORKER_HOSTNAMES", *lib._TPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -45,6 +44,10 @@ def no_cluster(monkeypatch):
         ({"TPU_WORKER_ID": "0"}, "", 0, 1, "tpu"),
         ({"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TF_CONFIG": tf_config(0)}, "", 0, 1, "tpu"),
         ({}, "local", 8, 1, "tpu"),
+        # A cluster of one host, such as Vertex AI gives: its devices alone.
+        ({"TF_CONFIG": tf_config(0, ["a:1"])}, "", 2, 1, "mirrored"),
+        ({"TF_CONFIG": '{"cluster": {}}'}, "", 1, 1, "single"),
+        ({"VIT_DIST_HOSTS": "a:1,b:1", "VIT_DIST_INDEX": "0"}, "", 0, 1, "multiworker"),
     ],
 )
 def test_auto(env, tpu, gpus, cpus, expected, monkeypatch):
@@ -72,7 +75,42 @@ def test_xla_uses_whole_vectors_unless_told_otherwise(given, expected, monkeypat
         assert os.environ["XLA_FLAGS"] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in lib.NAMES if name != "auto"])
+def test_local_means_this_machine(monkeypatch):
+    """Whatever a scheduler's variables say."""
+    monkeypatch.setenv("TF_CONFIG", tf_config(0))
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    assert resolve("local") == "mirrored"  # the tests' four CPUs
+    assert choose_cluster("local") is None
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: ["x"])
+    assert resolve("local") == "single"
+
+
+def test_auto_never_trains_alone_where_there_are_several_tasks(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="each would train alone"):
+        check_strategy()
+    check_strategy(name="local")
+
+
+def test_hosts_of_a_tpu_slice_do_not_train_alone(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    with pytest.raises(ConfigError, match="TPU_WORKER_HOSTNAMES names 2 hosts"):
+        check_strategy()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    check_strategy()
+
+
+def test_the_cluster_of_multiworker(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", tf_config(0, ["a:1"]))
+    assert choose_cluster("multiworker") == Cluster(("a:1",), 0, "TF_CONFIG")
+    assert choose_cluster("auto") is None
+
+
+NAMES = [name for name in lib.NAMES if name not in ("auto", "local")]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_taken_at_its_word(name, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config(0))
     monkeypatch.setenv("TPU_NAME", "x")
@@ -88,9 +126,9 @@ def test_strategies_of_this_machine():
         mirrored = make_strategy(name="mirrored", virtual_cpus=virtual_cpus)
         assert isinstance(mirrored, tf.distribute.MirroredStrategy)
         assert mirrored.num_replicas_in_sync == replicas
-        assert lib.host_replicas(mirrored) == range(replicas)
-        assert lib.is_chief(mirrored) and lib.num_hosts(mirrored) == 1
-        assert lib.device_kind(mirrored) == "CPU"
+        assert hosts.host_replicas(mirrored) == range(replicas)
+        assert hosts.is_chief(mirrored) and hosts.num_hosts(mirrored) == 1
+        assert hosts.device_kind(mirrored) == "CPU"
     with pytest.raises(ValueError, match="virtual_cpus=8 must be set before TensorFlow starts"):
         make_strategy(name="mirrored", virtual_cpus=8)
 
@@ -122,6 +160,38 @@ def test_replicas_see_the_sum():
     assert [float(x) for x in total()] == [10.0] * 4
 
 
+def test_fewer_devices_than_wanted():
+    assert make_strategy(name="mirrored", min_devices=4).num_replicas_in_sync == 4
+    with pytest.raises(ConfigError) as error:
+        make_strategy(name="mirrored", virtual_cpus=2, min_devices=3)
+    said = "strategy.min_devices is 3, but this run would have 2 replica(s) on CPU"
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "installed, hidden, gpus, warned",
+    [
+        (True, None, 0, True),
+        (True, "0,1", 0, True),
+        (False, None, 0, False),  # nobody wants one
+        (True, "-1", 0, False),
+        (True, "", 0, False),
+        (True, None, 1, False),  # virtual CPUs, on purpose
+    ],
+)
+def test_a_gpu_that_is_not_seen_is_said(installed, hidden, gpus, warned, monkeypatch):
+    strategy = make_strategy(name="single")
+    monkeypatch.setattr(lib.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(lib.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["x"] * gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    warnings = lib.device_warnings(strategy)
+    assert len(warnings) == warned
+    assert all("TensorFlow sees no GPU" in warning for warning in warnings)
+
+
 # words
 
 
@@ -134,6 +204,9 @@ def test_replicas_see_the_sum():
         ({"name": "multiworker"}, "TF_CONFIG, which is not set; start the workers with launch/"),
         ({"name": "multiworker", "virtual_cpus": 2}, "takes a host's CPU whole"),
         ({"timeout_seconds": 0.0}, "timeout_seconds must be above 0, got 0.0"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds must be above 0, got inf"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds must be above 0, got nan"),
+        ({"min_devices": -1}, "min_devices must be 0 or more, got -1"),
         ({"name": "single", "tpu": "x"}, r"strategy.tpu\* is set, but strategy.name is 'single'"),
         ({"name": "mirrored", "tpu_zone": "x"}, r"set it to tpu"),
     ],
@@ -143,43 +216,29 @@ def test_arguments_that_cannot_work(arguments, message):
         check_strategy(**arguments)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "not JSON",
-        "{}",
-        "[]",
-        '{"cluster": {"worker": ["a:1"]}}',
-        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
-        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": -1}}',
-        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
-        '{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}',
-        '{"cluster": {"worker": 3}, "task": {"type": "worker", "index": 0}}',
-    ],
-)
-def test_bad_tf_config(text, monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(ValueError, match=r"TF_CONFIG must be JSON such as .*host1:2222"):
-        check_strategy(name="auto")
-
-
-def test_tf_config():
-    with mock.patch.dict("os.environ", TF_CONFIG=tf_config(1)):
-        assert lib.cluster_from_environment() == (["host0:2222", "host1:2222"], 1)
+def test_a_cluster_that_cannot_be(monkeypatch):
+    """Whatever environment.find_cluster refuses dies before a device starts."""
+    monkeypatch.setenv("TF_CONFIG", "{}")
+    for name in ("auto", "multiworker"):
+        with pytest.raises(ConfigError, match=r"TF_CONFIG must be JSON such as .*host1:2222"):
+            check_strategy(name=name)
+    for name in ("local", "single", "mirrored"):
+        check_strategy(name=name)
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_host_of_two(index, monkeypatch):
+def test_a_host_of_two(index):
     """What a worker with two devices would see."""
-    monkeypatch.setenv("TF_CONFIG", tf_config(index))
     worker = mock.Mock(spec=tf.distribute.MultiWorkerMirroredStrategy)
     worker.num_replicas_in_sync = 4
-    worker.cluster_resolver.task_id = index
+    worker.cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": ["a:1", "b:2"]}), task_type="worker", task_id=index
+    )
     worker.extended.worker_devices = (f"/job:worker/task:{index}/device:GPU:0",)
-    assert lib.num_hosts(worker) == 2
-    assert lib.host_replicas(worker) == range(2 * index, 2 * index + 2)
-    assert lib.is_chief(worker) == (index == 0)
-    assert lib.device_kind(worker) == "GPU"
+    assert hosts.num_hosts(worker) == 2
+    assert hosts.host_replicas(worker) == range(2 * index, 2 * index + 2)
+    assert hosts.is_chief(worker) == (index == 0)
+    assert hosts.device_kind(worker) == "GPU"
 
 
 def test_description():
@@ -217,73 +276,3 @@ def test_an_absent_tpu_is_named(arguments, looked, tmp_path):
     assert "strategy.tpu=local" in message and "strategy.name=auto" in message
     for noise in ("Traceback", "*** Begin stack trace", "core dumped"):
         assert noise not in text
-
-
-# the meeting of workers
-
-
-def free_addresses(count):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    return addresses
-
-
-def meet_in_threads(workers, indices, timeout):
-    """worker -> None, or what it complained of."""
-    outcome = {}
-
-    def one(index):
-        try:
-            outcome[index] = lib.meet(workers, index, timeout_seconds=timeout)
-        except TimeoutError as error:
-            outcome[index] = str(error)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in indices]
-    for thread in threads:
-        thread.start()
-        pause(0.01)  # in this order, most of the time
-    for thread in threads:
-        thread.join()
-    return outcome
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_workers_meet_in_any_order_and_leave_the_port_free(order):
-    workers = free_addresses(3)
-    assert meet_in_threads(workers, order, timeout=60) == {0: None, 1: None, 2: None}
-    socket.create_server(("", int(workers[0].rpartition(":")[2]))).close()
-
-
-def test_absent_workers_are_named():
-    workers = free_addresses(3)
-    outcome = meet_in_threads(workers, (0, 2), timeout=1)
-    assert f"worker 0 waited 1 s in vain for worker 1 ({workers[1]}): start all" in outcome[0]
-    assert f"worker 2 waited 1 s in vain for worker 0 ({workers[0]})" in outcome[2]
-
-
-def test_strangers_do_not_count():
-    """A port scanner, or a worker with another list of workers."""
-    workers = free_addresses(2)
-    outcome = {}
-    waiting = threading.Thread(
-        target=lambda: outcome.update(meet_in_threads(workers, (0,), timeout=1.5))
-    )
-    waiting.start()
-    for line in (b"GET / HTTP/1.1\r\n\r\n", b"", b"1 of elsewhere:1,elsewhere:2\n"):
-        address = ("localhost", int(workers[0].rpartition(":")[2]))
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                with socket.create_connection(address) as stranger:
-                    stranger.sendall(line)
-                break
-            except OSError:
-                assert time.monotonic() < deadline
-    waiting.join()
-    assert "in vain for worker 1" in outcome[0]
-
-
-def test_one_worker_waits_for_nobody():
-    lib.meet(["localhost:1"], 0, timeout_seconds=0.1)

@@ -16,35 +16,22 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["vit_dist.train", "sklearn.datasets"])
 
 
-class Command:
-    """`python -m vit_dist.train FLAGS`, running; ends with the test's `with`.
+class Process:
+    """A process that writes into a log; ends with the test's `with`."""
 
-    Args:
-      flags: of the command.
-      log: file for what it prints.
-      errors: file for what it prints to stderr, if that is not the log.
-      module: another command.
-      cwd: folder in which it runs.
-      env: more variables. Those that TensorFlow reads when it is imported come too late.
-      file_limit: largest file it may write, in bytes: a disk that is full.
-    """
-
-    def __init__(
-        self, *flags, log, errors=None, module="vit_dist.train", cwd=".", env=None, file_limit=None
-    ):
-        self.log = Path(log)
-        outputs = (os.path.abspath(log), os.path.abspath(errors or log))
-        words = (module, *map(str, flags))
-        arguments = (words, outputs, os.path.abspath(cwd), env or {}, file_limit)
-        self._process = _CONTEXT.Process(target=_command, args=arguments)
-        self._process.start()
-        self.pid = self._process.pid
+    def __init__(self, process, *, log):
+        self.log, self._process, self.pid = Path(log), process, process.pid
 
     def wait(self, seconds=280):
         """The exit code, negative for a signal."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running: {self.text()[-2000:]}"
         return self._process.exitcode
+
+    def is_alive(self, seconds=0.0):
+        """Whether it still runs after that time; returns earlier if it does not."""
+        self._process.join(seconds)
+        return self._process.exitcode is None
 
     def text(self):
         return self.log.read_text() if self.log.exists() else ""
@@ -64,6 +51,41 @@ class Command:
         self._process.join()
 
 
+class Command(Process):
+    """`python -m vit_dist.train FLAGS`, running.
+
+    Args:
+      flags: of the command.
+      log: file for what it prints.
+      errors: file for what it prints to stderr, if that is not the log.
+      module: another command.
+      cwd: folder in which it runs.
+      env: more variables. Those that TensorFlow reads when it is imported come too late.
+      file_limit: largest file it may write, in bytes: a disk that is full.
+    """
+
+    def __init__(
+        self, *flags, log, errors=None, module="vit_dist.train", cwd=".", env=None, file_limit=None
+    ):
+        outputs = (os.path.abspath(log), os.path.abspath(errors or log))
+        words = (module, *map(str, flags))
+        arguments = (words, outputs, os.path.abspath(cwd), env or {}, file_limit)
+        super().__init__(_start(_command, arguments), log=log)
+
+
+class Call(Process):
+    """A function of a test module, running."""
+
+    def __init__(self, function, *args, log):
+        super().__init__(_start(_call, (function, args, str(log))), log=log)
+
+
+def _start(target, arguments):
+    process = _CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 def run(*flags, log, **options):
     """Runs the command to its end; returns its exit code and what it printed."""
     with Command(*flags, log=log, **options) as command:
@@ -73,10 +95,9 @@ def run(*flags, log, **options):
 
 def call(function, *args, log):
     """Calls a function of a test module in a fork; returns its exit code and what it printed."""
-    process = _CONTEXT.Process(target=_call, args=(function, args, str(log)))
-    process.start()
-    process.join(280)
-    return process.exitcode, Path(log).read_text()
+    with Call(function, *args, log=log) as process:
+        code = process.wait()
+        return code, process.text()
 
 
 def main(name, *arguments):

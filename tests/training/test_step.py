@@ -216,7 +216,8 @@ def test_accumulation_is_one_loop():
         ("auto", "CPU", 1, "whole"),
         ("auto", "CPU", 2, "split"),
         ("auto", "GPU", 1, "whole"),
-        ("auto", "GPU", 8, "whole"),
+        ("auto", "GPU", 8, "split"),
+        ("whole", "GPU", 8, "whole"),
         ("auto", "TPU", 8, "off"),
         ("whole", "TPU", 8, "off"),  # TPUStrategy compiles it
         ("off", "GPU", 8, "off"),

@@ -1,39 +1,45 @@
 """Hosts of a strategy: which replicas each host feeds, and numbers gathered from all hosts."""
 
 import functools
-import os
 
 import tensorflow as tf
 
-from vit_dist.cluster.meeting import cluster_from_environment
-
 
 def host_replicas(strategy: tf.distribute.Strategy) -> range:
-    """The global replica numbers that this host feeds."""
+    """The global replica numbers that this host feeds: all hosts have equally many, in order."""
     hosts = num_hosts(strategy)
     local = strategy.num_replicas_in_sync // hosts
-    resolver = strategy.cluster_resolver
-    index = (resolver.task_id or 0) if hosts > 1 and resolver else 0
+    index = strategy.cluster_resolver.task_id if hosts > 1 else 0
     return range(index * local, (index + 1) * local)
 
 
 def num_hosts(strategy: tf.distribute.Strategy) -> int:
     """How many processes run this program together (1 but for MultiWorkerMirrored)."""
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return len(cluster_from_environment()[0]) if os.environ.get("TF_CONFIG") else 1
-    return 1
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 1
+    # strategy.py gives all hosts to TensorFlow as one job, "worker". No job: a strategy made for
+    # one process without a cluster.
+    return max(len(strategy.cluster_resolver.cluster_spec().as_dict().get("worker", [])), 1)
 
 
 def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
-    """What each host called this with; returns once all have, with the same list on every host."""
-    if num_hosts(strategy) == 1:
+    """Gathers one number from each host.
+
+    Returns:
+      The numbers in the hosts' order, the same list on every host. It waits until all hosts have
+      called it, so it is also a barrier.
+    """
+    hosts = num_hosts(strategy)
+    if hosts == 1:
         return [number]
-    return [int(n) for n in _gather(strategy)(tf.constant([number], tf.int64))]
+    gathered = _gather(strategy)(tf.constant([number], tf.int64))
+    # Each replica of a host adds the host's number, and the replicas of a host are neighbours.
+    return [int(n) for n in gathered][:: strategy.num_replicas_in_sync // hosts]
 
 
 @functools.cache
 def _gather(strategy: tf.distribute.Strategy):
-    # In a tf.function: run eagerly, TensorFlow warns of its slowness at each call.
+    # In a tf.function, because TensorFlow warns at each eager all-gather that it is slow.
     @tf.function
     def gather(number: tf.Tensor) -> tf.Tensor:
         def of_replica(number: tf.Tensor) -> tf.Tensor:

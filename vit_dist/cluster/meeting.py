@@ -1,92 +1,179 @@
-"""Who the hosts of a run are, and how they wait for each other before TensorFlow starts."""
+"""How the hosts of a run meet before TensorFlow starts.
+
+TensorFlow waits for an absent host for ever, deaf to signals. So the hosts first call worker 0, the
+chief, at the address at which its TensorFlow will listen later, and each keeps its line to the
+chief for as long as the run lasts.
+"""
 
 import contextlib
-import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 
 from absl import logging
 
+from vit_dist.cluster.agreement import Meeting
+from vit_dist.cluster.environment import Cluster
+from vit_dist.cluster.line import Line, Message
+from vit_dist.config.errors import HostLostError
 
-def cluster_from_environment() -> tuple[list[str], int]:
-    """(addresses of the workers, this worker's index) from TF_CONFIG.
-
-    Raises:
-      ValueError: TF_CONFIG is not the JSON that TensorFlow asks for.
-    """
-    text = os.environ["TF_CONFIG"]
-    try:
-        parsed = json.loads(text)
-        workers, task = [str(w) for w in parsed["cluster"]["worker"]], parsed["task"]
-        kind, index = task["type"], int(task["index"])
-    except (ValueError, KeyError, TypeError):
-        workers, kind, index = [], "", 0
-    if kind != "worker" or not 0 <= index < len(workers) or any(":" not in w for w in workers):
-        raise ValueError(
-            "TF_CONFIG must be JSON such as "
-            '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, '
-            f'"task": {{"type": "worker", "index": 0}}}}, got {text!r}'
-        )
-    return workers, index
+_CALL = "vit_dist"  # the key by which the first message of a host is known
+_PORT_SECONDS = 60.0  # a chief that has just ended may hold its port for so long
 
 
-def meet(workers: list[str], index: int, *, timeout_seconds: float) -> None:
-    """Returns when all workers have called; TensorFlow would wait for ever, and deaf to SIGTERM.
+def meet(cluster: Cluster | None, *, timeout_seconds: float) -> Meeting:
+    """Returns when all hosts have called, each with its lines; at once for a run of one host.
 
-    The first worker listens at its address before TensorFlow does, and lets the others go at once.
+    The chief listens at its address before TensorFlow does. The others call it, and it lets all go
+    on when the last has called.
 
     Args:
-      workers: "host:port" of each.
-      index: which of them this process is.
-      timeout_seconds: how long to wait.
+      cluster: see environment.find_cluster.
+      timeout_seconds: how long to wait, here and at each agreement.
 
     Raises:
-      TimeoutError: names the workers that did not come.
+      HostLostError: names the hosts that did not come.
     """
+    if cluster is None or len(cluster.workers) == 1:
+        return Meeting(cluster, {}, timeout_seconds=timeout_seconds)
     deadline = time.monotonic() + timeout_seconds
-    hello = [f"{i} of {','.join(workers)}\n".encode() for i in range(len(workers))]
-    if len(workers) > 1:
-        wait = _wait_for_others if index == 0 else _wait_for_first
-        missing = wait(workers, hello, index, deadline)
-        if missing:
-            names = ", ".join(f"{i} ({workers[i]})" for i in missing)
-            raise TimeoutError(
-                f"worker {index} waited {timeout_seconds:g} s in vain for worker {names}: start "
-                "all with the same TF_CONFIG but for the index, or raise strategy.timeout_seconds"
-            )
+    wait = _wait_for_chief if cluster.index else _wait_for_others
+    try:
+        lines = wait(cluster, deadline)
+    except TimeoutError as error:
+        raise HostLostError(
+            f"worker {cluster.index} waited {timeout_seconds:g} s in vain for {error}: start all "
+            f"with the same hosts in the same order ({cluster.engine}), or raise "
+            "strategy.timeout_seconds"
+        ) from None
+    return Meeting(cluster, lines, timeout_seconds=timeout_seconds)
 
 
-def _wait_for_others(
-    workers: list[str], hello: list[bytes], index: int, deadline: float
-) -> list[int]:
-    port = int(workers[index].rpartition(":")[2])
-    callers: dict[bytes, socket.socket] = {}
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("", port)))
-        while (missing := set(hello[1:]) - set(callers)) and time.monotonic() < deadline:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            with contextlib.suppress(OSError):  # nobody called, or hung up at once
-                caller = stack.enter_context(server.accept()[0])
-                caller.settimeout(5)  # who says nothing for so long is not one of ours
-                callers[caller.makefile("rb").readline()] = caller
-        for caller in () if missing else callers.values():
-            with contextlib.suppress(OSError):
-                caller.sendall(b"go\n")
-    return sorted(hello.index(line) for line in missing)
+def _wait_for_others(cluster: Cluster, deadline: float) -> dict[int, Line]:
+    """The chief's part. Raises TimeoutError with the names of those that did not call."""
+    lines: dict[int, Line] = {}
+    expected = range(1, len(cluster.workers))
+    strangers: list[str] = []
+    with contextlib.ExitStack() as failed, _listen(cluster, deadline) as server:
+        failed.callback(_close, lines)
+        while missing := [i for i in expected if i not in lines]:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                names = ", ".join(cluster.name(i) for i in missing)
+                other = f" (called by others: {strangers[-1]})" if strangers else ""
+                raise TimeoutError(names + other)
+            server.settimeout(left)
+            with contextlib.suppress(TimeoutError):  # nobody called: the loop says who is missing
+                line = Line(server.accept()[0])
+                hello = _hello(line)
+                if hello.get(_CALL) == list(cluster.workers) and hello.get("index") in expected:
+                    if hello["index"] in lines:  # the host has ended since, and was started again
+                        lines[hello["index"]].close()
+                    lines[hello["index"]] = line
+                    continue
+                if _CALL in hello:
+                    strangers.append(f"worker {hello.get('index')} of {hello[_CALL]}")
+                line.close()
+        failed.pop_all()  # nobody is missing: the lines stay
+    for line in lines.values():
+        # A host that is gone again is noticed at the agreement.
+        with contextlib.suppress(OSError):
+            line.send({"go": True}, deadline=time.monotonic() + 5)
+    return lines
 
 
-def _wait_for_first(
-    workers: list[str], hello: list[bytes], index: int, deadline: float
-) -> list[int]:
-    host, _, port = workers[0].rpartition(":")
+def _close(lines: dict[int, Line]) -> None:
+    for line in lines.values():
+        line.close()
+
+
+def _hello(line: Line) -> Message:
+    """Who has called; empty if it does not say so at once, as a port scanner would not."""
+    try:
+        return line.receive(deadline=time.monotonic() + 5)
+    except (OSError, ValueError):
+        return {}
+
+
+def _wait_for_chief(cluster: Cluster, deadline: float) -> dict[int, Line]:
+    """Every other host's part. Raises TimeoutError with the chief's name if it does not answer."""
+    with _listen(cluster, deadline):  # is this host's own port free for TensorFlow?
+        pass
+    host, port = _split(cluster.workers[0])
+    hello = {_CALL: list(cluster.workers), "index": cluster.index}
     while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as first:
-                first.sendall(hello[index])
-                if first.makefile("rb").readline() == b"go\n":
-                    return []
-        except OSError as error:
-            logging.log_every_n_seconds(logging.INFO, "worker 0 is not there yet: %s", 60, error)
+        with contextlib.ExitStack() as failed:
+            try:
+                line = Line(_connect(host, port, left))
+                failed.callback(line.close)
+                line.send(hello, deadline=deadline)
+                if "go" in line.receive(deadline=deadline):
+                    failed.pop_all()
+                    return {0: line}
+            except (OSError, ValueError) as error:
+                text = "worker 0 is not there yet: %s"
+                logging.log_every_n_seconds(logging.INFO, text, 60, error)
         time.sleep(0.2)
-    return [0]
+    raise TimeoutError(cluster.name(0))
+
+
+@contextlib.contextmanager
+def _listen(cluster: Cluster, deadline: float) -> Iterator[socket.socket]:
+    """Listens at this host's own port.
+
+    Raises:
+      HostLostError: another process has the port, and keeps it.
+    """
+    _, port = _split(cluster.workers[cluster.index])
+    give_up = min(deadline, time.monotonic() + _PORT_SECONDS)
+    while True:
+        try:
+            server = _make_server(port)
+            break
+        except OSError as error:
+            if time.monotonic() > give_up:
+                reason = os.strerror(error.errno or 0)
+                raise HostLostError(
+                    f"worker {cluster.index} cannot listen at port {port} ({reason}): end the "
+                    "process that does (an earlier run?), or give the hosts other ports"
+                ) from None
+        time.sleep(0.2)
+    with server:
+        yield server
+
+
+def _make_server(port: int) -> socket.socket:
+    # As TensorFlow's server: for IPv4 and IPv6 alike, where the machine has both.
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=128
+            )
+    return socket.create_server(("", port), backlog=128)
+
+
+def _connect(host: str, port: int, timeout: float) -> socket.socket:
+    """A connection whose own port does not stand in the way of a server that wants it later.
+
+    The system chooses that port, and on one machine it may be another worker's.
+    """
+    error: OSError = ConnectionError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    ):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            connection.settimeout(timeout)
+            connection.connect(address)
+            return connection
+        except OSError as failure:
+            connection.close()
+            error = failure
+    raise error
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)

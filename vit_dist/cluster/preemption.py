@@ -1,48 +1,138 @@
-"""Ending a run early without losing it: SIGTERM and Ctrl-C save a checkpoint first."""
+"""Ending a run early without losing it: a signal to stop saves a checkpoint first.
 
+Schedulers announce the end of a job by signals of their own choice: SIGTERM (most), SIGUSR1 or
+SIGUSR2 (Slurm's --signal, on demand), SIGHUP (a terminal that closes), SIGINT (Ctrl-C). All mean
+the same here.
+"""
+
+import contextlib
+import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import tensorflow as tf
 from absl import logging
 
-from vit_dist.cluster.hosts import all_hosts
+PREEMPTED = 42  # exit code: stopped on request; what was trained is saved, start again to go on
+_INTERRUPTED = 130  # exit code after a second Ctrl-C, as shells report a program that SIGINT ended
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+# A launcher and the terminal may both hand on one press of Ctrl-C; nobody presses so fast twice.
+_ONE_PRESS_SECONDS = 0.1
+_SHOW_CURSOR = "\x1b[?25h"  # what a progress bar on a terminal hides
 
 
 class Preemption:
-    """Notices SIGTERM and Ctrl-C within a `with`; a second Ctrl-C ends at once.
+    """Notices a wish to stop, within a `with`; a second Ctrl-C ends at once.
 
-    Enter it after the strategy is made: TensorFlow's runtime puts its own SIGTERM handler in place
-    when a multi-worker strategy starts.
+    It begins before there is anything to save: then a signal leaves at once, with exit code
+    PREEMPTED (Ctrl-C with a KeyboardInterrupt). From `attach` on signals are only noted, and the
+    loop asks `requested()` when it can save.
+
+    A signal that is ignored when this begins stays ignored: SIGHUP under nohup, SIGINT in a job
+    that a shell script has put into the background.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy):
-        self._strategy, self._flag = strategy, False
-        self._before: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}  # signal -> its handler before this began
+        self._gather: Callable[[int], Sequence[int]] | None = None
+        self._received: signal.Signals | None = None
+        self._pipe: int | None = None  # where Python's C code writes signals, for a thread
+        self._wakeup_before = -1
 
     def __enter__(self) -> "Preemption":
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread (train() called from a notebook or a test)
-            logging.warning("not in the main thread: SIGTERM will not save a checkpoint")
+        if threading.current_thread() is not threading.main_thread():
+            logging.warning("not in the main thread: a signal to stop will not save a checkpoint")
+            return self
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if handler != signal.SIG_IGN:
+                self._before[number] = handler
+        self._install()
+        if signal.SIGINT in self._before:
+            self._watch_for_second_interrupt()
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             # None: set by C code, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._pipe)  # the thread reads the end of the pipe, and is done
+            self._pipe = None
 
-    def _note(self, number: int, frame: Any) -> None:
-        if self._flag and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._flag = True
+    def attach(self, gather: Callable[[int], Sequence[int]]) -> None:
+        """From now on a signal is noted, for `requested()` to tell.
+
+        Call it after the strategy is made: a multi-worker strategy has TensorFlow's runtime put
+        its own SIGTERM handler in place, which swallows the signal.
+
+        Args:
+          gather: number of this host -> the numbers of all hosts; see hosts.all_hosts.
+        """
+        self._gather = gather
+        self._install()
 
     @property
     def noticed(self) -> bool:
         """Whether this host was asked to stop."""
-        return self._flag
+        return self._received is not None
+
+    @property
+    def received(self) -> str | None:
+        """The name of the first signal that this host received, such as "SIGTERM"."""
+        return None if self._received is None else self._received.name
 
     def requested(self) -> bool:
         """Whether any host was asked to stop; all hosts get the same answer at the same step."""
-        return any(all_hosts(self._strategy, self._flag))
+        if self._gather is None:
+            raise RuntimeError("attach() comes before requested()")
+        return any(self._gather(int(self.noticed)))
+
+    def _install(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._received = self._received or signal.Signals(number)
+        if self._gather is not None:
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _say(f"stopped by {self.received} before the first step; run the same command again\n")
+        raise SystemExit(PREEMPTED)
+
+    def _watch_for_second_interrupt(self) -> None:
+        """Starts a thread that ends the process at the second Ctrl-C.
+
+        Python runs a handler only between two calls of the main thread into TensorFlow, and one
+        may take minutes. What the C half of Python's handler writes into the pipe is there at once.
+        """
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)  # set_wakeup_fd asks for it
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_second_interrupt, args=(read,), daemon=True).start()
+
+
+def _say(text: str) -> None:
+    """Prints to stderr past Python's own file, whose lock the interrupted code may hold."""
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be what has gone
+        os.write(sys.stderr.fileno(), text.encode())
+
+
+def _end_at_second_interrupt(pipe: int) -> None:
+    first = None
+    while received := os.read(pipe, 1):  # one byte a signal, its number; nothing at the end
+        now = time.monotonic()
+        if received[0] != signal.SIGINT:
+            continue
+        if first is not None and now - first > _ONE_PRESS_SECONDS:
+            _say((_SHOW_CURSOR if sys.stderr.isatty() else "") + "interrupted\n")
+            os._exit(_INTERRUPTED)
+        first = first or now
+    os.close(pipe)

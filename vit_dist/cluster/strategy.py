@@ -1,14 +1,17 @@
 """Which tf.distribute strategy a run uses, made from what the machine and its environment offer."""
 
 import faulthandler
+import importlib.util
 import os
 import socket
 
 import tensorflow as tf
 
-from vit_dist.cluster.meeting import cluster_from_environment, meet
+from vit_dist.cluster.environment import Cluster, find_cluster
+from vit_dist.cluster.hosts import device_kind
+from vit_dist.config.errors import ConfigError
 
-NAMES = ("auto", "single", "mirrored", "multiworker", "tpu")
+NAMES = ("auto", "single", "mirrored", "multiworker", "tpu", "local")
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
 _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 
@@ -17,46 +20,89 @@ def check_strategy(
     *,
     name: str = "auto",
     virtual_cpus: int = 0,
+    min_devices: int = 0,
     tpu: str = "",
     tpu_zone: str = "",
     tpu_project: str = "",
     timeout_seconds: float = 1800.0,
 ) -> None:
-    """Raises ValueError for arguments of make_strategy that cannot work; touches no device."""
+    """Raises ConfigError for arguments of make_strategy that cannot work; touches no device."""
     if name not in NAMES:
-        raise ValueError(f"strategy {name!r} is unknown; allowed: {', '.join(NAMES)}")
+        raise ConfigError(f"strategy {name!r} is unknown; allowed: {', '.join(NAMES)}")
     if virtual_cpus < 0:
-        raise ValueError(f"strategy.virtual_cpus must be 0 or more, got {virtual_cpus}")
+        raise ConfigError(f"strategy.virtual_cpus must be 0 or more, got {virtual_cpus}")
+    if min_devices < 0:
+        raise ConfigError(f"strategy.min_devices must be 0 or more, got {min_devices}")
     if name == "multiworker" and virtual_cpus > 1:
-        raise ValueError(
+        raise ConfigError(
             f"strategy 'multiworker' takes a host's CPU whole, but virtual_cpus is {virtual_cpus}; "
             "set virtual_cpus=0 and start more workers"
         )
     if name == "single" and virtual_cpus > 1:
-        raise ValueError(
+        raise ConfigError(
             f"strategy 'single' uses one device, but virtual_cpus is {virtual_cpus}; "
             "set strategy.name=mirrored, or virtual_cpus=0"
         )
-    if name == "multiworker" and "TF_CONFIG" not in os.environ:
-        raise ValueError(
-            "strategy 'multiworker' reads the cluster from the environment variable TF_CONFIG, "
-            "which is not set; start the workers with launch/workers.sh"
-        )
-    if name in ("auto", "multiworker") and os.environ.get("TF_CONFIG"):
-        cluster_from_environment()
-    if timeout_seconds <= 0:
-        raise ValueError(f"strategy.timeout_seconds must be above 0, got {timeout_seconds}")
+    if not 0 < timeout_seconds < float("inf"):
+        raise ConfigError(f"strategy.timeout_seconds must be above 0, got {timeout_seconds}")
     if (tpu or tpu_zone or tpu_project) and name not in ("auto", "tpu"):
-        raise ValueError(f"strategy.tpu* is set, but strategy.name is {name!r}; set it to tpu")
+        raise ConfigError(f"strategy.tpu* is set, but strategy.name is {name!r}; set it to tpu")
+    cluster = choose_cluster(name, tpu)
+    if name == "auto" and virtual_cpus > 1 and cluster:
+        raise ConfigError(
+            f"virtual_cpus is {virtual_cpus}, but {cluster.engine} says that this is one of "
+            f"{len(cluster.workers)} hosts: set virtual_cpus=0, or strategy.name=local to train on "
+            "this machine alone"
+        )
+    if not cluster and _takes_tpu(name, tpu):
+        _check_one_tpu_host()
+
+
+def choose_cluster(name: str = "auto", tpu: str = "") -> Cluster | None:
+    """The hosts that train together, or None for a run of this process alone; touches no device.
+
+    Raises:
+      ConfigError: strategy "multiworker" without hosts, or an environment that contradicts itself
+        or that says that there are other hosts but not where.
+    """
+    if name == "multiworker":
+        cluster = find_cluster()
+        if cluster is None:
+            state = "names no hosts" if os.environ.get("TF_CONFIG") else "is not set"
+            raise ConfigError(
+                "strategy 'multiworker' reads the cluster from the environment variable TF_CONFIG, "
+                f"which {state}; start the workers with launch/workers.sh, or under a scheduler "
+                "that docs/distributed.md lists"
+            )
+        return cluster
+    if name != "auto" or _takes_tpu(name, tpu):
+        return None
+    cluster = find_cluster()
+    return cluster if cluster and len(cluster.workers) > 1 else None
+
+
+def _takes_tpu(name: str, tpu: str) -> bool:
+    named = tpu or any(variable in os.environ for variable in _TPU_VARIABLES)
+    return name == "tpu" or (name == "auto" and bool(named))
+
+
+def _check_one_tpu_host() -> None:
+    """A slice's hosts would each train alone, all of them into one workdir."""
+    hosts = [h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h.strip()]
+    if len(hosts) > 1:
+        raise ConfigError(
+            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts, and training runs on slices of one "
+            "host only: take one with at most 8 chips, such as v5litepod-8 (docs/tpu.md)"
+        )
 
 
 def resolve(name: str, tpu: str = "") -> str:
-    """What "auto" stands for here: a TPU in the environment, TF_CONFIG, GPUs, else one device."""
-    if name != "auto":
+    """What "auto" and "local" stand for here: one of the other names."""
+    if name not in ("auto", "local"):
         return name
-    if tpu or any(variable in os.environ for variable in _TPU_VARIABLES):
+    if _takes_tpu(name, tpu):
         return "tpu"
-    if os.environ.get("TF_CONFIG"):
+    if choose_cluster(name, tpu):
         return "multiworker"
     several = len(tf.config.list_physical_devices("GPU")) > 1
     return "mirrored" if several or len(tf.config.list_logical_devices("CPU")) > 1 else "single"
@@ -66,6 +112,7 @@ def make_strategy(
     *,
     name: str = "auto",
     virtual_cpus: int = 0,
+    min_devices: int = 0,
     tpu: str = "",
     tpu_zone: str = "",
     tpu_project: str = "",
@@ -73,21 +120,27 @@ def make_strategy(
 ) -> tf.distribute.Strategy:
     """Makes the strategy; the first call in a process that touches devices.
 
+    The hosts of a cluster have met before (see meeting.meet); TensorFlow would wait for an absent
+    one without end.
+
     Args:
-      name: one of NAMES. "auto" takes a TPU if the environment names one, else the cluster of
-        TF_CONFIG, else all GPUs or virtual CPUs of this machine, else its one device.
+      name: one of NAMES. "auto" takes a TPU if the environment names one, else the cluster that it
+        describes (environment.ENGINES), else what "local" takes: all GPUs or virtual CPUs of this
+        machine, else its one device.
       virtual_cpus: split the CPU into so many logical devices (and leave GPUs alone), so that
         several replicas run on any machine; 0 uses the CPU whole.
+      min_devices: refuse to start with fewer replicas, over all hosts.
       tpu: "local" for the TPU of this VM, or a TPU's name; "" takes TPU_NAME, else "local".
       tpu_zone, tpu_project: of a named TPU.
-      timeout_seconds: multiworker: after this a collective that hangs is an error.
+      timeout_seconds: multiworker: the longest wait for other hosts.
 
     Raises:
-      ValueError: see check_strategy; and no such device here, with what was looked for.
+      ConfigError: see check_strategy; and no such device here, with what was looked for.
     """
     check_strategy(
         name=name,
         virtual_cpus=virtual_cpus,
+        min_devices=min_devices,
         tpu=tpu,
         tpu_zone=tpu_zone,
         tpu_project=tpu_project,
@@ -98,20 +151,49 @@ def make_strategy(
         _split_cpu(virtual_cpus)
     kind = resolve(name, tpu)
     if kind == "tpu":
-        return _tpu_strategy(tpu, tpu_zone, tpu_project)
-    if kind == "multiworker":
-        return _multi_worker_strategy(timeout_seconds)
-    if kind == "mirrored":
-        gpus = [] if virtual_cpus else tf.config.list_logical_devices("GPU")
-        devices = gpus or tf.config.list_logical_devices("CPU")[: virtual_cpus or None]
-        # Virtual CPUs share one memory: a plain sum. Their collectives gain nothing there, and bind
-        # a process to the first number of replicas it used. GPUs take the default, NCCL.
-        reduce = None if gpus else tf.distribute.ReductionToOneDevice()
-        return tf.distribute.MirroredStrategy(
-            [device.name for device in devices], cross_device_ops=reduce
+        strategy = _tpu_strategy(tpu, tpu_zone, tpu_project)
+    elif kind == "multiworker":
+        cluster = choose_cluster(name, tpu)
+        assert cluster is not None, "resolve() found one"
+        strategy = _multi_worker_strategy(cluster, timeout_seconds)
+    elif kind == "mirrored":
+        strategy = _mirrored_strategy(virtual_cpus)
+    else:
+        gpu = not virtual_cpus and tf.config.list_logical_devices("GPU")
+        strategy = tf.distribute.OneDeviceStrategy("GPU:0" if gpu else "CPU:0")
+    if strategy.num_replicas_in_sync < min_devices:
+        raise ConfigError(
+            f"strategy.min_devices is {min_devices}, but this run would have "
+            f"{strategy.num_replicas_in_sync} replica(s) on {device_kind(strategy)}: "
+            + ("; ".join(device_warnings(strategy)) or "lower it, or add hosts or devices")
         )
-    gpu = not virtual_cpus and tf.config.list_logical_devices("GPU")
-    return tf.distribute.OneDeviceStrategy("GPU:0" if gpu else "CPU:0")
+    return strategy
+
+
+def device_warnings(strategy: tf.distribute.Strategy) -> list[str]:
+    """What looks like a GPU that is meant to be used and is not; touches no device."""
+    wanted = importlib.util.find_spec("nvidia") or os.path.exists("/dev/nvidia0")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device_kind(strategy) != "CPU" or not wanted or hidden in ("", "-1"):
+        return []
+    if tf.config.list_physical_devices("GPU"):  # somebody has set virtual_cpus
+        return []
+    return [
+        "training on the CPU: NVIDIA's libraries or a GPU are installed, but TensorFlow sees no GPU"
+        " (nvidia-smi shows whether the driver does; TF_CPP_MIN_LOG_LEVEL=0 shows why; "
+        "strategy.min_devices refuses to start without)"
+    ]
+
+
+def _mirrored_strategy(virtual_cpus: int) -> tf.distribute.Strategy:
+    gpus = [] if virtual_cpus else tf.config.list_logical_devices("GPU")
+    devices = gpus or tf.config.list_logical_devices("CPU")[: virtual_cpus or None]
+    # Virtual CPUs share one memory: a plain sum. Their collectives gain nothing there, and bind
+    # a process to the first number of replicas it used. GPUs take the default, NCCL.
+    reduce = None if gpus else tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy(
+        [device.name for device in devices], cross_device_ops=reduce
+    )
 
 
 def _tune_xla() -> None:
@@ -137,18 +219,27 @@ def _split_cpu(count: int) -> None:
     except RuntimeError:  # the process has used its devices already: fine if there are enough
         have = len(tf.config.list_logical_devices("CPU"))
         if have < count:
-            raise ValueError(
+            raise ConfigError(
                 f"virtual_cpus={count} must be set before TensorFlow starts; it runs with {have}"
             ) from None
 
 
-def _multi_worker_strategy(timeout_seconds: float) -> tf.distribute.Strategy:
-    meet(*cluster_from_environment(), timeout_seconds=timeout_seconds)
-    # For a worker that dies between the two; no thread or handler of Python's runs in there.
+def _multi_worker_strategy(cluster: Cluster, timeout_seconds: float) -> tf.distribute.Strategy:
+    # One job for all hosts, whatever the engine calls them, so that a host has one number.
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.workers)}),
+        task_type="worker",
+        task_id=cluster.index,
+        rpc_layer="grpc",
+        num_accelerators={"GPU": len(tf.config.get_visible_devices("GPU"))},
+    )
+    # TensorFlow connects to all hosts in here and holds Python's lock all the while: no thread or
+    # signal handler of Python's runs until they answer. Should one of them die now, the C thread of
+    # faulthandler ends this process instead. CommunicationOptions(timeout_seconds=...) is no way
+    # out: TensorFlow starts a thread at each collective that sleeps for so long.
     faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=2)
     try:
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout_seconds)
-        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -175,4 +266,4 @@ def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
         return tf.distribute.TPUStrategy(resolver)
     except Exception as error:  # gRPC, HTTP, import and runtime errors alike: there is no such TPU
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"found no {looked} ({reason}). {remedy}") from None
+        raise ConfigError(f"found no {looked} ({reason}). {remedy}") from None

@@ -212,16 +212,17 @@ DEFAULTS: dict[str, Any] = {
         "jit": "auto",  # XLA: auto | whole | split | off
     },
     "strategy": {  # cluster/strategy.py
-        "name": "auto",  # auto | single | mirrored | multiworker | tpu
+        "name": "auto",  # auto | single | mirrored | multiworker | tpu | local
         "virtual_cpus": _number(
             0, "[0, inf)"
         ),  # split the CPU into so many devices; 0: use it whole
+        "min_devices": _number(0, "[0, inf)"),  # refuse to start with fewer, over all hosts
         "tpu": "",  # "local", or the TPU's name; "": the environment's TPU_NAME
         "tpu_zone": "",  # of a TPU by name
         "tpu_project": "",  # of a TPU by name
         "timeout_seconds": _number(
             1800.0, "(0, inf)"
-        ),  # multiworker: a collective stuck for so long is an error
+        ),  # several hosts: the longest that a run may stand still
     },
 }
 

@@ -51,8 +51,18 @@ def explain(
     strategy: tf.distribute.Strategy,
     *,
     workdir: str,
+    blame: Callable[[], str],
 ) -> UserError | None:
-    """What to raise in place of an error that ended a run; see the module."""
+    """What to raise in place of an error that ended a run; see the module.
+
+    Args:
+      error: what ended it.
+      reading: what was being read then.
+      data: the opened splits.
+      strategy: what it ran on.
+      workdir: the run's folder.
+      blame: called to learn which host is to blame for an error between hosts.
+    """
     if isinstance(error, UserError):
         return None
     if isinstance(error, OSError):
@@ -65,8 +75,8 @@ def explain(
         found = re.search(r"Collective (?:ops is|has)[^\n]*", error.message)
         what = found[0] if found else type(error).__name__
         return HostLostError(
-            "lost another worker; its own log says why. Start all of them again: they go on from "
-            f"the newest checkpoint. ({what[:300]})"
+            f"lost another worker: {blame()}. Start all of them again: they go on from the newest "
+            f"checkpoint. ({what[:300]})"
         )
     if isinstance(error, tf.errors.ResourceExhaustedError):
         return _explain_memory(error)

@@ -61,8 +61,14 @@ def _has_gpus() -> bool:
 
 
 def _main() -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group, and what follows them has to be shown.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Ctrl-C and a scheduler's signals reach the whole group, and what follows them has to be shown.
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+    ):
         signal.signal(number, signal.SIG_IGN)
     has_gpus = _has_gpus()
     for line in sys.stdin.buffer:

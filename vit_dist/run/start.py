@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 
-from vit_dist.cluster.hosts import all_hosts
 from vit_dist.config.defaults import changes
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe
@@ -53,21 +51,6 @@ def find_start(workdir: str, options: RunOptions) -> Start:
         origin = open_origin(options.init_from, image_size=weights.image_size)
         return Start("init_from", origin.checkpoint, origin)
     return Start("scratch", None)
-
-
-def check_hosts(start: Start, strategy: tf.distribute.Strategy) -> None:
-    """All hosts must begin with the same checkpoint.
-
-    Raises:
-      ConfigError: they see different ones.
-    """
-    mine = -1 if start.checkpoint is None else start.checkpoint.step
-    steps = sorted(set(all_hosts(strategy, mine)))
-    if len(steps) > 1:
-        raise ConfigError(
-            f"the hosts see different checkpoints (steps {steps}; -1 for none): the workdir must "
-            "be on storage that all of them share"
-        )
 
 
 def check_data(start: Start, data: Data) -> None:

@@ -100,19 +100,36 @@ def check_batch(
 
 
 def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False) -> str:
-    """Where XLA compiles the step (law 7).
+    """Where XLA compiles the step (law 7): what "auto" stands for, or the other choice as it is.
 
-    "whole" compiles the function given to strategy.run, all-reduce included: one device, or GPUs.
-    "split" compiles forward + backward and the update apart, the all-reduce between them: several
-    CPUs, whose collectives XLA lacks. On TPUs "off": TPUStrategy compiles everything itself.
-    With `sharded` optimizer state the weights are gathered as well, and it is "split" for several
-    replicas of any kind.
+    "whole" compiles the function that each replica runs, the sum of gradients over the replicas
+    included: `auto` for one replica, which has no such sum. "split" compiles forward + backward,
+    and the update; TensorFlow sums the gradients in between: `auto` for several replicas of any
+    kind. On TPUs "off": TPUStrategy compiles everything itself.
+
+    Args:
+      jit: "auto", "whole", "split" or "off".
+      kind: "CPU", "GPU" or "TPU".
+      num_replicas: over all hosts.
+      sharded: whether the optimizer's state is, for which check_batch refuses "whole".
     """
     if kind == "TPU":
         return "off"
     if jit != "auto":
         return jit
-    return "split" if num_replicas > 1 and (kind == "CPU" or sharded) else "whole"
+    return "split" if num_replicas > 1 else "whole"
+
+
+def jit_warnings(jit: str, *, kind: str, num_replicas: int) -> list[str]:
+    """What is to be said of `step.jit` as the config has it; nothing of what `auto` chooses."""
+    if jit != "whole" or kind == "TPU" or num_replicas == 1:
+        return []
+    # tensorflow#45940, #53140, #56423, #58787, #58961, #61314, keras#18145, models PR#10845:
+    # TensorFlow 2.4 to 2.13 failed to compile it, hung, or leaked memory.
+    return [
+        f"step.jit=whole puts the sum over {num_replicas} replicas into XLA's program, which is "
+        "not proved for several replicas: where it fails or hangs, take auto, which is split"
+    ]
 
 
 def make_gradients(

@@ -1,0 +1,212 @@
+"""A run that stands still is noticed, and the hosts that are behind are named."""
+
+import re
+import threading
+
+import pytest
+
+from tests.support import processes
+from tests.support.clusters import free_addresses, in_threads
+from vit_dist.cluster.environment import Cluster
+from vit_dist.cluster.meeting import meet
+from vit_dist.cluster.watchdog import Pace, State, Watchdog, find_stuck
+
+# how long a stretch of work may take
+
+
+@pytest.mark.parametrize(
+    "seconds, limit",
+    [
+        ([], 1800.0),
+        ([100.0, 1.0], 1800.0),  # too few to learn from
+        ([100.0, 1.0, 2.0], 300.0),  # never less: storage may have to come back
+        ([100.0, 1.0, 40.0, 2.0], 400.0),  # ten times the slowest, the first left out: it compiles
+        ([1.0, 1.0, 1000.0], 1800.0),  # never more
+    ],
+)
+def test_limits_are_learned(seconds, limit):
+    pace = Pace(1800.0)
+    for length in seconds:
+        pace.note("train", length)
+    assert pace.limit("train") == limit
+    assert pace.limit("save") == 1800.0
+
+
+def test_the_timeout_counts_where_it_is_shorter():
+    pace = Pace(20.0)
+    for _ in range(3):
+        pace.note("train", 1.0)
+    assert pace.limit("train") == 20.0
+
+
+# who is stuck
+
+ON = State(turns=5, waiting=1.0, limit=300.0)
+STILL = State(turns=5, waiting=301.0, limit=300.0)
+
+
+@pytest.mark.parametrize(
+    "states, stuck",
+    [
+        ([ON, ON], None),
+        ([STILL, ON], None),
+        # The chief saves for long, within the limit of a save: the other waits for it rightly.
+        ([STILL._replace(turns=4, limit=1800.0), STILL], None),
+        ([STILL, STILL._replace(turns=4)], [1]),
+        ([STILL, STILL], []),
+        ([STILL, ON._replace(silent=301.0)], [1]),
+        ([STILL, ON._replace(silent=299.0)], None),
+        ([STILL, ON._replace(end="no space left")], [1]),
+        ([STILL, STILL._replace(end="")], []),  # it was done and has left
+        ([ON, ON._replace(end="no space left")], None),
+        ([STILL, ON._replace(silent=400.0), ON._replace(end="x")], [2]),
+    ],
+)
+def test_who_keeps_the_others_waiting(states, stuck):
+    assert find_stuck(states) == stuck
+
+
+# hosts that are threads
+
+
+def watch_in_threads(function, count=2, timeout=60.0):
+    """Runs function(index, watchdog) on each host; index -> what it returned, or its error."""
+    workers = free_addresses(count)
+
+    def one(index):
+        cluster = Cluster(tuple(workers), index, "TF_CONFIG")
+        with (
+            meet(cluster, timeout_seconds=60) as meeting,
+            Watchdog(meeting, timeout_seconds=timeout) as watchdog,
+        ):
+            return function(index, watchdog)
+
+    return workers, in_threads(one, range(count))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Beats follow each other fast, and a verdict is kept instead of ending the process."""
+    monkeypatch.setattr("vit_dist.cluster.watchdog.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr("vit_dist.cluster.watchdog._SILENT_SECONDS", 0.3)
+    verdicts = {}
+    done = threading.Barrier(2)
+
+    def leave(text):
+        verdicts.setdefault(threading.current_thread(), text)
+
+    monkeypatch.setattr("vit_dist.cluster.watchdog._leave", leave)
+    return verdicts, done
+
+
+def wait_until(condition, event=threading.Event()):  # noqa: B008
+    for _ in range(2000):
+        if condition():
+            return
+        event.wait(0.01)
+    raise AssertionError("waited in vain")
+
+
+def test_the_host_that_is_behind_is_named(quick):
+    """Both come to step 7; then host 1 does not begin the next turn."""
+    verdicts, done = quick
+
+    def run(index, watchdog):
+        for step in range(8 - index):
+            watchdog.progress(step)
+        wait_until(lambda: len(verdicts) == 2)
+        done.wait()
+
+    workers, outcome = watch_in_threads(run, timeout=0.5)
+    assert outcome == {0: None, 1: None}
+    for text in verdicts.values():
+        assert re.match(
+            r"the run has stood still at step [67] for \d+ s: behind is worker 1 ", text
+        )
+        assert f"({workers[1]}), at step 6 in train for 1 s; waiting: worker 0 (" in text
+        assert text.endswith("raise strategy.timeout_seconds (0.5)")
+
+
+def test_a_run_that_gets_on_is_left_alone(quick):
+    verdicts, done = quick
+
+    def run(index, watchdog):
+        for step in range(100):
+            watchdog.progress(step)
+            done.wait()
+        # Longer than the other's limit, but not than its own.
+        if index == 0:
+            watchdog.progress(100)
+            threading.Event().wait(0.3)
+
+    _, outcome = watch_in_threads(run, timeout=20.0)
+    assert outcome == {0: None, 1: None} and not verdicts
+
+
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_the_last_words_of_a_host_are_told(quick, leaving):
+    def run(index, watchdog):
+        watchdog.progress(3)
+        if index == leaving:
+            raise OSError("no space left on device")
+        return watchdog.lost(20)
+
+    workers, outcome = watch_in_threads(run)
+    said = f"worker {leaving} ({workers[leaving]}) ended: no space left on device"
+    assert outcome[1 - leaving] == said
+
+
+def test_a_third_host_hears_of_it_from_the_chief(quick):
+    def run(index, watchdog):
+        watchdog.progress(3)
+        if index == 1:
+            raise OSError("no space left on device")
+        raise OSError(f"lost {watchdog.lost(20)}")
+
+    workers, outcome = watch_in_threads(run, count=3)
+    assert f"worker 1 ({workers[1]}) ended: no space left" in str(outcome[2])
+
+
+def test_nobody_is_blamed_without_a_reason(quick):
+    _, done = quick
+
+    def run(index, watchdog):
+        said = watchdog.lost(0.2)
+        done.wait()
+        return said
+
+    _, outcome = watch_in_threads(run)
+    assert set(outcome.values()) == {"all hosts still answer"}
+
+
+def test_one_host_has_no_watchdog():
+    before = threading.active_count()
+    with meet(None, timeout_seconds=1) as meeting, Watchdog(meeting, timeout_seconds=1) as watchdog:
+        watchdog.progress(0)
+        assert threading.active_count() == before
+
+
+# the process ends
+
+
+def be_stuck(address, index):
+    with (
+        meet(Cluster(tuple(address), index, "TF_CONFIG"), timeout_seconds=60) as meeting,
+        Watchdog(meeting, timeout_seconds=4.0) as watchdog,
+    ):
+        watchdog.progress(17)
+        if index == 0:
+            watchdog.progress(18)
+        threading.Event().wait()
+
+
+def test_a_stuck_process_says_where_its_threads_are_and_ends(tmp_path):
+    workers = free_addresses(2)
+    outcome = in_threads(
+        lambda i: processes.call(be_stuck, workers, i, log=tmp_path / str(i)), range(2)
+    )
+    for code, text in outcome.values():
+        assert code == 1
+        assert "be_stuck" in text[: text.index("error: ")] and "Traceback" not in text
+        (message,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert f"behind is worker 1 ({workers[1]}), at step 17 in train" in message

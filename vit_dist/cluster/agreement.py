@@ -1,0 +1,203 @@
+"""What the hosts of a run have in common: their lines, the facts that must be equal, their end.
+
+Hosts whose seed, data, code or checkpoint differ would train together without an error, on another
+thing than anybody meant. So they compare before they begin, and what ends one host ends all, with
+the same message.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from absl import logging
+
+from vit_dist.cluster.environment import Cluster
+from vit_dist.cluster.line import Line, Message, wait_for
+from vit_dist.cluster.preemption import PREEMPTED
+from vit_dist.config.errors import ConfigError, HostLostError, UserError
+
+_SHOWN = 3  # differences that a message lists
+_REMEDIES = {
+    "config": "start all with the same config file and flags",
+    "data": "all must read the same files",
+    "code": "install the same versions on all",
+    "checkpoint": "the workdir must be on storage that all of them share",
+}
+
+
+class Meeting:
+    """The hosts that have met, and this host's lines: the chief's to all others, theirs to it.
+
+    Leaving its `with` by an exception tells the others the reason, so that all end with it.
+
+    Attributes:
+      cluster: who they are; None for a run of one host, which has nobody to ask.
+      lines: worker -> line.
+    """
+
+    def __init__(self, cluster: Cluster | None, lines: dict[int, Line], *, timeout_seconds: float):
+        self.cluster, self.lines = cluster, lines
+        self._timeout_seconds = timeout_seconds
+
+    def __enter__(self) -> "Meeting":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        for line in self.lines.values():
+            with contextlib.suppress(OSError):  # the other end may be gone already
+                line.send(parting(error), deadline=time.monotonic() + 5)
+            line.close()
+
+    @property
+    def index(self) -> int:
+        """Which of the workers this host is; 0 if it is alone."""
+        return self.cluster.index if self.cluster else 0
+
+    def name(self, index: int) -> str:
+        """How messages call a host."""
+        return self.cluster.name(index) if self.cluster else f"worker {index}"
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Returns once all hosts have called this with equal facts.
+
+        A digest of them costs one short message; the facts themselves travel only if it differs.
+
+        Args:
+          facts: nested dicts of what JSON can hold, say {"config": {"seed": 0}, "data": ...}. The
+            first key chooses the remedy in the message.
+
+        Raises:
+          ConfigError: facts of two hosts differ (names the key, the hosts and both values), or
+            another host has left with a ConfigError. The same message on all hosts.
+          HostLostError: another host has left for another reason, or says nothing for long.
+        """
+        flat = dict(_flatten(facts))
+        digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+        if self.index:
+            self._ask_chief(flat, digest)
+        elif self.lines:
+            self._judge(flat, digest)
+
+    def _ask_chief(self, flat: Message, digest: str) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        self._send(0, {"digest": digest}, deadline)
+        answer = self._receive_from([0], deadline)[0]
+        if "tell" in answer:
+            self._send(0, {"facts": flat}, deadline)
+            answer = self._receive_from([0], deadline)[0]
+        if "agreed" not in answer:
+            raise HostLostError(f"{self.name(0)} answered {answer}, which is no agreement")
+
+    def _judge(self, flat: Message, digest: str) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        answers = self._receive_from(self.lines, deadline)
+        unlike = [i for i, answer in sorted(answers.items()) if answer.get("digest") != digest]
+        for i in unlike:
+            self._send(i, {"tell": True}, deadline)
+        theirs = self._receive_from(unlike, deadline)
+        if unlike:  # leaving the `with` tells the others
+            facts = {i: theirs[i].get("facts", {}) for i in unlike}
+            raise ConfigError(self._describe({self.index: flat, **facts}))
+        for i in self.lines:
+            self._send(i, {"agreed": True}, deadline)
+
+    def _describe(self, facts: Mapping[int, Mapping[str, str]]) -> str:
+        keys = sorted({key for flat in facts.values() for key in flat})
+        parts, remedies = [], []
+        for key in keys:
+            hosts: dict[str, list[int]] = {}
+            for i, flat in facts.items():
+                hosts.setdefault(flat.get(key, "absent"), []).append(i)
+            if len(hosts) > 1:
+                values = (
+                    f"{_shorten(value)} on {', '.join(self.name(i) for i in workers)}"
+                    for value, workers in hosts.items()
+                )
+                parts.append(f"{key} is {' but '.join(values)}")
+                remedies.append(_REMEDIES.get(key.partition(".")[0], "start all alike"))
+        more = f"; and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+        return (
+            f"the hosts differ: {'; '.join(parts[:_SHOWN])}{more}. Make them alike "
+            f"({'; '.join(dict.fromkeys(remedies))}) and start all again"
+        )
+
+    def _send(self, index: int, message: Message, deadline: float) -> None:
+        try:
+            line = self.lines[index]
+            line.send(message, deadline=deadline)
+        except OSError as error:
+            raise self._lost(index, error) from None
+
+    def _receive_from(self, indices: Iterable[int], deadline: float) -> dict[int, Message]:
+        """One message of each host, in whichever order they come."""
+        found: dict[int, Message] = {}
+        indices = list(indices)
+        while missing := [i for i in indices if i not in found]:
+            for i in missing:
+                try:
+                    message = self.lines[i].next()
+                except OSError as error:
+                    raise self._lost(i, error) from None
+                if message is not None and "left" in message:
+                    raise error_of(message, self.name(i))
+                if message is not None:
+                    found[i] = message
+            missing = [i for i in missing if i not in found]
+            try:
+                if missing:
+                    wait_for([self.lines[i] for i in missing], deadline=deadline)
+            except TimeoutError as error:
+                raise self._lost(missing[0], error) from None
+        return found
+
+    def _lost(self, index: int, error: OSError) -> HostLostError:
+        seconds = self._timeout_seconds
+        late = isinstance(error, TimeoutError)
+        what = f"has said nothing for {seconds:g} s" if late else "is gone without a word"
+        return HostLostError(
+            f"{self.name(index)} {what}, before the hosts agreed on the run: its own log says why. "
+            "Start all of them again"
+        )
+
+
+def parting(error: BaseException | None) -> Message:
+    """What a host says last: why it leaves."""
+    if error is None:
+        return {"left": "", "code": 0}
+    code = 1
+    if isinstance(error, UserError):
+        code = error.exit_code
+    elif isinstance(error, SystemExit) and isinstance(error.code, int):
+        code = error.code
+    elif isinstance(error, ValueError):
+        code = ConfigError.exit_code
+    return {"left": str(error) or type(error).__name__, "code": code}
+
+
+def error_of(message: Message, name: str) -> BaseException:
+    """The error to end with after a host's parting words; `name` is how messages call the host."""
+    text, code = str(message["left"]), message.get("code")
+    if code == PREEMPTED:
+        logging.warning("%s was asked to stop: stopping, too", name)
+        return SystemExit(PREEMPTED)
+    if text.startswith("the hosts differ:"):  # which names the hosts itself
+        return ConfigError(text)
+    if code == ConfigError.exit_code:
+        return ConfigError(f"{name} ended: {text}")
+    return HostLostError(f"{name} ended: {text or 'without saying why'}")
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as JSON) of each leaf."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value, sort_keys=True, default=str)
+
+
+def _shorten(value: str) -> str:
+    return value if len(value) <= 100 else f"{value[:80]}... ({len(value)} characters)"

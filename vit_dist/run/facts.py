@@ -1,0 +1,96 @@
+"""What all hosts of a run must have in common: config, data, code and the checkpoint to begin with.
+
+Each host reads them for itself, and `cluster.meeting.Meeting.agree` compares. They would train
+without an error on other examples, or from other weights, and the result would be none.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import vit_dist
+from vit_dist.run.options import Data, RunOptions
+from vit_dist.run.origins import Origin
+from vit_dist.run.start import Start
+from vit_dist.training.checkpoint import MANIFEST
+
+# Where this host finds the data, and with how many threads it reads them. The fingerprints in
+# "data" tell whether they are the same.
+_OWN_OF_A_HOST = {
+    "data": {"data_dir", "files", "class_file"},
+    "input": {"num_threads", "prefetch", "cache_dir"},
+}
+_SMALL = 10_000  # entries of a tensor that is read to tell two files of weights apart
+
+
+def host_facts(options: RunOptions, data: Data, start: Start) -> dict[str, Any]:
+    """What this host has to train with, for `Meeting.agree`; takes a second with many files."""
+    return {
+        "config": _config_facts(options.record),
+        "data": {split: source.fingerprint() for split, source in data.sources.items()},
+        "code": _code_facts(),
+        "checkpoint": {"how": start.how, **_checkpoint_facts(start)},
+        "devices": _device_facts(),
+    }
+
+
+def evaluation_facts(data: Data, origin: Origin) -> dict[str, Any]:
+    """What this host has to judge weights with, for `Meeting.agree`."""
+    return {
+        "data": {split: source.fingerprint() for split, source in data.sources.items()},
+        "code": _code_facts(),
+        "checkpoint": {"weights": _weights_digest(origin)},
+        "devices": _device_facts(),
+    }
+
+
+def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    facts = dict(record)
+    for section, keys in _OWN_OF_A_HOST.items():
+        facts[section] = {k: v for k, v in record[section].items() if k not in keys}
+    return facts
+
+
+def _code_facts() -> dict[str, str]:
+    root = Path(vit_dist.__file__).parent
+    sources = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sources.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return {
+        "vit_dist": vit_dist.__version__,
+        "sources": sources.hexdigest()[:12],
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _checkpoint_facts(start: Start) -> dict[str, Any]:
+    if start.checkpoint is not None:
+        manifest = (start.checkpoint.path / MANIFEST).read_bytes()
+        return {
+            "step": start.checkpoint.step,
+            "manifest": hashlib.sha256(manifest).hexdigest()[:12],
+        }
+    return {} if start.origin is None else {"weights": _weights_digest(start.origin)}
+
+
+def _weights_digest(origin: Origin) -> str:
+    """Of all names and shapes, and of the values of small tensors: biases and scales."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(origin.tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        if np.prod(tensor.shape) <= _SMALL:
+            digest.update(np.asarray(tensor).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _device_facts() -> Mapping[str, Any]:
+    """The collectives between hosts hang where one has GPUs and another has none."""
+    gpus = tf.config.get_visible_devices("GPU")
+    return {"kind": "GPU" if gpus else "CPU", "number": max(len(gpus), 1)}
