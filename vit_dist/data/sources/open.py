@@ -75,6 +75,8 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
         kind = SOURCES.get(part["source"])
         known = inspect.signature(kind).parameters if kind else {}
         common = {k: v for k, v in options.items() if k in known}
+        if "split" in part and "train_split" in known:
+            common["train_split"] = part["split"]  # its directories are the part's classes
         opened.append(
             open_source(part["source"], split=part.get("split", split), **{**common, **own})
         )

@@ -7,6 +7,7 @@ import tensorflow as tf
 from PIL import Image
 
 from vit_dist.data.sources import source as base
+from vit_dist.data.sources.fingerprint import checksum
 
 FORMATS = ("jpeg", "array")
 NUM_IMAGES = 64  # distinct ones; more would only fill memory
@@ -47,7 +48,7 @@ class SyntheticSource(base.Source):
         self.split, self.num_examples = split, num_examples
         self.class_names = tuple(str(i) for i in range(num_classes))
         self.encoded = image_format == "jpeg"
-        random = np.random.default_rng(base.checksum([split]))
+        random = np.random.default_rng(checksum([split]))
         count = min(NUM_IMAGES, num_examples)
         arrays = [_noise(random, height, width) for _ in range(count)]
         jpegs = [encode(Image.fromarray(x), "JPEG") for x in arrays] if self.encoded else []
@@ -61,7 +62,9 @@ class SyntheticSource(base.Source):
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._table is None:
-            self._table = base.on_host(lambda: tf.constant(self._images))
+            # Of arrays, TensorFlow would make int32 without the type.
+            dtype = self.element_spec["image"].dtype
+            self._table = base.on_host(lambda: tf.constant(self._images, dtype))
         images = tf.gather(self._table, indices % len(self._images))
         return {"image": images, "label": tf.cast(indices % self.num_classes, tf.int32)}
 
