@@ -264,7 +264,7 @@ def _explain_label(source: Source, label: int, index: int) -> str:
         others = [x for x in looked if x is not None]
     problem = labels.problem(label, source.num_classes) or f"{labels.OUTSIDE} {label}"
     wrong = sum(labels.problem(x, source.num_classes) is not None for x in others)
-    share = f" (as are those of {wrong} of {len(others)} examples looked at)" if wrong > 1 else ""
+    share = f", as are {wrong} of the {len(others)} looked at" if wrong > 1 else ""
     advice = labels.advise(label, source.num_classes, first_label=source.first_label, others=others)
     return (
         f"{source.describe(index)}: {problem}{share}. {advice}, or set "

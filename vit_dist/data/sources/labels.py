@@ -125,9 +125,9 @@ def check_sampled(
     label = labels[wrong[0]]
     assert label is not None
     less = f" ({label + first_label} less first_label)" if first_label else ""
+    share = f", as are {len(wrong)} of the {len(known)} looked at" if len(wrong) > 1 else ""
     raise ValueError(
-        f"{describe(wrong[0])}: {problem(label, num_classes)}{less}, as are those of {len(wrong)} "
-        f"of {len(known)} examples looked at. "
+        f"{describe(wrong[0])}: {problem(label, num_classes)}{less}{share}. "
         + advise(label, num_classes, first_label=first_label, others=known)
     )
 

@@ -167,12 +167,12 @@ class Source(abc.ABC):
         """Returns the numbers of a few examples that `peek` reads at little cost; may be none."""
         return sampled(self.num_examples) if self.indexable else []
 
-    def sample(self) -> list[tuple[int, int]]:
+    def sample(self) -> list[list[int]]:
         """Returns number and checksum of the image and the label of each example `looked_at`.
 
         An example that cannot be read has a checksum of 0, so that it may be mended later.
         """
-        return [(index, _checksum_of_example(self, index)) for index in self.looked_at()]
+        return [[index, _checksum_of_example(self, index)] for index in self.looked_at()]
 
     def find_damage(self) -> str | None:
         """Looks for storage that is cut or damaged; says which was found first, and what to do."""
