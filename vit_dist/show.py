@@ -18,12 +18,8 @@ from absl import flags
 from etils import epath
 from PIL import Image
 
-<<<<<<< HEAD
 from vit_dist.data.mixing import Mixing
-from vit_dist.data.pipeline import places
-=======
 from vit_dist.data.pipeline import train_records
->>>>>>> 24bc85c (Data: labels are checked where an example is made, fingerprints know no paths, shards are opened few at a time)
 from vit_dist.data.view import stages, viewable
 from vit_dist.inspection.lettering import undrawable
 from vit_dist.inspection.sheet import Cell, describe_label, draw_sheet
@@ -128,13 +124,8 @@ def _examples(
     if split == "train":
         first = step * options.input.batch_size
         positions = tf.range(first, first + count, dtype=tf.int64)
-<<<<<<< HEAD
         known = {"batch_size": options.input.batch_size, "repeats": options.input.repeats}
-        where = places(source, positions, seed=options.seed, **known)
-=======
-        known = {"batch_size": run.batch_size, "repeats": run.config.input.repeats}
-        where = train_records(source, positions, seed=run.config.seed, **known)
->>>>>>> 24bc85c (Data: labels are checked where an example is made, fingerprints know no paths, shards are opened few at a time)
+        where = train_records(source, positions, seed=options.seed, **known)
     else:
         index = tf.range(count, dtype=tf.int64)
         epoch = tf.zeros_like(index)

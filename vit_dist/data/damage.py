@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.config.errors import DataError
 from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe
 from vit_dist.data.sources import labels
 from vit_dist.data.sources.records import ENDED
@@ -99,12 +100,12 @@ def check_share(
       repeats: How often each example stands in its batch.
 
     Raises:
-      ValueError: More have been masked.
+      DataError: More have been masked.
     """
     epochs = max(-(-seen // (num_examples * repeats)), 1)  # begun
     each = max(limit * num_examples, MIN_BAD if limit else 0)
     if masked > each * repeats * epochs:
-        raise ValueError(
+        raise DataError(
             f"{masked} damaged examples were masked, more than config.input.max_bad_share "
             f"({limit:g}) of {max(seen, num_examples):,}: mend the data (the log names the first "
             f"{MAX_NAMED}), or raise that share"

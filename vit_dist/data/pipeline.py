@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data import order
 from vit_dist.data.damage import POSITION, Damage, masking
 from vit_dist.data.mixing import Mixing
@@ -81,7 +82,7 @@ def make_train_data(
       Dicts of what the pipe keeps, each (batch_size / num_replicas, ...), static.
 
     Raises:
-      ValueError: Numbers that do not fit each other, or a pipe that does not fit the source.
+      ConfigError: Numbers that do not fit each other, or a pipe that does not fit the source.
     """
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
     _check_training(source, seed, first_step, repeats)
@@ -167,12 +168,12 @@ def check_pipe(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
     """Returns the spec of one preprocessed example; reads nothing and touches no device.
 
     Raises:
-      ValueError: The pipe does not fit the source, or makes labels of another number of classes.
+      ConfigError: The pipe does not fit the source, or makes labels of another number of classes.
     """
     spec = output_spec(source, pipe)
     shape = spec["label"].shape if "label" in spec else tf.TensorShape(())
     if shape.rank != 0 and shape != (source.num_classes,):
-        raise ValueError(
+        raise ConfigError(
             f"pipe {str(pipe)!r} makes labels of shape {tuple(shape)}, and {source} has "
             f"{source.num_classes} classes: write onehot(num_classes)"
         )
@@ -182,13 +183,13 @@ def check_pipe(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
 def _check(
     source: Source, pipe: Pipe, batch_size: int, num_replicas: int, local: range
 ) -> dict[str, tf.TensorSpec]:
-    """Raises ValueError for what cannot work; returns the spec of one preprocessed example."""
+    """Raises ConfigError for what cannot work; returns the spec of one preprocessed example."""
     if batch_size < 1 or batch_size % num_replicas:
-        raise ValueError(
+        raise ConfigError(
             f"batch_size={batch_size} must be a positive multiple of the {num_replicas} replicas"
         )
     if not local or local.step != 1 or local.start < 0 or local.stop > num_replicas:
-        raise ValueError(f"local_replicas={local} must be a range within {num_replicas} replicas")
+        raise ConfigError(f"local_replicas={local} must be a range within {num_replicas} replicas")
     spec = check_pipe(source, pipe)
     del spec["device_image"]
     return spec
@@ -196,13 +197,13 @@ def _check(
 
 def _check_training(source: Source, seed: int, first_step: int, repeats: int) -> None:
     if repeats < 1:
-        raise ValueError(f"repeats={repeats} must be at least 1")
+        raise ConfigError(f"repeats={repeats} must be at least 1")
     if repeats > 1 and not source.indexable:
-        raise ValueError(f"repeats={repeats} must be 1: {source} is streamed")
+        raise ConfigError(f"repeats={repeats} must be 1: {source} is streamed")
     if not 0 <= seed < order.MAX_SEED:
-        raise ValueError(f"seed={seed} must be in [0, 2**62)")
+        raise ConfigError(f"seed={seed} must be in [0, 2**62)")
     if first_step < 0:
-        raise ValueError(f"first_step={first_step} must be 0 or more")
+        raise ConfigError(f"first_step={first_step} must be 0 or more")
 
 
 def _chunk(count: int) -> int:

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn import datasets
 
 from tests.support.datasets import prepare_dummy
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources import open as sources
 from vit_dist.data.sources.open import open_source
 
@@ -162,7 +163,7 @@ def test_folder_mistakes_in_fractions(flat, options, words):
 
 
 def test_folder_missing_or_without_classes(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         open_source("folder", split="train", data_dir=str(tmp_path / "nowhere"))
     write_image(tmp_path / "loose.png")
     with pytest.raises(ValueError, match="no class directories"):

@@ -21,6 +21,7 @@ from etils import epath
 from PIL import Image
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.records import Keys, make_example
@@ -43,7 +44,7 @@ class ArrayRecordSource(base.Source):
         at, is an error at opening. If most are, it always is.
 
     Raises:
-      ValueError: No complete conversion there, or a shard that is missing or damaged.
+      DataError: No complete conversion there, or a shard that is missing or damaged.
     """
 
     name = "array_record"
@@ -54,7 +55,7 @@ class ArrayRecordSource(base.Source):
         self._folder = epath.Path(data_dir).expanduser() / split
         path = self._folder / TABLE
         if not path.exists():
-            raise ValueError(
+            raise DataError(
                 f"{path} does not exist: name the folder and the split of a conversion that ended "
                 "(python -m vit_dist.convert)"
             )
@@ -70,7 +71,7 @@ class ArrayRecordSource(base.Source):
             file = self._folder / shard["name"]
             size = file.stat().length if file.exists() else "no"
             if size != shard["size"]:
-                raise ValueError(
+                raise DataError(
                     f"file {file} has {size} bytes instead of {shard['size']}: it has been cut or "
                     "replaced; copy it again, or remove it and convert again"
                 )
@@ -122,11 +123,11 @@ def convert(
       The number of shards written by this call.
 
     Raises:
-      ValueError: The folder holds the shards of other data, a shard does not read back, or an
+      DataError: The folder holds the shards of other data, a shard does not read back, or an
         example has a label outside of the classes.
     """
     if examples_per_shard < 1:
-        raise ValueError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
+        raise ConfigError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
     out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
     plan = {**_plan_of(source), "examples_per_shard": examples_per_shard}
@@ -162,7 +163,7 @@ def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         paths.write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
-        raise ValueError(
+        raise DataError(
             f"{path.parent} holds shards of other data or of another size ({path.read_text()} "
             f"instead of {json.dumps(plan)}): give another folder, or remove this one"
         )
@@ -180,7 +181,7 @@ class _Records:
         """Yields those of successive numbers; a few are read ahead.
 
         Raises:
-          ValueError: An example has a label outside of the classes; names it.
+          DataError: An example has a label outside of the classes; names it.
         """
         if self._source.indexable:
             for start in range(numbers.start, numbers.stop, 4 * MAX_PARALLEL):
@@ -202,7 +203,7 @@ class _Records:
             advice = labels.advise(
                 label, self._source.num_classes, first_label=self._source.first_label
             )
-            raise ValueError(f"{self._source.describe(number)}: {problem}. {advice}")
+            raise DataError(f"{self._source.describe(number)}: {problem}. {advice}")
         return make_example(image if isinstance(image, bytes) else _png(image), label, KEYS)
 
 
@@ -217,7 +218,7 @@ def _streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
 def _png(image: np.ndarray) -> bytes:
     """Returns the PNG of an array (H, W, C), which holds every value."""
     if image.shape[-1] not in (1, 2, 3, 4):
-        raise ValueError(
+        raise DataError(
             f"images of {image.shape[-1]} channels cannot be stored as PNG, which holds 1 to 4"
         )
     return encode(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), "PNG")
@@ -244,12 +245,12 @@ def _describe_shard(
             found = len(shard)
             for i, record in enumerate(records if found == len(numbers) else ()):
                 if shard.read([i])[0] != record:
-                    raise ValueError(f"{path} differs from {source.describe(numbers[i])}")
+                    raise DataError(f"{path} differs from {source.describe(numbers[i])}")
                 crc = zlib.crc32(record, crc)
     except ValueError as error:
-        raise ValueError(f"{error or path}: remove {path} and convert again") from error
+        raise DataError(f"{error or path}: remove {path} and convert again") from error
     if found != len(numbers):
-        raise ValueError(
+        raise DataError(
             f"{path} holds {found} records instead of {len(numbers)}: remove it and convert again"
         )
     return {"name": path.name, "count": found, "size": path.stat().length, "crc32": crc}

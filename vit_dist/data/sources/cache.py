@@ -20,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 
 FORMS = ("raw", "decoded")
@@ -44,7 +45,7 @@ class CachedSource(base.Source):
         rather than fail. A storage that fails to read it always is an error, and nothing is kept.
 
     Raises:
-      ValueError: There is nothing to cache, or not enough room: says how much is needed.
+      ConfigError: There is nothing to cache, or not enough room: says how much is needed.
     """
 
     name = "cached"
@@ -53,7 +54,7 @@ class CachedSource(base.Source):
     def __init__(self, source, form: str, *, folder: str | None = None, keep_damaged: bool = False):
         if not source.indexable or not source.encoded:
             why = "is streamed" if not source.indexable else "has arrays in memory already"
-            raise ValueError(f"config.input.cache={form!r} is of no use: {source} {why}")
+            raise ConfigError(f"config.input.cache={form!r} is of no use: {source} {why}")
         self._source, self._form, self._keep_damaged = source, form, keep_damaged
         self.split, self.num_examples = source.split, source.num_examples
         self.class_names, self.first_label = source.class_names, source.first_label
@@ -89,7 +90,7 @@ class CachedSource(base.Source):
             room, where = shutil.disk_usage(self._path.parent).free, f"on the disk of {self._path}"
         logging.info("cache of %s: %.2f GB of %.2f GB %s", self, need / 1e9, room / 1e9, where)
         if need > room:
-            raise ValueError(
+            raise ConfigError(
                 f"config.input.cache={self._form!r} needs about {need / 1e9:.2f} GB for "
                 f"{self.num_examples:,} examples, and {room / 1e9:.2f} GB are free {where}: "
                 + ("take 'raw', " if self._form == "decoded" else "")
@@ -170,7 +171,7 @@ class CachedSource(base.Source):
             shapes.append(shape)
             checksums.append(zlib.crc32(data))
         if not end:
-            raise ValueError(f"no example of {self} can be read: there is nothing to cache")
+            raise DataError(f"no example of {self} can be read: there is nothing to cache")
         return {
             "ends": np.array(ends, np.int64),
             "labels": np.array(labels, np.int32),
@@ -197,7 +198,7 @@ class CachedSource(base.Source):
         except (FileNotFoundError, ValueError, tf.errors.InvalidArgumentError) as error:
             if self._keep_damaged:
                 return b"", label, nothing
-            raise ValueError(
+            raise DataError(
                 f"{self.describe(index)} cannot be read: {error}; replace it or remove it"
             ) from error
 

@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import checksum
 from vit_dist.data.sources.image_files import (
@@ -50,8 +51,8 @@ class FolderSource(base.Source):
       check_files: Whether to read the first bytes of the files at opening.
 
     Raises:
-      FileNotFoundError: `data_dir` is no directory.
-      ValueError: There is no class, an empty one, one that train lacks, no image in the split,
+      ConfigError: `data_dir` is no directory, or there is no such split.
+      DataError: There is no class, an empty one, one that train lacks, no image in the split,
         files that are not images (all are checked up to 20,000, and else a sample of that size).
     """
 
@@ -69,7 +70,7 @@ class FolderSource(base.Source):
         self.split, self._train_split = split, train_split
         self.data_dir = epath.Path(data_dir).expanduser()
         if not self.data_dir.is_dir():
-            raise FileNotFoundError(
+            raise ConfigError(
                 f"data_dir {str(data_dir)!r} is not a directory; it should hold "
                 "train/<class>/*.jpg or <class>/*.jpg"
             )
@@ -83,7 +84,7 @@ class FolderSource(base.Source):
             (f"{folder}/{file}", numbers[folder]) for folder in files for file in files[folder]
         ]
         if not found:
-            raise ValueError(
+            raise ConfigError(
                 f"split {split!r} of {self.data_dir} holds no image: with a val_fraction of "
                 f"{val_fraction} and a test_fraction of {test_fraction} no class is large enough; "
                 "raise the fraction or open another split"
@@ -105,7 +106,7 @@ class FolderSource(base.Source):
         splits = [path.name for path in _directories(self.data_dir)]
         for needed in (self.split, self._train_split):
             if needed not in splits:
-                raise ValueError(
+                raise ConfigError(
                     f"{self.data_dir} has no split {needed!r}; it has {splits}: set "
                     'config.data.train_split, val_split and test_split ("" for none) to these'
                 )
@@ -114,7 +115,7 @@ class FolderSource(base.Source):
         own = _class_directories(self._root)
         unknown = sorted(set(own) - set(self._folders))
         if unknown:
-            raise ValueError(
+            raise DataError(
                 f"{self._root} has classes which {self.data_dir / self._train_split} lacks: "
                 f"{unknown[:5]}; their labels would be unknown: add them to {self._train_split} or "
                 "remove them here"
@@ -123,12 +124,12 @@ class FolderSource(base.Source):
 
     def _files_by_fraction(self, val: float, test: float) -> dict[str, list[str]]:
         if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-            raise ValueError(
+            raise ConfigError(
                 f"val_fraction={val} and test_fraction={test}: each must be in [0, 1), and so must "
                 "their sum"
             )
         if self.split not in SPLITS:
-            raise ValueError(
+            raise ConfigError(
                 f"source 'folder' has no split {self.split!r}; it has {list(SPLITS)}, as there is "
                 f"no directory {self.data_dir / self.split} of classes"
             )
@@ -195,7 +196,7 @@ def _is_split(path: epath.Path) -> bool:
 def _class_directories(root: epath.Path) -> tuple[str, ...]:
     names = tuple(path.name for path in _directories(root))
     if not names:
-        raise ValueError(
+        raise DataError(
             f"{root} has no class directories; it should hold one directory of images per class"
         )
     return names
@@ -212,7 +213,7 @@ def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]
         others = [entry for entry in entries if not is_image(entry)]
         ignored += [f"{name}/{entry}" for entry in others]
         if not files[name]:
-            raise ValueError(
+            raise DataError(
                 f"class directory {root / name} holds no image"
                 + (f" ({_by_kind(others)}, e.g. {others[0]!r})" if others else "")
                 + f"; supported are {', '.join(EXTENSIONS)}: convert the files, or remove it"
@@ -249,7 +250,7 @@ def _part(name: str, files: list[str], split: str, val: float, test: float) -> l
 
 
 def _check_headers(names: list[str]) -> None:
-    """Raises ValueError for files that are empty or no images by their first bytes: names all."""
+    """Raises DataError for files that are empty or no images by their first bytes: names all."""
     total = len(names)
     if total > MAX_HEADERS:
         logging.info("checking the headers of %d of %d images", MAX_HEADERS, total)
@@ -260,10 +261,10 @@ def _check_headers(names: list[str]) -> None:
     if not found:
         return
     if len(found) == 1:
-        raise ValueError(f"{found[0]}; replace it or remove it")
+        raise DataError(f"{found[0]}; replace it or remove it")
     shown = "".join(f"\n  {line}" for line in found[:MAX_NAMED])
     more = f"\n  and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
-    raise ValueError(
+    raise DataError(
         f"{len(found)} of {len(names)} files looked at are no images; replace them or remove them, "
         f"or set config.input.on_bad_example=mask:{shown}{more}"
     )

@@ -10,6 +10,8 @@ from concurrent import futures
 
 import tensorflow as tf
 
+from vit_dist.config.errors import DataError
+
 # How messages begin, in a graph and in Python.
 OUTSIDE = "its label is"
 NO_SHARES = "the shares of its label sum to"
@@ -116,7 +118,7 @@ def check_sampled(
         most are, it is the split, or an option, that is wrong.
 
     Raises:
-      ValueError: A label is outside of the classes; names it and says what to do.
+      DataError: A label is outside of the classes; names it and says what to do.
     """
     known = [label for label in labels if label is not None]
     wrong = [i for i, x in enumerate(labels) if x is not None and problem(x, num_classes)]
@@ -126,7 +128,7 @@ def check_sampled(
     assert label is not None
     less = f" ({label + first_label} less first_label)" if first_label else ""
     share = f", as are {len(wrong)} of the {len(known)} looked at" if len(wrong) > 1 else ""
-    raise ValueError(
+    raise DataError(
         f"{describe(wrong[0])}: {problem(label, num_classes)}{less}{share}. "
         + advise(label, num_classes, first_label=first_label, others=known)
     )

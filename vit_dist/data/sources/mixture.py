@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data import order
 from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
@@ -31,7 +32,7 @@ class MixtureSource(base.Source):
       weights: Share of each; any positive numbers, of which only the ratios count.
 
     Raises:
-      ValueError: What does not fit together, or a weight too small for a share of 1 in 1000.
+      ConfigError: What does not fit together, or a weight too small for a share of 1 in 1000.
     """
 
     name = "mixture"
@@ -39,9 +40,9 @@ class MixtureSource(base.Source):
     def __init__(self, sources: Sequence[base.Source], weights: Sequence[float]):
         for source in sources:
             if not source.indexable:
-                raise ValueError(f"a mixture reads by index, and {source} can only be streamed")
+                raise ConfigError(f"a mixture reads by index, and {source} can only be streamed")
             if source.element_spec["image"] != sources[0].element_spec["image"]:
-                raise ValueError(
+                raise ConfigError(
                     f"a mixture needs images of one kind; {sources[0]} has "
                     f"{sources[0].element_spec['image']}, {source} {source.element_spec['image']}"
                 )
@@ -125,7 +126,7 @@ class MixtureSource(base.Source):
         """Returns the mixture's number of a class of one part."""
         problem = labels.problem(label, self.sources[source].num_classes)
         if problem:
-            raise ValueError(problem)
+            raise DataError(problem)
         return self._labels[source][label]
 
     def fingerprint(self) -> dict[str, Any]:
@@ -158,17 +159,17 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     """Returns how many of BLOCK positions each gets: rounded so that the largest errors are least.
 
     Raises:
-      ValueError: Fewer than two weights, or one that is not positive or far too small.
+      ConfigError: Fewer than two weights, or one that is not positive or far too small.
     """
     if len(weights) < 2 or any(not 0 < w < float("inf") for w in weights):
-        raise ValueError(f"a mixture needs two or more weights above 0, got {list(weights)}")
+        raise ConfigError(f"a mixture needs two or more weights above 0, got {list(weights)}")
     exact = [BLOCK * w / sum(weights) for w in weights]
     quotas = [int(x) for x in exact]
     by_error = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
     for i in by_error[: BLOCK - sum(quotas)]:
         quotas[i] += 1
     if 0 in quotas:
-        raise ValueError(
+        raise ConfigError(
             f"weight {weights[quotas.index(0)]} is less than 1 in {BLOCK} of the mixture "
             f"{list(weights)}: leave that source out, or raise its weight"
         )

@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from vit_dist import paths
+from vit_dist.config.errors import DataError
 from vit_dist.data.sources.fingerprint import checksum
 
 # A record: uint64 length, uint32 CRC of it, the data, uint32 CRC of that.
@@ -46,7 +47,7 @@ def open_table(
       check: Is given the number of records before a table is kept; may raise.
 
     Raises:
-      ValueError: A file has changed since the table was made, or ends within a record.
+      DataError: A file has changed since the table was made, or ends within a record.
     """
     path = files[0].parent / f"{checksum([name]):08x}{SUFFIX}"
     sizes = [file.stat().length for file in files]
@@ -94,11 +95,11 @@ def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int])
             # Tables of before compressed files could be read do not say.
             compression = str(stored["compression"]) if "compression" in stored else ""
     except (ValueError, KeyError, EOFError, zlib.error) as error:
-        raise ValueError(f"the index {path} is damaged ({error}): remove it") from error
+        raise DataError(f"the index {path} is damaged ({error}): remove it") from error
     found = {file.name: size for file, size in zip(files, sizes, strict=True)}
     for name in sorted(set(known) | set(found)):
         if known.get(name) != found.get(name):
-            raise ValueError(
+            raise DataError(
                 f"file {path.parent / name} has {found.get(name, 'no')} bytes, and had "
                 f"{known.get(name, 'no')} when it was indexed: it has been cut or replaced. "
                 f"Copy it again; if the change is meant, remove {path}"
@@ -128,7 +129,7 @@ def scan(path: epath.Path, compression: str = "") -> np.ndarray:
     """Returns the offsets of all records, int64; those in the unpacked file if it is compressed.
 
     Raises:
-      ValueError: The file ends within a record, or cannot be unpacked.
+      DataError: The file ends within a record, or cannot be unpacked.
     """
     with path.open("rb") as file:
         return _scan_packed(path, file, compression) if compression else _scan(path, file)
@@ -145,7 +146,7 @@ def _scan(path: epath.Path, file) -> np.ndarray:
         header = window[offset - begin : offset - begin + HEADER]
         length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else size
         if offset + HEADER + length + FOOTER > size:
-            raise ValueError(
+            raise DataError(
                 f"file {path} ends within its record {len(starts)} (at byte {offset} of {size})"
                 ": it has been cut, or is no TFRecord file; copy it again, or give a pattern that "
                 "leaves it out"
@@ -161,7 +162,7 @@ def read_unverified(path: epath.Path, offset: int, compression: str = "") -> byt
     Of a compressed file all that comes before is unpacked, too.
 
     Raises:
-      ValueError: The file ends before the record does, or cannot be unpacked.
+      DataError: The file ends before the record does, or cannot be unpacked.
     """
     with path.open("rb") as file:
         opened = file
@@ -175,9 +176,9 @@ def read_unverified(path: epath.Path, offset: int, compression: str = "") -> byt
             length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else -1
             record = opened.read(length) if 0 <= length <= MAX_RECORD else b""
         except (EOFError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked: {error}") from error
+            raise DataError(f"{path} cannot be unpacked: {error}") from error
         if len(record) != length:
-            raise ValueError(f"{path} holds no whole record at byte {offset}")
+            raise DataError(f"{path} holds no whole record at byte {offset}")
         return record
 
 
@@ -201,7 +202,7 @@ def _scan_packed(path: epath.Path, file, compression: str) -> np.ndarray:
             starts.append(offset)
             offset += HEADER + length + FOOTER
     except (EOFError, zlib.error) as error:
-        raise ValueError(
+        raise DataError(
             f"file {path} ({compression}) cannot be unpacked behind its record {len(starts)}: "
             f"{error}; copy it again"
         ) from error

@@ -9,6 +9,7 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 
 from vit_dist import paths
+from vit_dist.config.errors import DataError
 
 # Streams are shuffled by file and then within blocks of this many records: the two blocks held at a
 # time are 0.9 GB of ImageNet's JPEGs (110 kB each).
@@ -41,18 +42,18 @@ class Keys:
         """Returns the same without TensorFlow's runtime.
 
         Raises:
-          ValueError: A feature is not there, or has several values; names those that are.
+          DataError: A feature is not there, or has several values; names those that are.
         """
         try:
             features = tf.train.Example.FromString(record).features.feature
         except DecodeError as error:
-            raise ValueError(f"a record is no tf.train.Example: {error}") from error
+            raise DataError(f"a record is no tf.train.Example: {error}") from error
         image, label = features[self.image].bytes_list.value, features[self.label].int64_list.value
         if len(image) != 1 or len(label) != 1:
             kinds = {k: v.WhichOneof("kind") for k, v in features.items()}
             found = sorted(key for key, kind in kinds.items() if kind)
             several = f", {len(image)} and {len(label)} of them" if image and label else ""
-            raise ValueError(
+            raise DataError(
                 f"an example has no bytes {self.image!r} and int64 {self.label!r}, one value each"
                 f"{several}; it has {found}"
             )

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 from array_record.python import array_record_module
 
+from vit_dist.config.errors import DataError
+
 # Reads at a time, which wait rather than compute. Threads of their own: each holds one file open.
 MAX_PARALLEL = 32
 MAX_OPEN = 512  # files; beyond that opening costs little next to reading
@@ -57,7 +59,7 @@ class ShardReader:
 
         Raises:
           FileNotFoundError: A shard is not there.
-          ValueError: A shard is damaged.
+          DataError: A shard is damaged.
           OSError: It cannot be read now, e.g. as too many files are open.
         """
         by_shard: dict[int, list[int]] = {}
@@ -84,7 +86,7 @@ class OpenShard:
     """One shard, whole; closed by the end of a `with`.
 
     Raises:
-      FileNotFoundError, ValueError, OSError: As `ShardReader.read`, opening and reading.
+      FileNotFoundError, DataError, OSError: As `ShardReader.read`, opening and reading.
     """
 
     def __init__(self, filename: str):
@@ -94,7 +96,7 @@ class OpenShard:
         )
         if not self._reader.ok():
             self.read([0])  # raises why: there is no other way to learn it
-            raise ValueError(f"{filename} cannot be opened as an ArrayRecord file")
+            raise DataError(f"{filename} cannot be opened as an ArrayRecord file")
 
     def __len__(self) -> int:
         return self._reader.num_records()

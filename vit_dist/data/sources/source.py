@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.config.errors import DataError
 from vit_dist.data import order
 from vit_dist.data.sources import labels as labels_lib
 from vit_dist.data.sources.fingerprint import checksum, sampled
@@ -85,7 +86,7 @@ class Source(abc.ABC):
         """Returns image (encoded, or uint8 (H, W, C)) and label of an example, for threads.
 
         Raises:
-          ValueError, FileNotFoundError: The example is damaged or missing.
+          DataError, FileNotFoundError: The example is damaged or missing.
           OSError: The storage fails, which says nothing of the example.
         """
         raise TypeError(f"{self} can only be streamed: it has no load()")
@@ -122,7 +123,7 @@ class Source(abc.ABC):
         """Takes another `order`, that of a run which is to be resumed.
 
         Raises:
-          ValueError: This source cannot; says what to do.
+          DataError: This source cannot; says what to do.
         """
         if order == self.order:
             return
@@ -132,7 +133,7 @@ class Source(abc.ABC):
             was, now = "read by index", "can only be streamed"
         else:
             was, now = "streamed files of other lengths", "streams these"
-        raise ValueError(
+        raise DataError(
             f"the run {was}, and {self} {now}: the examples would come in another order. Give the "
             "data in its former format, or start in another workdir with config.resume_from"
         )
@@ -165,7 +166,8 @@ class Source(abc.ABC):
 
     def looked_at(self) -> list[int]:
         """Returns the numbers of a few examples that `peek` reads at little cost; may be none."""
-        return sampled(self.num_examples) if self.indexable else []
+        loads = type(self).load is not Source.load  # a user's own source may do without
+        return sampled(self.num_examples) if self.indexable and loads else []
 
     def sample(self) -> list[list[int]]:
         """Returns number and checksum of the image and the label of each example `looked_at`.
@@ -238,9 +240,9 @@ def read_records(getitems: Callable[[list[int]], Sequence[bytes]], indices: tf.T
         try:
             return np.array(getitems([int(i) for i in numbers]), object)
         except FileNotFoundError as error:
-            raise ValueError(f"{MISSING}: {error.filename}") from error
+            raise DataError(f"{MISSING}: {error.filename}") from error
         except ValueError as error:
-            raise ValueError(f"{CORRUPT}: {error}") from error
+            raise DataError(f"{CORRUPT}: {error}") from error
 
     records = tf.numpy_function(read, [indices], tf.string, stateful=False)
     return tf.ensure_shape(records, indices.shape)

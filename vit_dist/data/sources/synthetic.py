@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import checksum
 
@@ -25,7 +26,7 @@ class SyntheticSource(base.Source):
       image_format: "jpeg", to be decoded as real images are (about 40 kB each), or "array".
 
     Raises:
-      ValueError: A number that is not positive, or an unknown format.
+      ConfigError: A number that is not positive, or an unknown format.
     """
 
     name = "synthetic"
@@ -42,9 +43,9 @@ class SyntheticSource(base.Source):
         numbers = {"num_examples": num_examples, "num_classes": num_classes}
         for key, value in {**numbers, "height": height, "width": width}.items():
             if value < 1:
-                raise ValueError(f"source 'synthetic' needs a {key} of 1 or more, got {value}")
+                raise ConfigError(f"source 'synthetic' needs a {key} of 1 or more, got {value}")
         if image_format not in FORMATS:
-            raise ValueError(f"image_format {image_format!r} is unknown; allowed: {FORMATS}")
+            raise ConfigError(f"image_format {image_format!r} is unknown; allowed: {FORMATS}")
         self.split, self.num_examples = split, num_examples
         self.class_names = tuple(str(i) for i in range(num_classes))
         self.encoded = image_format == "jpeg"

@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import sampled
 from vit_dist.data.sources.record_table import (
@@ -45,7 +46,7 @@ class TfdsSource(base.Source):
         at, is an error at opening. If most are, it always is. Not for a stream from a bucket.
 
     Raises:
-      ValueError: Unknown name, split or format, a builder without `image` and `label`, or one that
+      ConfigError: Unknown name, split or format, a builder without `image` and `label`, or one that
         cannot be prepared.
     """
 
@@ -67,7 +68,7 @@ class TfdsSource(base.Source):
         self._split_info = _split_info(self.builder, split)
         self.num_examples = self._split_info.num_examples
         if not self.num_examples:
-            raise ValueError(f"split {split!r} of {name!r} is empty")
+            raise DataError(f"split {split!r} of {name!r} is empty")
         self._array_record = self.builder.info.file_format.value == "array_record"
         self.indexable = self._array_record
         self.portable = not self._array_record
@@ -97,13 +98,13 @@ class TfdsSource(base.Source):
         try:
             builder.download_and_prepare()
         except Exception as error:  # whatever its download or its parser raised, the remedy is one
-            raise ValueError(_preparation_failed(builder, error)) from error
+            raise DataError(_preparation_failed(builder, error)) from error
 
     def _check_sizes(self) -> None:
         """Looks for a shard that was cut, also between two records, by the size of all shards.
 
         Raises:
-          ValueError: One was; names it.
+          DataError: One was; names it.
         """
         mine = {file.filename for file in self._split_info.file_instructions}
         for name in self.builder.info.splits:
@@ -119,7 +120,7 @@ class TfdsSource(base.Source):
             for file, count in zip(files, split.shard_lengths, strict=True):
                 found = len(scan(file)) if file.exists() else "no"
                 if found != count:
-                    raise ValueError(
+                    raise DataError(
                         f"file {file} holds {found} records instead of {count}: it has been cut or "
                         "removed; prepare or copy it again"
                     )
@@ -228,7 +229,7 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
 
     formats = ("array_record", "tfrecord")
     if file_format is not None and file_format not in formats:
-        raise ValueError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
+        raise ConfigError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
     if not sys.stdout.isatty():
         tfds.disable_progress_bar()  # in a log file each refresh is a line
     try:
@@ -237,9 +238,9 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
         hint = f"; the nearest are {near}" if near else ""
-        raise ValueError(f"TFDS has no data set {name!r}{hint}") from None
+        raise ConfigError(f"TFDS has no data set {name!r}{hint}") from None
     except (ValueError, AssertionError) as error:  # a wrong config, version or format
-        raise ValueError(f"TFDS cannot open {name!r} (data_dir={data_dir}): {error}") from error
+        raise ConfigError(f"TFDS cannot open {name!r} (data_dir={data_dir}): {error}") from error
 
 
 def _check_features(name: str, features) -> None:
@@ -249,7 +250,7 @@ def _check_features(name: str, features) -> None:
     found = dict(features.items()) if hasattr(features, "items") else {}
     if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         listed = {key: type(feature).__name__ for key, feature in found.items()}
-        raise ValueError(
+        raise DataError(
             f"TFDS set {name!r} is not for classification: it needs the features image: Image and "
             f"label: ClassLabel, and has {listed}"
         )
@@ -260,7 +261,7 @@ def _split_info(builder, split: str):
     try:
         return splits[split]
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{builder.info.full_name} has no split {split!r}; it has {sorted(splits)}, and parts "
             f"such as 'train[:99%]' ({error})"
         ) from None
@@ -285,7 +286,7 @@ def _check_network(builder) -> None:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise ValueError(_preparation_failed(builder, error)) from None
+        raise DataError(_preparation_failed(builder, error)) from None
 
 
 def _preparation_failed(builder, error: Exception) -> str:

@@ -9,6 +9,7 @@ from absl import logging
 from etils import epath
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import checksum, sampled
 from vit_dist.data.sources.record_table import SUFFIX, open_table, read_unverified
@@ -44,7 +45,7 @@ class TfrecordSource(base.Source):
         at, is an error at opening. If most are, it always is.
 
     Raises:
-      ValueError: No file, no class, a file that ends within a record or has changed, or an example
+      DataError: No file, no class, a file that ends within a record or has changed, or an example
         without these features.
     """
 
@@ -84,7 +85,7 @@ class TfrecordSource(base.Source):
             "label": tf.TensorSpec((), tf.int32),
         }
         if not self.num_examples:
-            raise ValueError(f"the files {self._pattern} hold no record")
+            raise DataError(f"the files {self._pattern} hold no record")
         base.check_labels(self, lenient=not check_files)  # and whether it has these features
 
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ class TfrecordSource(base.Source):
         """Returns whether to read by index."""
         compressed = self._table.compression
         if compressed and stream is False:
-            raise ValueError(
+            raise ConfigError(
                 f"the files {self._pattern} are compressed ({compressed}), so that no record can "
                 "be found by its number: leave config.data.stream out, unpack them, or convert "
                 "them (python -m vit_dist.convert)"
@@ -147,7 +148,7 @@ class TfrecordSource(base.Source):
                 record = read_record(tf.constant(path), tf.constant(offset))
             except tf.errors.OpError as error:
                 missing = isinstance(error, tf.errors.NotFoundError)
-                raise ValueError(
+                raise DataError(
                     f"{base.MISSING if missing else base.CORRUPT}: {error.message}"
                 ) from error
         return self._keys.load(record.numpy())
@@ -217,18 +218,18 @@ def _matching(pattern: str) -> list[epath.Path]:
     hint = "set config.data.files, e.g. DIR/{split}-*"
     if any(character in str(path.parent) for character in "*?"):
         hint += "; wildcards may stand in the last part of the path only"
-    raise ValueError(f"no file matches {pattern}: {hint}")
+    raise ConfigError(f"no file matches {pattern}: {hint}")
 
 
 def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, ...]:
     if class_file is None:
         if num_classes is None or num_classes < 1:
-            raise ValueError("a tfrecord source needs num_classes or class_file, which names them")
+            raise ConfigError("a tfrecord source needs num_classes or class_file, which names them")
         return tuple(str(i) for i in range(num_classes))
     try:
         text = epath.Path(class_file).expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"config.data.class_file {class_file} is not UTF-8: {error}") from error
+        raise DataError(f"config.data.class_file {class_file} is not UTF-8: {error}") from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = [line for line in lines if line]
     if num_classes == len(lines) > len(names):  # then a blank line is a class without a name
@@ -237,7 +238,7 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
         blank = len(lines) - len(names)
         logging.warning("%s: %d blank lines between names are skipped", class_file, blank)
     if not names or num_classes not in (None, len(names)):
-        raise ValueError(
+        raise ConfigError(
             f"{class_file} names {len(names)} classes, and num_classes is {num_classes}: leave "
             "config.data.num_classes out, or correct one of them"
         )
@@ -249,7 +250,7 @@ def _count_of(split: str, counts: Mapping[str, int] | None) -> int | None:
         return None
     count = counts.get(split) if isinstance(counts, Mapping) else None
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(
+        raise ConfigError(
             f"config.data.counts must give the number of examples of each split that is opened, "
             f"such as {{{split!r}: 50000}}, got {counts!r}"
         )
@@ -258,7 +259,7 @@ def _count_of(split: str, counts: Mapping[str, int] | None) -> int | None:
 
 def _check_count(found: int, expected: int | None, pattern: str) -> None:
     if expected not in (None, found):
-        raise ValueError(
+        raise DataError(
             f"the files {pattern} hold {found} examples instead of the {expected} of "
             "config.data.counts: one is missing, or has been cut between two records. Copy them "
             "again, or correct that number"
