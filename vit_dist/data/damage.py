@@ -44,10 +44,15 @@ Tensors = dict[str, tf.Tensor]
 
 
 class Damage:
-    """Counts the masked examples of this host by reason, and names each once in the log."""
+    """Counts the masked examples of this host by reason, and names each once in the log.
 
-    def __init__(self, source: Source):
-        self._source = source
+    Args:
+      source: Where the examples are read.
+      max_share: The largest share of an epoch that may be masked; see `check_share`.
+    """
+
+    def __init__(self, source: Source, *, max_share: float = 1.0):
+        self._source, self._max_share = source, max_share
         self._lock = threading.Lock()
         # By position: batches are made ahead, and the first of them once more for a preview.
         self._reasons: dict[int, str] = {}
@@ -84,6 +89,16 @@ class Damage:
                     if before is None or position < before
                 )
             )
+
+    def check_share(self, masked: int, *, seen: int, repeats: int = 1) -> None:
+        """As the function `check_share`, for this source and its limit."""
+        check_share(
+            masked,
+            seen=seen,
+            num_examples=self._source.num_examples,
+            limit=self._max_share,
+            repeats=repeats,
+        )
 
 
 def check_share(

@@ -40,7 +40,8 @@ class FolderSource(base.Source):
     `val_fraction` of them are "val", the next `test_fraction` are "test". So a split depends on
     names alone, not on how a file system lists.
 
-    Classes are the directories of the train split, sorted. Hidden files are ignored.
+    Classes are the directories of the train split, sorted; of the split itself, where there is no
+    train split. Hidden files are ignored.
 
     Args:
       split: The split to open.
@@ -104,21 +105,21 @@ class FolderSource(base.Source):
 
     def _files_of_split_directory(self) -> dict[str, list[str]]:
         splits = [path.name for path in _directories(self.data_dir)]
-        for needed in (self.split, self._train_split):
-            if needed not in splits:
-                raise ConfigError(
-                    f"{self.data_dir} has no split {needed!r}; it has {splits}: set "
-                    'config.data.train_split, val_split and test_split ("" for none) to these'
-                )
+        if self.split not in splits:
+            raise ConfigError(
+                f"{self.data_dir} has no split {self.split!r}; it has {splits}: set "
+                'config.data.train_split, val_split and test_split ("" for none) to these'
+            )
         self._root = self.data_dir / self.split
-        self._folders = _class_directories(self.data_dir / self._train_split)
         own = _class_directories(self._root)
+        reference = self.data_dir / self._train_split
+        # A split to be evaluated may stand alone; its names are compared with the checkpoint's.
+        self._folders = _class_directories(reference) if self._train_split in splits else own
         unknown = sorted(set(own) - set(self._folders))
         if unknown:
             raise DataError(
-                f"{self._root} has classes which {self.data_dir / self._train_split} lacks: "
-                f"{unknown[:5]}; their labels would be unknown: add them to {self._train_split} or "
-                "remove them here"
+                f"{self._root} has classes which {reference} lacks: {unknown[:5]}; their labels "
+                f"would be unknown: add them to {self._train_split} or remove them here"
             )
         return _list_images(self._root, own)
 
@@ -222,8 +223,11 @@ def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]
         logging.warning(
             "%s: ignored %d files that TensorFlow does not decode: %s (e.g. %r). Convert them to "
             "JPEG or PNG to train on them",
-            root, len(ignored), _by_kind(ignored), ignored[0],
-        )  # fmt: skip
+            root,
+            len(ignored),
+            _by_kind(ignored),
+            ignored[0],
+        )
     return files
 
 

@@ -72,10 +72,12 @@ class MixtureSource(base.Source):
             others = {n for s in self.sources if s is not source for n in s.class_names}
             if others.isdisjoint(source.class_names):
                 logging.warning(
-                    "classes of a mixture are joined by name, and none of %s (%s, ...) is one of "
-                    "the other parts': the mixture has %d classes",
-                    source, source.class_names[0], len(self.class_names),
-                )  # fmt: skip
+                    "classes of a mixture are joined by name, and no other part has one of %s "
+                    "(%s, ...): the mixture has %d classes",
+                    source,
+                    source.class_names[0],
+                    len(self.class_names),
+                )
 
     def prepare(self) -> None:
         for source in self.sources:
