@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluators": {"training", "config"},
     "inspection": set(),
-    "data": {"paths"},
+    "data": {"config", "paths"},
     "training": {"model", "cluster", "config"},
     "monitoring": {"paths"},
     "model": set(),

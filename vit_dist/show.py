@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image
 
 from vit_dist.data.mixing import Mixing
-from vit_dist.data.pipeline import places
+from vit_dist.data.pipeline import train_records
 from vit_dist.data.view import stages, viewable
 from vit_dist.inspection.lettering import undrawable
 from vit_dist.inspection.sheet import Cell, describe_label, draw_sheet
@@ -125,7 +125,7 @@ def _examples(
         first = step * options.input.batch_size
         positions = tf.range(first, first + count, dtype=tf.int64)
         known = {"batch_size": options.input.batch_size, "repeats": options.input.repeats}
-        where = places(source, positions, seed=options.seed, **known)
+        where = train_records(source, positions, seed=options.seed, **known)
     else:
         index = tf.range(count, dtype=tf.int64)
         epoch = tf.zeros_like(index)

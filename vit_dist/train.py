@@ -25,7 +25,6 @@ from vit_dist.cluster.preemption import PREEMPTED, Preemption
 from vit_dist.cluster.strategy import choose_cluster, device_warnings, make_strategy
 from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config.errors import ConfigError, DivergedError
-from vit_dist.data.damage import check_share
 from vit_dist.data.pipeline import train_indices
 from vit_dist.inspection.sheet import draw_grid
 from vit_dist.monitoring.log import RunLog, detail
@@ -333,13 +332,10 @@ class _Loop:
     def _count_masked(self, step: int) -> dict[str, float]:
         """How many damaged examples this process has trained without, and why (this host's)."""
         count = int(self.masked.numpy())
-        check_share(
-            count,
-            seen=(step - self.first) * self.options.input.batch_size,
-            num_examples=self.data.sources["train"].num_examples,
-            limit=self.options.input.max_bad_share,
-        )
-        reasons = self.data.damage["train"].counts()
+        damage, batch_size = self.data.damage["train"], self.options.input.batch_size
+        seen = (step - self.first) * batch_size
+        damage.check_share(count, seen=seen, repeats=self.options.input.repeats)
+        reasons = damage.counts(before=step * batch_size)  # not those of batches made ahead
         return {"masked": float(count), **{f"masked_{k}": float(v) for k, v in reasons.items()}}
 
     def _check_finite(self) -> None:

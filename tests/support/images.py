@@ -31,15 +31,18 @@ def write_folder(root, count=24, names="ab", split="train", start=0):
     return sorted((root / split).glob("*/*"))
 
 
-def write_tfrecords(root, counts=(5, 7, 8), split="train", keys=KEYS, num_classes=4):
-    """root/<split>-<i>.tfrecord; returns the paths."""
+def write_tfrecords(
+    root, counts=(5, 7, 8), split="train", keys=KEYS, num_classes=4, compression="", labels=None
+):
+    """root/<split>-<i>.tfrecord; returns the paths. `labels` of all, else 0, 1, ... in turn."""
     root.mkdir(parents=True, exist_ok=True)
     paths, number = [], 0
     for i, count in enumerate(counts):
         paths.append(root / f"{split}-{i:02}.tfrecord")
-        with tf.io.TFRecordWriter(str(paths[-1])) as writer:
+        with tf.io.TFRecordWriter(str(paths[-1]), compression or None) as writer:
             for _ in range(count):
-                writer.write(make_example(jpeg(8 * number), number % num_classes, keys))
+                label = labels[number] if labels else number % num_classes
+                writer.write(make_example(jpeg(8 * number), label, keys))
                 number += 1
     return paths
 

@@ -110,7 +110,9 @@ DEFAULTS: dict[str, Any] = {
         "cache": "off",  # of train: off | raw (bytes of the files) | decoded (before the pipe)
         "cache_dir": "",  # a folder for the cache, kept for later runs; "": in memory
         "service": "",  # host:port,host:port of vit_dist.data_service, which make train's batches
-        "service_timeout": _number(120.0, "(0, inf)"),  # seconds to wait for one of them
+        "service_timeout": _number(
+            120.0, "(0, inf)"
+        ),  # seconds that a service may send nothing before the run ends
     },
     "mixing": {  # data/mixing.py
         "mixup_alpha": _number(0.0, "[0, inf)"),  # of Beta(alpha, alpha); 0: no mixup

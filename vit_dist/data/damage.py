@@ -1,4 +1,4 @@
-"""Examples that cannot be read: naming them, or giving them no weight and counting them.
+"""Examples that cannot be used: naming them, or giving them no weight and counting them.
 
 TensorFlow's graphs cannot catch an error. So under the policy "mask" a chunk of examples is made
 inside one Python call, and only if that fails each of them alone: undamaged data costs one call for
@@ -6,22 +6,31 @@ a chunk, and a damaged example keeps its place in the batch.
 """
 
 import collections
+import functools
 import re
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.config.errors import DataError
 from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe
+from vit_dist.data.sources import labels
 from vit_dist.data.sources.records import ENDED
 from vit_dist.data.sources.source import CORRUPT, MISSING, Source
 
 POLICIES = ("fail", "mask")
 MAX_EXAMINED = 20_000  # a minute or two of decoding on a small machine
-MAX_NAMED = 100  # damaged examples that are named in the log, so that a long run does not flood it
+MAX_SECONDS = 60.0  # of looking for further damaged examples, once one is found
+MAX_NAMED = 100  # damaged examples that are named, so that a long run does not flood its log
+MIN_BAD = 2  # examples of an epoch that may be masked whatever share of a small set they are
+
+# The key under which a record carries its position, which `Damage` counts by.
+POSITION = "position"
 
 # What the data can be blamed for; a network or a memory that fails would be masked wrongly.
 DATA_ERRORS = (
@@ -35,35 +44,83 @@ Tensors = dict[str, tf.Tensor]
 
 
 class Damage:
-    """Counts the masked examples of this host by reason, and names each once in the log."""
+    """Counts the masked examples of this host by reason, and names each once in the log.
 
-    def __init__(self, source: Source):
-        self._source = source
+    Args:
+      source: Where the examples are read.
+      max_share: The largest share of an epoch that may be masked; see `check_share`.
+    """
+
+    def __init__(self, source: Source, *, max_share: float = 1.0):
+        self._source, self._max_share = source, max_share
         self._lock = threading.Lock()
-        self._reasons: collections.Counter[str] = collections.Counter()
+        # By position: batches are made ahead, and the first of them once more for a preview.
+        self._reasons: dict[int, str] = {}
         self._seen: set[int] = set()
 
-    def add(self, index: int, error: Exception) -> None:
-        """Counts one example; the pipeline calls this from its threads."""
+    def add(self, position: int, index: int, error: Exception) -> None:
+        """Notes that the example at a position was masked; pipelines call this from threads.
+
+        Args:
+          position: In the run, or in the split for evaluation.
+          index: The example's number.
+          error: Why it cannot be used.
+        """
         reason = reason_of(error)
         with self._lock:
-            self._reasons[reason] += 1
+            self._reasons[position] = reason
             new = index not in self._seen and len(self._seen) < MAX_NAMED
             self._seen.add(index)
         if new:
             where = self._source.describe(index)
             logging.warning("masked: %s is %s (%s)", where, reason, message_of(error))
 
-    def counts(self) -> dict[str, int]:
-        """Returns reason -> how many examples were masked so far."""
+    def counts(self, before: int | None = None) -> dict[str, int]:
+        """Returns reason -> how many examples were masked, at positions below `before` or all.
+
+        The pipeline runs ahead of training: what a run has trained on so far is at positions below
+        its number of steps times the global batch size.
+        """
         with self._lock:
-            return dict(self._reasons)
+            return dict(
+                collections.Counter(
+                    reason
+                    for position, reason in self._reasons.items()
+                    if before is None or position < before
+                )
+            )
+
+    def check_share(self, masked: int, *, seen: int, repeats: int = 1) -> None:
+        """As the function `check_share`, for this source and its limit."""
+        check_share(
+            masked,
+            seen=seen,
+            num_examples=self._source.num_examples,
+            limit=self._max_share,
+            repeats=repeats,
+        )
 
 
-def check_share(masked: int, *, seen: int, num_examples: int, limit: float) -> None:
-    """Raises ValueError where more than `limit` of the data seen (an epoch at least) was masked."""
-    if masked > limit * max(seen, num_examples):
-        raise ValueError(
+def check_share(
+    masked: int, *, seen: int, num_examples: int, limit: float, repeats: int = 1
+) -> None:
+    """Ends a run that masks too much of its data.
+
+    Args:
+      masked: How many examples have been masked, on all hosts.
+      seen: How many examples have been read, masked or not.
+      num_examples: Of the source.
+      limit: The largest share of an epoch's examples, for each epoch begun. In a small set MIN_BAD
+        of them are allowed even so, unless the limit is 0.
+      repeats: How often each example stands in its batch.
+
+    Raises:
+      DataError: More have been masked.
+    """
+    epochs = max(-(-seen // (num_examples * repeats)), 1)  # begun
+    each = max(limit * num_examples, MIN_BAD if limit else 0)
+    if masked > each * repeats * epochs:
+        raise DataError(
             f"{masked} damaged examples were masked, more than config.input.max_bad_share "
             f"({limit:g}) of {max(seen, num_examples):,}: mend the data (the log names the first "
             f"{MAX_NAMED}), or raise that share"
@@ -80,11 +137,13 @@ def masking(
 
     Args:
       make_chunk: n records -> n examples; each entry of both has a leading axis.
-      inputs: Spec of a chunk of records, with "index".
+      inputs: Spec of a chunk of records, with "index" and POSITION.
       outputs: Spec of one example, with "mask".
       damage: Is told of each example that fails.
     """
     with tf.init_scope(), tf.device("CPU:0"):
+        # Traced here, for a whole chunk and for one example: in the threads of tf.data, tracing
+        # would race with that of the training step.
         function = tf.function(make_chunk, autograph=False)
         size = inputs["index"].shape[0]
         whole, single = (
@@ -103,7 +162,9 @@ def masking(
         try:
             return call(single, chunk)
         except DATA_ERRORS as error:
-            damage.add(int(chunk["index"][0]), error)
+            # Padding of an evaluation repeats an example, which counts where it stands itself.
+            if chunk.get("mask", np.ones(1))[0]:
+                damage.add(int(chunk[POSITION][0]), int(chunk["index"][0]), error)
             empty = {k: b"" if s.dtype == tf.string else 0 for k, s in outputs.items()}
             zeros = {
                 k: np.full((1, *s.shape), empty[k], s.dtype.as_numpy_dtype)
@@ -140,43 +201,101 @@ def explain_data_error(
     indices: Sequence[int] = (),
     max_examples: int = MAX_EXAMINED,
 ) -> str | None:
-    """Finds which example makes the data fail, as TensorFlow's own error does not name it.
+    """Finds which examples make the data fail, as TensorFlow's own error does not name them.
 
     Args:
       source: What the data was made from.
       error: What the iterator raised.
       pipe: Applied to each example examined; None only decodes.
       indices: Examples to examine first, e.g. `pipeline.train_indices` of the steps that failed.
-      max_examples: How many further ones to examine, in the source's order.
+      max_examples: How many further ones to examine, in the source's order: so that all that is
+        damaged is named at once, and not one file at each start.
 
     Returns:
-      The file or example, what is wrong with it and what to do, or None if none was found.
+      The files or examples, what is wrong with them and what to do, or None if none was found.
     """
     if not isinstance(error, tf.errors.OpError):
         return None
+    found = labels.find(error.message or "")
+    if found is not None:
+        return _explain_label(source, *found)
     damage = source.find_damage()
-    if damage is not None or not source.indexable:
-        return damage and f"{damage}; prepare or copy it again"
+    if damage is not None:
+        return damage
     count = min(max_examples, source.num_examples)
-    candidates = list(dict.fromkeys([*(int(i) for i in indices), *range(count)]))
+    if source.indexable:
+        candidates = list(dict.fromkeys([*(int(i) for i in indices), *range(count)]))
+        lines = _damaged(source, _problems_by_index(source, pipe, candidates))
+    else:
+        lines = _damaged(source, _problems_of_stream(source, pipe, count))
+    if len(lines) < 2:
+        return f"{lines[0]}; replace it or remove it" if lines else None
+    shown = "".join(f"\n  {line}" for line in lines)
+    return f"{len(lines)} examples are damaged; replace it or remove it, each of these:{shown}"
+
+
+def _damaged(source: Source, problems: Iterable[tuple[int, str | None]]) -> list[str]:
+    """Returns a line for each damaged example, until MAX_NAMED or MAX_SECONDS after the first."""
+    lines: list[str] = []
+    deadline = float("inf")
+    for index, problem in problems:
+        if problem:
+            lines.append(f"{source.describe(index)} cannot be read: {problem}")
+            deadline = min(deadline, time.monotonic() + MAX_SECONDS)
+        if len(lines) >= MAX_NAMED or time.monotonic() > deadline:
+            break
+    return lines
+
+
+def _problems_by_index(
+    source: Source, pipe: Pipe | None, candidates: Sequence[int]
+) -> Iterator[tuple[int, str | None]]:
+    """Yields the numbers of examples, each with why it cannot be preprocessed."""
+
+    def problem(index: int) -> str | None:
+        return _problem(pipe, index, lambda: source.read(tf.constant(index, tf.int64)))
+
     with futures.ThreadPoolExecutor() as pool:
-        for start in range(0, len(candidates), 256):  # in parts, to stop at the first found
+        for start in range(0, len(candidates), 256):  # in parts, to stop between two of them
             part = candidates[start : start + 256]
-            problems = pool.map(lambda i: _problem(source, pipe, i), part)
-            for index, problem in zip(part, problems, strict=True):
-                if problem:
-                    where = source.describe(index)
-                    return f"{where} cannot be read: {problem}; replace it or remove it"
-    return None
+            yield from zip(part, pool.map(problem, part), strict=True)
+
+
+def _problems_of_stream(
+    source: Source, pipe: Pipe | None, count: int
+) -> Iterator[tuple[int, str | None]]:
+    """As `_problems_by_index`, of the first examples of a stream."""
+    with tf.device("CPU:0"):
+        for record in source.stream(seed=None, epoch=0).take(count):
+            index = int(record.pop("index"))
+            yield index, _problem(pipe, index, functools.partial(source.decode_record, record))
+
+
+def _explain_label(source: Source, label: int, index: int) -> str:
+    """Says which example has a label outside of the classes, and what others suggest to do."""
+    others: list[int] = []
+    if source.indexable:
+        indices = range(0, source.num_examples, -(-source.num_examples // labels.MAX_LABELS))
+        looked = labels.look_at(lambda i: source.peek(i)[1], indices)
+        others = [x for x in looked if x is not None]
+    problem = labels.problem(label, source.num_classes) or f"{labels.OUTSIDE} {label}"
+    wrong = sum(labels.problem(x, source.num_classes) is not None for x in others)
+    share = f", as are {wrong} of the {len(others)} looked at" if wrong > 1 else ""
+    advice = labels.advise(label, source.num_classes, first_label=source.first_label, others=others)
+    return (
+        f"{source.describe(index)}: {problem}{share}. {advice}, or set "
+        "config.input.on_bad_example=mask to leave it out"
+    )
 
 
 def reason_of(error: Exception) -> str:
-    """Returns "missing", "corrupt" (how it is stored) or "undecodable" (what is stored)."""
-    if isinstance(error, tf.errors.NotFoundError) or MISSING in str(error):
+    """Returns "missing", "corrupt" (how it is stored), "mislabelled", or "undecodable"."""
+    text = str(error)
+    if isinstance(error, tf.errors.NotFoundError) or MISSING in text:
         return "missing"
-    if isinstance(error, tf.errors.DataLossError) or CORRUPT in str(error) or ENDED in str(error):
+    if isinstance(error, tf.errors.DataLossError) or CORRUPT in text or ENDED in text:
         return "corrupt"
-    return "undecodable"
+    return "mislabelled" if labels.concerns(text) else "undecodable"
 
 
 def message_of(error: Exception) -> str:
@@ -186,19 +305,22 @@ def message_of(error: Exception) -> str:
     around = (" ", "\t", "<stack traces", "Detected at node", "Graph execution error")
     lines = [x for x in text.split("\n") if x.strip() and not x.startswith(around)]
     text = re.sub(r"^\w+Error: ", "", lines[0]) if lines else type(error).__name__
+    failed = re.search(r"assertion failed: \[(.*)\]", text)
+    if failed:
+        text = failed[1].replace("] [", " ")
     return text.replace(ENDED, "the file ends before it")
 
 
-def _problem(source: Source, pipe: Pipe | None, index: int) -> str | None:
-    """Returns why example `index` cannot be preprocessed, None if it can."""
+def _problem(pipe: Pipe | None, index: int, read: Callable[[], Tensors]) -> str | None:
+    """Returns why the example that `read` reads cannot be preprocessed, None if it can."""
     with tf.device("CPU:0"):
         number = tf.constant(index, tf.int64)
         place = {"index": number, "epoch": tf.zeros_like(number), "seed": tf.zeros((2,), tf.int32)}
         try:
-            example = {**source.read(number), **place}
+            example = {**read(), **place}
             if pipe is not None:
                 pipe.host(example)
-            elif source.encoded:
+            elif example["image"].dtype == tf.string:
                 tf.io.decode_image(example["image"], expand_animations=False)
         except (tf.errors.OpError, ValueError) as error:
             return message_of(error)

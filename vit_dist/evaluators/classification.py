@@ -76,7 +76,9 @@ def make_evaluator(
             if stop():
                 return None
         if not totals or not float(totals["examples"]):
-            raise DataError("nothing to evaluate: the split has no examples")
+            raise DataError(
+                "nothing to evaluate: the split has no examples, or all of them are masked"
+            )
         examples = float(totals.pop("examples"))
         means = {k: float(v) / examples for k, v in totals.items()}
         return {**means, "examples": examples}

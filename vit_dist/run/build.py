@@ -102,12 +102,17 @@ class Evaluation:
         """Metrics of a split, see make_evaluator; None if `stop` became true between batches.
 
         Raises:
-          DataError: an example cannot be read.
+          DataError: an example cannot be read, or too many are masked.
         """
         try:
             if split not in self._datasets:
                 self._datasets[split] = eval_data(self._options, self._data, self._strategy, split)
-            return self._evaluate(self._datasets[split], stop=stop)
+            metrics = self._evaluate(self._datasets[split], stop=stop)
         except tf.errors.OpError as error:
             reading = Reading(split, pipe=self._options.pipe)
             raise explain_reading(error, reading, self._data) or error from error
+        if metrics is not None and split in self._data.damage:
+            count = self._data.sources[split].num_examples
+            masked = count - round(metrics["examples"])
+            self._data.damage[split].check_share(masked, seen=count)
+        return metrics

@@ -15,7 +15,8 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.config.modules import check_modules, import_modules
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing, check_groups, make_mixing
-from vit_dist.data.ops.pipe import Pipe, output_spec, parse
+from vit_dist.data.ops.pipe import Pipe, parse
+from vit_dist.data.pipeline import check_pipe
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.source import Source
 from vit_dist.model.posemb import METHODS
@@ -86,7 +87,6 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
             prefetch=config.input.prefetch,
             repeats=config.input.repeats,
             mixing=mixing,
-            max_bad_share=config.input.max_bad_share,
             services=tuple(parse_addresses(config.input.service)),
             service_timeout=config.input.service_timeout,
         ),
@@ -154,6 +154,7 @@ def _check_evaluation(
         num_threads=config.input.num_threads,
         # The kind of loss alone: with smoothed labels it would not tell how sure the model is.
         loss=make_loss(name=config.loss.name),
+        labels_sum_to_one=config.loss.name != "sigmoid",
         jit=config.step.jit,
         weights=WeightsOptions(
             posemb_method=config.posemb_method,
@@ -162,7 +163,9 @@ def _check_evaluation(
             image_size=config.init_image_size,
         ),
     )
-    return options, Data(sources, {k: Damage(v) for k, v in sources.items()} if masked else {})
+    limit = config.input.max_bad_share
+    damage = {k: Damage(v, max_share=limit) for k, v in sources.items()} if masked else {}
+    return options, Data(sources, damage)
 
 
 def _check_optimizer(config: FrozenConfigDict) -> OptimizerOptions:
@@ -243,7 +246,7 @@ def _check_images(
     """What the pipe makes of each source must be what the model takes."""
     shape = (*network["image_size"], network["channels"])
     for source in sources:
-        spec = output_spec(source, pipe)
+        spec = check_pipe(source, pipe)
         for needed in ("image", "label"):
             if needed not in spec:
                 raise ConfigError(f"config.input.{key} must keep '{needed}': {pipe}")

@@ -91,6 +91,7 @@ def _train_dataset(
         damage=data.damage.get("train"),
         part=part,
         only=only,
+        labels_sum_to_one=options.evaluation.labels_sum_to_one,
     )
 
 
@@ -109,5 +110,6 @@ def eval_data(
         local_replicas=host_replicas(strategy),
         num_threads=options.num_threads,
         damage=data.damage.get(split),
+        labels_sum_to_one=options.labels_sum_to_one,
     )
     return strategy.distribute_datasets_from_function(lambda _: dataset)

@@ -77,6 +77,7 @@ class EvaluationOptions:
       batch_size: over all replicas.
       num_threads: that make batches; None for as many as tf.data finds useful.
       loss: the training's, without label smoothing.
+      labels_sum_to_one: whether labels that are rows must be distributions; not for a sigmoid loss.
       jit: "auto", "whole", "split" or "off"; see training.step.choose_jit.
       weights: how weights from elsewhere are fitted.
     """
@@ -87,6 +88,7 @@ class EvaluationOptions:
     batch_size: int
     num_threads: int | None
     loss: Loss
+    labels_sum_to_one: bool
     jit: str
     weights: WeightsOptions
 
@@ -102,7 +104,6 @@ class InputOptions:
       prefetch: batches per replica that are kept ready.
       repeats: copies of each example in a batch.
       mixing: mixup and CutMix; None for none.
-      max_bad_share: of an epoch that may be masked before the run ends.
       services: addresses of data services; empty where this process makes the batches.
       service_timeout: seconds.
     """
@@ -113,7 +114,6 @@ class InputOptions:
     prefetch: int
     repeats: int
     mixing: Mixing | None
-    max_bad_share: float
     services: tuple[str, ...]
     service_timeout: float
 

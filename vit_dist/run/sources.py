@@ -1,14 +1,16 @@
 """From a config to the opened sources of a run's splits."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_dist.config.errors import ConfigError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import POLICIES
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.cache import FORMS, CachedSource
-from vit_dist.data.sources.open import open_source
+from vit_dist.data.sources.open import SOURCES, open_source
 from vit_dist.data.sources.source import Source
 
 SPLITS = ("train", "val", "test")
@@ -18,34 +20,34 @@ def check_input(config: ConfigDict) -> None:
     """Checks config.input but for the pipes; opens nothing.
 
     Raises:
-      ValueError: the first mistake.
+      ConfigError: the first mistake.
     """
     section = config.input
     for key in ("batch_size", "eval_batch_size", "prefetch", "repeats"):
         if section[key] < 1:
-            raise ValueError(f"config.input.{key} must be 1 or more, got {section[key]}")
+            raise ConfigError(f"config.input.{key} must be 1 or more, got {section[key]}")
     if section.num_threads is not None and section.num_threads < 1:
-        raise ValueError("config.input.num_threads must be 1 or more, or None for all cores")
+        raise ConfigError("config.input.num_threads must be 1 or more, or None for all cores")
     if not 0 <= section.max_bad_share <= 1:
-        raise ValueError(
+        raise ConfigError(
             f"config.input.max_bad_share must be in [0, 1], got {section.max_bad_share}"
         )
     for key, allowed in (("on_bad_example", POLICIES), ("cache", ("off", *FORMS))):
         if section[key] not in allowed:
-            raise ValueError(
+            raise ConfigError(
                 f"config.input.{key} {section[key]!r} is unknown; allowed: {', '.join(allowed)}"
             )
     try:
         addresses = parse_addresses(section.service)
     except ValueError as error:
-        raise ValueError(f"config.input.service={section.service!r}: {error}") from None
+        raise ConfigError(f"config.input.service={section.service!r}: {error}") from None
     if addresses and section.on_bad_example == "mask":
-        raise ValueError(
+        raise ConfigError(
             "config.input.service does not go with config.input.on_bad_example='mask', whose count "
             "is kept in this process: set it to 'fail', or leave the service out"
         )
     if section.service_timeout <= 0:
-        raise ValueError(
+        raise ConfigError(
             f"config.input.service_timeout must be above 0, got {section.service_timeout}"
         )
 
@@ -62,29 +64,14 @@ def open_sources(
         a training for all of these but "train".
 
     Raises:
-      ValueError: a split that is not configured or not there, or sets of classes that differ.
+      ConfigError: a split that is not configured, or an option that cannot work.
+      DataError: a split that is not there or not fit for use, or sets of classes that differ.
     """
-    options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
-    own = options.pop("options")
-    if own is not None and not hasattr(own, "items"):
-        raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")
-    options |= dict(own or {})
-    configured = {s: config.data[f"{s}_split"] for s in SPLITS if config.data[f"{s}_split"]}
-    if training and "train" not in configured:
-        raise ValueError("config.data.train_split must name a split")
-    if splits is None:
-        splits = [s for s in configured if training or s != "train"]
-    for split in splits:
-        if split not in configured:
-            raise ValueError(f"split {split!r} is not configured; there are {sorted(configured)}")
-    if not splits:
-        raise ValueError(
-            "there is nothing to evaluate on: set config.data.val_split or config.data.test_split"
-        )
-    if config.data.source == "folder" and config.input.on_bad_example == "mask":
-        options["check_files"] = False  # what is no image is masked when it is met
+    names = _splits(config, training, splits)
+    options = _options(config)
     sources = {
-        name: open_source(config.data.source, split=configured[name], **options) for name in splits
+        name: open_source(config.data.source, split=config.data[f"{name}_split"], **options)
+        for name in names
     }
     if training and config.input.cache != "off":
         sources["train"] = CachedSource(
@@ -93,17 +80,94 @@ def open_sources(
             folder=config.input.cache_dir or None,
             keep_damaged=config.input.on_bad_example == "mask",
         )
-    if training and config.input.service and not sources["train"].portable:
-        raise ValueError(
-            f"config.input.service cannot read {sources['train']}"
-            + (" from config.input.cache" if config.input.cache != "off" else "")
+    if training and config.input.service:
+        check_portable(sources["train"], config.input, "config.input.service")
+    _check_classes(sources)
+    return sources
+
+
+def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
+    """Checks that batches of a source can be made in other processes than this one.
+
+    Args:
+      source: of the training split.
+      section: config.input.
+      reader: what makes the batches there, such as "config.input.service" or "a TPU slice".
+
+    Raises:
+      ConfigError: making them calls Python in this process; says which part does.
+    """
+    if section.on_bad_example == "mask":
+        raise ConfigError(
+            f"{reader} does not go with config.input.on_bad_example='mask', which calls Python in "
+            "this process: set it to 'fail'"
+        )
+    if not source.portable:
+        raise ConfigError(
+            f"{reader} cannot read {source}"
+            + (" from config.input.cache" if section.cache != "off" else "")
             + ": that calls Python in this process. It takes demo, folder, synthetic, tfrecord, "
             "TFDS sets prepared as tfrecord and mixtures of these, with config.input.cache='off'"
         )
+
+
+def _splits(config: ConfigDict, training: bool, splits: Sequence[str] | None) -> Sequence[str]:
+    """Which of SPLITS to open."""
+    configured = [s for s in SPLITS if config.data[f"{s}_split"]]
+    if training and "train" not in configured:
+        raise ConfigError("config.data.train_split must name a split")
+    if splits is None:
+        splits = [s for s in configured if training or s != "train"]
+    for split in splits:
+        if split not in configured:
+            raise ConfigError(f"split {split!r} is not configured; there are {sorted(configured)}")
+    if not splits:
+        raise ConfigError(
+            "there is nothing to evaluate on: set config.data.val_split or config.data.test_split"
+        )
+    return splits
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    """The arguments of the config's source, but for the split."""
+    options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
+    own = options.pop("options")
+    if own is not None and not hasattr(own, "items"):
+        raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")
+    taken = _taken(config.data.source)
+    if "train_split" in taken:  # its directories are the classes of all splits
+        options["train_split"] = config.data.train_split or None
+    if "check_files" in taken and config.input.on_bad_example == "mask":
+        options["check_files"] = False  # what is damaged is masked when it is met
+    return options | dict(own or {})
+
+
+def _taken(name: str) -> set[str]:
+    """The options that a source takes; a mixture passes them on to each part that takes them."""
+    kinds = list(SOURCES.values()) if name == "mixture" else [SOURCES.get(name, Source)]
+    return {option for kind in kinds for option in inspect.signature(kind).parameters}
+
+
+def _check_classes(sources: Mapping[str, Source]) -> None:
+    """Labels are numbers: each must stand for the same class in all splits.
+
+    Raises:
+      DataError: a split has other classes than another, or the same in another order.
+    """
     (first, one), *others = sources.items()
     for name, source in others:
         if source.num_classes != one.num_classes:
-            raise ValueError(
+            raise DataError(
                 f"split {name!r} has {source.num_classes} classes, {first} has {one.num_classes}"
             )
-    return sources
+        pairs = zip(source.class_names, one.class_names, strict=True)
+        differ = [(i, mine, its) for i, (mine, its) in enumerate(pairs) if mine != its]
+        if differ:
+            number, mine, its = differ[0]
+            same = set(source.class_names) == set(one.class_names)
+            raise DataError(
+                f"split {name!r} has "
+                + (f"the classes of {first} in another order" if same else "other class names")
+                + f": class {number} is {mine!r}, and {its!r} in {first} ({len(differ)} of "
+                f"{one.num_classes} differ). Prepare the splits with one list of classes"
+            )

@@ -9,6 +9,7 @@ from absl import logging
 from vit_dist.config.defaults import changes
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe
+from vit_dist.data.sources.fingerprint import compare
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import LoadReport
 from vit_dist.monitoring.log import detail
@@ -18,10 +19,19 @@ from vit_dist.run.origins import Origin, open_origin, scaled
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import TrainState
 
-# Keys of the config that decide which examples a step sees, in which order. Where the data lies and
-# in which kind of file does not: the fingerprint tells whether the examples are the same.
+# Keys of the config that decide which examples a step sees, in which order.
 _ORDER = ("seed:", "input.batch_size:", "input.repeats:", "data.")
-_NOT_ORDER = ("data.val_split:", "data.test_split:")
+_NOT_ORDER = ("data.val_split:", "data.test_split:", "data.counts:")
+# Where the data lies, and in which kind of file, does not decide it: the fingerprint tells whether
+# the examples are the same, and in the same order.
+_WHERE = (
+    "data.data_dir:",
+    "data.files:",
+    "data.file_format:",
+    "data.stream:",
+    "data.class_file:",
+    "data.parts:",
+)
 
 
 class Start(NamedTuple):
@@ -54,19 +64,33 @@ def find_start(workdir: str, options: RunOptions) -> Start:
 
 
 def check_data(start: Start, data: Data) -> None:
-    """The training examples must be those of the checkpoint: their order depends on their number.
+    """The training examples must be those of the checkpoint, and come in the same order.
 
     Raises:
-      DataError: resuming, and some were added, removed or renamed since.
+      DataError: resuming, and some were added, removed, renamed or replaced since, or they can
+        only be read in another order.
     """
-    checkpoint = start.checkpoint
+    checkpoint, source = start.checkpoint, data.sources["train"]
     if checkpoint is None or start.how == "init_from":
         return
-    then, now = checkpoint.notes.get("data"), data.sources["train"].fingerprint()
-    if then is None or then == now:
+    then = checkpoint.notes.get("data")
+    if then is None:
         return
-    what = "; ".join(changes(then, now))
-    text = f"the training data has changed since step {checkpoint.step} was saved ({what})"
+    if start.how == "resume" and "order" in then:
+        source.follow(then["order"])
+    other, noticed = compare(then, source.fingerprint())
+    for line in noticed:
+        logging.warning(
+            "the training data is not quite what it was at step %d: %s. Files that were repaired "
+            "are fine; if others were replaced, start in another workdir",
+            checkpoint.step,
+            line,
+        )
+    if not other:
+        return
+    text = (
+        f"the training data has changed since step {checkpoint.step} was saved ({'; '.join(other)})"
+    )
     if start.how == "resume":
         raise DataError(
             f"{text}: put it back (or mask damaged examples with config.input.on_bad_example=mask "
@@ -76,7 +100,10 @@ def check_data(start: Start, data: Data) -> None:
 
 
 def _check_order(found: Checkpoint, record: Mapping[str, object]) -> None:
-    changed = [c for c in changes(found.notes["config"], record) if not c.startswith(_NOT_ORDER)]
+    known = found.notes.get("data") or {}
+    # Older fingerprints tell neither order nor contents: then paths are all there is to compare.
+    other = (*_NOT_ORDER, *_WHERE) if "order" in known else _NOT_ORDER
+    changed = [c for c in changes(found.notes["config"], record) if not c.startswith(other)]
     order = [c for c in changed if c.startswith(_ORDER)]
     if order:
         raise ConfigError(

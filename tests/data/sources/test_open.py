@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn import datasets
 
 from tests.support.datasets import prepare_dummy
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources import open as sources
 from vit_dist.data.sources.open import open_source
 
@@ -162,7 +163,7 @@ def test_folder_mistakes_in_fractions(flat, options, words):
 
 
 def test_folder_missing_or_without_classes(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ConfigError, match="nowhere"):
         open_source("folder", split="train", data_dir=str(tmp_path / "nowhere"))
     write_image(tmp_path / "loose.png")
     with pytest.raises(ValueError, match="no class directories"):
@@ -264,13 +265,13 @@ def test_tfds_without_network_says_what_to_do(tmp_path, monkeypatch):
 def test_opening_and_checking_touch_no_device(flat):
     code = f"""
         import tensorflow as tf
-        from vit_dist.data import ops
-        from vit_dist.data.sources import open_source
+        from vit_dist.data.ops.pipe import output_spec, parse
+        from vit_dist.data.sources.open import open_source
         for name, options in (("demo", {{}}), ("folder", {{"data_dir": {str(flat)!r}}})):
             source = open_source(name, split="train", **options)
-            pipe = ops.parse("decode_jpeg_and_inception_crop(8)|random_crop(6)|flip_lr|"
+            pipe = parse("decode_jpeg_and_inception_crop(8)|random_crop(6)|flip_lr|"
                              "random_shift(1)|value_range|onehot(10)")
-            assert ops.output_spec(source, pipe)["image"].shape == (6, 6, 3)
+            assert output_spec(source, pipe)["image"].shape == (6, 6, 3)
         (cpu,) = tf.config.list_physical_devices("CPU")
         halves = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(cpu, halves)

@@ -73,7 +73,7 @@ def test_tfrecords_by_index_and_streamed_agree(tfrecords):
 def test_tfrecords_keep_an_index_beside_the_files(tfrecords, monkeypatch):
     options, paths = tfrecords
     first = open_source("tfrecord", split="train", **options)
-    monkeypatch.setattr("vit_dist.data.sources.tfrecord.scan", None)  # may not be needed again
+    monkeypatch.setattr("vit_dist.data.sources.record_table.scan", None)  # may not be needed again
     second = open_source("tfrecord", split="train", **options)
     assert all_images(first) == all_images(second)
     assert first.fingerprint() == second.fingerprint()

@@ -10,25 +10,27 @@ and renamed; so a conversion that was interrupted goes on with the first shard t
 import functools
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python import array_record_module
 from etils import epath
 from PIL import Image
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.records import Keys, make_example
+from vit_dist.data.sources.shard_reader import MAX_PARALLEL, OpenShard, Shard, ShardReader
 from vit_dist.data.sources.synthetic import encode
 
 KEYS = Keys("image", "label")
 TABLE, PLAN = "shards.json", "plan.json"
 OPTIONS = "group_size:1"  # each record can be read alone; images do not compress any further
-MAX_PARALLEL = 32  # reads at a time, which wait rather than compute
 
 
 class ArrayRecordSource(base.Source):
@@ -38,20 +40,22 @@ class ArrayRecordSource(base.Source):
       split: Name of the subdirectory.
       data_dir: What was given to `vit_dist.convert` as --output, or a copy of it at gs://, which
         array_record reads by itself.
+      check_files: Whether one label outside of the classes, among a few examples that are looked
+        at, is an error at opening. If most are, it always is.
 
     Raises:
-      ValueError: No complete conversion there, or a shard that is missing or damaged.
+      DataError: No complete conversion there, or a shard that is missing or damaged.
     """
 
     name = "array_record"
     portable = False
 
-    def __init__(self, split: str, data_dir: str):
+    def __init__(self, split: str, data_dir: str, check_files: bool = True):
         self.split = split
         self._folder = epath.Path(data_dir).expanduser() / split
         path = self._folder / TABLE
         if not path.exists():
-            raise ValueError(
+            raise DataError(
                 f"{path} does not exist: name the folder and the split of a conversion that ended "
                 "(python -m vit_dist.convert)"
             )
@@ -67,27 +71,29 @@ class ArrayRecordSource(base.Source):
             file = self._folder / shard["name"]
             size = file.stat().length if file.exists() else "no"
             if size != shard["size"]:
-                raise ValueError(
+                raise DataError(
                     f"file {file} has {size} bytes instead of {shard['size']}: it has been cut or "
                     "replaced; copy it again, or remove it and convert again"
                 )
+        base.check_labels(self, lenient=not check_files)
 
     def __str__(self) -> str:
         return f"array_record:{self._folder}"
 
     @functools.cached_property
-    def _reader(self):
-        files = [str(self._folder / shard["name"]) for shard in self._shards]
-        return array_record_data_source.ArrayRecordDataSource(files)
+    def _reader(self) -> ShardReader:
+        return ShardReader(
+            [Shard(str(self._folder / shard["name"]), 0, shard["count"]) for shard in self._shards]
+        )
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"record": base.read_records(lambda i: self._reader.__getitems__(i), indices)}
+        return {"record": base.read_records(self._reader.read, indices)}
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return KEYS.parse(record["record"])
 
     def load(self, index: int) -> tuple[bytes, int]:
-        return KEYS.load(self._reader.__getitems__([index])[0])
+        return KEYS.load(self._reader.read([index])[0])
 
     def names(self) -> list[str]:
         return [f"{shard['name']} {shard['crc32']}" for shard in self._shards]
@@ -107,7 +113,7 @@ def convert(
     PNGs; encoded ones stay as they are, byte for byte.
 
     Args:
-      source: Read by index.
+      source: Read by index, or streamed in the order of its files.
       folder: Local.
       split: Name of the directory in it, and of the split that is then read.
       examples_per_shard: The last shard may have fewer.
@@ -117,25 +123,28 @@ def convert(
       The number of shards written by this call.
 
     Raises:
-      ValueError: The folder holds the shards of other data, or a shard does not read back.
+      DataError: The folder holds the shards of other data, a shard does not read back, or an
+        example has a label outside of the classes.
     """
     if examples_per_shard < 1:
-        raise ValueError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
+        raise ConfigError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
     out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
-    plan = {**source.fingerprint(), "examples_per_shard": examples_per_shard}
+    plan = {**_plan_of(source), "examples_per_shard": examples_per_shard}
     _check_plan(out / PLAN, plan)
     num_shards = -(-source.num_examples // examples_per_shard)
     shards: list[dict[str, Any]] = []
     written = 0
     with futures.ThreadPoolExecutor(MAX_PARALLEL) as pool:
+        # Two passes side by side: a stream is read from its beginning only once for each.
+        to_write, to_compare = _Records(source, pool), _Records(source, pool)
         for i in range(num_shards):
             path = out / f"{i:05d}-of-{num_shards:05d}.array_record"
             numbers = range(source.num_examples)[i * examples_per_shard :][:examples_per_shard]
             if not path.exists():
-                _write_shard(path, source, numbers, pool)
+                _write_shard(path, to_write.take(numbers))
                 written += 1
-            shards.append(_describe_shard(path, source, numbers, pool))
+            shards.append(_describe_shard(path, source, numbers, to_compare.take(numbers)))
             report(numbers.stop)
     table = {"class_names": list(source.class_names), "source": str(source), "shards": shards}
     for left in out.glob("*.tmp"):  # by calls that were killed
@@ -144,55 +153,104 @@ def convert(
     return written
 
 
+def _plan_of(source: base.Source) -> dict[str, Any]:
+    """Returns what tells the examples of a conversion, without the contents, which it compares."""
+    kept = ("num_examples", "classes", "names", "parts")
+    return {key: value for key, value in source.fingerprint().items() if key in kept}
+
+
 def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         paths.write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
-        raise ValueError(
+        raise DataError(
             f"{path.parent} holds shards of other data or of another size ({path.read_text()} "
             f"instead of {json.dumps(plan)}): give another folder, or remove this one"
         )
 
 
-def _records(source: base.Source, numbers: range, pool: futures.Executor):
-    """Yields the serialized examples; a few are read ahead."""
+class _Records:
+    """The serialized examples of a source, in its order."""
 
-    def record(number: int) -> bytes:
-        image, label = source.load(number)
-        if isinstance(image, np.ndarray):
-            image = encode(Image.fromarray(image), "PNG")
-        return make_example(image, label, KEYS)
+    def __init__(self, source: base.Source, pool: futures.Executor):
+        self._source, self._pool = source, pool
+        self._stream: Iterator[tuple[bytes, int]] = iter(())
+        self._next = -1  # the number of the next example of the stream
 
-    for start in range(numbers.start, numbers.stop, 4 * MAX_PARALLEL):
-        yield from pool.map(record, numbers[start - numbers.start :][: 4 * MAX_PARALLEL])
+    def take(self, numbers: range) -> Iterator[bytes]:
+        """Yields those of successive numbers; a few are read ahead.
+
+        Raises:
+          DataError: An example has a label outside of the classes; names it.
+        """
+        if self._source.indexable:
+            for start in range(numbers.start, numbers.stop, 4 * MAX_PARALLEL):
+                part = numbers[start - numbers.start :][: 4 * MAX_PARALLEL]
+                loaded = self._pool.map(self._source.load, part)
+                for number, (image, label) in zip(part, loaded, strict=True):
+                    yield self._record(number, image, label)
+            return
+        if self._next != numbers.start:
+            self._stream, self._next = _streamed(self._source, numbers.start), numbers.start
+        for number in numbers:
+            image, label = next(self._stream)
+            self._next += 1
+            yield self._record(number, image, label)
+
+    def _record(self, number: int, image: bytes | np.ndarray, label: int) -> bytes:
+        problem = labels.problem(label, self._source.num_classes)
+        if problem:
+            advice = labels.advise(
+                label, self._source.num_classes, first_label=self._source.first_label
+            )
+            raise DataError(f"{self._source.describe(number)}: {problem}. {advice}")
+        return make_example(image if isinstance(image, bytes) else _png(image), label, KEYS)
 
 
-def _write_shard(path: epath.Path, source: base.Source, numbers: range, pool) -> None:
+def _streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
+    """Yields image and label of the examples of a stream from number `first` on."""
+    with tf.device("CPU:0"):
+        ds = source.stream(seed=None, epoch=0).skip(first).map(source.decode_record).prefetch(1)
+        for example in ds.as_numpy_iterator():
+            yield example["image"], int(example["label"])
+
+
+def _png(image: np.ndarray) -> bytes:
+    """Returns the PNG of an array (H, W, C), which holds every value."""
+    if image.shape[-1] not in (1, 2, 3, 4):
+        raise DataError(
+            f"images of {image.shape[-1]} channels cannot be stored as PNG, which holds 1 to 4"
+        )
+    return encode(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), "PNG")
+
+
+def _write_shard(path: epath.Path, records: Iterator[bytes]) -> None:
     temporary = paths.temporary_name(path)
     writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
     try:
-        for record in _records(source, numbers, pool):
+        for record in records:
             writer.write(record)
     finally:
         writer.close()
     temporary.replace(path)
 
 
-def _describe_shard(path: epath.Path, source: base.Source, numbers: range, pool) -> dict[str, Any]:
-    """Reads a shard back; returns what the table says of it."""
-    crc, found = 0, -1
+def _describe_shard(
+    path: epath.Path, source: base.Source, numbers: range, records: Iterator[bytes]
+) -> dict[str, Any]:
+    """Reads a shard back and compares it with `records`; returns what the table says of it."""
+    crc = 0
     try:
-        reader = array_record_data_source.ArrayRecordDataSource([str(path)])
-        found = len(reader)
-        if found == len(numbers):
-            for i, record in enumerate(_records(source, numbers, pool)):
-                if reader[i] != record:
-                    raise ValueError(f"{path} differs from {source.describe(numbers[i])}")
+        with OpenShard(str(path)) as shard:
+            found = len(shard)
+            for i, record in enumerate(records if found == len(numbers) else ()):
+                if shard.read([i])[0] != record:
+                    raise DataError(f"{path} differs from {source.describe(numbers[i])}")
                 crc = zlib.crc32(record, crc)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{error or path}: remove {path} and convert again") from error
+    except ValueError as error:
+        raise DataError(f"{error or path}: remove {path} and convert again") from error
     if found != len(numbers):
-        raise ValueError(
+        raise DataError(
             f"{path} holds {found} records instead of {len(numbers)}: remove it and convert again"
         )
     return {"name": path.name, "count": found, "size": path.stat().length, "crc32": crc}

@@ -1,10 +1,14 @@
 """A source whose images are kept in memory or in one file, as they are stored or decoded."""
 
+import errno
+import hashlib
 import io
 import json
 import mmap
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -16,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 
 FORMS = ("raw", "decoded")
@@ -28,17 +33,19 @@ TABLE_BYTES = 64  # of tables and objects for an example
 class CachedSource(base.Source):
     """Another source, read once (in `prepare`) and from then on from memory or a local file.
 
-    Every host caches the whole set, as each epoch's permutation gives it other examples.
+    Every host caches the whole set, as each epoch's permutation gives it other examples. The file
+    of a cache is called after the fingerprint of the data, so that data which has changed, such as
+    an image that was mended, gets a new one. It holds a checksum of each example.
 
     Args:
       source: Read by index, with encoded images.
       form: "raw" or "decoded": (H, W, 3) uint8, as `decode` makes them.
       folder: Where the file goes; it is used again by later runs on the same data. None: memory.
-      keep_damaged: Keep what cannot be read as an empty image, for the pipeline to mask, rather
-        than fail.
+      keep_damaged: Keep what is damaged or missing as an empty image, for the pipeline to mask,
+        rather than fail. A storage that fails to read it always is an error, and nothing is kept.
 
     Raises:
-      ValueError: There is nothing to cache, or not enough room: says how much is needed.
+      ConfigError: There is nothing to cache, or not enough room: says how much is needed.
     """
 
     name = "cached"
@@ -47,21 +54,22 @@ class CachedSource(base.Source):
     def __init__(self, source, form: str, *, folder: str | None = None, keep_damaged: bool = False):
         if not source.indexable or not source.encoded:
             why = "is streamed" if not source.indexable else "has arrays in memory already"
-            raise ValueError(f"config.input.cache={form!r} is of no use: {source} {why}")
+            raise ConfigError(f"config.input.cache={form!r} is of no use: {source} {why}")
         self._source, self._form, self._keep_damaged = source, form, keep_damaged
         self.split, self.num_examples = source.split, source.num_examples
-        self.class_names = source.class_names
+        self.class_names, self.first_label = source.class_names, source.first_label
         self.encoded = form == "raw"
         self.element_spec = dict(source.element_spec)
         if form == "decoded":
             self.element_spec["image"] = tf.TensorSpec((None, None, 3), tf.uint8)
         self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
-        key = base.checksum([form, json.dumps(source.fingerprint()), str(source)])
         self._path: epath.Path | None = None
         if folder:
-            self._path = paths.local_path(folder, "config.input.cache_dir") / f"{key:08x}.cache"
+            name = f"{_key_of(source, form)}.cache"
+            self._path = paths.local_path(folder, "config.input.cache_dir") / name
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
+        self._damage: str | None = None  # what was found while reading the file
         if self._path is None or not self._table_path.exists():
             self._check_room()
 
@@ -82,7 +90,7 @@ class CachedSource(base.Source):
             room, where = shutil.disk_usage(self._path.parent).free, f"on the disk of {self._path}"
         logging.info("cache of %s: %.2f GB of %.2f GB %s", self, need / 1e9, room / 1e9, where)
         if need > room:
-            raise ValueError(
+            raise ConfigError(
                 f"config.input.cache={self._form!r} needs about {need / 1e9:.2f} GB for "
                 f"{self.num_examples:,} examples, and {room / 1e9:.2f} GB are free {where}: "
                 + ("take 'raw', " if self._form == "decoded" else "")
@@ -118,32 +126,58 @@ class CachedSource(base.Source):
             self._table = self._fill(buffer)
             self._data = buffer.getbuffer()
             return
-        if not self._table_path.exists():
-            temporary = paths.temporary_name(self._path)
-            with temporary.open("wb") as file:
-                table = self._fill(file)
-            temporary.replace(self._path)
-            buffer = io.BytesIO()
-            np.savez(buffer, allow_pickle=False, **table)
-            paths.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
-        with np.load(self._table_path) as stored:
-            self._table = {name: stored[name] for name in stored.files}
+        self._table = self._stored_table() or self._fill_file(self._path)
         with self._path.open("rb") as opened:
             self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
+    def _stored_table(self) -> dict[str, np.ndarray] | None:
+        """Returns the table of a cache that was filled before; None if it is not there whole."""
+        assert self._path is not None
+        if not self._table_path.exists():
+            return None
+        try:
+            with np.load(self._table_path) as stored:
+                table = {name: stored[name] for name in stored.files}
+            size, whole = os.path.getsize(self._path), int(table["ends"][-1])
+            if size == whole:
+                return table
+            problem = f"it has {size} bytes instead of {whole}"
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, FileNotFoundError) as error:
+            problem = str(error)
+        logging.warning("the cache %s is damaged (%s): filling it again", self._path, problem)
+        return None
+
+    def _fill_file(self, path: epath.Path) -> dict[str, np.ndarray]:
+        temporary = paths.temporary_name(path)
+        try:
+            with temporary.open("wb") as file:
+                table = self._fill(file)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # of a fill that failed
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **table)
+        paths.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
+        return table
+
     def _fill(self, file) -> dict[str, np.ndarray]:
         logging.info("filling the cache with %d examples of %s", self.num_examples, self)
-        ends, labels, shapes, end = [0], [], [], 0
+        ends, labels, shapes, checksums, end = [0], [], [], [], 0
         for data, label, shape in self._read_all():
             file.write(data)
             end += len(data)
             ends.append(end)
             labels.append(label)
             shapes.append(shape)
+            checksums.append(zlib.crc32(data))
         if not end:
-            raise ValueError(f"no example of {self} can be read: there is nothing to cache")
-        table = {"ends": np.array(ends, np.int64), "labels": np.array(labels, np.int32)}
-        return {**table, "shapes": np.array(shapes, np.int32)}
+            raise DataError(f"no example of {self} can be read: there is nothing to cache")
+        return {
+            "ends": np.array(ends, np.int64),
+            "labels": np.array(labels, np.int32),
+            "shapes": np.array(shapes, np.int32),
+            "checksums": np.array(checksums, np.uint32),
+        }
 
     def _read_all(self) -> Iterator[tuple[bytes, int, tuple[int, int, int]]]:
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -160,10 +194,11 @@ class CachedSource(base.Source):
             with tf.device("CPU:0"):
                 pixels = tf.io.decode_image(image, channels=3, expand_animations=False).numpy()
             return pixels.tobytes(), label, pixels.shape
-        except (OSError, ValueError, tf.errors.InvalidArgumentError) as error:
+        # Not other OSErrors: a storage that fails for a moment must not be remembered as damage.
+        except (FileNotFoundError, ValueError, tf.errors.InvalidArgumentError) as error:
             if self._keep_damaged:
                 return b"", label, nothing
-            raise ValueError(
+            raise DataError(
                 f"{self.describe(index)} cannot be read: {error}; replace it or remove it"
             ) from error
 
@@ -174,10 +209,20 @@ class CachedSource(base.Source):
         self.prepare()
         table, data = self._table, self._data
         assert table is not None and data is not None
+        ends = table["ends"]
+
+        def piece(i: int) -> bytes:
+            found = bytes(data[ends[i] : ends[i + 1]])
+            if self._path is not None and zlib.crc32(found) != table["checksums"][i]:
+                self._damage = (
+                    f"the cache {self._path} is damaged at example {i}, not the data itself: "
+                    "remove that file, and it is filled again"
+                )
+                raise OSError(errno.EIO, self._damage)
+            return found
 
         def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            ends = table["ends"]
-            images = np.array([bytes(data[ends[i] : ends[i + 1]]) for i in numbers], object)
+            images = np.array([piece(i) for i in numbers], object)
             return images, table["labels"][numbers], table["shapes"][numbers]
 
         types = [tf.string, tf.int32, tf.int32]
@@ -196,6 +241,9 @@ class CachedSource(base.Source):
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
         return self._source.load(index)
 
+    def peek(self, index: int) -> tuple[bytes | np.ndarray, int]:
+        return self._source.peek(index)
+
     def names(self):
         return self._source.names()
 
@@ -206,7 +254,16 @@ class CachedSource(base.Source):
         return self._source.describe(index)
 
     def find_damage(self) -> str | None:
-        return self._source.find_damage()
+        return self._damage or self._source.find_damage()
+
+
+def _key_of(source: base.Source, form: str) -> str:
+    """Returns what a cache is called after: another one where the data may be another."""
+    found = source.fingerprint()
+    # Without the sizes of its files a set that changed may look the same: then only this very one.
+    where = "" if "sizes" in found else str(source)
+    text = json.dumps([form, where, found], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def available_memory() -> int:

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources.source import Source, on_host
 
 
@@ -20,7 +21,7 @@ class DemoSource(Source):
 
     def __init__(self, split: str):
         if split not in self.SPLITS:
-            raise ValueError(f"source 'demo' has no split {split!r}; it has {list(self.SPLITS)}")
+            raise ConfigError(f"source 'demo' has no split {split!r}; it has {list(self.SPLITS)}")
         from sklearn import datasets  # here, as only this source needs it and it loads slowly
 
         digits = datasets.load_digits()

@@ -1,7 +1,10 @@
 """A source of image files, one directory per class."""
 
+import collections
 import hashlib
+import os
 import random
+from collections.abc import Iterable, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -9,40 +12,49 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
-
-# What tf.io.decode_image decodes; WebP only since TensorFlow 2.19.
-EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif") + (
-    ("webp",) if hasattr(tf.io, "decode_webp") else ()
+from vit_dist.data.sources.fingerprint import checksum
+from vit_dist.data.sources.image_files import (
+    EXTENSIONS,
+    HEADER_BYTES,
+    header_problem,
+    is_image,
+    kind_of_name,
 )
-# The first bytes of such files, whatever their extension says.
-MAGIC_NUMBERS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF87a", b"GIF89a", b"RIFF")
+
 # With NUM_THREADS this many are checked in seconds, also where each opening waits for a network.
 MAX_HEADERS = 20_000
-NUM_THREADS = 32  # for listing and header checks, which wait rather than compute
+NUM_THREADS = 32  # for listing, sizes and header checks, which wait rather than compute
+MAX_NAMED = 50  # damaged files in one message
+SPLITS = ("train", "val", "test")  # of a folder without directories for splits
 
 
 class FolderSource(base.Source):
     """Images in class directories: `data_dir/<split>/<class>/*` or `data_dir/<class>/*`.
 
-    The first layout is taken when `data_dir/train` is a directory, and the fractions have no effect
-    then. In the second the splits are "train", "val" and "test": within each class the files are
-    ordered by the SHA-1 of "<class>/<file>"; the first `val_fraction` of them are "val", the next
-    `test_fraction` are "test". So a split depends on names alone, not on how a file system lists.
+    The first layout is taken when `data_dir/<train_split>` or `data_dir/<split>` holds directories,
+    and the fractions have no effect then. In the second the splits are "train", "val" and "test":
+    within each class the files are ordered by the SHA-1 of "<class>/<file>"; the first
+    `val_fraction` of them are "val", the next `test_fraction` are "test". So a split depends on
+    names alone, not on how a file system lists.
 
-    Classes are the directories of the train split, sorted. Hidden files are ignored.
+    Classes are the directories of the train split, sorted; of the split itself, where there is no
+    train split. Hidden files are ignored.
 
     Args:
       split: The split to open.
       data_dir: A local path, or one that `etils.epath` reads, such as gs://bucket/path.
+      train_split: The split whose directories are the classes.
       val_fraction: Share of each class in "val", in [0, 1).
       test_fraction: Share of each class in "test", in [0, 1).
       check_files: Whether to read the first bytes of the files at opening.
 
     Raises:
-      FileNotFoundError: `data_dir` is no directory.
-      ValueError: There is no class, an empty one, one that train lacks, no image in the split, a
-        file that is not an image (all are checked up to 20,000, and else a sample of that size).
+      ConfigError: `data_dir` is no directory, or there is no such split.
+      DataError: There is no class, an empty one, one that train lacks, no image in the split,
+        files that are not images (all are checked up to 20,000, and else a sample of that size).
     """
 
     name = "folder"
@@ -51,32 +63,37 @@ class FolderSource(base.Source):
         self,
         split: str,
         data_dir: str,
+        train_split: str = "train",
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         check_files: bool = True,
     ):
-        self.split = split
+        self.split, self._train_split = split, train_split
         self.data_dir = epath.Path(data_dir).expanduser()
         if not self.data_dir.is_dir():
-            raise FileNotFoundError(
+            raise ConfigError(
                 f"data_dir {str(data_dir)!r} is not a directory; it should hold "
                 "train/<class>/*.jpg or <class>/*.jpg"
             )
-        if (self.data_dir / "train").is_dir():
+        if any(_is_split(self.data_dir / name) for name in {train_split, split, *SPLITS}):
             files = self._files_of_split_directory()
         else:
             files = self._files_by_fraction(val_fraction, test_fraction)
-        names = {name: label for label, name in enumerate(self.class_names)}
-        paths = [(f"{folder}/{file}", names[folder]) for folder in files for file in files[folder]]
-        if not paths:
-            raise ValueError(
+        # Directories in the order of their labels; their names may not be UTF-8.
+        numbers = {name: label for label, name in enumerate(self._folders)}
+        found = [
+            (f"{folder}/{file}", numbers[folder]) for folder in files for file in files[folder]
+        ]
+        if not found:
+            raise ConfigError(
                 f"split {split!r} of {self.data_dir} holds no image: with a val_fraction of "
                 f"{val_fraction} and a test_fraction of {test_fraction} no class is large enough; "
                 "raise the fraction or open another split"
             )
-        self.paths = np.array([f"{self._root}/{path}" for path, _ in paths])
-        self.labels = np.array([label for _, label in paths], np.int32)
-        self.num_examples = len(paths)
+        self.class_names = base.distinct_names([base.printable(name) for name in self._folders])
+        self.paths = np.array([f"{self._root}/{path}" for path, _ in found])
+        self.labels = np.array([label for _, label in found], np.int32)
+        self.num_examples = len(found)
         self.element_spec = {
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),
@@ -89,36 +106,44 @@ class FolderSource(base.Source):
     def _files_of_split_directory(self) -> dict[str, list[str]]:
         splits = [path.name for path in _directories(self.data_dir)]
         if self.split not in splits:
-            raise ValueError(f"{self.data_dir} has no split {self.split!r}; it has {splits}")
+            raise ConfigError(
+                f"{self.data_dir} has no split {self.split!r}; it has {splits}: set "
+                'config.data.train_split, val_split and test_split ("" for none) to these'
+            )
         self._root = self.data_dir / self.split
-        self.class_names = _class_names(self.data_dir / "train")
-        own = _class_names(self._root)
-        unknown = sorted(set(own) - set(self.class_names))
+        own = _class_directories(self._root)
+        reference = self.data_dir / self._train_split
+        # A split to be evaluated may stand alone; its names are compared with the checkpoint's.
+        self._folders = _class_directories(reference) if self._train_split in splits else own
+        unknown = sorted(set(own) - set(self._folders))
         if unknown:
-            raise ValueError(
-                f"{self._root} has classes which {self.data_dir / 'train'} lacks: {unknown[:5]}; "
-                "their labels would be unknown: add them to train or remove them here"
+            raise DataError(
+                f"{self._root} has classes which {reference} lacks: {unknown[:5]}; their labels "
+                f"would be unknown: add them to {self._train_split} or remove them here"
             )
         return _list_images(self._root, own)
 
     def _files_by_fraction(self, val: float, test: float) -> dict[str, list[str]]:
         if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-            raise ValueError(
+            raise ConfigError(
                 f"val_fraction={val} and test_fraction={test}: each must be in [0, 1), and so must "
                 "their sum"
             )
-        splits = ("train", "val", "test")
-        if self.split not in splits:
-            raise ValueError(f"source 'folder' has no split {self.split!r}; it has {list(splits)}")
+        if self.split not in SPLITS:
+            raise ConfigError(
+                f"source 'folder' has no split {self.split!r}; it has {list(SPLITS)}, as there is "
+                f"no directory {self.data_dir / self.split} of classes"
+            )
         self._root = self.data_dir
-        self.class_names = _class_names(self.data_dir)
-        files = _list_images(self.data_dir, self.class_names)
+        self._folders = _class_directories(self.data_dir)
+        files = _list_images(self.data_dir, self._folders)
         return {name: _part(name, files[name], self.split, val, test) for name in files}
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._tables is None:
+            names = [os.fsencode(path) for path in self.paths.tolist()]
             self._tables = base.on_host(
-                lambda: {"path": tf.constant(self.paths), "label": tf.constant(self.labels)}
+                lambda: {"path": tf.constant(names), "label": tf.constant(self.labels)}
             )
         return {key: tf.gather(table, indices) for key, table in self._tables.items()}
 
@@ -131,8 +156,28 @@ class FolderSource(base.Source):
     def names(self) -> list[str]:
         return [path.removeprefix(f"{self._root}/") for path in self.paths.tolist()]
 
+    def sizes(self) -> int | None:
+        if paths.is_remote(self.data_dir):
+            return None  # one request for each file
+        names = self.paths.tolist()
+        parts = [names[i : i + 1000] for i in range(0, len(names), 1000)]
+        with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            return checksum(" ".join(sizes) for sizes in pool.map(_sizes, parts))
+
     def describe(self, index: int) -> str:
         return f"image file {str(self.paths[index])!r} (example {index} of {self})"
+
+
+def _sizes(names: Sequence[str]) -> list[str]:
+    """Returns the bytes of files, "-" for one that is not there."""
+
+    def size(name: str) -> str:
+        try:
+            return str(os.stat(name).st_size)
+        except FileNotFoundError:
+            return "-"
+
+    return [size(name) for name in names]
 
 
 def _directories(path: epath.Path) -> list[epath.Path]:
@@ -140,42 +185,65 @@ def _directories(path: epath.Path) -> list[epath.Path]:
     return sorted(entry for entry in found if entry.is_dir())
 
 
-def _class_names(root: epath.Path) -> tuple[str, ...]:
+def _is_split(path: epath.Path) -> bool:
+    """Whether a directory holds classes. One that is called "train" may also be a class itself."""
+    if not path.is_dir():
+        return False
+    entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
+    # By name first: in a bucket each is_dir() is a request.
+    return any(not is_image(entry.name) and entry.is_dir() for entry in entries)
+
+
+def _class_directories(root: epath.Path) -> tuple[str, ...]:
     names = tuple(path.name for path in _directories(root))
     if not names:
-        raise ValueError(
+        raise DataError(
             f"{root} has no class directories; it should hold one directory of images per class"
         )
     return names
 
 
-def _list_images(root: epath.Path, names: tuple[str, ...]) -> dict[str, list[str]]:
+def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Returns class -> sorted names of its image files."""
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         listed = pool.map(lambda name: sorted(p.name for p in (root / name).iterdir()), names)
-    files = {}
+    files, ignored = {}, []
     for name, entries in zip(names, listed, strict=True):
         entries = [entry for entry in entries if not entry.startswith(".")]
-        files[name] = [entry for entry in entries if _extension(entry) in EXTENSIONS]
-        others = sorted(set(entries) - set(files[name]))
+        files[name] = [entry for entry in entries if is_image(entry)]
+        others = [entry for entry in entries if not is_image(entry)]
+        ignored += [f"{name}/{entry}" for entry in others]
         if not files[name]:
-            raise ValueError(
+            raise DataError(
                 f"class directory {root / name} holds no image"
-                + (f" (it holds e.g. {others[0]!r})" if others else "")
+                + (f" ({_by_kind(others)}, e.g. {others[0]!r})" if others else "")
                 + f"; supported are {', '.join(EXTENSIONS)}: convert the files, or remove it"
             )
-        if others:
-            logging.warning("%s: ignored %d files, e.g. %r", root / name, len(others), others[0])
+    if ignored:
+        logging.warning(
+            "%s: ignored %d files that TensorFlow does not decode: %s (e.g. %r). Convert them to "
+            "JPEG or PNG to train on them",
+            root,
+            len(ignored),
+            _by_kind(ignored),
+            ignored[0],
+        )
     return files
 
 
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+def _by_kind(names: Iterable[str]) -> str:
+    """Returns e.g. "12 HEIC, 3 TIFF, 1 .txt"."""
+    kinds = collections.Counter(kind_of_name(name) for name in names)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def _part(name: str, files: list[str], split: str, val: float, test: float) -> list[str]:
     """Returns the files (sorted) of class `name` that belong to `split`."""
-    ranked = sorted(files, key=lambda file: hashlib.sha1(f"{name}/{file}".encode()).digest())
+
+    def rank(file: str) -> bytes:
+        return hashlib.sha1(f"{name}/{file}".encode(errors="surrogateescape")).digest()
+
+    ranked = sorted(files, key=rank)
     num_val, num_test = round(val * len(files)), round(test * len(files))
     part = {
         "val": ranked[:num_val],
@@ -185,25 +253,31 @@ def _part(name: str, files: list[str], split: str, val: float, test: float) -> l
     return sorted(part[split])
 
 
-def _check_headers(paths: list[str]) -> None:
-    """Raises ValueError for the first file that is empty or is no image by its first bytes."""
-    if len(paths) > MAX_HEADERS:
-        logging.info("checking the headers of %d of %d images", MAX_HEADERS, len(paths))
-        paths = random.Random(0).sample(paths, MAX_HEADERS)
+def _check_headers(names: list[str]) -> None:
+    """Raises DataError for files that are empty or no images by their first bytes: names all."""
+    total = len(names)
+    if total > MAX_HEADERS:
+        logging.info("checking the headers of %d of %d images", MAX_HEADERS, total)
+        names = random.Random(0).sample(names, MAX_HEADERS)
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        for path, problem in zip(paths, pool.map(_header_problem, paths), strict=True):
-            if problem:
-                raise ValueError(f"image file {path!r} {problem}; replace it or remove it")
+        problems = zip(names, pool.map(_header_problem, names), strict=True)
+        found = [f"image file {name!r} {problem}" for name, problem in problems if problem]
+    if not found:
+        return
+    if len(found) == 1:
+        raise DataError(f"{found[0]}; replace it or remove it")
+    shown = "".join(f"\n  {line}" for line in found[:MAX_NAMED])
+    more = f"\n  and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
+    raise DataError(
+        f"{len(found)} of {len(names)} files looked at are no images; replace them or remove them, "
+        f"or set config.input.on_bad_example=mask:{shown}{more}"
+    )
 
 
-def _header_problem(path: str) -> str | None:
+def _header_problem(name: str) -> str | None:
     try:
-        with epath.Path(path).open("rb") as file:
-            header = file.read(8)
+        with epath.Path(name).open("rb") as file:
+            header = file.read(HEADER_BYTES)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
-    if not header:
-        return "is empty"
-    if not header.startswith(MAGIC_NUMBERS):
-        return f"is not an image: it begins with {header!r}"
-    return None
+    return header_problem(header)

@@ -1,12 +1,18 @@
 """A weighted mixture of sources, each read by index, in an order that (seed, position) decides."""
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data import order
+from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
+from vit_dist.data.sources.fingerprint import checksum
 from vit_dist.data.tracing import switch
 
 # In each block of so many positions every source has its exact share, at permuted places.
@@ -26,7 +32,7 @@ class MixtureSource(base.Source):
       weights: Share of each; any positive numbers, of which only the ratios count.
 
     Raises:
-      ValueError: What does not fit together, or a weight too small for a share of 1 in 1000.
+      ConfigError: What does not fit together, or a weight too small for a share of 1 in 1000.
     """
 
     name = "mixture"
@@ -34,9 +40,9 @@ class MixtureSource(base.Source):
     def __init__(self, sources: Sequence[base.Source], weights: Sequence[float]):
         for source in sources:
             if not source.indexable:
-                raise ValueError(f"a mixture reads by index, and {source} can only be streamed")
+                raise ConfigError(f"a mixture reads by index, and {source} can only be streamed")
             if source.element_spec["image"] != sources[0].element_spec["image"]:
-                raise ValueError(
+                raise ConfigError(
                     f"a mixture needs images of one kind; {sources[0]} has "
                     f"{sources[0].element_spec['image']}, {source} {source.element_spec['image']}"
                 )
@@ -48,6 +54,7 @@ class MixtureSource(base.Source):
         self._firsts = np.cumsum([0, *sizes])
         self.num_examples = int(self._firsts[-1])
         self.class_names = tuple(dict.fromkeys(n for s in sources for n in s.class_names))
+        self._warn_of_strangers()
         numbers = {name: i for i, name in enumerate(self.class_names)}
         self._labels = [[numbers[name] for name in s.class_names] for s in sources]
         self.element_spec = {
@@ -56,8 +63,21 @@ class MixtureSource(base.Source):
         }
 
     def __str__(self) -> str:
-        shares = (f"{q / BLOCK:.1%} {s}" for s, q in zip(self.sources, self.quotas, strict=True))
+        shares = (f"{q / BLOCK:.1%} {s}" for s, q in self._parts())
         return f"mixture of {', '.join(shares)}"
+
+    def _warn_of_strangers(self) -> None:
+        """Warns of names that may not be meant, such as numbers beside words."""
+        for source in self.sources:
+            others = {n for s in self.sources if s is not source for n in s.class_names}
+            if others.isdisjoint(source.class_names):
+                logging.warning(
+                    "classes of a mixture are joined by name, and no other part has one of %s "
+                    "(%s, ...): the mixture has %d classes",
+                    source,
+                    source.class_names[0],
+                    len(self.class_names),
+                )
 
     def prepare(self) -> None:
         for source in self.sources:
@@ -86,7 +106,9 @@ class MixtureSource(base.Source):
 
         def read(i: int) -> tuple[tf.Tensor, tf.Tensor]:
             example = self.sources[i].read(number - self._firsts[i])
-            return example["image"], tf.gather(tf.constant(self._labels[i]), example["label"])
+            # Checked here: a label beyond one part's classes may be within the mixture's.
+            label = labels.check(example["label"], self.sources[i].num_classes, number)
+            return example["image"], tf.gather(tf.constant(self._labels[i]), label)
 
         which = tf.searchsorted(tf.constant(self._firsts[1:]), number[None], side="right")[0]
         image, label = switch(which, [lambda i=i: read(i) for i in range(len(self.sources))])
@@ -95,17 +117,33 @@ class MixtureSource(base.Source):
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
         source, own = self._locate(index)
         image, label = self.sources[source].load(own)
-        return image, self._labels[source][label]
+        return image, self._renumber(source, label)
 
     def peek(self, index: int) -> tuple[bytes | np.ndarray, int]:
         source, own = self._locate(index)
         image, label = self.sources[source].peek(own)
-        return image, self._labels[source][label]
+        return image, self._renumber(source, label)
 
-    def names(self) -> list[str]:
-        return [
-            f"{s} {s.fingerprint()} {q}" for s, q in zip(self.sources, self.quotas, strict=True)
-        ]
+    def _renumber(self, source: int, label: int) -> int:
+        """Returns the mixture's number of a class of one part."""
+        problem = labels.problem(label, self.sources[source].num_classes)
+        if problem:
+            raise DataError(problem)
+        return self._labels[source][label]
+
+    def fingerprint(self) -> dict[str, Any]:
+        found = super().fingerprint()
+        # Of paths each part knows nothing; its names alone would not tell the shares.
+        del found["names"]
+        parts = [{**s.fingerprint(), "quota": int(q)} for s, q in self._parts()]
+        seen = ("num_examples", "classes", "names", "order", "quota")
+        text = [json.dumps({k: part.get(k) for k in seen}) for part in parts]
+        sizes = [part.get("sizes") for part in parts]
+        known = {} if None in sizes else {"sizes": checksum(map(str, sizes))}
+        return {**found, "parts": checksum(text), **known}
+
+    def _parts(self):
+        return zip(self.sources, self.quotas, strict=True)
 
     def describe(self, index: int) -> str:
         source, own = self._locate(index)
@@ -123,17 +161,17 @@ def _quotas(weights: Sequence[float]) -> list[int]:
     """Returns how many of BLOCK positions each gets: rounded so that the largest errors are least.
 
     Raises:
-      ValueError: Fewer than two weights, or one that is not positive or far too small.
+      ConfigError: Fewer than two weights, or one that is not positive or far too small.
     """
     if len(weights) < 2 or any(not 0 < w < float("inf") for w in weights):
-        raise ValueError(f"a mixture needs two or more weights above 0, got {list(weights)}")
+        raise ConfigError(f"a mixture needs two or more weights above 0, got {list(weights)}")
     exact = [BLOCK * w / sum(weights) for w in weights]
     quotas = [int(x) for x in exact]
     by_error = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
     for i in by_error[: BLOCK - sum(quotas)]:
         quotas[i] += 1
     if 0 in quotas:
-        raise ValueError(
+        raise ConfigError(
             f"weight {weights[quotas.index(0)]} is less than 1 in {BLOCK} of the mixture "
             f"{list(weights)}: leave that source out, or raise its weight"
         )

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources.array_record import ArrayRecordSource
 from vit_dist.data.sources.digits import DemoSource
 from vit_dist.data.sources.folder import FolderSource
@@ -35,11 +36,11 @@ def open_source(source: str, *, split: str, **options) -> Source:
         count as not given.
 
     Raises:
-      ValueError: `source`, an option or the split is unknown, or the data is not fit for use.
-      FileNotFoundError: A folder does not exist.
+      ConfigError: `source`, an option, the split or a folder is unknown.
+      DataError: The data is not fit for use.
     """
     if source not in SOURCES:
-        raise ValueError(
+        raise ConfigError(
             f"unknown source {source!r}{_nearest(source, SOURCES)}; known: {sorted(SOURCES)}"
         )
     given = {key: value for key, value in options.items() if value is not None}
@@ -49,14 +50,14 @@ def open_source(source: str, *, split: str, **options) -> Source:
     allowed = [name for name in signature.parameters if name != "split"]
     for option in given:
         if option not in allowed:
-            raise ValueError(
+            raise ConfigError(
                 f"source {source!r} takes no option {option!r}{_nearest(option, allowed)}; "
                 f"it takes {allowed}"
             )
     try:
         signature.bind(split=split, **given)
     except TypeError as error:
-        raise ValueError(f"source {source!r}: {error}; it takes {allowed}") from None
+        raise ConfigError(f"source {source!r}: {error}; it takes {allowed}") from None
     return SOURCES[source](split=split, **given)
 
 
@@ -65,7 +66,7 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
     if not isinstance(parts, (list, tuple)) or not all(
         isinstance(part, Mapping) and {"source", "weight"} <= set(part) for part in parts
     ):
-        raise ValueError(
+        raise ConfigError(
             "source 'mixture' needs parts: a list of dicts, each with source, weight, its options "
             f"and, where it differs, split; got {parts!r}"
         )
@@ -75,6 +76,8 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
         kind = SOURCES.get(part["source"])
         known = inspect.signature(kind).parameters if kind else {}
         common = {k: v for k, v in options.items() if k in known}
+        if "split" in part and "train_split" in known:
+            common["train_split"] = part["split"]  # its directories are the part's classes
         opened.append(
             open_source(part["source"], split=part.get("split", split), **{**common, **own})
         )

@@ -1,12 +1,15 @@
 """Records of tf.train.Example: parsing one, and streaming TFRecord files in a seeded order."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 
 from vit_dist import paths
+from vit_dist.config.errors import DataError
 
 # Streams are shuffled by file and then within blocks of this many records: the two blocks held at a
 # time are 0.9 GB of ImageNet's JPEGs (110 kB each).
@@ -31,21 +34,28 @@ class Keys:
             self.label: tf.io.FixedLenFeature((), tf.int64),
         }
         parsed = tf.io.parse_single_example(record, features)
-        label = tf.cast(parsed[self.label] - self.first_label, tf.int32)
-        return {"image": parsed[self.image], "label": label}
+        # A label beyond int32 must not wrap around to one that stands for a class.
+        label = tf.clip_by_value(parsed[self.label] - self.first_label, -(2**31), 2**31 - 1)
+        return {"image": parsed[self.image], "label": tf.cast(label, tf.int32)}
 
     def load(self, record: bytes) -> tuple[bytes, int]:
         """Returns the same without TensorFlow's runtime.
 
         Raises:
-          ValueError: A feature is not there; names those that are.
+          DataError: A feature is not there, or has several values; names those that are.
         """
-        features = tf.train.Example.FromString(record).features.feature
+        try:
+            features = tf.train.Example.FromString(record).features.feature
+        except DecodeError as error:
+            raise DataError(f"a record is no tf.train.Example: {error}") from error
         image, label = features[self.image].bytes_list.value, features[self.label].int64_list.value
-        if not image or not label:
-            found = sorted(k for k, v in features.items() if v.WhichOneof("kind"))
-            raise ValueError(
-                f"an example has no bytes {self.image!r} and int64 {self.label!r}; it has {found}"
+        if len(image) != 1 or len(label) != 1:
+            kinds = {k: v.WhichOneof("kind") for k, v in features.items()}
+            found = sorted(key for key, kind in kinds.items() if kind)
+            several = f", {len(image)} and {len(label)} of them" if image and label else ""
+            raise DataError(
+                f"an example has no bytes {self.image!r} and int64 {self.label!r}, one value each"
+                f"{several}; it has {found}"
             )
         return image[0], label[0] - self.first_label
 
@@ -70,6 +80,7 @@ def stream_records(
     *,
     seed: tf.Tensor | None,
     epoch: tf.Tensor | int,
+    compression: str = "",
 ) -> tf.data.Dataset:
     """Yields {"index", "record"} of one epoch: `takes` records of each file after `skips`.
 
@@ -79,6 +90,7 @@ def stream_records(
       takes: Per file.
       seed: (2,) int32: the order is a pure function of it and `epoch`; None: the files' order.
       epoch: Its number.
+      compression: Of all files: "", "GZIP" or "ZLIB".
 
     Returns:
       A dataset whose iterator fails with FailedPreconditionError where records are missing: a file
@@ -86,9 +98,10 @@ def stream_records(
     """
     counts = np.array(takes, np.int64)
     columns = {
-        "filename": tf.constant([str(file) for file in files]),
+        "filename": tf.constant([os.fsencode(file) for file in files]),
         "skip": tf.constant(np.array(skips, np.int64)),
         "take": tf.constant(counts),
+        # The number of a file's first record: "index" counts through all files in their order.
         "start": tf.constant(np.cumsum(counts) - counts),
     }
     if seed is not None:
@@ -99,7 +112,7 @@ def stream_records(
     remote = any(map(paths.is_remote, files))
     parallel = {"num_parallel_calls": cycle, "deterministic": True} if remote else {}
     ds = tf.data.Dataset.from_tensor_slices(columns).interleave(
-        _read_shard, cycle_length=cycle, **parallel
+        lambda shard: _read_shard(shard, compression), cycle_length=cycle, **parallel
     )
     if seed is not None:
         ds = ds.batch(SHUFFLE_BLOCK).enumerate()
@@ -127,16 +140,17 @@ def read_record(file: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     return records.take(1).get_single_element()
 
 
-def find_cut(files: Sequence[str], counts: Sequence[int]) -> str | None:
+def find_cut(files: Sequence[str], counts: Sequence[int], compression: str = "") -> str | None:
     """Returns which TFRecord file cannot be read or holds another number of records; None if none.
 
     Args:
       files: All files.
       counts: How many records each should hold.
+      compression: Of all files, as in `stream_records`.
     """
     for file, expected in zip(files, counts, strict=True):
         try:
-            count = sum(1 for _ in tf.data.TFRecordDataset(str(file)))
+            count = sum(1 for _ in tf.data.TFRecordDataset(os.fsencode(file), compression))
         except tf.errors.OpError as error:
             return f"file {file} cannot be read: {error.message}"
         if count != expected:
@@ -144,8 +158,9 @@ def find_cut(files: Sequence[str], counts: Sequence[int]) -> str | None:
     return None
 
 
-def _read_shard(shard: dict[str, tf.Tensor]) -> tf.data.Dataset:
-    records = tf.data.TFRecordDataset(shard["filename"]).skip(shard["skip"]).take(shard["take"])
+def _read_shard(shard: dict[str, tf.Tensor], compression: str) -> tf.data.Dataset:
+    records = tf.data.TFRecordDataset(shard["filename"], compression)
+    records = records.skip(shard["skip"]).take(shard["take"])
     return records.enumerate(shard["start"]).map(lambda i, x: {"index": i, "record": x})
 
 

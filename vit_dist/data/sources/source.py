@@ -1,6 +1,8 @@
 """What a source of labelled images offers to the pipeline, whichever kind it is."""
 
 import abc
+import collections
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,10 +11,15 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.config.errors import DataError
 from vit_dist.data import order
+from vit_dist.data.sources import labels as labels_lib
+from vit_dist.data.sources.fingerprint import checksum, sampled
 
 # How messages of `read_records` begin.
 MISSING, CORRUPT = "the file is missing", "the storage is damaged"
+# How a source's examples come in training; see Source.order.
+BY_INDEX, STREAMED = "index", "stream"
 
 
 class Source(abc.ABC):
@@ -27,12 +34,15 @@ class Source(abc.ABC):
       name: What messages call the source, e.g. "folder".
       split: The split that was opened.
       num_examples: Number of examples in the split.
-      num_classes: Number of classes; labels are int32 in [0, num_classes).
-      class_names: Their names, in the order of the labels.
+      num_classes: Number of classes. Labels are int32 in [0, num_classes); that each is, the
+        pipeline checks when it makes the example.
+      class_names: Their names, in the order of the labels; all distinct.
       indexable: Whether `fetch` and `read` work; `stream` does otherwise.
-      portable: Whether its graph runs in other processes: it calls no Python.
+      portable: Whether `fetch`, `decode_record` and `stream` call no Python: then their graph also
+        runs in other processes, such as tf.data services and the remote hosts of a TPU slice.
       encoded: Whether "image" is the bytes of an image file, else it is a uint8 array.
       element_spec: tf.TensorSpec of each entry of one example, without a batch dimension.
+      first_label: The stored number of the first class, where that is an option; else None.
     """
 
     name: str
@@ -43,6 +53,7 @@ class Source(abc.ABC):
     portable: bool = True
     encoded: bool = True
     element_spec: dict[str, tf.TensorSpec]
+    first_label: int | None = None
 
     @property
     def num_classes(self) -> int:
@@ -72,7 +83,12 @@ class Source(abc.ABC):
         return self.decode_record({key: value[0] for key, value in records.items()})
 
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
-        """Returns image (encoded, or uint8 (H, W, 3)) and label of an example, for threads."""
+        """Returns image (encoded, or uint8 (H, W, C)) and label of an example, for threads.
+
+        Raises:
+          DataError, FileNotFoundError: The example is damaged or missing.
+          OSError: The storage fails, which says nothing of the example.
+        """
         raise TypeError(f"{self} can only be streamed: it has no load()")
 
     def peek(self, index: int) -> tuple[bytes | np.ndarray, int]:
@@ -92,29 +108,115 @@ class Source(abc.ABC):
         """Returns where example `index` is stored, for messages."""
         return f"example {index} of {self}"
 
+    @property
+    def order(self) -> str:
+        """What decides the order of training beside seed and number of examples.
+
+        BY_INDEX, or for a stream STREAMED with a checksum of its files' lengths, because a stream
+        is shuffled by files and blocks of records.
+        """
+        if self.indexable:
+            return BY_INDEX
+        return f"{STREAMED} {checksum(map(str, self.file_lengths())):08x}"
+
+    def follow(self, order: str) -> None:
+        """Takes another `order`, that of a run which is to be resumed.
+
+        Raises:
+          DataError: This source cannot; says what to do.
+        """
+        if order == self.order:
+            return
+        if self.indexable:
+            was, now = "streamed the files", "reads by index"
+        elif order == BY_INDEX:
+            was, now = "read by index", "can only be streamed"
+        else:
+            was, now = "streamed files of other lengths", "streams these"
+        raise DataError(
+            f"the run {was}, and {self} {now}: the examples would come in another order. Give the "
+            "data in its former format, or start in another workdir with config.resume_from"
+        )
+
+    def file_lengths(self) -> Sequence[int]:
+        """How many examples each file of a stream holds."""
+        return ()
+
     def fingerprint(self) -> dict[str, Any]:
         """Returns what a resume compares, to notice that the examples have changed meanwhile."""
-        return {
+        return {**self._contents, "order": self.order}
+
+    @functools.cached_property
+    def _contents(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
             "num_examples": self.num_examples,
             "classes": checksum(self.class_names),
             "names": checksum(self.names()),
         }
+        sizes = self.sizes()
+        return {**found, "sample": self.sample(), **({} if sizes is None else {"sizes": sizes})}
 
     def names(self) -> Iterable[str]:
-        """What each example is called, as far as it has a name; the order of examples is theirs."""
+        """What each example is called, as far as it has a name, and nothing of where it lies."""
         return ()
 
+    def sizes(self) -> int | None:
+        """Returns a checksum of the sizes of all files; None where they are not known cheaply."""
+        return None
+
+    def looked_at(self) -> list[int]:
+        """Returns the numbers of a few examples that `peek` reads at little cost; may be none."""
+        loads = type(self).load is not Source.load  # a user's own source may do without
+        return sampled(self.num_examples) if self.indexable and loads else []
+
+    def sample(self) -> list[list[int]]:
+        """Returns number and checksum of the image and the label of each example `looked_at`.
+
+        An example that cannot be read has a checksum of 0, so that it may be mended later.
+        """
+        return [[index, _checksum_of_example(self, index)] for index in self.looked_at()]
+
     def find_damage(self) -> str | None:
-        """Looks for storage that is cut or damaged; returns a description of the first found."""
+        """Looks for storage that is cut or damaged; says which was found first, and what to do."""
         return None
 
 
-def checksum(names: Iterable[str]) -> int:
-    """Returns a CRC-32 of names, which also tells their order and where each ends."""
-    crc = 0
-    for name in names:
-        crc = zlib.crc32(name.encode() + b"\n", crc)
-    return crc
+def check_labels(source: Source, *, lenient: bool) -> None:
+    """Looks at a few examples when a source is opened, by `peek`; see `labels.check_sampled`."""
+    indices = source.looked_at()
+    found = labels_lib.look_at(lambda index: source.peek(index)[1], indices)
+    if found and all(label is None for label in found):
+        source.peek(indices[0])  # raises what is wrong with all of them
+    labels_lib.check_sampled(
+        found,
+        source.num_classes,
+        first_label=source.first_label,
+        describe=lambda place: source.describe(indices[place]),
+        lenient=lenient,
+    )
+
+
+def _checksum_of_example(source: Source, index: int) -> int:
+    try:
+        image, label = source.peek(index)
+    except (ValueError, FileNotFoundError):
+        return 0
+    data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+    return zlib.crc32(data, label & 0xFFFFFFFF)
+
+
+def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of classes, those that occur twice with their class number behind them.
+
+    ImageNet has two classes "crane", and whoever looks up a class by name must find one of them.
+    """
+    counts = collections.Counter(names)
+    return tuple(f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names))
+
+
+def printable(name: str) -> str:
+    """Returns the name of a file as it can be printed and stored, where it is not UTF-8."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def on_host(make):
@@ -128,16 +230,19 @@ def on_host(make):
 
 
 def read_records(getitems: Callable[[list[int]], Sequence[bytes]], indices: tf.Tensor) -> tf.Tensor:
-    """Returns the records of `indices` ((B,) int64) as (B,) strings, read by a Python function."""
+    """Returns the records of `indices` ((B,) int64) as (B,) strings, read by a Python function.
+
+    Of what `getitems` raises, FileNotFoundError and ValueError are the data's fault, and become
+    tf.errors.InvalidArgumentError; an OSError is the storage's, and becomes UnknownError.
+    """
 
     def read(numbers: np.ndarray) -> np.ndarray:
         try:
             return np.array(getitems([int(i) for i in numbers]), object)
-        # TensorFlow would make UnknownErrors of all of these, and they are the data's fault.
         except FileNotFoundError as error:
-            raise ValueError(f"{MISSING}: {error.filename}") from error
-        except (RuntimeError, ValueError) as error:  # the former is array_record's
-            raise ValueError(f"{CORRUPT}: {error}") from error
+            raise DataError(f"{MISSING}: {error.filename}") from error
+        except ValueError as error:
+            raise DataError(f"{CORRUPT}: {error}") from error
 
     records = tf.numpy_function(read, [indices], tf.string, stateful=False)
     return tf.ensure_shape(records, indices.shape)
@@ -149,7 +254,8 @@ def log_streaming(source: Source) -> None:
         logging.WARNING,
         "%s can only be streamed: starting at step N reads (without decoding) the N * batch size "
         "records before it, and its order is shuffled by file and block, not as a whole. "
-        "Prepare it with file_format='array_record' to read by index.",
+        "Convert it (python -m vit_dist.convert), or prepare it with file_format='array_record', "
+        "to read by index.",
         1,
         source,
     )

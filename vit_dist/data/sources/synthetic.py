@@ -6,7 +6,9 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources import source as base
+from vit_dist.data.sources.fingerprint import checksum
 
 FORMATS = ("jpeg", "array")
 NUM_IMAGES = 64  # distinct ones; more would only fill memory
@@ -24,7 +26,7 @@ class SyntheticSource(base.Source):
       image_format: "jpeg", to be decoded as real images are (about 40 kB each), or "array".
 
     Raises:
-      ValueError: A number that is not positive, or an unknown format.
+      ConfigError: A number that is not positive, or an unknown format.
     """
 
     name = "synthetic"
@@ -41,13 +43,13 @@ class SyntheticSource(base.Source):
         numbers = {"num_examples": num_examples, "num_classes": num_classes}
         for key, value in {**numbers, "height": height, "width": width}.items():
             if value < 1:
-                raise ValueError(f"source 'synthetic' needs a {key} of 1 or more, got {value}")
+                raise ConfigError(f"source 'synthetic' needs a {key} of 1 or more, got {value}")
         if image_format not in FORMATS:
-            raise ValueError(f"image_format {image_format!r} is unknown; allowed: {FORMATS}")
+            raise ConfigError(f"image_format {image_format!r} is unknown; allowed: {FORMATS}")
         self.split, self.num_examples = split, num_examples
         self.class_names = tuple(str(i) for i in range(num_classes))
         self.encoded = image_format == "jpeg"
-        random = np.random.default_rng(base.checksum([split]))
+        random = np.random.default_rng(checksum([split]))
         count = min(NUM_IMAGES, num_examples)
         arrays = [_noise(random, height, width) for _ in range(count)]
         jpegs = [encode(Image.fromarray(x), "JPEG") for x in arrays] if self.encoded else []
@@ -61,7 +63,9 @@ class SyntheticSource(base.Source):
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._table is None:
-            self._table = base.on_host(lambda: tf.constant(self._images))
+            # Of arrays, TensorFlow would make int32 without the type.
+            dtype = self.element_spec["image"].dtype
+            self._table = base.on_host(lambda: tf.constant(self._images, dtype))
         images = tf.gather(self._table, indices % len(self._images))
         return {"image": images, "label": tf.cast(indices % self.num_classes, tf.int32)}
 

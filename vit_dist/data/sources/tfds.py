@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import socket
 import sys
 import urllib.parse
@@ -12,9 +13,22 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
+from vit_dist import paths
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
-from vit_dist.data.sources.records import Keys, find_cut, stream_records
-from vit_dist.data.sources.tfrecord import FOOTER, HEADER, NUM_THREADS, scan
+from vit_dist.data.sources.fingerprint import sampled
+from vit_dist.data.sources.record_table import (
+    FOOTER,
+    HEADER,
+    NUM_THREADS,
+    open_table,
+    read_unverified,
+    scan,
+)
+from vit_dist.data.sources.records import Keys, find_cut, read_record, stream_records
+from vit_dist.data.sources.shard_reader import Shard, ShardReader
+
+KEYS = Keys("image", "label")  # as TFDS stores the features `image` and `label`
 
 
 class TfdsSource(base.Source):
@@ -28,9 +42,11 @@ class TfdsSource(base.Source):
       data_dir: Where sets are prepared; TFDS's default is ~/tensorflow_datasets.
       file_format: "array_record" (read by index) or "tfrecord" (streamed) for the preparation;
         TFDS's default is tfrecord. A set that is prepared already must have this format.
+      check_files: Whether one label outside of the classes, among a few examples that are looked
+        at, is an error at opening. If most are, it always is. Not for a stream from a bucket.
 
     Raises:
-      ValueError: Unknown name, split or format, a builder without `image` and `label`, or one that
+      ConfigError: Unknown name, split or format, a builder without `image` and `label`, or one that
         cannot be prepared.
     """
 
@@ -42,6 +58,7 @@ class TfdsSource(base.Source):
         name: str,
         data_dir: str | None = None,
         file_format: str | None = None,
+        check_files: bool = True,
     ):
         self.split = split
         self.builder = _make_builder(name, data_dir, file_format)
@@ -51,9 +68,13 @@ class TfdsSource(base.Source):
         self._split_info = _split_info(self.builder, split)
         self.num_examples = self._split_info.num_examples
         if not self.num_examples:
-            raise ValueError(f"split {split!r} of {name!r} is empty")
-        self.indexable = self.builder.info.file_format.value == "array_record"
-        self.portable = not self.indexable
+            raise DataError(f"split {split!r} of {name!r} is empty")
+        self._array_record = self.builder.info.file_format.value == "array_record"
+        self.indexable = self._array_record
+        self.portable = not self._array_record
+        self._files = [epath.Path(f.filename) for f in self._split_info.file_instructions]
+        self._ends = np.cumsum(self.file_lengths())
+        self._remote = any(map(paths.is_remote, self._files))
         if not self.indexable:
             self._check_sizes()
         label = features["label"]
@@ -62,6 +83,8 @@ class TfdsSource(base.Source):
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),
         }
+        if self._array_record or not self._remote:
+            base.check_labels(self, lenient=not check_files)
 
     def __str__(self) -> str:
         return f"tfds:{self.builder.info.full_name}:{self.split}"
@@ -75,13 +98,13 @@ class TfdsSource(base.Source):
         try:
             builder.download_and_prepare()
         except Exception as error:  # whatever its download or its parser raised, the remedy is one
-            raise ValueError(_preparation_failed(builder, error)) from error
+            raise DataError(_preparation_failed(builder, error)) from error
 
     def _check_sizes(self) -> None:
         """Looks for a shard that was cut, also between two records, by the size of all shards.
 
         Raises:
-          ValueError: One was; names it.
+          DataError: One was; names it.
         """
         mine = {file.filename for file in self._split_info.file_instructions}
         for name in self.builder.info.splits:
@@ -97,37 +120,82 @@ class TfdsSource(base.Source):
             for file, count in zip(files, split.shard_lengths, strict=True):
                 found = len(scan(file)) if file.exists() else "no"
                 if found != count:
-                    raise ValueError(
+                    raise DataError(
                         f"file {file} holds {found} records instead of {count}: it has been cut or "
                         "removed; prepare or copy it again"
                     )
 
     @functools.cached_property
-    def _reader(self):
-        from tensorflow_datasets.core.decode import DeserializeMethod
+    def _reader(self) -> ShardReader:
+        files = self._split_info.file_instructions
+        return ShardReader([Shard(str(f.filename), f.skip, f.take) for f in files])
 
-        return self.builder.as_data_source(
-            split=self.split, deserialize_method=DeserializeMethod.RAW_BYTES
+    @functools.cached_property
+    def _offsets(self) -> list[np.ndarray]:
+        """Where the records of each file begin that belong to the split; of a tfrecord set."""
+        table = open_table(self._files, f"{self.builder.info.full_name}:{self.split}")
+        files = self._split_info.file_instructions
+        return [
+            offsets[file.skip : file.skip + file.take]
+            for offsets, file in zip(table.offsets, files, strict=True)
+        ]
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, tf.Tensor]:
+        return base.on_host(
+            lambda: {
+                "file": tf.constant([os.fsencode(file) for file in self._files]),
+                "end": tf.constant(self._ends),
+                "offset": tf.constant(np.concatenate(self._offsets)),
+            }
         )
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if not self.indexable:
             return super().fetch(indices)
-
-        return {"record": base.read_records(self._reader.__getitems__, indices)}
+        if self._array_record:
+            return {"record": base.read_records(self._reader.read, indices)}
+        file = tf.searchsorted(self._tables["end"], indices, side="right")
+        return {
+            "file": tf.gather(self._tables["file"], file),
+            "offset": tf.gather(self._tables["offset"], indices),
+        }
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         import tensorflow_datasets as tfds
 
+        by_offset = "offset" in record
+        serialized = (
+            read_record(record["file"], record["offset"]) if by_offset else record["record"]
+        )
         example = self.builder.info.features.deserialize_example(
-            record["record"], decoders={"image": tfds.decode.SkipDecoding()}
+            serialized, decoders={"image": tfds.decode.SkipDecoding()}
         )
         return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
 
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
         if not self.indexable:
             return super().load(index)
-        return Keys("image", "label").load(self._reader.__getitems__([index])[0])
+        return self.peek(index)
+
+    def peek(self, index: int) -> tuple[bytes, int]:
+        if self._array_record:
+            return KEYS.load(self._reader.read([index])[0])
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        place = index - (int(self._ends[file]) - self.file_lengths()[file])  # within the file
+        if place == 0 and not self._split_info.file_instructions[file].skip:
+            return KEYS.load(read_unverified(self._files[file], 0))  # without scanning for it
+        return KEYS.load(read_unverified(self._files[file], int(self._offsets[file][place])))
+
+    def looked_at(self) -> list[int]:
+        if self._array_record:
+            return sampled(self.num_examples)
+        if self._remote:
+            return []
+        # The beginnings of files: no other example of a stream can be found without a scan.
+        files = self._split_info.file_instructions
+        begins = [int(e) - f.take for e, f in zip(self._ends, files, strict=True) if not f.skip]
+        return [begins[i] for i in sampled(len(begins))]
 
     def stream(self, *, seed: tf.Tensor | None, epoch: tf.Tensor | int) -> tf.data.Dataset:
         base.log_streaming(self)
@@ -135,16 +203,25 @@ class TfdsSource(base.Source):
         return stream_records(
             [file.filename for file in files],
             [file.skip for file in files],
-            [file.take for file in files],
+            self.file_lengths(),
             seed=seed,
             epoch=epoch,
         )
+
+    def file_lengths(self) -> list[int]:
+        return [file.take for file in self._split_info.file_instructions]
+
+    def follow(self, order: str) -> None:
+        if not self._array_record and not self._remote:
+            self.indexable = order == base.BY_INDEX
+        super().follow(order)  # refuses what is left
 
     def find_damage(self) -> str | None:
         if self.indexable:
             return None
         files = self._split_info.file_instructions
-        return find_cut([f.filename for f in files], [f.examples_in_shard for f in files])
+        cut = find_cut([f.filename for f in files], [f.examples_in_shard for f in files])
+        return cut and f"{cut}; prepare or copy it again"
 
 
 def _make_builder(name: str, data_dir: str | None, file_format: str | None):
@@ -152,7 +229,7 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
 
     formats = ("array_record", "tfrecord")
     if file_format is not None and file_format not in formats:
-        raise ValueError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
+        raise ConfigError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
     if not sys.stdout.isatty():
         tfds.disable_progress_bar()  # in a log file each refresh is a line
     try:
@@ -161,9 +238,9 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
         hint = f"; the nearest are {near}" if near else ""
-        raise ValueError(f"TFDS has no data set {name!r}{hint}") from None
+        raise ConfigError(f"TFDS has no data set {name!r}{hint}") from None
     except (ValueError, AssertionError) as error:  # a wrong config, version or format
-        raise ValueError(f"TFDS cannot open {name!r} (data_dir={data_dir}): {error}") from error
+        raise ConfigError(f"TFDS cannot open {name!r} (data_dir={data_dir}): {error}") from error
 
 
 def _check_features(name: str, features) -> None:
@@ -173,7 +250,7 @@ def _check_features(name: str, features) -> None:
     found = dict(features.items()) if hasattr(features, "items") else {}
     if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         listed = {key: type(feature).__name__ for key, feature in found.items()}
-        raise ValueError(
+        raise DataError(
             f"TFDS set {name!r} is not for classification: it needs the features image: Image and "
             f"label: ClassLabel, and has {listed}"
         )
@@ -184,7 +261,7 @@ def _split_info(builder, split: str):
     try:
         return splits[split]
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise ConfigError(
             f"{builder.info.full_name} has no split {split!r}; it has {sorted(splits)}, and parts "
             f"such as 'train[:99%]' ({error})"
         ) from None
@@ -209,7 +286,7 @@ def _check_network(builder) -> None:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise ValueError(_preparation_failed(builder, error)) from None
+        raise DataError(_preparation_failed(builder, error)) from None
 
 
 def _preparation_failed(builder, error: Exception) -> str:

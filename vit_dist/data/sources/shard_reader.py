@@ -1,0 +1,205 @@
+"""Records of many ArrayRecord shards by number, with few of the files open at a time.
+
+The library keeps each shard open that was ever read. A process may open 1024 files on many systems,
+and the library ends it with a segmentation fault where that is not enough.
+"""
+
+import bisect
+import collections
+import errno
+import functools
+import itertools
+import os
+import re
+import resource
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from array_record.python import array_record_module
+
+from vit_dist.config.errors import DataError
+
+# Reads at a time, which wait rather than compute. Threads of their own: each holds one file open.
+MAX_PARALLEL = 32
+MAX_OPEN = 512  # files; beyond that opening costs little next to reading
+# Not read ahead, and 32 kB at a time: each record is read alone.
+OPTIONS, BUFFER_BYTES = "readahead_buffer_size:0", 32768
+# What the library says of a system call that failed, e.g. "open() failed: No such file or
+# directory; opening /data/0.array_record"; all else that it says is of what the file holds.
+_FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]+)")
+_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
+
+
+class Shard(NamedTuple):
+    """Records `skip` to `skip + take` of a file."""
+
+    filename: str
+    skip: int
+    take: int
+
+
+class ShardReader:
+    """The records of several shards, numbered through; may be used by many threads at once."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self._shards = [shard for shard in shards if shard.take]
+        self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
+        self._owner = next(_OWNERS)
+        weakref.finalize(self, _OPEN.forget, self._owner)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the records of these numbers, in their order.
+
+        Raises:
+          FileNotFoundError: A shard is not there.
+          DataError: A shard is damaged.
+          OSError: It cannot be read now, e.g. as too many files are open.
+        """
+        by_shard: dict[int, list[int]] = {}
+        for place, number in enumerate(numbers):
+            by_shard.setdefault(bisect.bisect_right(self._ends, number), []).append(place)
+        found: list[bytes] = [b""] * len(numbers)
+
+        def read_shard(which: int) -> None:
+            shard, places = self._shards[which], by_shard[which]
+            first = self._ends[which] - shard.take  # the number of the shard's first record
+            positions = [numbers[place] - first + shard.skip for place in places]
+            with _OPEN.borrow(self._owner, shard.filename) as opened:
+                for place, record in zip(places, opened.read(positions), strict=True):
+                    found[place] = record
+
+        if len(by_shard) == 1:
+            read_shard(*by_shard)
+        else:
+            list(_pool().map(read_shard, by_shard))  # the list raises what one of them raised
+        return found
+
+
+class OpenShard:
+    """One shard, whole; closed by the end of a `with`.
+
+    Raises:
+      FileNotFoundError, DataError, OSError: As `ShardReader.read`, opening and reading.
+    """
+
+    def __init__(self, filename: str):
+        self._filename = filename
+        self._reader = array_record_module.ArrayRecordReader(
+            os.fsencode(filename), options=OPTIONS, file_reader_buffer_size=BUFFER_BYTES
+        )
+        if not self._reader.ok():
+            self.read([0])  # raises why: there is no other way to learn it
+            raise DataError(f"{filename} cannot be opened as an ArrayRecord file")
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def read(self, positions: Sequence[int]) -> list[bytes]:
+        """Returns the records at these positions."""
+        try:
+            return self._reader.read(positions)
+        except RuntimeError as error:
+            raise _explained(error, self._filename) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._reader.close()
+
+    def __enter__(self) -> "OpenShard":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _File:
+    """A shard that is open, or about to be."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while it is opened, which may wait for a network
+        self.shard: OpenShard | None = None
+        self.users = 0
+
+
+class _OpenFiles:
+    """All shards that are open in this process; those used longest ago are closed for others."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: collections.OrderedDict[tuple[int, str], _File] = collections.OrderedDict()
+
+    @contextmanager
+    def borrow(self, owner: int, filename: str) -> Iterator[OpenShard]:
+        """Gives an open file, which stays open until all who borrowed it are done.
+
+        Owners do not share a file: a later one must not get what it held before it was replaced.
+        """
+        key = (owner, filename)
+        with self._lock:
+            file = self._files.setdefault(key, _File())
+            self._files.move_to_end(key)
+            file.users += 1
+            idle = [k for k, other in self._files.items() if not other.users]
+            self._close(idle[: max(len(self._files) - max_open(), 0)])
+        try:
+            with file.lock:
+                if file.shard is None:
+                    file.shard = OpenShard(filename)
+            yield file.shard
+        finally:
+            with self._lock:
+                file.users -= 1
+                if file.shard is None and not file.users:
+                    del self._files[key]  # it could not be opened
+
+    def forget(self, owner: int) -> None:
+        """Closes all files of an owner that is gone."""
+        with self._lock:
+            self._close([key for key in self._files if key[0] == owner])
+
+    def _close(self, keys: list[tuple[int, str]]) -> None:
+        for key in keys:
+            shard = self._files.pop(key).shard
+            if shard is not None:
+                shard.close()
+
+
+_OPEN = _OpenFiles()
+_OWNERS = itertools.count()
+
+
+def _explained(error: RuntimeError, filename: str) -> Exception:
+    """Returns what the library meant: that the file is damaged, or that the system failed."""
+    call = _FAILED_CALL.search(str(error))
+    number = _NUMBERS.get(call[1].strip()) if call else None
+    if number is None:
+        return ValueError(f"{filename}: {error}")
+    text = os.strerror(number)
+    if number in (errno.EMFILE, errno.ENFILE):
+        text += f" (this process may open {_soft_limit()}; raise it with ulimit -n)"
+    return OSError(number, text, filename)  # becomes FileNotFoundError and the like by its number
+
+
+def max_open() -> int:
+    """Returns how many shards may be open: a quarter of the files that this process may open.
+
+    The others are for TensorFlow, gRPC, and whatever else opens files.
+    """
+    return max(min(_soft_limit() // 4, MAX_OPEN), 2)
+
+
+def _soft_limit() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN * 4 if limit == resource.RLIM_INFINITY else limit
+
+
+@functools.cache
+def _pool() -> futures.ThreadPoolExecutor:
+    return futures.ThreadPoolExecutor(min(MAX_PARALLEL, max_open()), "shards")
