@@ -9,12 +9,14 @@ npz, big_vision   a .npz for vision_transformer (timm reads it as well), or for 
 timm              a folder for timm.create_model("local-dir:FOLDER", pretrained=True), or the
                   .safetensors alone
 huggingface       a folder for transformers' from_pretrained
-savedmodel        a TensorFlow SavedModel: bytes of image files in, probabilities out
+savedmodel        a TensorFlow SavedModel: bytes of image files in, probabilities out; of a run
+                  on arrays such as the demo's digits, uint8 arrays in
 keras             a .keras file: images already scaled in, logits out
 """
 
 import dataclasses
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +27,33 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.model.formats.writing import FORMATS, prefix_posemb_for, write_pretrained
 from vit_dist.model.posemb import METHODS, sincos2d
 from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.paths import local_path
-from vit_dist.run.origins import Origin, open_origin
+from vit_dist.run.origins import Hint, Origin, open_origin
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
-# What a run of an older version does not say of its network.
+# Keys of ViT that a run of an older version did not note, and what they were then.
 _DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None, "cls_token": True}
+# Keys of ViT that say how a run trained, which what is written does not need.
 _TRAINING = ("dropout", "attention_dropout", "drop_path", "remat", "attention_block")
-_UNTOLD = ("num_heads", "gelu", "norm_epsilon", "image_size")
+# Keys of ViT that a file may not tell and no shape does -> their keys in a config. norm_epsilon is
+# 1e-6 unless told.
+_UNTOLD = {"num_heads": "model.num_heads", "gelu": "model.gelu", "image_size": "image_size"}
+# What would make weights fit -> the flag of this command for it.
+_FLAGS = {
+    "init_image_size": "init_image_size",
+    "image_size": "image_size",
+    "init_ignore": "ignore",
+    "model.num_heads": "num_heads",
+    "model.gelu": "gelu",
+    "mean": "mean",
+    "std": "std",
+}
 
 
 def define_flags() -> None:
@@ -45,12 +61,17 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "a run's folder, or weights of any system")
     flags.DEFINE_enum("format", "npz", ALL_FORMATS, "what to write")
     flags.DEFINE_string("output", None, "file or folder to write")
-    flags.DEFINE_list("image_size", None, "pixels, or height,width: resamples positions")
-    flags.DEFINE_enum("posemb_method", "align_corners", tuple(METHODS), "how it does")
-    flags.DEFINE_integer("num_heads", None, "where the file does not tell")
-    flags.DEFINE_enum("gelu", None, GELUS, "where the file does not tell")
+    flags.DEFINE_list("image_size", None, "pixels, or height,width: resamples positions to it")
+    flags.DEFINE_enum(
+        "posemb_method", "align_corners", tuple(METHODS), "how --image_size resamples positions"
+    )
+    flags.DEFINE_list(
+        "init_image_size", None, "what the file was trained on, where it does not tell"
+    )
+    flags.DEFINE_integer("num_heads", None, "of the file, where it does not tell")
+    flags.DEFINE_enum("gelu", None, GELUS, "of the file, where it does not tell")
     flags.DEFINE_list("mean", None, "of images in 0..1, where the file does not tell")
-    flags.DEFINE_list("std", None, "the same")
+    flags.DEFINE_list("std", None, "standard deviation of images in 0..1, likewise")
     flags.DEFINE_string("ignore", "", "regex: tensors of the file that may be left out")
 
 
@@ -58,13 +79,14 @@ def main() -> int:
     """The command; returns its exit code."""
     given = flags.FLAGS
     if not given.checkpoint or not given.output:
-        raise ValueError("give what to export and where to: --checkpoint runs/NAME --output FILE")
+        raise ConfigError("give what to export and where to: --checkpoint runs/NAME --output FILE")
     told = {"num_heads": given.num_heads, "gelu": given.gelu}
     files = export(
         given.checkpoint,
         given.format,
         given.output,
-        image_size=_image_size(given.image_size),
+        image_size=_image_size("image_size", given.image_size),
+        init_image_size=_image_size("init_image_size", given.init_image_size),
         method=given.posemb_method,
         ignore=given.ignore,
         mean=_numbers("mean", given.mean),
@@ -75,11 +97,13 @@ def main() -> int:
     return 0
 
 
-def _image_size(given: Sequence[str] | None) -> tuple[int, int] | None:
+def _image_size(name: str, given: Sequence[str] | None) -> tuple[int, int] | None:
     if given is None:
         return None
     if len(given) > 2 or not all(text.isdigit() and int(text) for text in given):
-        raise ValueError(f"--image_size is a number of pixels, or height,width; got {given}")
+        raise ConfigError(
+            f"--{name} is a number of pixels, or height,width; got {','.join(given) or 'nothing'}"
+        )
     return int(given[0]), int(given[-1])
 
 
@@ -87,7 +111,13 @@ def _numbers(name: str, given: Sequence[str] | None) -> list[float] | None:
     try:
         return None if given is None else [float(text) for text in given]
     except ValueError:
-        raise ValueError(f"--{name} is one number, or one for each channel; got {given}") from None
+        raise ConfigError(f"--{name} is one number, or one for each channel; got {given}") from None
+
+
+def hint(settings: Mapping[str, Any]) -> str:
+    """How this command is told what would make weights fit: Say --num_heads=..."""
+    named = {_FLAGS[key]: value for key, value in settings.items() if key in _FLAGS}
+    return "Say " + " ".join(f"--{name}={shlex.quote(str(v))}" for name, v in named.items())
 
 
 def export(
@@ -98,6 +128,7 @@ def export(
     image_size: int | tuple[int, int] | None = None,
     method: str = "align_corners",
     ignore: str = "",
+    init_image_size: tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     **told: Any,
@@ -111,18 +142,20 @@ def export(
       image_size: of the model written; None for the checkpoint's own.
       method: how positions are resampled then; see posemb.resize_posemb.
       ignore: regex of tensors in the checkpoint that may be left out.
+      init_image_size: of the images that it was trained on, where the checkpoint does not tell.
       mean, std: of images in 0..1, where the checkpoint does not tell.
       **told: keys of ViT that the checkpoint does not tell, such as num_heads.
 
     Returns:
-      What was written.
+      The files and folders written.
 
     Raises:
-      ValueError: no such checkpoint, or the format cannot hold its network.
+      ConfigError: an unknown format, or an output of another kind than the format's.
+      DataError: no such checkpoint, or the format cannot hold its network.
     """
     if format not in ALL_FORMATS:
-        raise ValueError(f"format {format!r} is unknown; allowed: {', '.join(ALL_FORMATS)}")
-    origin = open_origin(checkpoint)
+        raise ConfigError(f"format {format!r} is unknown; allowed: {', '.join(ALL_FORMATS)}")
+    origin = open_origin(checkpoint, image_size=init_image_size, hint=hint)
     if origin.pipe is None and origin.mean is None:
         origin = dataclasses.replace(origin, mean=mean, std=std)
     path = Path(local_path(output, "--output"))
@@ -131,7 +164,7 @@ def export(
     )
     if format == "keras":
         if path.suffix != ".keras":
-            raise ValueError(f"give a file that ends in .keras, not {path}")
+            raise ConfigError(f"give a file that ends in .keras, not {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(path)
         return [path]
@@ -167,48 +200,54 @@ def load_model(
       **told: keys of ViT that the checkpoint does not tell.
 
     Raises:
-      ValueError: something that ViT needs is told nowhere, or tensors are left over.
+      DataError: something that ViT needs is told nowhere, tensors are left over, or some are
+        missing.
     """
     network = {**told, **{k: v for k, v in origin.network.items() if v is not None}}
     network.setdefault("norm_epsilon", 1e-6)
     if image_size is not None:
-        network.setdefault("image_size", as_pair(image_size))  # of fixed positions, not in the file
+        # A file with computed positions was trained at any size: it takes the one asked for.
+        network.setdefault("image_size", as_pair(image_size))
     missing = [key for key in _UNTOLD if key not in network]
     if missing:
-        raise ValueError(
-            f"{origin.path} does not tell {', '.join(missing)}: say it with "
-            + " ".join(f"--{key}=..." for key in missing)
+        raise DataError(
+            f"{origin.path} does not tell {', '.join(missing)}. "
+            + origin.hint({_UNTOLD[key]: "..." for key in missing})
         )
     tensors, source = dict(origin.tensors), dict(network)
-    # The network alone: how a run trained it (dropout, rematerialisation) is of no use any more.
     plain = vit_config("mu/4", image_size=4, num_classes=0)
     network = {k: v for k, v in network.items() if k in plain}
     network |= {k: plain[k] for k in _TRAINING}
     network["image_size"] = as_pair(image_size or network["image_size"])
     if system in FORMATS:
-        if network["posemb"] == "sincos2d" and system != "big_vision":  # others have no such table
+        # Only big_vision computes positions; the others get the computed ones as a table.
+        if network["posemb"] == "sincos2d" and system != "big_vision":
             height, width = (n // network["patch_size"] for n in source["image_size"])
             tensors["pos_embedding"] = sincos2d((height, width), network["width"])[None]
             network["posemb"], source["prefix_posemb"] = "learned", "none"
         network["prefix_posemb"] = prefix_posemb_for(system, {**_DEFAULTS, **network})
     model = build_vit(network)
     origin = dataclasses.replace(origin, tensors=tensors, network=source)
-    origin.fill(model, method=method, ignore=ignore)
+    report = origin.fill(model, method=method, ignore=ignore)
+    if report.new:
+        # Such as attention pooling that the config names and the file lacks: it would be random.
+        raise DataError(f"{origin.path} does not hold all of its network: {report.new[0]}")
     return model
 
 
 def mean_and_std(origin: Origin, channels: int) -> tuple[list[float], list[float]]:
-    """Of images in 0..1, one number for each channel.
+    """Mean and standard deviation of images in 0..1, one number for each channel.
 
     Raises:
-      ValueError: the checkpoint does not tell.
+      DataError: the checkpoint does not tell.
     """
     ends = origin.black_and_white(channels)
     if ends is None:
-        raise ValueError(
-            f"{origin.path} does not tell how images are scaled: say it with --mean and --std, "
-            "for images in [-1, 1] --mean=0.5 --std=0.5"
+        raise DataError(
+            f"{origin.path} does not tell how images are scaled, such as to [-1, 1], which is a "
+            f"mean and std of 0.5. {origin.hint({'mean': '...', 'std': '...'})}"
         )
+    # A pixel v in 0..1 becomes (v - mean) / std, so 0 and 1 become -mean / std, (1 - mean) / std.
     black, white = np.broadcast_to(ends, (2, channels)).astype(np.float64)
     rounded = ((-black / (white - black)).round(6), (1 / (white - black)).round(6))
     return rounded[0].tolist(), rounded[1].tolist()
@@ -225,49 +264,125 @@ def eval_pipe(origin: Origin, model: ViT) -> Pipe:
 
 
 class Served(tf.Module):
-    """The model with everything before and behind it: bytes of image files to probabilities.
+    """The model with everything before and behind it: images as they are stored, to probabilities.
 
     Args:
       model: with a head.
-      pipe: decodes and prepares an image.
+      pipe: prepares an image. One that does not decode belongs to a run on arrays.
       sigmoid: whether classes are judged one by one, as a sigmoid loss does.
+
+    Attributes:
+      takes_files: whether `pipe` takes the bytes of files; else it takes arrays, and `prepare`
+        decodes files before it.
     """
 
     def __init__(self, model: ViT, pipe: Pipe, *, sigmoid: bool = False):
         super().__init__()
         self.model, self.pipe, self.sigmoid = model, pipe, sigmoid
+        shape = (None, None, model.channels)
+        self.takes_files = self._output_of(tf.TensorSpec((), tf.string)) is not None
+        resizes = self.takes_files or self._output_of(tf.TensorSpec(shape, tf.uint8)) is not None
+        # Of one image, as arrays; without an op that resizes, of the model's own size alone.
+        self.array_shape = shape if resizes else (*model.image_size, model.channels)
+
+    def _output_of(self, spec: tf.TensorSpec) -> tf.TensorShape | None:
+        """The static shape that the pipe makes of such an image; None if it does not take it."""
+        with tf.Graph().as_default():  # of which nothing is ever run
+            try:
+                image = self._apply(tf.compat.v1.placeholder(spec.dtype, spec.shape))
+            except ValueError:  # what an op says of input that does not fit
+                return None
+        known = image.dtype == tf.uint8 and image.shape.is_fully_defined()
+        return image.shape if known else None
+
+    def _apply(self, image: tf.Tensor) -> tf.Tensor:
+        zero = tf.constant(0, tf.int64)
+        example = {"image": image, "seed": tf.zeros((2,), tf.int32), "index": zero, "epoch": zero}
+        return self.pipe.host({**example, "label": tf.constant(0)})["image"]
 
     def prepare(self, data: tf.Tensor) -> tf.Tensor:
-        """Bytes of one image file -> uint8 (height, width, channels)."""
-        zero = tf.constant(0, tf.int64)
-        example = {"image": data, "seed": tf.zeros((2,), tf.int32), "index": zero, "epoch": zero}
-        image = self.pipe.host({**example, "label": tf.constant(0)})["image"]
-        return tf.ensure_shape(image, (*self.model.image_size, self.model.channels))
+        """Bytes of one image file -> uint8 (height, width, channels).
 
-    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "image_bytes")])
-    def serve(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        """(B,) bytes -> "probabilities" and "logits", float32 (B, C)."""
+        Raises:
+          DataError: the run is on arrays of one size, and the image has another.
+          InvalidArgumentError: the file cannot be decoded.
+        """
+        if self.takes_files:
+            return self.prepare_array(data)
+        zero = tf.zeros((2,), tf.int32)
+        image = parse("decode|keep('image')").host({"image": data, "seed": zero})["image"]
+        if self.model.channels == 1:
+            image = tf.image.rgb_to_grayscale(image)
+        if tf.executing_eagerly() and not image.shape.is_compatible_with(self.array_shape):
+            raise DataError(
+                f"the image is {image.shape[0]} x {image.shape[1]} pixels; this run takes images "
+                f"of {' x '.join(map(str, self.model.image_size))} as they are"
+            )
+        return self.prepare_array(tf.ensure_shape(image, self.array_shape))
+
+    def prepare_array(self, image: tf.Tensor) -> tf.Tensor:
+        """One image as the pipe takes it -> uint8 (height, width, channels)."""
+        shape = (*self.model.image_size, self.model.channels)
+        return tf.ensure_shape(self._apply(image), shape)
+
+    def _classify(self, images: tf.Tensor, prepare: Any) -> dict[str, tf.Tensor]:
         shape = (*self.model.image_size, self.model.channels)
         spec = tf.TensorSpec(shape, tf.uint8)
-        images = tf.map_fn(self.prepare, image_bytes, fn_output_signature=spec)
-        logits = self.model(self.pipe.device(images))
+        prepared = tf.map_fn(prepare, images, fn_output_signature=spec)
+        logits = self.model(self.pipe.device(prepared))
         activation = tf.sigmoid if self.sigmoid else tf.nn.softmax
         return {"probabilities": activation(logits), "logits": logits}
 
+    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "image_bytes")])
+    def serve(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """(B,) bytes of image files -> "probabilities" and "logits", float32 (B, C)."""
+        return self._classify(image_bytes, self.prepare)
 
-def open_served(checkpoint: str) -> tuple[Served, list[str]]:
+    def signature(self) -> Any:
+        """What a SavedModel of it does: `serve`, or the same of arrays for a run on arrays."""
+        if self.takes_files:
+            return self.serve
+
+        def serve_arrays(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self._classify(images, self.prepare_array)
+
+        spec = tf.TensorSpec((None, *self.array_shape), tf.uint8, "images")
+        return tf.function(serve_arrays, input_signature=[spec])
+
+
+def open_served(checkpoint: str, *, hint: Hint = hint) -> tuple[Served, list[str]]:
     """A checkpoint ready to classify image files, and the names of its classes.
 
+    Args:
+      checkpoint: see origins.open_origin.
+      hint: how messages say what to do about what the checkpoint does not tell.
+
     Raises:
-      ValueError: it has no head, or does not tell how images are prepared.
+      DataError: it has no head, or does not tell how images are prepared.
     """
-    origin = open_origin(checkpoint)
+    origin = open_origin(checkpoint, hint=hint)
     return _serve(origin, load_model(origin))
+
+
+def hint_without_flags(checkpoint: str) -> Hint:
+    """The hint of a command that has no flags for what weights lack: write them out with it first.
+
+    Args:
+      checkpoint: as the command was given it.
+    """
+
+    def hinted(settings: Mapping[str, Any]) -> str:
+        return (
+            f"{hint(settings)} to python -m vit_dist.export --checkpoint={checkpoint} "
+            "--format=timm --output=FOLDER, and take that FOLDER"
+        )
+
+    return hinted
 
 
 def _serve(origin: Origin, model: ViT) -> tuple[Served, list[str]]:
     if model.head is None:
-        raise ValueError(f"{origin.path} has no head: it gives features, no probabilities")
+        raise DataError(f"{origin.path} has no head: it gives features, no probabilities")
     loss = origin.checkpoint.notes["config"]["loss"]["name"] if origin.checkpoint else "softmax"
     served = Served(model, eval_pipe(origin, model), sigmoid=loss == "sigmoid")
     return served, list(origin.class_names or map(str, range(model.num_classes)))
@@ -275,7 +390,7 @@ def _serve(origin: Origin, model: ViT) -> tuple[Served, list[str]]:
 
 def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:
     served, names = _serve(origin, model)
-    tf.saved_model.save(served, str(path), signatures={"serving_default": served.serve})
+    tf.saved_model.save(served, str(path), signatures={"serving_default": served.signature()})
     labels = path / "labels.txt"
     labels.write_text("".join(f"{name}\n" for name in names))
     return [path, labels]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.support.networks import arrays_of, images_for, tiny_config, tiny_vit
+from vit_dist.model import dropout as dropout_lib
 from vit_dist.model import layers as layers_lib
-from vit_dist.model import masks as masks_lib
 from vit_dist.model import norm as norm_lib
 from vit_dist.model.layers import (
     Attention,
@@ -185,7 +185,7 @@ def test_config_round_trip(layer):
 def test_every_layer_has_its_round_trip():
     classes = {
         c
-        for module in (layers_lib, masks_lib, norm_lib)
+        for module in (layers_lib, dropout_lib, norm_lib)
         for c in vars(module).values()
         if inspect.isclass(c) and issubclass(c, keras.Layer) and not c.__name__.startswith("_")
         if c.__init__.__module__.startswith("vit_dist.")  # Keras sees to what it made

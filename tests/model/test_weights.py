@@ -1,12 +1,15 @@
 """Weights of one ViT in another: what is taken, resampled, left; and what is refused."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from vit_dist.model.classes import match_classes
 from vit_dist.model.posemb import resize_posemb
+from vit_dist.model.unfit import UnfitError
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.model.weights import LoadReport, adapt_weights
@@ -139,33 +142,41 @@ def test_the_same_network_at_the_same_size_computes_the_same():
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "message"),
+    ("source", "target", "message", "settings"),
     [
-        ({}, {"width": 32}, r"width 16 \(here 32\).*Set --config.model.width=16"),
-        ({}, {"mlp_dim": 32}, r"mlp_dim 24 \(here 32\).*--config.model.mlp_dim=24"),
-        ({}, {"depth": 2}, r"depth 1 \(here 2\).*--config.model.depth=1"),
-        ({"depth": 2}, {}, r"depth 2 \(here 1\).*--config.model.depth=2"),
-        ({}, {"layer_scale": 0.1}, r"layer_scale None \(here 0.1\)"),
-        ({"layer_scale": 0.1}, {}, r"layer_scale 1e-05 \(here None\)"),
-        ({}, {"qkv_bias": False}, r"qkv_bias True \(here False\).*--config.model.qkv_bias=True"),
-        ({}, {"gelu": "erf"}, r"gelu 'tanh' \(here 'erf'\).*--config.model.gelu=tanh"),
-        ({}, {"norm_epsilon": 1e-3}, "--config.model.norm_epsilon=1e-06"),
-        ({}, {"variant": "mu/8"}, r"patch_size 4 \(here 8\).*config.patch_method=pinv"),
+        ({}, {"width": 32}, r"width 16 \(here 32\)", {"width": 16}),
+        ({}, {"mlp_dim": 32}, r"mlp_dim 24 \(here 32\)", {"mlp_dim": 24}),
+        ({}, {"depth": 2}, r"depth 1 \(here 2\)", {"depth": 1}),
+        ({"depth": 2}, {}, r"depth 2 \(here 1\)", {"depth": 2}),
+        ({}, {"layer_scale": 0.1}, r"layer_scale None \(here 0.1\)", {"layer_scale": None}),
+        ({"layer_scale": 0.1}, {}, r"layer_scale 1e-05 \(here None\)", {"layer_scale": 1e-5}),
+        ({}, {"qkv_bias": False}, r"qkv_bias True \(here False\)", {"qkv_bias": True}),
+        ({}, {"gelu": "erf"}, r"gelu 'tanh' \(here 'erf'\)", {"gelu": "tanh"}),
+        ({}, {"norm_epsilon": 1e-3}, "norm_epsilon", {"norm_epsilon": 1e-6}),
         # No shape tells: 2 heads of 8 channels or 4 of 4.
-        ({}, {"num_heads": 4}, r"num_heads 2 \(here 4\).*--config.model.num_heads=2"),
-        ({}, {"norm_after_pool": True}, "--config.model.norm_after_pool=False"),
+        ({}, {"num_heads": 4}, r"num_heads 2 \(here 4\)", {"num_heads": 2}),
+        ({}, {"norm_after_pool": True}, "norm_after_pool", {"norm_after_pool": False}),
         # All that differs is said at once.
-        ({}, {"gelu": "erf", "depth": 2}, "depth=1 --config.model.gelu=tanh"),
+        ({}, {"gelu": "erf", "depth": 2}, "depth 1 .*, gelu", {"depth": 1, "gelu": "tanh"}),
     ],
 )
-def test_another_network_is_refused(source, target, message):
+def test_another_network_is_refused(source, target, message, settings):
     arrays, config = trained(**source)
     model = vit(seed=1, **target)
     before = arrays_of(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UnfitError, match=message) as caught:
         adapt_weights(model, arrays, source=config)
+    assert caught.value.settings == {f"model.{k}": v for k, v in settings.items()}
+    assert "--" not in str(caught.value)  # flags are the command's
     for name, value in arrays_of(model).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def test_another_patch_is_refused():
+    arrays, config = trained()
+    with pytest.raises(UnfitError, match=r"patch_size 4 .*variant with /4, or resample") as caught:
+        adapt_weights(vit(variant="mu/8"), arrays, source=config)
+    assert caught.value.settings == {"patch_method": "pinv"}
 
 
 def test_a_source_that_does_not_tell_all():
@@ -189,8 +200,9 @@ def test_a_table_of_another_grid_than_the_source_says():
 def test_tensors_that_nothing_accounts_for():
     arrays, config = trained()
     named = {"unused": ["txt/a"], "unknown": ["head_dist.bias"]}
-    with pytest.raises(ValueError, match=r"head_dist.bias .*init_ignore='head_dist"):
+    with pytest.raises(UnfitError, match=r"head_dist.bias .*another kind of network") as caught:
         adapt_weights(vit(), arrays, source=config, **named)
+    assert caught.value.settings == {"init_ignore": r"head_dist\.bias"}
     report = adapt_weights(vit(), arrays, source=config, ignore=r"^head_dist\.", **named)
     assert report.unused == ["txt/a", "head_dist.bias"]
 
@@ -199,6 +211,79 @@ def test_a_representation_layer_of_another_width_is_new():
     arrays, config = trained(rep_size=8)
     report = adapt_weights(vit(rep_size=4), arrays, source=config)
     assert {line.split()[0] for line in report.new} == {*HEAD, *PRE_LOGITS}
+
+
+# Names of a checkpoint's classes, of the data's, and which column of the head each of these gets;
+# or words of why the head is new.
+CLASSES = [
+    ("abcde", "abcde", None),
+    ("abcde", "", None),  # nobody knows: taken as it is
+    ("", "abcde", None),
+    ("abcde", "cabed", [2, 0, 1, 4, 3]),
+    (["1", "10", "2", "3", "4"], ["1", "2", "3", "4", "10"], [0, 2, 3, 4, 1]),
+    ("abcde", "abcdz", r"its 5 classes are not the 5 of the data \('z' is not in it\)"),
+    ("abcde", "vwxyz", r"\('v', 'w', 'x' and 2 more are not in it\)"),
+    ("abcdef", "abcde", r"its 6 classes are not the 5 of the data \('f' is not in the data\)"),
+    ("aabcd", "abcda", r"\(a name stands for two of them\)"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "expected"), CLASSES, ids=str)
+def test_a_head_is_mapped_by_the_names_of_its_classes(theirs, ours, expected):
+    arrays, config = trained(num_classes=len(theirs) or 5)
+    model = vit(seed=1)
+    before = arrays_of(model)
+    report = adapt_weights(model, arrays, source=config, classes=(list(theirs), list(ours)))
+    after = arrays_of(model)
+    for name in HEAD:
+        if isinstance(expected, str):
+            np.testing.assert_array_equal(after[name], before[name])
+        else:
+            order = slice(None) if expected is None else expected
+            np.testing.assert_array_equal(after[name], arrays[name][..., order])
+    if isinstance(expected, str):
+        assert len(report.new) == 2
+        assert all(re.search(expected, line) for line in [*report.new, str(report)]), report.new
+    elif expected:
+        assert str(report).splitlines() == [
+            "loaded 18 tensors unchanged, 2 mapped",
+            "mapped: head/kernel (16, 5), its classes by name in the order of the data",
+            "mapped: head/bias (5,), its classes by name in the order of the data",
+        ]
+    else:
+        assert not report.mapped and not report.new
+
+
+def test_the_same_image_gets_the_same_class_after_mapping():
+    """Logits by name, not by number, are what a reordering must keep."""
+    names, wanted = ["ant", "bee", "cat", "dog", "elk"], ["elk", "ant", "dog", "bee", "cat"]
+    arrays, config = trained()
+    first, second = vit(), vit(seed=1)
+    adapt_weights(first, arrays, source=config)
+    adapt_weights(second, arrays, source=config, classes=(names, wanted))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    for row, other in zip(first(images).numpy(), second(images).numpy(), strict=True):
+        by_name = dict(zip(names, row, strict=True))
+        np.testing.assert_allclose([by_name[name] for name in wanted], other, rtol=1e-6)
+
+
+def test_a_head_on_other_features_is_new_whatever_its_classes_are_called():
+    arrays, config = trained(pool="tok")
+    report = adapt_weights(vit(), arrays, source=config, classes=("abcde", "edcba"))
+    assert not report.mapped and all("as model.pool differs" in line for line in report.new[:2])
+
+
+def test_lines_for_the_report():
+    arrays, config = trained()
+    report = adapt_weights(
+        vit(), arrays, source=config, assumed=["no rope"], notes=["left out: a decoder"]
+    )
+    assert str(report).splitlines()[1:] == ["assumed: no rope", "note: left out: a decoder"]
+
+
+def test_classes_of_both_sides_are_compared_as_they_are():
+    assert match_classes(("a", "b"), ["b", "a"]).order == [1, 0]
+    assert match_classes(("a", "b"), ["a", "b"]) == match_classes((), ["x"])
 
 
 PREFIXES = [

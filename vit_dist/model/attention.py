@@ -8,17 +8,25 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from vit_dist.model.dropout import Dropout
 from vit_dist.model.linear import Linear
-from vit_dist.model.masks import Dropout
 from vit_dist.model.memory import blockwise_attention, rematerialized
 
 
 class Attention(keras.layers.Layer):
     """Multi-head dot-product attention (Vaswani et al. 2017), queries from x, keys from context.
 
-    q, k and v are three projections: compiled for a TPU that takes less memory traffic than one
+    q, k and v are three projections: compiled for a TPU, three take less memory traffic than one
     fused projection. The softmax is float32 under every policy, unless `softmax` is "compute".
-    `recompute` and `block_size` save memory: see memory.py.
+
+    Args:
+      num_heads: H; D must be a multiple of it.
+      qkv_bias: whether the three projections have biases; the output projection always has.
+      dropout: rate, on the attention weights.
+      softmax: "float32", or "compute" for the dtype of the activations.
+      form: see `Linear`.
+      recompute: whether the backward pass computes logits and weights again; see memory.py.
+      block_size: None, or how many keys are attended to at a time; see memory.py.
     """
 
     def __init__(
@@ -33,9 +41,16 @@ class Attention(keras.layers.Layer):
         block_size: int | None = None,
         **kwargs: Any,
     ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = config
+        self._config: dict[str, Any] = {
+            "num_heads": num_heads,
+            "qkv_bias": qkv_bias,
+            "dropout": dropout,
+            "softmax": softmax,
+            "form": form,
+            "recompute": recompute,
+            "block_size": block_size,
+        }
         self.num_heads, self.qkv_bias = num_heads, qkv_bias
         self.softmax, self.form = softmax, form
         self.recompute, self.block_size = recompute, block_size
@@ -58,13 +73,14 @@ class Attention(keras.layers.Layer):
         """(B, N, D), projected -> (B, H, N, K)."""
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         if self.form == "tensor":
-            # A TPU's tiles make it copy what is cut into heads: rather the small kernel than the
-            # tensor. A step of S/16 then accesses 15.5 GB on a v5e, else 18.4.
+            # Cutting the last axis into heads copies, as a TPU keeps tensors in tiles. So the small
+            # kernel is cut, (D, D) -> (D, H, K), and not the large y: a step of S/16 then accesses
+            # 15.5 GB on a v5e, else 18.4.
             y = tf.einsum("bnd,dhk->bnhk", x, tf.reshape(dense.kernel, (-1, *heads)))
             y = y + tf.reshape(dense.bias, heads) if dense.use_bias else y
         else:
             y = tf.reshape(dense(x), (-1, x.shape[1], *heads))
-        return tf.transpose(y, (0, 2, 1, 3))
+        return tf.transpose(y, (0, 2, 1, 3))  # heads before tokens, for a batched matmul
 
     def _join(self, y: tf.Tensor) -> tf.Tensor:
         """(B, H, N, K) -> (B, N, D), projected."""
@@ -75,14 +91,16 @@ class Attention(keras.layers.Layer):
         """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N')."""
         logits = tf.matmul(query, key, transpose_b=True)
         logits = tf.cast(logits, "float32" if self.softmax == "float32" else value.dtype)
-        # In float16 values summed over many tokens would overflow before a division; a TPU's
-        # compiler keeps the sums and divides again where it needs to.
+        # The plain softmax where the faster form below does not fit: in float16, values summed over
+        # many tokens would overflow before the division; and a TPU's compiler already keeps the row
+        # sums and divides again where it needs to.
         if value.dtype == tf.float16 or self.form == "tensor":
             weights = tf.nn.softmax(logits)
             dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
             return tf.matmul(dropped, value), weights
         # Softmax with the division after the product with the values, as in FlashAttention-2
-        # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer.
+        # (arXiv 2307.08691): the backward pass then needs one (B, H, N, N) tensor fewer. The peak
+        # is subtracted only against overflow and cancels out, so it needs no gradient.
         peak = tf.stop_gradient(tf.reduce_max(logits, axis=-1, keepdims=True))
         weights = tf.exp(logits - peak)
         total = tf.reduce_sum(weights, axis=-1, keepdims=True)
@@ -101,6 +119,7 @@ class Attention(keras.layers.Layer):
         context = x if context is None else context
         query = self._split(self.query, x)
         key, value = self._split(self.key, context), self._split(self.value, context)
+        # Scaling the queries by 1 / sqrt(K) costs N * K products a head; the logits would cost N^2.
         query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
         if self.block_size and not return_weights:
             y = blockwise_attention(query, key, value, block_size=self.block_size)

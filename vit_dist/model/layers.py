@@ -2,8 +2,8 @@
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H, M hidden width of the MLP.
 
-Layers compute the same numbers in two forms: "matrix" for CPUs and GPUs, "tensor" for TPUs (see
-`Linear`).
+Every layer has an argument `form`, which changes speed and not the numbers: "matrix" for CPUs and
+GPUs, "tensor" for TPUs (see `Linear`).
 """
 
 from typing import Any
@@ -12,18 +12,21 @@ import keras
 import tensorflow as tf
 
 from vit_dist.model.attention import Attention
+from vit_dist.model.dropout import Dropout, DropPath
 from vit_dist.model.linear import Linear
-from vit_dist.model.masks import Dropout, DropPath
 from vit_dist.model.norm import LAYER_NORM_EPSILON, layer_norm
 
 
 def gelu(x: tf.Tensor, kind: str) -> tf.Tensor:
     """Gaussian error linear unit (arXiv 1606.08415): "erf" exact, "tanh" its approximation.
 
-    tf.nn.gelu computes the exact one by erfc, which keeps relative precision where 1 + erf cancels:
-    16 bits need that. In float32 what cancels is below 1e-7, and erf takes XLA half the time (4 %
-    of a step of Ti/16).
+    Args:
+      x: any shape, floating.
+      kind: "erf" or "tanh".
     """
+    # tf.nn.gelu computes the exact one by erfc, which keeps relative precision for very negative x,
+    # where 1 + erf(x) cancels: 16 bits need that. In float32 the error of cancelling is below 1e-7,
+    # and erf takes XLA half the time of erfc (4 % of a step of Ti/16).
     if kind == "tanh" or x.dtype != tf.float32:
         return tf.nn.gelu(x, approximate=kind == "tanh")
     return 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5))
@@ -54,8 +57,8 @@ class PatchEmbedding(keras.layers.Layer):
     """Cuts images into patches and projects each: a convolution with stride = kernel.
 
     (B, height, width, C) -> (B, N, D). The kernel is kept in the convolution's layout (p, q, C, D).
-    The matrix form cuts and multiplies; a TPU would move the image several times for that (10 % of
-    a step's bytes) and takes the convolution as it is.
+    The matrix form cuts the image into patches and multiplies one matrix. A TPU would move the
+    image several times for that (10 % of a step's bytes), so the tensor form is a convolution.
     """
 
     def __init__(self, width: int, patch: tuple[int, int], *, form: str = "matrix", **kwargs: Any):
@@ -78,6 +81,8 @@ class PatchEmbedding(keras.layers.Layer):
             kernel, bias = (tf.convert_to_tensor(v) for v in (self.kernel, self.bias))
             x = tf.nn.conv2d(images, kernel, (p, q), "VALID") + bias
             return tf.reshape(x, (-1, rows * columns, self.width))
+        # (B, height, width, C) -> (B, rows, p, columns, q, C) -> (B, rows, columns, p, q, C): then
+        # one patch's p * q * C numbers lie in the order of the kernel's first three axes.
         x = tf.reshape(images, (-1, rows, p, columns, q, channels))
         x = tf.transpose(x, (0, 1, 3, 2, 4, 5))
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.width))
@@ -123,7 +128,11 @@ class Mlp(keras.layers.Layer):
 
 
 class EncoderBlock(keras.layers.Layer):
-    """A pre-LN transformer block: x + attention(LN(x)), then x + mlp(LN(x))."""
+    """A pre-LN transformer block: x + attention(LN(x)), then x + mlp(LN(x)).
+
+    Dropout, LayerScale and stochastic depth act on each branch, in this order, before it is added.
+    The arguments are those of `ViT` and `Attention`; `hidden` is M.
+    """
 
     def __init__(
         self,
@@ -143,9 +152,22 @@ class EncoderBlock(keras.layers.Layer):
         form: str = "matrix",
         **kwargs: Any,
     ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = config
+        self._config: dict[str, Any] = {
+            "num_heads": num_heads,
+            "hidden": hidden,
+            "gelu": gelu,
+            "qkv_bias": qkv_bias,
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "drop_path": drop_path,
+            "layer_scale": layer_scale,
+            "softmax": softmax,
+            "recompute_attention": recompute_attention,
+            "attention_block": attention_block,
+            "norm_epsilon": norm_epsilon,
+            "form": form,
+        }
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"form": form, "dtype": dtype}
         self.norm_0 = layer_norm("norm_0", epsilon=norm_epsilon, **shared)
@@ -199,7 +221,11 @@ class EncoderBlock(keras.layers.Layer):
 
 
 class MapHead(keras.layers.Layer):
-    """Attention pooling with one learned probe (Zhai et al., arXiv 2106.04560): (B,N,D)->(B,D)."""
+    """Attention pooling with one learned probe (Zhai et al., arXiv 2106.04560): (B,N,D)->(B,D).
+
+    The probe is the only query: y = attention(probe, x), then y + mlp(LN(y)). The arguments are
+    those of `EncoderBlock`.
+    """
 
     def __init__(
         self,
@@ -211,9 +237,14 @@ class MapHead(keras.layers.Layer):
         form: str = "matrix",
         **kwargs: Any,
     ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = config
+        self._config: dict[str, Any] = {
+            "num_heads": num_heads,
+            "hidden": hidden,
+            "gelu": gelu,
+            "norm_epsilon": norm_epsilon,
+            "form": form,
+        }
         shared: dict[str, Any] = {"form": form, "dtype": self.dtype_policy}
         self.attention = Attention(num_heads, name="attention", **shared)
         self.norm = layer_norm("norm", epsilon=norm_epsilon, **shared)
@@ -230,4 +261,4 @@ class MapHead(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         probe = tf.tile(tf.cast(self.probe, x.dtype), (tf.shape(x)[0], 1, 1))
         y = self.attention(probe, x)
-        return (y + self.mlp(self.norm(y)))[:, 0]
+        return (y + self.mlp(self.norm(y)))[:, 0]  # (B, 1, D) -> (B, D)

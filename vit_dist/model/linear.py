@@ -10,9 +10,9 @@ class Linear(keras.layers.Dense):
     """Keras's Dense over the last of three axes, (B, N, D) -> (B, N, M), in one of two forms.
 
     "matrix", for CPUs and GPUs, multiplies one flat matrix: 4 % less time per step, as XLA moves
-    less of it around in the backward pass. "tensor", for TPUs, contracts the tensor as it is: a TPU
-    keeps it in tiles of 8 x 128, so that merging B and N copies it. Compiled for a v5e, a step of
-    Ti/16 accesses 7.7 GB in this form and 11.1 GB in the other.
+    less of it around in the backward pass. "tensor", for TPUs, contracts the three-dimensional
+    tensor: a TPU keeps it in tiles of 8 x 128, so merging B and N copies it. Compiled for a v5e, a
+    step of Ti/16 accesses 7.7 GB as "tensor" and 11.1 GB as "matrix".
     """
 
     def __init__(self, units: int, *, form: str = "matrix", **kwargs: Any):
@@ -32,5 +32,6 @@ class Linear(keras.layers.Dense):
         if self.use_bias:
             # Not bias_add: XLA takes longer for its gradient, to compile it and to compute it.
             y = y + tf.convert_to_tensor(self.bias)
+        # Restores N for the matrix form, and tells either form's static shape.
         y = tf.reshape(y, (-1, *x.shape[1:-1], self.units))
         return y if self.activation is None else self.activation(y)

@@ -1,4 +1,4 @@
-"""Memory for arithmetic: what the backward pass computes anew instead of keeping it.
+"""Less memory for more arithmetic: the backward pass computes again what it would have kept.
 
 Shapes: B batch, H heads, N queries, M keys, K width of a head, n blocks of m keys.
 """
@@ -12,10 +12,14 @@ POLICIES = ("none", "attention", "full")
 
 
 def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """`function` of floating tensors to one tensor, which keeps nothing but its arguments.
+    """Returns `function`, of which a backward pass finds only the arguments in memory.
 
-    Its gradient computes it again, once the gradient of its output is there (Chen et al., arXiv
-    1604.06174). What else it reads, such as seeds, comes from its closure and gets no gradient.
+    The backward pass computes everything between arguments and output again (Chen et al., arXiv
+    1604.06174).
+
+    Args:
+      function: floating tensors -> one tensor. What it reads besides its arguments, such as seeds,
+        comes from its closure and gets no gradient.
     """
 
     @tf.custom_gradient
@@ -33,19 +37,24 @@ def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tenso
 
 
 def _after(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-    """x, but only once `upstream` is known; else XLA would find that it has computed this before.
+    """Returns x, made to depend on `upstream`, the gradient of the output.
 
-    XLA knows no control dependencies, and its optimization barrier is gone on CPUs before equal
-    expressions are merged. So x gets a zero that depends on `upstream`, as in tf.recompute_grad.
+    Without that dependence XLA would see that the forward pass has computed the same expressions of
+    x before, merge the two, and keep the results in memory after all. Control dependencies do not
+    exist in XLA, and its optimization barrier is dropped on CPUs before equal expressions are
+    merged. So x gets a zero added that is computed from `upstream`, as in tf.recompute_grad.
     """
     first = tf.cast(tf.reshape(upstream, [-1])[0], tf.bool)
+    # Always 0, in a way that XLA's simplifier does not see through on CPUs and GPUs.
     zero = tf.where(tf.equal(first, first), 0.0, float("nan"))
     return x + tf.cast(zero, x.dtype)
 
 
 def rematerialized_layer(layer: keras.layers.Layer, x: tf.Tensor, **options: object) -> tf.Tensor:
-    """layer(x, **options), of which the backward pass finds x alone; its weights get gradients."""
+    """layer(x, **options), of which the backward pass keeps x alone; the weights get gradients."""
     weights = layer.weights
+    # A custom gradient returns gradients for its arguments, so the weights must be arguments.
+    # Within the StatelessScope the layer reads `values` in place of its own variables.
 
     def call(x: tf.Tensor, *values: tf.Tensor) -> tf.Tensor:
         mapping = list(zip(weights, values, strict=True))
@@ -74,7 +83,7 @@ def blockwise_attention(
     """
     num_keys = key.shape[2]
     num_blocks = -(-num_keys // block_size)
-    # What is padded gets no weight.
+    # -inf added to the logits of padding, so that its weight is exp(-inf) = 0.
     index = tf.reshape(tf.range(num_blocks * block_size), (num_blocks, block_size))
     bias = tf.where(index < num_keys, 0.0, float("-inf"))
 
@@ -97,11 +106,16 @@ def _logits(query: tf.Tensor, keys: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
 
 
 def _forwards(query: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, bias: tf.Tensor):
-    """float32: the output (B, H, N, K), and each row's log of the sum of exp, (B, H, N, 1)."""
+    """float32: the output (B, H, N, K), and each row's log of the sum of exp, (B, H, N, 1).
+
+    A softmax over keys that come block by block: `peak` is each row's largest logit so far, `total`
+    its sum of exp(logit - peak), `y` the sum of the values with these weights.
+    """
 
     def body(i: tf.Tensor, peak: tf.Tensor, total: tf.Tensor, y: tf.Tensor):
         logits = _logits(query, keys[i], bias[i])
         higher = tf.maximum(peak, tf.reduce_max(logits, -1, keepdims=True))
+        # What was summed relative to the old peak is rescaled to the new one.
         weights, shrink = tf.exp(logits - higher), tf.exp(peak - higher)
         more = tf.matmul(tf.cast(weights, values.dtype), values[i])
         total = total * shrink + tf.reduce_sum(weights, -1, keepdims=True)
@@ -115,8 +129,11 @@ def _forwards(query: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, bias: tf.Ten
 
 
 def _backwards(query, keys, values, bias, y, lse, upstream):
-    """Of Y = P V, P = softmax(S): dV = P^T dY; dS = P * (dY V^T - each row's sum of dY * Y)."""
-    mean = tf.reduce_sum(tf.cast(upstream, tf.float32) * y, -1, keepdims=True)
+    """Gradients of Y = P V, P = softmax(S): dV = P^T dY; dS = P * (dY V^T - row sums of dY * Y).
+
+    P is computed again block by block: exp(S - lse), with `lse` kept from the forward pass.
+    """
+    mean = tf.reduce_sum(tf.cast(upstream, tf.float32) * y, -1, keepdims=True)  # the row sums
 
     def body(i: tf.Tensor, d_query: tf.Tensor, d_keys: tf.TensorArray, d_values: tf.TensorArray):
         weights = tf.exp(_logits(query, keys[i], bias[i]) - lse)

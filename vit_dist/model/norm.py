@@ -9,7 +9,11 @@ LAYER_NORM_EPSILON = 1e-6  # the reference's; Keras's default 1e-3 gives other l
 
 
 class LayerNorm(keras.layers.LayerNormalization):
-    """LayerNorm (arXiv 1607.06450)."""
+    """LayerNorm (arXiv 1607.06450) in the form that suits the device: see `Linear`.
+
+    Keras computes the variance in a second pass over x. For 16-bit x on a TPU that pass is memory
+    traffic, so the "tensor" form takes `normalize`, which needs one.
+    """
 
     def __init__(self, *, form: str = "matrix", **kwargs: Any):
         super().__init__(**kwargs)
@@ -20,7 +24,7 @@ class LayerNorm(keras.layers.LayerNormalization):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         if self.form == "matrix" or self.compute_dtype == "float32":
-            return super().call(x)  # on CPUs 3 times faster than normalize
+            return super().call(x)  # Keras's; on CPUs 3 times faster than `normalize`
         gamma, beta = (tf.convert_to_tensor(v) for v in (self.gamma, self.beta))
         return normalize(x, gamma, beta, self.epsilon)
 

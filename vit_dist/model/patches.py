@@ -20,6 +20,8 @@ def resize_kernel(kernel: np.ndarray, patch_size: int) -> np.ndarray:
     """
     p, q, channels, width = kernel.shape
     basis: np.ndarray = np.eye(p * q, dtype=np.float32).reshape(p, q, p * q)
+    # Resizing is linear, so resizing all p * q unit patches at once (as channels of one image)
+    # gives the columns of B.
     resized = tf.image.resize(basis, (patch_size, patch_size), "bilinear").numpy()
     matrix = resized.reshape(patch_size**2, p * q).astype(np.float64)  # B
     flat = np.asarray(kernel, np.float64).reshape(p * q, -1)
@@ -43,4 +45,5 @@ def change_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     old = kernel.shape[2]
     if channels == 1:
         return kernel.sum(axis=2, keepdims=True, dtype=np.float32)
+    # Red, green, blue, red, ... until there are enough; timm's adapt_input_conv.
     return (kernel[:, :, np.arange(channels) % old] * (old / channels)).astype(np.float32)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
+
 
 def sincos2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0) -> np.ndarray:
     """The fixed table of MoCo v3 (arXiv 2104.02057) as big_vision computes it.
@@ -18,20 +20,22 @@ def sincos2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0
       float32 (rows * columns, width): [sin x, cos x, sin y, cos y].
 
     Raises:
-      ValueError: width not divisible by 4, or below 8 (the frequencies divide by width / 4 - 1).
+      ConfigError: width not divisible by 4, or below 8 (the frequencies divide by width / 4 - 1).
     """
     if width % 4 or width < 8:
-        raise ValueError(
+        raise ConfigError(
             f"posemb 'sincos2d' needs a width divisible by 4 and at least 8, got {width}"
         )
-    y, x = np.mgrid[: grid[0], : grid[1]]
+    y, x = np.mgrid[: grid[0], : grid[1]]  # row and column of each patch
+    # width / 4 frequencies, from 1 down to 1 / temperature in geometric steps.
     omega = temperature ** -(np.arange(width // 4) / (width // 4 - 1))
     y, x = np.outer(y.ravel(), omega), np.outer(x.ravel(), omega)
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
 
 def _align_corners(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    # Equals the reference's scipy.ndimage.zoom(order=1); tf.image.resize (half-pixel) does not.
+    # The first and last entries keep their places, as in vision_transformer's
+    # scipy.ndimage.zoom(order=1); tf.image.resize always aligns pixel centres instead.
     resized = tf.raw_ops.ResizeBilinear(images=table[None], size=grid, align_corners=True)
     return resized[0].numpy()
 
@@ -43,19 +47,23 @@ def _half_pixel(
 
 
 def _torch_bicubic(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    # tf.image.resize's cubic has a = -0.5 and renormalised edges: up to 0.4 off on N(0, 1) values.
+    # Not tf.image.resize's cubic: that has a = -0.5 and renormalises at edges, which puts values
+    # of N(0, 1) off by up to 0.4. Both axes are separable: one matrix of weights for each.
     rows, columns = (_cubic_weights(old, new) for old, new in zip(table.shape, grid, strict=False))
     return np.einsum("ri,cj,ijd->rcd", rows, columns, table).astype(np.float32)
 
 
 def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
     """(new, old) weights of torch's interpolate(mode="bicubic", align_corners=False)."""
+    # Where each new pixel's centre falls in the old grid, and the four old pixels around it.
     center = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
     neighbours = np.floor(center) + np.arange(-1, 3)
     x = np.abs(center - neighbours)
     near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
     weights = np.zeros((new, old))
     edges = np.clip(neighbours, 0, old - 1).astype(int)
+    # Neighbours outside are clipped to the edge pixel, which then is hit more than once: add.at
+    # sums its weights, where plain indexing would keep the last one.
     np.add.at(weights, (np.arange(new)[:, None], edges), np.where(x <= 1, near, far))
     return weights
 
@@ -85,18 +93,19 @@ def resize_posemb(
       old_grid: (rows, columns) of `table`.
       new_grid: (rows, columns) wanted.
       old_prefix: 1 if the first entry belongs to a cls token, else 0.
-      new_prefix: the same for the result. A prefix that the old table lacks becomes zeros; one that
-        the new model lacks is dropped.
+      new_prefix: 1 if the result's first entry shall belong to a cls token, else 0. An entry that
+        `table` lacks becomes zeros; one that is not wanted is dropped.
       method: a key of METHODS. "align_corners" is the reference's.
 
     Returns:
       float32 (1, new_prefix + rows * columns, D).
 
     Raises:
-      ValueError: unknown method, or a table whose length is not old_prefix + rows * columns.
+      ConfigError: unknown method.
+      ValueError: a table whose length is not old_prefix + rows * columns.
     """
     if method not in METHODS:
-        raise ValueError(f"posemb method '{method}' is unknown; allowed: {', '.join(METHODS)}")
+        raise ConfigError(f"posemb method '{method}' is unknown; allowed: {', '.join(METHODS)}")
     table = np.asarray(table, np.float32)
     rows, columns = old_grid
     if table.ndim != 3 or table.shape[1] != old_prefix + rows * columns:

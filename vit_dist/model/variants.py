@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.model.memory import POLICIES
 from vit_dist.model.posemb import sincos2d
 
@@ -40,11 +41,11 @@ def parse_variant(variant: str) -> dict[str, int]:
     """The sizes of a name such as "S/16": width, depth, mlp_dim, num_heads, patch_size.
 
     Raises:
-      ValueError: not of the form size/patch, or an unknown size.
+      ConfigError: not of the form size/patch, or an unknown size.
     """
     match = re.fullmatch(r"([A-Za-z0-9]+)/([1-9][0-9]*)", str(variant))
     if not match or match[1] not in SIZES:
-        raise ValueError(
+        raise ConfigError(
             f"variant {variant!r} is not size/patch, such as 'S/16'; sizes: {', '.join(SIZES)}"
         )
     return {**SIZES[match[1]], "patch_size": int(match[2])}
@@ -56,9 +57,9 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError, naming what is allowed, if `value` is none of it."""
+    """Raises ConfigError, naming what is allowed, if `value` is none of it."""
     if value not in allowed:
-        raise ValueError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
+        raise ConfigError(f"{name} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
 def needs_cls(pool: str) -> bool:
@@ -85,21 +86,21 @@ def check_vit(
     form: str = "matrix",
     **rest: Any,
 ) -> None:
-    """Raises ValueError for sizes no ViT can have; touches no device."""
+    """Raises ConfigError for arguments no ViT can have; touches no device."""
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
     zeros = ("num_classes", "rep_size", "registers")
     for names, least in ((_POSITIVE, 1), (zeros, 0)):
         for name in names:
             if sizes[name] < least:
-                raise ValueError(f"{name} must be {least} or more, got {sizes[name]}")
+                raise ConfigError(f"{name} must be {least} or more, got {sizes[name]}")
     height, columns = as_pair(image_size)
     if height % patch_size or columns % patch_size or min(height, columns) < patch_size:
-        raise ValueError(
+        raise ConfigError(
             f"images of {height}x{columns} cannot be cut into patches of {patch_size}x{patch_size}:"
             f" set image_size to a multiple of {patch_size}, or another patch in the variant"
         )
     if width % num_heads:
-        raise ValueError(f"width {width} is not divisible by num_heads {num_heads}")
+        raise ConfigError(f"width {width} is not divisible by num_heads {num_heads}")
     check_choice("pool", pool, POOLS)
     check_choice("posemb", posemb, POSEMBS)
     check_choice("gelu", gelu, GELUS)
@@ -109,14 +110,14 @@ def check_vit(
     check_choice("form", form, FORMS)
     check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
     if pool in CLS_POOLS and not cls_token:
-        raise ValueError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
+        raise ConfigError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
     if pool == "tok_gap" and rest["norm_after_pool"]:
-        raise ValueError("pool 'tok_gap' takes normalised tokens: leave norm_after_pool False")
+        raise ConfigError("pool 'tok_gap' takes normalised tokens: leave norm_after_pool False")
     if not 0 < norm_epsilon < 1:
-        raise ValueError(f"norm_epsilon must be above 0 and below 1, got {norm_epsilon}")
+        raise ConfigError(f"norm_epsilon must be above 0 and below 1, got {norm_epsilon}")
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
-            raise ValueError(f"{name} is a probability below 1, got {rest[name]}")
+            raise ConfigError(f"{name} is a probability below 1, got {rest[name]}")
     if posemb == "sincos2d":
         sincos2d((1, 1), width)
     if attention_block is not None:
@@ -125,13 +126,14 @@ def check_vit(
 
 def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
     if size < 1:
-        raise ValueError(f"attention_block must be 1 or more keys, or None, got {size}")
+        raise ConfigError(f"attention_block must be 1 or more keys, or None, got {size}")
     if remat == "attention":
-        raise ValueError(
-            "attention_block computes the attention anew already: set remat to none or full"
+        raise ConfigError(
+            "attention_block already computes the attention again in the backward pass: set remat "
+            "to none or full"
         )
     if dropout:
-        raise ValueError(
+        raise ConfigError(
             f"attention_block cannot drop attention weights: set attention_dropout to 0, not "
             f"{dropout}, or attention_block to None"
         )
@@ -177,12 +179,33 @@ def vit_config(
     means as wide as the model; the rest is documented at ViT.
 
     Raises:
-      ValueError: see ViT and parse_variant.
+      ConfigError: see ViT and parse_variant.
     """
-    config = dict(locals())
-    sizes: dict[str, Any] = parse_variant(config.pop("variant"))
-    config |= {k: v if config.get(k) is None else config[k] for k, v in sizes.items()}
-    config["rep_size"] = config["width"] if rep_size == -1 else rep_size
-    config["cls_token"] = needs_cls(pool) if cls_token is None else cls_token
+    given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
+    sizes = parse_variant(variant) | {k: v for k, v in given.items() if v is not None}
+    config: dict[str, Any] = {
+        **sizes,
+        "image_size": image_size,
+        "rep_size": sizes["width"] if rep_size == -1 else rep_size,
+        "cls_token": needs_cls(pool) if cls_token is None else cls_token,
+        "num_classes": num_classes,
+        "pool": pool,
+        "posemb": posemb,
+        "dropout": dropout,
+        "attention_dropout": attention_dropout,
+        "drop_path": drop_path,
+        "drop_path_growth": drop_path_growth,
+        "layer_scale": layer_scale,
+        "gelu": gelu,
+        "qkv_bias": qkv_bias,
+        "remat": remat,
+        "attention_block": attention_block,
+        "softmax": softmax,
+        "registers": registers,
+        "prefix_posemb": prefix_posemb,
+        "norm_epsilon": norm_epsilon,
+        "norm_after_pool": norm_after_pool,
+        "channels": channels,
+    }
     check_vit(**config)
     return config

@@ -26,35 +26,39 @@ class ViT(keras.Model):
       image_size: (height, width) in pixels, each divisible by patch_size.
       patch_size: side of a patch in pixels.
       width, depth, mlp_dim, num_heads: D, blocks, hidden width of the MLP, H.
-      num_classes: C; 0 leaves the head away.
-      pool: "tok" a cls token, "gap" mean over the patch tokens, "tok_gap" both, one behind the
-        other (DINOv2's classifier), "map" attention pooling of the patches, "none" keeps all
-        tokens (the head applies to each).
+      num_classes: C; 0 for no head: the model then returns features.
+      pool: what the head sees: "tok" the cls token, "gap" the mean over the patch tokens, "tok_gap"
+        both, concatenated (DINOv2's classifier), "map" attention pooling of the patch tokens,
+        "none" every token (the head applies to each).
       posemb: "learned", or the fixed "sincos2d" of the patches.
       rep_size: width of the representation layer (Dense + tanh) before the head; 0 for none.
-      dropout: after the position embedding, attention out, GELU and the MLP's second matrix.
-      attention_dropout: on the attention weights.
+      dropout: rate, after the position embedding, the attention's output projection, the GELU and
+        the MLP's second matrix.
+      attention_dropout: rate, on the attention weights.
       drop_path: stochastic depth's rate at the last block.
       drop_path_growth: "linear" from 0 at the first block, or "constant" over all (DeiT III).
       layer_scale: initial value of LayerScale, None for none.
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
-      remat: what a training step computes anew in its backward pass rather than keep: "none", the
-        "attention" (logits, softmax and its product with the values), or blocks in "full".
+      remat: what a training step computes again in its backward pass, to keep less in memory:
+        "none", "attention" (logits, softmax and its product with the values), or "full" (whole
+        blocks).
       attention_block: None, or how many keys attention takes at a time; for many tokens.
       softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
         flax and big_vision have it.
-      form: how layers compute the same numbers: "matrix" for CPUs and GPUs, "tensor" for TPUs.
+      form: which of two ways computes the same numbers: "matrix" for CPUs and GPUs, "tensor" for
+        TPUs.
       cls_token: whether there is one; None: if the pool needs it.
       registers: further learned tokens between the cls token and the patches (arXiv 2309.16588).
       prefix_posemb: which tokens before the patches have an entry in the learned table: "cls",
         "all" or "none" (DeiT III, timm's no_embed_class).
-      norm_epsilon: of every LayerNorm: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
-      norm_after_pool: the last LayerNorm stands behind the pooling (timm's fc_norm), not before.
+      norm_epsilon: every LayerNorm's: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
+      norm_after_pool: whether the last LayerNorm comes after the pooling (timm's fc_norm), and not
+        before it.
       channels: colour channels of the images.
 
     Raises:
-      ValueError: any of them out of range; the message names it and what is allowed.
+      ConfigError: an argument out of range; the message names it and what is allowed.
     """
 
     def __init__(
@@ -89,20 +93,48 @@ class ViT(keras.Model):
         channels: int = 3,
         **kwargs: Any,
     ):
-        cls_token = needs_cls(pool) if cls_token is None else cls_token
-        config = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
         super().__init__(**kwargs)
-        self._config = {**config, "image_size": as_pair(image_size)}
+        self._config: dict[str, Any] = {
+            "image_size": as_pair(image_size),
+            "patch_size": patch_size,
+            "width": width,
+            "depth": depth,
+            "mlp_dim": mlp_dim,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "pool": pool,
+            "posemb": posemb,
+            "rep_size": rep_size,
+            "dropout": dropout,
+            "attention_dropout": attention_dropout,
+            "drop_path": drop_path,
+            "drop_path_growth": drop_path_growth,
+            "layer_scale": layer_scale,
+            "gelu": gelu,
+            "qkv_bias": qkv_bias,
+            "remat": remat,
+            "attention_block": attention_block,
+            "softmax": softmax,
+            "form": form,
+            "cls_token": needs_cls(pool) if cls_token is None else cls_token,
+            "registers": registers,
+            "prefix_posemb": prefix_posemb,
+            "norm_epsilon": norm_epsilon,
+            "norm_after_pool": norm_after_pool,
+            "channels": channels,
+        }
         check_vit(**self._config)
-        self.image_size = as_pair(image_size)
+        self.image_size: tuple[int, int] = self._config["image_size"]
+        self.cls_token: bool = self._config["cls_token"]
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
-        self.remat, self.norm_after_pool, self.cls_token = remat, norm_after_pool, cls_token
+        self.remat, self.norm_after_pool = remat, norm_after_pool
         self.registers_count = registers
-        self.prefix = int(cls_token) + registers  # tokens before the patches
-        # ... of which the learned table has an entry for the first so many
-        self.posemb_prefix = {"cls": int(cls_token), "all": self.prefix, "none": 0}[prefix_posemb]
+        self.prefix = int(self.cls_token) + registers  # tokens before the patches
+        # How many of them have an entry in the learned table; its other entries are the patches'.
+        entries = {"cls": int(self.cls_token), "all": self.prefix, "none": 0}
+        self.posemb_prefix = entries[prefix_posemb]
         self._make_layers()
 
     def _make_layers(self) -> None:
@@ -128,12 +160,13 @@ class ViT(keras.Model):
 
     def _make_block(self, index: int, **shared: Any) -> EncoderBlock:
         config = self._config
+        # Stochastic depth drops later blocks more often: 0 at the first, the full rate at the last.
         linear = config["drop_path_growth"] == "linear"
         share = index / max(self.depth - 1, 1) if linear else 1.0
-        same = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
+        passed_on = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
         return EncoderBlock(
             **shared,
-            **{key: config[key] for key in same},
+            **{key: config[key] for key in passed_on},
             drop_path=config["drop_path"] * share,
             recompute_attention=self.remat == "attention",
             attention_block=config["attention_block"],
@@ -183,6 +216,7 @@ class ViT(keras.Model):
             table, entries = tf.cast(self.pos_embedding, x.dtype), self.posemb_prefix
             x = x + table[:, entries:]
             if entries:
+                # Tokens before the patches that have no entry get a position of zeros.
                 rest = ((0, 0), (0, self.prefix - entries), (0, 0))
                 prefix = prefix + tf.pad(table[:, :entries], rest)
         if prefix is not None:
@@ -190,7 +224,9 @@ class ViT(keras.Model):
         return self.drop(x, **mode)
 
     def _pool(self, x: tf.Tensor) -> tf.Tensor:
+        """(B, N, D) -> what the head sees: (B, D), (B, 2 D) for "tok_gap", (B, N, D) for "none"."""
         if self.pool in ("gap", "tok_gap"):
+            # In float32: a sum over many tokens overflows float16 and loses digits in bfloat16.
             patches = tf.cast(x[:, self.prefix :], tf.float32)
             mean = tf.cast(tf.reduce_mean(patches, axis=1), x.dtype)
             return mean if self.pool == "gap" else tf.concat([x[:, 0], mean], axis=-1)
@@ -199,7 +235,15 @@ class ViT(keras.Model):
         return self.map_head(x[:, self.prefix :]) if self.map_head else x
 
     def features(self, images: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
-        """(B, height, width, C) -> what the head sees: (B, D or rep_size), or (B, N, ...)."""
+        """What the head sees of images; arguments as in `call`.
+
+        Returns:
+          (B, F), or (B, N, F) for pool "none", in the compute dtype; F is rep_size where there is a
+          representation layer, else 2 D for pool "tok_gap" and D for the others.
+
+        Raises:
+          ValueError: images of another size or number of channels than the model's.
+        """
         if tuple(images.shape[1:]) != (*self.image_size, self.channels):
             raise ValueError(
                 f"this model takes images of {(*self.image_size, self.channels)}, "
@@ -256,7 +300,8 @@ def build_vit(
 
     Args:
       config: what vit_config returned.
-      seed: of the initial weights; each variable's draw depends on it and the variable's name only.
+      seed: of the initial weights. A variable's draw depends on the seed and its name alone, so
+        that other layers, or another order of making them, do not change it.
       precision: "float32", "bfloat16" or "float16" activations; variables are always float32.
       form: of ViT; choose_form says which fits a kind of device.
       head_bias: initial bias of the head (-10 or -6.9 for sigmoid losses over 21k or 1k classes).
@@ -264,7 +309,7 @@ def build_vit(
         big_vision.
 
     Raises:
-      ValueError: unknown precision.
+      ConfigError: unknown precision, or a network that ViT refuses.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
     model = ViT(**{**config, "form": form}, dtype=PRECISIONS[precision], name="vit")
@@ -274,9 +319,14 @@ def build_vit(
 
 
 def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float) -> None:
-    """Gives every variable the initial value of vision_transformer; the first pattern wins."""
+    """Gives every variable its initial value, that of vision_transformer where it has the layer.
+
+    Args:
+      model: built.
+      seed, head_bias, posemb_stddev: see build_vit.
+    """
     init = keras.initializers
-    rules = (
+    rules = (  # (regex of the name, seed -> initializer); the first that matches counts
         (r"layer_scale_\d/gamma$", None),  # keeps the constant it was made with
         (r"head/kernel$|cls$|beta$", lambda _: init.Zeros()),
         (r"^head/bias$", lambda _: init.Constant(head_bias)),

@@ -1,6 +1,5 @@
 """Weights of one ViT into another: other resolution, patches, channels, pooling, classes."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from vit_dist.config.errors import DataError
+from vit_dist.model.classes import ClassMatch, match_classes
+from vit_dist.model.formats.foreign import explain_names
 from vit_dist.model.formats.mapping import Arrays
-from vit_dist.model.formats.pretrained import explain_unknown
+from vit_dist.model.load_report import LoadReport
 from vit_dist.model.patches import change_channels, resize_kernel
 from vit_dist.model.posemb import resize_posemb
+from vit_dist.model.unfit import UnfitError
 from vit_dist.model.vit import ViT, named_weights
 
 PATCH_METHODS = ("refuse", "pinv")
@@ -20,55 +23,6 @@ _OPTIONAL = ("head/", "pre_logits/", "map_head/", "cls", "registers", "pos_embed
 # What must be equal, where both sides know it. Shapes tell some of it; one message tells all.
 _NETWORK = ("width", "depth", "mlp_dim", "num_heads", "gelu", "norm_epsilon", "qkv_bias")
 _UNTOLD = ("num_heads", "gelu", "norm_epsilon")  # what a file may not tell
-
-
-@dataclasses.dataclass
-class LoadReport:
-    """What became of every tensor, by name."""
-
-    loaded: list[str] = dataclasses.field(default_factory=list)
-    resized: list[str] = dataclasses.field(default_factory=list)  # "name (1,16,64) -> (1,64,64)"
-    new: list[str] = dataclasses.field(default_factory=list)  # keeps its initial value here
-    unused: list[str] = dataclasses.field(default_factory=list)  # of the checkpoint
-    assumed: list[str] = dataclasses.field(default_factory=list)  # what the checkpoint did not tell
-
-    def __str__(self) -> str:
-        """A summary: how many of each kind, then what was resampled and what was assumed."""
-        counts = [f"loaded {len(self.loaded)} tensors unchanged"]
-        for kind in ("resized", "new", "unused"):
-            texts = getattr(self, kind)
-            if texts:
-                parts = "" if kind == "resized" else f" ({_parts(texts)})"
-                counts.append(f"{len(texts)} {kind}{parts}")
-        lines = [", ".join(counts)]
-        for title in ("resized", "assumed"):
-            lines += [f"{title}: {text}" for text in _collapsed(getattr(self, title))]
-        return "\n".join(lines)
-
-    def full(self) -> str:
-        """Every tensor, one a line: for a log."""
-        titles = ("loaded", "resized", "new", "unused", "assumed")
-        return "\n".join(f"{title}: {text}" for title in titles for text in getattr(self, title))
-
-
-def _parts(lines: Sequence[str], most: int = 4) -> str:
-    """The parts of a network that tensors belong to: "head/kernel (64, 5)" is of "head"."""
-    names = list(dict.fromkeys(_part(line) for line in lines))
-    return ", ".join(names[:most] + ["..."] * (len(names) > most))
-
-
-def _collapsed(lines: Sequence[str]) -> list[str]:
-    """More than a dozen lines by parts: "24 tensors encoderblock_0..."."""
-    if len(lines) <= 12:
-        return list(lines)
-    groups: dict[str, int] = {}
-    for line in lines:
-        groups[_part(line)] = groups.get(_part(line), 0) + 1
-    return [f"{count} tensors {part}..." for part, count in groups.items()]
-
-
-def _part(line: str) -> str:
-    return re.split(r"[/. ]", line)[0]
 
 
 def adapt_weights(
@@ -81,10 +35,13 @@ def adapt_weights(
     unused: Sequence[str] = (),
     unknown: Sequence[str] = (),
     ignore: str = "",
+    classes: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    assumed: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> LoadReport:
     """Loads the weights of another ViT, resampling its positions to this one's grid.
 
-    A head for other classes, or on other features, stays as this model has it (recipes: zeros); a
+    A head for other classes, or on other features, stays as this model has it (recipes: zeros). A
     fixed sincos2d table is this model's own, computed for its grid. A position that a token before
     the patches loses is added to the token itself: the network computes the same.
 
@@ -98,28 +55,41 @@ def adapt_weights(
       unused: names, in the file, of what is known to be no part of a ViT; for the report.
       unknown: names, in the file, of tensors that nothing accounts for: an error.
       ignore: regex; `unknown` tensors and those without a place here that match are unused instead.
+      classes: names of the classes in the order of the checkpoint's head, and in the order wanted;
+        () where a side does not know. The same names in another order reorder the head; other
+        names make it new.
+      assumed, notes: lines for the report, of what the file does not tell and of what else to know.
 
     Raises:
-      ValueError: the two are not the same network: names all that differs and what to set.
+      UnfitError: the two are not the same network, or tensors are left over: says all that differs,
+        and carries what would have to be set.
+      DataError: shapes that no setting mends.
     """
     _check_network(model, source, arrays, patch_method)
     names = [n for n in unknown if not _matches(ignore, n)]
     if names:
-        raise ValueError(
+        meaning = explain_names(names)
+        raise UnfitError(
             f"the checkpoint has tensors that no ViT of ours has: {', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''} ({explain_unknown(names)}). If they may be left "
-            f"out, name them: --config.init_ignore='{re.escape(names[0])}'"
+            f"{', ...' if len(names) > 5 else ''} "
+            f"({meaning + ' is not supported' if meaning else 'another kind of network'})"
+            ". If the network computes the same without them, they can be left out",
+            {"init_ignore": re.escape(names[0])},
         )
     report = LoadReport(unused=[*unused, *(n for n in unknown if n not in names)])
+    report.notes += notes
     report.assumed = [
-        f"{key} {model.get_config()[key]!r}, which the file does not tell"
-        for key in _UNTOLD
-        if source.get(key) is None
+        *assumed,
+        *(
+            f"{key} {model.get_config()[key]!r}, which the file does not tell"
+            for key in _UNTOLD
+            if source.get(key) is None
+        ),
     ]
-    plan = _Plan(model, arrays, source, method, report)
+    plan = _Plan(model, arrays, source, method, report, match_classes(*classes))
     values = plan.make(ignore)
     variables = named_weights(model)
-    # In the file's order: a fused or stacked tensor is then unpacked once, not again and again.
+    # In the file's order: one that several arrays are cut from (a fused qkv) is then read once.
     for name in sorted(values, key=lambda n: getattr(arrays.get(n), "source", n)):
         variables[name].assign(values[name]())
     return report
@@ -132,13 +102,14 @@ def _matches(pattern: str, name: str) -> bool:
 def _check_network(
     model: ViT, source: Mapping[str, Any], arrays: Arrays, patch_method: str
 ) -> None:
-    """Raises ValueError, with all that differs and the flags that mend it."""
+    """Raises UnfitError, with all that differs and what to set."""
     mine = model.get_config()
-    wrong, flags = [], []
+    wrong: list[str] = []
+    settings: dict[str, Any] = {}
 
-    def differs(key: str, theirs: Any, flag: str = "", ours: Any = None) -> None:
-        wrong.append(f"{key} {theirs!r} (here {mine.get(key) if ours is None else ours!r})")
-        flags.append(flag or f"--config.model.{key}={theirs}")
+    def differs(key: str, value: Any) -> None:
+        wrong.append(f"{key} {value!r} (here {mine[key]!r})")
+        settings[f"model.{key}"] = value
 
     for key in _NETWORK:
         have = source.get(key)
@@ -150,19 +121,19 @@ def _check_network(
         differs("layer_scale", 1e-5 if scaled else None)
     patch = source.get("patch_size")
     if patch not in (None, mine["patch_size"]) and patch_method == "refuse":
-        differs(
-            "patch_size",
-            patch,
-            f"the patch in --config.model.variant=.../{patch}, or --config.patch_method=pinv",
+        wrong.append(
+            f"patch_size {patch} (here {mine['patch_size']}: take a variant with /{patch}, or "
+            "resample the kernel)"
         )
+        settings["patch_method"] = "pinv"
+    # Where the last LayerNorm stands matters to a mean of tokens; of one token it is the same.
     pools = {source.get("pool"), mine["pool"]}
     after = source.get("norm_after_pool")
     if len(pools) == 1 and pools <= {"gap", "map"} and after not in (None, mine["norm_after_pool"]):
         differs("norm_after_pool", after)
     if wrong:
-        raise ValueError(
-            f"the checkpoint is another network than the config's: {', '.join(wrong)}. "
-            f"Set {' '.join(flags)}"
+        raise UnfitError(
+            f"the checkpoint is another network than the config's: {', '.join(wrong)}", settings
         )
 
 
@@ -171,7 +142,13 @@ def _near(a: Any, b: float) -> bool:
 
 
 class _Plan:
-    """Decides, from shapes alone, where each variable's value comes from."""
+    """Decides, from shapes alone, where each variable's value comes from.
+
+    Args:
+      model, arrays, source, method: see adapt_weights.
+      report: gets a line for each tensor.
+      classes: whether and how the head's classes fit.
+    """
 
     def __init__(
         self,
@@ -180,21 +157,23 @@ class _Plan:
         source: Mapping[str, Any],
         method: str,
         report: LoadReport,
+        classes: ClassMatch,
     ):
         self.model, self.arrays, self.source = model, arrays, source
-        self.method, self.report = method, report
+        self.method, self.report, self.classes = method, report, classes
         self.mine = model.get_config()
         self.values: dict[str, Callable[[], np.ndarray]] = {}
         registers = arrays["registers"].shape[1] if "registers" in arrays else 0
         entries = {"cls": int("cls" in arrays), "none": 0}
         entries["all"] = entries["cls"] + registers
-        # Entries of the position table for the cls token, and for registers.
+        # How many entries the checkpoint's table of positions ("theirs") and the model's ("ours")
+        # have for the cls token, and for registers.
         self.theirs, self.ours = (0, 0), (0, 0)
         if "pos_embedding" in arrays:
             self.theirs = _entries(entries[source.get("prefix_posemb", "cls")], entries["cls"])
         if model.posemb == "learned":
             self.ours = _entries(model.posemb_prefix, int(model.cls_token))
-        # A head learnt on a representation layer or on another pooling means nothing without it.
+        # A head means nothing on other features than it has learnt on.
         self.other_features = ""
         if _shape(arrays, "pre_logits/kernel") != _shape(named_weights(model), "pre_logits/kernel"):
             self.other_features = "model.rep_size"
@@ -208,7 +187,7 @@ class _Plan:
             want = tuple(variable.shape)
             if name not in self.arrays:
                 if not name.startswith(_OPTIONAL):
-                    raise ValueError(f"the checkpoint has no {name}; its model is another one")
+                    raise DataError(f"the checkpoint has no {name}: it is another network")
                 self.report.new.append(f"{name} {want}, which the checkpoint lacks")
             elif name == "pos_embedding":
                 self._positions(want)
@@ -216,13 +195,19 @@ class _Plan:
                 self._kernel(want)
             elif name.startswith("head/") and self.other_features:
                 self.report.new.append(f"{name} {want}, as {self.other_features} differs")
+            elif name.startswith("head/") and self.classes.other:
+                self.report.new.append(f"{name} {want}, as {self.classes.other}")
+                if name == "head/kernel":
+                    self.report.notes.append(f"the head is new: {self.classes.other}")
+            elif name.startswith("head/") and self.classes.order is not None:
+                self._reordered(name, want)
             else:
                 self._take(name, want)
         for name in sorted(set(self.arrays) - set(variables)):
             if not name.startswith(_OPTIONAL) and not _matches(ignore, name):
-                raise ValueError(
-                    f"the checkpoint has {name}, which this config has no place for: set "
-                    "model.variant, model.depth and model.layer_scale as it was trained"
+                raise DataError(
+                    f"the checkpoint has {name}, which this model has no place for: it is another "
+                    "network"
                 )
             self.report.unused.append(f"{name} {tuple(self.arrays[name].shape)}")
         return self.values
@@ -243,17 +228,23 @@ class _Plan:
         elif name.startswith(("head/", "registers", "pre_logits/")):
             self.report.new.append(f"{name} {want}, the checkpoint's is {have}")
         else:
-            raise ValueError(
-                f"{name} is {have} in the checkpoint and {want} in this config: "
-                "set model.variant (and width, mlp_dim, rep_size) as it was trained"
-            )
+            raise DataError(f"{name} is {have} in the checkpoint and {want} here: another network")
+
+    def _reordered(self, name: str, want: tuple[int, ...]) -> None:
+        """A head whose classes are the ones wanted, in another order: its last axis counts them."""
+        have, order = tuple(self.arrays[name].shape), self.classes.order
+        if have != want:
+            self._take(name, want)
+            return
+        self.values[name] = lambda: self._read(name)[..., order]
+        self.report.mapped.append(f"{name} {want}, its classes by name in the order of the data")
 
     def _lost_positions(self, name: str) -> Callable[[], np.ndarray] | None:
-        """The entries of a token in their table of positions, where ours has none for it."""
+        """Reads a token's entries in the checkpoint's table, if the model's has none for it."""
         index = ("cls", "registers").index(name) if name in ("cls", "registers") else -1
         if index < 0 or not self.theirs[index] or self.ours[index]:
             return None
-        begin = index * self.theirs[0]
+        begin = index * self.theirs[0]  # registers follow the cls token
         return lambda: self._read("pos_embedding")[:, begin : begin + self.theirs[index]]
 
     def _positions(self, want: tuple[int, ...]) -> None:
@@ -261,7 +252,7 @@ class _Plan:
         old_grid, new_grid = _grid(self.source), self.model.grid
         prefix = sum(self.theirs)
         if len(have) != 3 or have[1] != prefix + old_grid[0] * old_grid[1] or have[2] != want[2]:
-            raise ValueError(
+            raise DataError(
                 f"a position table of shape {have} does not hold {prefix} prefix tokens and a grid "
                 f"of {old_grid[0]}x{old_grid[1]} in width {want[2]}"
             )
@@ -289,9 +280,7 @@ class _Plan:
             self._take(name, want)
             return
         if len(have) != 4 or have[3] != want[3]:
-            raise ValueError(
-                f"{name} is {have} in the checkpoint and {want} in this config: set model.variant"
-            )
+            raise DataError(f"{name} is {have} in the checkpoint and {want} here: another network")
 
         def changed() -> np.ndarray:
             kernel = self._read(name)
@@ -308,6 +297,7 @@ class _Plan:
 
 
 def _grid(source: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of the patches of another ViT."""
     height, width = source["image_size"]
     return height // source["patch_size"], width // source["patch_size"]
 
@@ -317,6 +307,7 @@ def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
 
 
 def _entries(total: int, cls: int) -> tuple[int, int]:
+    """Of `total` entries before the patches: those of cls tokens (`cls` at most), and the rest."""
     return min(total, cls), total - min(total, cls)
 
 

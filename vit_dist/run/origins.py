@@ -2,10 +2,11 @@
 
 import dataclasses
 import importlib
+import shlex
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,31 @@ import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.config.modules import check_modules, import_modules
 from vit_dist.data.ops.pipe import Pipe, parse
-from vit_dist.model.formats.pretrained import open_pretrained
+from vit_dist.model.formats.pretrained import SUFFIXES, open_pretrained
 from vit_dist.model.formats.tensors import LazyArray
+from vit_dist.model.load_report import LoadReport
+from vit_dist.model.unfit import UnfitError
 from vit_dist.model.vit import ViT
-from vit_dist.model.weights import LoadReport, adapt_weights
+from vit_dist.model.weights import adapt_weights
 from vit_dist.paths import is_remote
 from vit_dist.training.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 
 _HUB = "hf://"
-_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
-_WANTED = ("config.json", "preprocessor_config.json")  # of a repository, beside the weights
+_BESIDE = ("config.json", "preprocessor_config.json")  # files that tell of the weights beside them
+# From what would make weights fit (see UnfitError) to how the command at hand is told so.
+Hint = Callable[[Mapping[str, Any]], str]
+
+
+def config_hint(settings: Mapping[str, Any]) -> str:
+    """How train and evaluate are told: Set --config.model.width=192 --config.init_ignore='...'."""
+    return "Set " + " ".join(f"--config.{k}={shlex.quote(str(v))}" for k, v in settings.items())
 
 
 class _Download:
-    """A folder that goes when the last reference to it does."""
+    """A temporary folder, removed when the last reference to this object goes."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vit_dist-"))
@@ -37,18 +47,19 @@ class _Download:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Weights to begin with, under our names, and what is known of their network.
+    """Weights wherever they lie, under our names, and what is known of their network.
 
     Attributes:
       path: as it was given.
-      tensors: read one at a time where they come from a file of another system.
+      tensors: by the names of our variables; read one at a time, when np.asarray asks for them.
       network: ViT.get_config()'s keys, as far as known.
-      unused, unknown: names in the file; see formats.pretrained.Pretrained.
+      unused, unknown, assumed, notes: see formats.pretrained.Pretrained.
       mean, std: of images in 0..1; None where the file does not tell, and for runs of ours.
-      pipe: a run's own for evaluation.
+      pipe: of a run, its own for evaluation; else None.
       class_names: in the order of the head's outputs; may be empty.
-      checkpoint: if it is a run of ours.
-      download: removed when the last reference to it goes.
+      checkpoint: of a run of ours, else None.
+      download: kept so that the folder of copied files lives as long as the tensors.
+      hint: how messages say what to set.
     """
 
     path: str
@@ -56,18 +67,27 @@ class Origin:
     network: Mapping[str, Any]
     unused: Sequence[str] = ()
     unknown: Sequence[str] = ()
+    assumed: Sequence[str] = ()
+    notes: Sequence[str] = ()
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     pipe: Pipe | None = None
     class_names: Sequence[str] = ()
     checkpoint: Checkpoint | None = None
     download: _Download | None = None
+    hint: Hint = config_hint
 
-    def fill(self, model: ViT, **options: Any) -> LoadReport:
-        """Gives the weights to a model; `options` of weights.adapt_weights.
+    def fill(self, model: ViT, *, class_names: Sequence[str] = (), **options: Any) -> LoadReport:
+        """Gives the weights to a model.
+
+        Args:
+          model: takes the weights.
+          class_names: of the data, in the order of its labels: the head is reordered to it, or new
+            where names are others; () to take the head as it is.
+          **options: method, patch_method and ignore of weights.adapt_weights.
 
         Raises:
-          ValueError: they are another network's; names the file, all that differs, what to set.
+          DataError: they are another network's; names the file, all that differs, what to set.
         """
         try:
             return adapt_weights(
@@ -76,11 +96,13 @@ class Origin:
                 source=self.network,
                 unused=self.unused,
                 unknown=self.unknown,
+                classes=(self.class_names, class_names),
+                assumed=self.assumed,
+                notes=self.notes,
                 **options,
             )
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if self.path in text else f"{self.path}: {text}") from error
+        except DataError as error:
+            raise _explained(error, self.path, self.hint) from error
 
     def black_and_white(self, channels: int) -> np.ndarray | None:
         """What pixels of 0 and 255 become: (2, 1 or channels); None where nothing tells."""
@@ -92,30 +114,39 @@ class Origin:
         return (np.array([[0.0], [1.0]], np.float32) - mean) / std
 
 
+def _explained(error: DataError, path: str, hint: Hint) -> DataError:
+    """The error with the file's name, and with what to do in terms of the command."""
+    text = str(error) if path in str(error) else f"{path}: {error}"
+    return DataError(f"{text}. {hint(error.settings)}" if isinstance(error, UnfitError) else text)
+
+
 def scaled(pipe: Pipe, channels: int) -> np.ndarray:
     """What the pipe's op on the device makes of pixels of 0 and 255: (2, channels)."""
     pixels = np.array([[[[value] * channels]] for value in (0, 255)], np.uint8)
     return pipe.device(tf.constant(pixels)).numpy()[:, 0, 0]
 
 
-def open_origin(path: str, *, image_size: Any = None) -> Origin:
-    """Opens weights; touches no device.
+def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) -> Origin:
+    """Opens weights; touches no device and reads no numbers yet.
 
     Args:
       path: a run's or a checkpoint's folder; a .npz, .safetensors or .pth; a folder of Hugging
         Face's or timm's; each local or gs://; or hf://org/name[/file].
-      image_size: of a file of another system that does not tell; see open_pretrained.
+      image_size: in pixels, of the images that a file of another system was trained on, where it
+        does not tell; see open_pretrained.
+      hint: how messages say what to set; the default is for commands with --config.
 
     Raises:
-      ValueError: nothing there, or nothing that can be used; says what to do.
+      ConfigError: a path of a kind that is not read.
+      DataError: nothing there, or nothing that can be used; says what to do.
     """
     if not path.startswith(_HUB):
         try:
-            folder = epath.Path(path)
+            folder = epath.Path(path).expanduser()
         except KeyError:
-            raise ValueError(f"{path}: only local paths, hf:// and buckets (gs://) work") from None
+            raise ConfigError(f"{path}: only local paths, hf:// and buckets (gs://) work") from None
         if is_checkpoint(folder) or not _has_weights(folder):
-            return _of_run(path)
+            return dataclasses.replace(_of_run(str(folder)), hint=hint)
     download = None
     if path.startswith(_HUB):
         local = _from_hub(path)
@@ -123,40 +154,47 @@ def open_origin(path: str, *, image_size: Any = None) -> Origin:
         download = _Download()
         local = _copied(epath.Path(path), download.folder)
     else:
-        local = Path(path)
-    found = open_pretrained(local, image_size=image_size)
+        local = Path(path).expanduser()
+    try:
+        found = open_pretrained(local, image_size=image_size)
+    except DataError as error:
+        raise _explained(error, str(local), hint) from error
     return Origin(
         path=path,
         tensors=found.tensors,
         network=found.network,
         unused=found.unused,
         unknown=found.unknown,
+        assumed=found.assumed,
+        notes=found.notes,
         mean=found.mean,
         std=found.std,
         class_names=found.class_names,
         download=download,
+        hint=hint,
     )
 
 
 def _has_weights(path: epath.Path) -> bool:
     if path.is_dir():
-        return any(p.name.endswith(_SUFFIXES) for p in path.iterdir())
-    return path.exists() or path.name.endswith(_SUFFIXES)
+        return any(p.name.endswith(SUFFIXES) for p in path.iterdir())
+    return path.exists() or path.name.endswith(SUFFIXES)
 
 
 def _of_run(path: str) -> Origin:
+    """The weights of a run: their moving average where the run has one."""
     checkpoint = open_checkpoint(path)
     averaged = any(name.startswith("ema/") for name in checkpoint.arrays)
     prefix = "ema/" if averaged else "model/"
+    # Asked for by name: the optimizer's state, twice as large, is not touched.
     arrays = {
-        name.removeprefix(prefix): array
-        for name, array in checkpoint.arrays.items()
+        name.removeprefix(prefix): checkpoint.arrays[name]
+        for name in checkpoint.arrays
         if name.startswith(prefix)
     }
     notes = checkpoint.notes
-    import_modules(
-        check_modules(notes["config"].get("modules", ()))
-    )  # they register ops of the pipe
+    # Modules of the user's own, which register ops that the pipe names.
+    import_modules(check_modules(notes["config"].get("modules", ())))
     network = notes["model"]
     size, classes = tuple(network["image_size"]), network["num_classes"]
     return Origin(
@@ -172,12 +210,12 @@ def _of_run(path: str) -> Origin:
 def _copied(path: epath.Path, folder: Path) -> Path:
     """The file, or the files of the folder that matter, on the local disk."""
     if not path.exists():
-        raise ValueError(f"there is no {path}")
+        raise DataError(f"there is no {path}")
     files = [path]
     if path.is_dir():
-        files = [p for p in path.iterdir() if p.name.endswith((*_SUFFIXES, ".json"))]
+        files = [p for p in path.iterdir() if p.name.endswith((*SUFFIXES, ".json"))]
     else:
-        files += [path.parent / name for name in _WANTED if (path.parent / name).exists()]
+        files += [path.parent / name for name in _BESIDE if (path.parent / name).exists()]
     for file in files:
         file.copy(folder / file.name)
     return folder if path.is_dir() else folder / path.name
@@ -188,20 +226,25 @@ def _from_hub(path: str) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
-        raise ValueError(
+        raise ConfigError(
             f"{path} needs the library huggingface_hub: pip install huggingface_hub"
         ) from None
     parts = path.removeprefix(_HUB).split("/")
     if len(parts) < 2 or not all(parts):
-        raise ValueError(f"{path} is not hf://org/name or hf://org/name/file")
+        raise ConfigError(f"{path} is not hf://org/name or hf://org/name/file")
     repository, file = "/".join(parts[:2]), "/".join(parts[2:])
-    patterns = [file, *_WANTED] if file else ["model*.safetensors", "*.index.json", *_WANTED]
+    patterns = [file, *_BESIDE] if file else ["model*.safetensors", "*.index.json", *_BESIDE]
     try:
         folder = Path(hub.snapshot_download(repository, allow_patterns=patterns))
+        if not file and not any(p.name.endswith(SUFFIXES) for p in folder.iterdir()):
+            # A repository that has PyTorch's files alone.
+            folder = Path(
+                hub.snapshot_download(repository, allow_patterns=["pytorch_model*.bin", *patterns])
+            )
     except Exception as error:  # the library raises its own and those of several others
-        raise ValueError(
+        raise DataError(
             f"{path} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     if file and not (folder / file).exists():
-        raise ValueError(f"{_HUB}{repository} has no file {file}: see which there are at the hub")
+        raise DataError(f"{_HUB}{repository} has no file {file}: see which there are at the hub")
     return folder / file if file else folder

@@ -1,19 +1,16 @@
 """Files of weights that are cut, damaged, lie, or could run code: a clear error, no harm."""
 
-import io
 import json
 import pickle
 import struct
-import sys
-import types
 import zipfile
-from unittest import mock
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from tests.support import flax_vit
+from tests.support.torch_files import torch_file
 from vit_dist.model.formats.containers import open_tensors
 from vit_dist.model.formats.pretrained import open_pretrained
 
@@ -28,54 +25,6 @@ def files(tmp_path_factory):
     safetensors.numpy.save_file(state, folder / "good.safetensors")
     (folder / "good.pth").write_bytes(torch_file(state))
     return folder
-
-
-def torch_file(state, *, extra=None, byteorder=b"little"):
-    """What torch.save writes: tensors by name, their numbers as members of a zip file."""
-    utils, torch = types.ModuleType("torch._utils"), types.ModuleType("torch")
-
-    def _rebuild_tensor_v2():
-        """Named only: the reader must not call it."""
-
-    class FloatStorage:
-        pass
-
-    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = (
-        "torch._utils",
-        "_rebuild_tensor_v2",
-    )
-    FloatStorage.__module__, FloatStorage.__qualname__ = "torch", "FloatStorage"
-    utils._rebuild_tensor_v2, torch.FloatStorage = _rebuild_tensor_v2, FloatStorage
-
-    class Tensor:
-        def __init__(self, key, array):
-            self.key, self.array = key, array
-
-        def __reduce__(self):
-            strides = tuple(s // 4 for s in self.array.strides)
-            return _rebuild_tensor_v2, (Storage(self), 0, self.array.shape, strides, False, {})
-
-    class Storage:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj):
-            if isinstance(obj, Storage):
-                tensor = obj.tensor
-                return ("storage", FloatStorage, tensor.key, "cpu", tensor.array.size)
-            return None
-
-    out, data = io.BytesIO(), io.BytesIO()
-    tensors = {name: Tensor(str(i), array) for i, (name, array) in enumerate(state.items())}
-    with mock.patch.dict(sys.modules, {"torch": torch, "torch._utils": utils}):
-        Pickler(data, protocol=2).dump({**tensors, **(extra or {})})
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("archive/data.pkl", data.getvalue())
-        archive.writestr("archive/byteorder", byteorder)
-        for tensor in tensors.values():
-            archive.writestr(f"archive/data/{tensor.key}", tensor.array.tobytes())
-    return out.getvalue()
 
 
 class Evil:
@@ -148,7 +97,7 @@ def objects(path):
 
 
 def evil_torch(path):
-    path.write_bytes(torch_file({"a": np.ones(3, "f")}, extra={"evil": Evil()}))
+    path.write_bytes(torch_file({"a": np.ones(3, "f"), "evil": Evil()}))
 
 
 def big_endian(path):
@@ -172,7 +121,7 @@ def resnet(path):
     np.savez(path, **{"conv1/kernel": np.ones((7, 7, 3, 64), "f")})
 
 
-def swiglu(path):
+def no_blocks(path):
     np.savez(path, **{"embedding/kernel": np.ones((4, 4, 3, 8), "f")})
 
 
@@ -186,7 +135,7 @@ def nothing(path):
         (bomb, "zip bomb"),
         (lying_shape, r"a.npy is damaged.*1099511627776"),
         (objects, "pickled objects, which could run any code"),
-        (evil_torch, r"names __builtin__.print.*safetensors.torch.save_file"),
+        (evil_torch, "is no ViT of .* it holds e.g. a"),  # read, and nothing in it called
         (big_endian, "big-endian"),
         (bare_pickle, "is a pickle, which could run any code"),
         (
@@ -195,7 +144,7 @@ def nothing(path):
         ),
         (other_zip, r"a zip file without arrays .*: name a .npz, or what torch.save wrote"),
         (resnet, "no ViT of vision_transformer, .* it holds e.g. conv1/kernel"),
-        (swiglu, "no ViT: its patch kernel is"),
+        (no_blocks, "no plain ViT: it has no transformer blocks"),
         (nothing, "there is no file"),
     ],
 )
@@ -234,7 +183,7 @@ SAVERS = {
 }
 
 
-@pytest.fixture(scope="module", params=SAVERS)
+@pytest.fixture(params=SAVERS)
 def large(request, tmp_path_factory):
     """A file of tensors that are read in several pieces, and what they are."""
     path = tmp_path_factory.mktemp("large") / request.param
@@ -260,9 +209,9 @@ def test_a_file_cut_after_it_was_opened(large, tmp_path):
             np.asarray(tensor)
 
 
+@pytest.mark.parametrize("large", [n for n in SAVERS if n != "a.safetensors"], indirect=True)
 def test_a_flipped_bit_in_a_large_tensor(large, tmp_path):
-    if large[0].suffix == ".safetensors":
-        pytest.skip("this kind of file has no checksums")
+    """Files of safetensors are not among them: they have no checksums."""
     data = bytearray(large[0].read_bytes())
     data[2**20 + 2**19] ^= 16
     path = tmp_path / large[0].name

@@ -9,9 +9,11 @@ import safetensors.numpy
 
 from tests.support import flax_vit
 from tests.support.networks import arrays_of, randomize
+from vit_dist.config.errors import DataError
 from vit_dist.export import load_model
 from vit_dist.model.formats.pretrained import open_pretrained
 from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
+from vit_dist.model.unfit import UnfitError
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit
 from vit_dist.run.origins import Origin, open_origin
@@ -70,8 +72,11 @@ def test_npz_of_bfloat16(tmp_path):
 def test_positions_of_a_grid_that_is_not_square(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez(path, **flax_vit.big_vision(flax_vit.make_tree(positions=10)))
-    with pytest.raises(ValueError, match=r"10 positions .* set config\.init_image_size"):
+    with pytest.raises(UnfitError, match=r"10 positions .* must be told") as caught:
         open_pretrained(path)
+    assert caught.value.settings == {"init_image_size": "..."}
+    with pytest.raises(DataError, match=r"positions .*\. Set --config\.init_image_size=\.\.\."):
+        open_origin(str(path))
     network = open_pretrained(path, image_size=(8, 20)).network
     assert network["image_size"] == (8, 20)
     with pytest.raises(ValueError, match=r"not those of images of \(8, 8\)"):

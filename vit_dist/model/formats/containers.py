@@ -4,6 +4,7 @@ Opening reads names and shapes only; a tensor is read when asked for, so a file 
 of its largest tensor. All sizes are checked against the file before memory is asked for.
 """
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats.tensors import (
     AGAIN,
     LazyArray,
@@ -33,14 +35,14 @@ def open_tensors(path: Path) -> TensorFile:
     """Opens a file of tensors, whatever its extension says.
 
     Raises:
-      ValueError: no such file, none of the kinds, damaged, cut, or not safe to open.
+      DataError: no such file, none of the kinds, damaged, cut, or not safe to open.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise DataError(f"there is no file {path}")
     with path.open("rb") as file:
         head = file.read(16)
     if not head:
-        raise ValueError(f"{path} is damaged: it is empty{AGAIN}")
+        raise DataError(f"{path} is damaged: it is empty{AGAIN}")
     if head[:4] == b"PK\x03\x04":
         with open_zip(path) as archive:
             names = archive.namelist()
@@ -48,25 +50,28 @@ def open_tensors(path: Path) -> TensorFile:
             return _remember_last(open_torch(path))
         if any(name.endswith(".npy") for name in names):
             return _remember_last(_open_npz(path))
-        raise ValueError(
+        raise DataError(
             f"{path} is a zip file without arrays (it holds e.g. {names[:1]}): name a .npz, or "
             "what torch.save wrote"
         )
     if head[8:9] == b"{" and path.stat().st_size > int.from_bytes(head[:8], "little"):
         return _remember_last(_open_safetensors(path))
     if head[:1] == b"\x80":
-        raise ValueError(
+        raise DataError(
             f"{path} is a pickle, which could run any code and is not opened. A PyTorch file of "
-            "before version 1.6: where you trust it, save it anew with torch.save(torch.load("
+            "before version 1.6: where you trust it, save it again with torch.save(torch.load("
             "path, weights_only=True), new_path)"
         )
-    raise ValueError(
+    raise DataError(
         f"{path} is damaged, or no .npz, .safetensors or .pth: it begins with {head!r}{AGAIN}"
     )
 
 
 def _remember_last(file: TensorFile) -> TensorFile:
-    """The same, but that what several arrays are cut from in a row is read once."""
+    """`file`, but reading one tensor several times in a row reads the disk once.
+
+    A fused matrix is asked for once for each array that is cut from it.
+    """
     last: dict[str, np.ndarray] = {}
 
     def remembering(name: str, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
@@ -79,7 +84,7 @@ def _remember_last(file: TensorFile) -> TensorFile:
         return reread
 
     tensors = {n: LazyArray(t.shape, remembering(n, t.read), n) for n, t in file.tensors.items()}
-    return TensorFile(tensors, file.kind, file.metadata)
+    return dataclasses.replace(file, tensors=tensors)
 
 
 def merge(files: Mapping[str, TensorFile]) -> TensorFile:
@@ -87,8 +92,7 @@ def merge(files: Mapping[str, TensorFile]) -> TensorFile:
     tensors: dict[str, LazyArray] = {}
     for file in files.values():
         tensors.update(file.tensors)
-    first = next(iter(files.values()))
-    return TensorFile(tensors, first.kind, first.metadata)
+    return dataclasses.replace(next(iter(files.values())), tensors=tensors)
 
 
 def _open_npz(path: Path) -> TensorFile:
@@ -122,9 +126,9 @@ def _npy_header(
             shape, fortran, dtype = read(member, max_header_size=_MAX_HEADER)
             start = member.tell()
     except Exception as error:  # whatever a damaged file makes zipfile, zlib and NumPy raise
-        raise ValueError(f"{where} is damaged or was cut ({error}){AGAIN}") from error
+        raise DataError(f"{where} is damaged or was cut ({error}){AGAIN}") from error
     if dtype.hasobject:
-        raise ValueError(
+        raise DataError(
             f"{where} holds pickled objects, which could run any code; not opened. Where you trust "
             "it, save its arrays of numbers alone with numpy.savez"
         )
@@ -134,7 +138,7 @@ def _npy_header(
     return tuple(shape), dtype, fortran, start
 
 
-# Those of safetensors that NumPy, with bfloat16 of ml_dtypes, has too.
+# The types of a safetensors file that NumPy has too, with bfloat16 from ml_dtypes.
 _SAFETENSORS_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "BOOL": np.dtype(np.bool_),
@@ -149,7 +153,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         with safetensors.safe_open(path, framework="np") as file:  # checks the whole header
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
+        raise DataError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
@@ -164,7 +168,7 @@ def _open_safetensors(path: Path) -> TensorFile:
                     raw.seek(8 + length + begin)
                     data = read_exactly(raw, end - begin)
             except (EOFError, OSError) as error:
-                raise ValueError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
+                raise DataError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
             array = np.frombuffer(data, _SAFETENSORS_DTYPES[entry["dtype"]])
             return as_float(array.reshape(entry["shape"]))
 
@@ -173,7 +177,7 @@ def _open_safetensors(path: Path) -> TensorFile:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(
+            raise DataError(
                 f"{path}: {name} is of type {entry['dtype']}, which is not read: save it as "
                 "float32, float16 or bfloat16"
             )

@@ -1,6 +1,7 @@
-"""Hugging Face's ViT, DeiT and DINOv2 (with and without registers): model.safetensors, config.json.
+"""Hugging Face's plain ViTs: ViT, DeiT, DINOv2 (with and without registers), MAE, MSN, I-JEPA.
 
-config.json tells GELU, epsilon, heads and size; preprocessor_config.json mean and std.
+config.json beside the tensors tells what no tensor does: model_type, GELU, epsilon, heads, size;
+preprocessor_config.json tells how images are scaled.
 """
 
 import re
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats.mapping import CONV, Rule, norm, pair
 from vit_dist.model.formats.tensors import LazyArray
 
@@ -43,8 +45,78 @@ _DINOV2: list[Rule] = [
 ]
 RULES = [*_SHARED, *_VIT, *_DINOV2]
 _STEM = "embeddings.patch_embeddings.projection.weight"
-OTHER_PARTS = re.compile(r"embeddings\.mask_token$")  # of masked pretraining
+# Regex of names -> what these parts are. No encoder has a use for them.
+OTHER_PARTS = (
+    (r"embeddings\.mask_token$", "the token of masked pretraining"),
+    (r"decoder\.", "the decoder of masked pretraining"),
+    (
+        r"(cls|distillation)_classifier\.",
+        "both heads of a distilled DeiT, whose mean would be its answer",
+    ),
+)
 _GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# model_type -> its default of layer_norm_eps; other keys that are missing have the same for all.
+_EPSILONS = {
+    "vit": 1e-12,
+    "deit": 1e-12,
+    "dinov2": 1e-6,
+    "dinov2_with_registers": 1e-6,
+    "vit_mae": 1e-12,
+    "vit_msn": 1e-6,
+    "ijepa": 1e-12,
+}
+_CLASS = re.compile(
+    r"(ViT|DeiT|Dinov2|Dinov2WithRegisters|ViTMAE|ViTMSN|IJepa)(Model|Backbone|For\w+)"
+)
+# Regex of another model_type -> what the network has that ours has not.
+_OTHER_TYPES = (
+    (r"dinov3.*|eomt_dinov3|pe_.*|eva.*", "rotary positions (RoPE)"),
+    (r"beit|data2vec-vision|sam.*|swin.*|vitdet", "relative positions, or keys without biases"),
+    (r"siglip.*", "other names; read its weights as timm's vit_*_siglip_*, or big_vision's .npz"),
+    (r".*clip.*|altclip|align.*", "a LayerNorm before the blocks (CLIP)"),
+    (r"yolos", "detection tokens and positions in its middle"),
+    (r"vit_hybrid|dpt|bit", "a convolutional network before the patches, or heads of its own"),
+    (r"audio-spectrogram-transformer", "patches that overlap"),
+)
+# Keys of config.json -> the one value that our ViT computes, and what another would mean.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "use_swiglu_ffn": (False, "SwiGLU in place of the MLP"),
+    "position_embedding_type": ("absolute", "another kind of positions"),
+    "is_decoder": (False, "attention that looks back alone"),
+    "add_cross_attention": (False, "attention to another sequence"),
+}
+# Keys that shapes tell as well: must agree with them; key -> key of ViT.
+_SHOWN = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "intermediate_size": "mlp_dim",
+    "patch_size": "patch_size",
+    "num_channels": "channels",
+    "num_register_tokens": "registers",
+    "qkv_bias": "qkv_bias",
+}
+# Those that change nothing in inference: dropout, initial values, training, heads, bookkeeping.
+_FREE = re.compile(
+    r"_.*|architectures|model_type|transformers_version|torch_dtype|dtype|id2label|label2id|num_labels"
+    r"|problem_type|finetuning_task|return_dict|use_return_dict|output_(attentions|hidden_states)"
+    r"|chunk_size_feed_forward|is_encoder_decoder|attn_implementation|torchscript|use_bfloat16"
+    r"|(.*_)?(dropout|drop)(_path)?(_prob|_rate)?|initializer_range|encoder_stride|layerscale_value"
+    r"|layer_norm_eps|hidden_act|num_attention_heads|image_size|mlp_ratio|pooler_(act|output_size)"
+    r"|apply_layernorm|reshape_hidden_states|use_mask_token|stage_names|out_(features|indices)"
+    r"|decoder_.*|mask_ratio|norm_pix_loss|gradient_checkpointing|label_smoothing|name_or_path"
+)
+# What may stand before the names of a plain ViT's tensors where no config.json names the model.
+_PREFIXES = (
+    "vit",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "ijepa",
+    "model",
+    "backbone",
+    "encoder",
+    "module",
+)
 
 
 def detect(names: Any) -> bool:
@@ -53,43 +125,102 @@ def detect(names: Any) -> bool:
 
 
 def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """The tensors without the backbone's prefix (vit., dinov2., ...)."""
+    """The tensors without the backbone's prefix (vit., dinov2., ...).
+
+    Raises:
+      DataError: two tensors have the same name then.
+    """
     prefix = next(name for name in tensors if name.endswith(_STEM)).removesuffix(_STEM)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if len(found) < len(tensors):
-        raise ValueError(
-            "the file holds two tensors of one name: save it anew with save_pretrained"
+        raise DataError(
+            "the file holds two tensors of one name: save it again with save_pretrained"
         )
     return found
 
 
-def describe(tensors: Mapping[str, LazyArray], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the canonical names and config.json say beyond shapes; None if unknown.
+def is_other_part(name: str, names: Any) -> bool:
+    """Whether a tensor with a place in our ViT shall be left out all the same: none here."""
+    return False
+
+
+def describe(
+    original: Mapping[str, LazyArray], config: Mapping[str, Any], *, wrapper: str, where: str
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What the file and config.json say beyond shapes: see timm.describe, which takes the same.
 
     Raises:
-      ValueError: an activation other than GELU.
+      DataError: config.json is of a network that computes something else.
     """
-    act = config.get("hidden_act")
+    tensors = canonical(original)
+    kind = config.get("model_type")
+    if config:
+        _check_config(config, where)
+    else:
+        _check_prefix(original)
+    act = config.get("hidden_act", "gelu" if config else None)
     if act not in (None, *_GELUS):
-        raise ValueError(f"its MLP has the activation {act!r}; only GELU is supported")
-    is_dinov2 = "encoder.layer.0.norm1.weight" in tensors
-    has_dist = "embeddings.distillation_token" in tensors
-    return {
+        raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")
+    pooler = config.get("pooler_act", "tanh")
+    if "pooler.dense.weight" in tensors and pooler != "tanh":
+        raise DataError(f"{where} says that its pooler has the activation {pooler!r}, not tanh")
+    by_tensors = "tok" if "embeddings.cls_token" in tensors else "gap"  # I-JEPA takes the mean
+    if "encoder.layer.0.norm1.weight" in tensors and "classifier.weight" in tensors:
+        by_tensors = "tok_gap"  # DINOv2's classifier
+    said = {
         "gelu": _GELUS[act] if act else None,
-        "norm_epsilon": config.get("layer_norm_eps"),
+        "norm_epsilon": config.get("layer_norm_eps", _EPSILONS.get(kind or "")),
         "norm_after_pool": False,
-        "num_heads": config.get("num_attention_heads"),
-        "pool": "tok_gap" if is_dinov2 and "classifier.weight" in tensors else "tok",
+        "num_heads": config.get("num_attention_heads", 12 if config else None),
+        "pool": by_tensors,
         "image_size": config.get("image_size"),
-        "prefix_posemb": ("all",) if has_dist else ("cls",),
+        "prefix_posemb": ("all",) if "embeddings.distillation_token" in tensors else ("cls",),
     }
+    shown = {ours: config[key] for key, ours in _SHOWN.items() if config.get(key) is not None}
+    return said, shown, []
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raises DataError if config.json is not of a network that computes what our ViT does."""
+    kind = config.get("model_type")
+    if kind not in _EPSILONS:
+        found = (m for pattern, m in _OTHER_TYPES if re.fullmatch(pattern, str(kind)))
+        meaning = next(found, "parts that nothing is known of here")
+        raise DataError(
+            f"{where} names the model_type {kind!r}: it has {meaning}, so it is not read. Plain "
+            f"ViTs are {', '.join(_EPSILONS)}"
+        )
+    for name in config.get("architectures") or ():
+        if not _CLASS.fullmatch(str(name)):
+            raise DataError(f"{where} names the class {name!r}, of which nothing is known here")
+    for key, value in config.items():
+        if key in _FIXED:
+            allowed, meaning = _FIXED[key]
+            if value not in (allowed, None):
+                raise DataError(f"{where} has {key}={value!r}: {meaning}")
+        elif key not in _SHOWN and not _FREE.fullmatch(key):
+            raise DataError(
+                f"{where} has {key}={value!r}, of which it is not known what it changes: take it "
+                "out if the network computes the same without it"
+            )
+
+
+def _check_prefix(names: Any) -> None:
+    """Raises DataError if the names begin with another model's, such as dpt. or swin."""
+    prefix = next(name for name in names if name.endswith(_STEM)).removesuffix(_STEM)
+    for part in prefix.split(".")[:-1]:
+        if part not in _PREFIXES:
+            raise DataError(
+                f"its tensors are those of {part!r}, of which nothing is known here: put the "
+                "config.json that came with it beside it"
+            )
 
 
 def family_of(network: Mapping[str, Any]) -> str:
     """The model_type that computes what our network does.
 
     Raises:
-      ValueError: none does; says why.
+      DataError: none does; says why.
     """
     registers, scaled = network["registers"], network["layer_scale"] is not None
     positions, pool = network["prefix_posemb"], network["pool"]
@@ -114,7 +245,7 @@ def family_of(network: Mapping[str, Any]) -> str:
             reasons.append("registers without LayerScale exist nowhere there")
         family = "deit" if registers else "vit"
     if reasons:
-        raise ValueError(f"Hugging Face has no such ViT: {'; '.join(reasons)}. Use format timm")
+        raise DataError(f"Hugging Face has no such ViT: {'; '.join(reasons)}. Use format timm")
     return family
 
 
@@ -151,7 +282,7 @@ def to_config(network: Mapping[str, Any], *, labels: Any) -> dict[str, Any]:
       labels: names of the classes, or nothing.
 
     Raises:
-      ValueError: see family_of.
+      DataError: see family_of.
     """
     family, headless = family_of(network), not network["num_classes"]
     height, width = network["image_size"]

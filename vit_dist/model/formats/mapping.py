@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats.tensors import LazyArray
 
 Arrays = Mapping[str, np.ndarray | LazyArray]
@@ -87,7 +88,7 @@ def from_theirs(tensors: Mapping[str, LazyArray], rules: Sequence[Rule]) -> Conv
     """Applies the rules; nothing is read, only names and shapes count.
 
     Raises:
-      ValueError: a tensor whose shape cannot be what its name says.
+      DataError: a tensor whose shape cannot be what its name says.
     """
     found: dict[str, LazyArray] = {}
     used = set()
@@ -103,7 +104,7 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
     """Applies the rules the other way round.
 
     Raises:
-      ValueError: a tensor of ours that the other system has no place for.
+      DataError: a tensor of ours that the other system has no place for.
     """
     written: dict[str, np.ndarray] = {}
     used: set[str] = set()
@@ -117,7 +118,7 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
         used.update(names)
     rest = sorted(set(arrays) - used)
     if rest:
-        raise ValueError(f"the format has no place for {', '.join(rest[:5])}")
+        raise DataError(f"the format has no place for {', '.join(rest[:5])}")
     return written
 
 
@@ -138,7 +139,7 @@ def _lazy(name: str, tensor: LazyArray, transform: Transform, index: int) -> Laz
         # A view of one number, as large as the tensor: the transform shows its shapes for nothing.
         parts = transform.split(np.broadcast_to(np.float32(0), tensor.shape))
     except (ValueError, IndexError) as error:
-        raise ValueError(
+        raise DataError(
             f"{name} has the odd shape {tensor.shape} ({error}): another network's"
         ) from None
     return LazyArray(

@@ -3,46 +3,49 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats import huggingface, timm
 from vit_dist.model.formats import vision_transformer as npz
+from vit_dist.model.formats.architectures import check_architecture
 from vit_dist.model.formats.containers import merge, open_tensors
+from vit_dist.model.formats.foreign import explain_names, explain_shapes
 from vit_dist.model.formats.mapping import depth_of, from_theirs
 from vit_dist.model.formats.tensors import AGAIN, LazyArray, TensorFile
+from vit_dist.model.unfit import UnfitError
 from vit_dist.model.variants import CLS_POOLS, as_pair
 
 _SYSTEMS: dict[str, Any] = {"npz": npz, "timm": timm, "huggingface": huggingface}
+SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "weights.npz", "model.npz")
-_INDEX = "model.safetensors.index.json"
+# Of a checkpoint in several files ("shards"): which tensor is in which of them.
+_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 METADATA = "vit_dist"  # key of a safetensors file's metadata: our own description of the network
-# Parts of networks that are no plain ViT, and what they are.
-_FOREIGN = {
-    "norm_pre": "a LayerNorm before the blocks (CLIP)",
-    "q_norm": "normalised queries (qk_norm)",
-    "w12": "SwiGLU",
-    "weights_in": "SwiGLU",
-    "relative_position": "relative positions (BEiT)",
-    "q_bias": "biases of queries and values alone (BEiT, EVA)",
-    "conv_root": "a ResNet stem (hybrid)",
-    "stem.": "a convolutional stem",
-    "rope": "rotary positions",
+# What messages call the makers of files.
+_TITLES = {
+    "npz": "vision_transformer or big_vision",
+    "timm": "timm (or DeiT, DINO, MAE)",
+    "huggingface": "Hugging Face",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint of whatever origin.
+    """A checkpoint of another system.
 
     Attributes:
       path: where it came from.
-      system: "npz", "timm" or "huggingface".
-      tensors: by our names (named_weights).
-      network: as far as known, ViT.get_config()'s keys; what the file does not tell is absent.
-      unused: their names of tensors that a ViT has no use for, known to be other parts.
-      unknown: their names of tensors that nothing accounts for.
+      system: whose names its tensors have: "npz", "timm" or "huggingface".
+      tensors: by the names of our variables (named_weights).
+      network: keys of ViT.get_config(), as far as known; what the file does not tell is absent.
+      unused: names in the file of tensors known to be no part of an encoder or of its one head.
+      unknown: names in the file of tensors that nothing accounts for.
+      notes: lines for the load report: which parts were left out, which of several was taken.
+      assumed: lines for the load report: what neither file nor config.json tells.
       mean, std: of images in 0..1, per channel or one number; None where the file does not tell.
       class_names: in the order of the head's outputs; empty where the file does not tell.
     """
@@ -53,6 +56,8 @@ class Pretrained:
     network: dict[str, Any]
     unused: Sequence[str] = ()
     unknown: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    assumed: Sequence[str] = ()
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     class_names: Sequence[str] = ()
@@ -63,42 +68,65 @@ def open_pretrained(path: Path, *, image_size: int | tuple[int, int] | None = No
 
     Args:
       path: local.
-      image_size: in pixels, where the file's positions are of a grid that is not square and nothing
-        beside it tells.
+      image_size: in pixels, of the images that it was trained on; needed where the file's positions
+        are of a grid that is not square and nothing beside it tells.
 
     Raises:
-      ValueError: no such file, damaged, not safe to open, or no plain ViT; says what it is.
+      DataError: no such file, damaged, not safe to open, or no plain ViT; says what it is.
+      UnfitError: the size of its images must be told.
     """
     folder, file = _open(path)
     system = next((name for name, s in _SYSTEMS.items() if s.detect(file.tensors)), None)
     if system is None:
-        raise ValueError(
+        meaning = explain_names(file.tensors)
+        raise DataError(
             f"{path} is no ViT of vision_transformer, big_vision, timm or Hugging Face; it holds "
-            f"e.g. {', '.join(sorted(file.tensors)[:3])}"
+            f"e.g. {', '.join(sorted(file.tensors)[:3])}" + (f": {meaning}" if meaning else "")
         )
     try:
-        return _convert(path, system, file, _json(folder, "config.json"), folder, image_size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        return _convert(path, system, file, folder, image_size)
+    except UnfitError as error:
+        raise UnfitError(f"{path}: {error}", error.settings) from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _open(path: Path) -> tuple[Path, TensorFile]:
     if not path.is_dir():
         return path.parent, open_tensors(path)
-    if (path / _INDEX).exists():
-        shards = sorted(set(_json(path, _INDEX).get("weight_map", {}).values()))
-        if not shards or any(Path(name).name != name for name in shards):
-            raise ValueError(f"{path / _INDEX} is damaged: it names no files beside it{AGAIN}")
-        return path, merge({name: open_tensors(path / name) for name in shards})
-    for name in _WEIGHTS:
+    if (path / _WEIGHTS[0]).exists():
+        return path, open_tensors(path / _WEIGHTS[0])
+    for index in _INDICES:
+        if (path / index).exists():
+            return path, _open_shards(path, index)
+    for name in _WEIGHTS[1:]:
         if (path / name).exists():
             return path, open_tensors(path / name)
-    files = [p for p in path.iterdir() if p.suffix in (".npz", ".safetensors", ".pth", ".bin")]
+    files = [p for p in path.iterdir() if p.name.endswith(SUFFIXES)]
     if len(files) != 1:
-        raise ValueError(
+        raise DataError(
             f"{path} holds {len(files)} files of weights, none of them {_WEIGHTS[0]}: name one"
         )
     return path, open_tensors(files[0])
+
+
+def _open_shards(path: Path, index: str) -> TensorFile:
+    """All files that an index names, as one.
+
+    Raises:
+      DataError: the index is damaged, or a file does not hold a tensor that it should.
+    """
+    places = _json(path, index).get("weight_map", {})
+    shards = sorted(set(places.values())) if isinstance(places, dict) else []
+    if not shards or any(Path(str(name)).name != name for name in shards):
+        raise DataError(f"{path / index} is damaged: it names no files beside it{AGAIN}")
+    whole = merge({name: open_tensors(path / name) for name in shards})
+    missing = sorted(set(places) - set(whole.tensors))
+    if missing:
+        raise DataError(
+            f"{path / places[missing[0]]} lacks {missing[0]}, which {index} says it holds{AGAIN}"
+        )
+    return whole
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
@@ -108,24 +136,31 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     try:
         parsed = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}){AGAIN}") from None
+        raise DataError(f"{path} is damaged ({error}){AGAIN}") from None
     return parsed if isinstance(parsed, dict) else {}
 
 
 def _convert(
-    path: Path, system: str, file: TensorFile, config: dict[str, Any], folder: Path, image_size: Any
+    path: Path, system: str, file: TensorFile, folder: Path, image_size: Any
 ) -> Pretrained:
     module = _SYSTEMS[system]
+    config, where = _config_beside(folder, file, system)
     canonical = module.canonical(file.tensors)
+    shown: dict[str, Any] = {}
+    assumed: list[str] = []
     if system == "npz":
         said = module.describe(canonical)
     else:
-        said = module.describe(file.tensors if system == "timm" else canonical, config)
-    converted = from_theirs(canonical, module.RULES)
-    said |= _own(file)
-    network = _network(converted.tensors, said, image_size)
-    unused = [name for name in converted.rest if module.OTHER_PARTS.match(name)]
-    unknown = [name for name in converted.rest if name not in unused]
+        said, shown, assumed = module.describe(
+            file.tensors, config, wrapper=file.wrapper, where=where
+        )
+    own = _own(file)
+    said = _agreed(said, own, where)
+    left_out = [n for n in canonical if module.is_other_part(n, canonical)]
+    converted = from_theirs({n: t for n, t in canonical.items() if n not in left_out}, module.RULES)
+    network = _network(converted.tensors, said, image_size, converted.rest)
+    _check_shown(shown, network, where)
+    unused, notes = _other_parts([*converted.rest, *left_out], module.OTHER_PARTS)
     mean, std = _scaling(system, config, folder)
     return Pretrained(
         path=str(path),
@@ -133,15 +168,82 @@ def _convert(
         tensors=converted.tensors,
         network=network,
         unused=unused,
-        unknown=unknown,
+        unknown=[name for name in converted.rest if name not in unused],
+        notes=[*file.notes, *notes, *_size_note(said, network, image_size)],
+        assumed=[] if own else assumed,
         mean=mean,
         std=std,
         class_names=_class_names(config, network["num_classes"]),
     )
 
 
+def _config_beside(folder: Path, file: TensorFile, system: str) -> tuple[dict[str, Any], str]:
+    """The config.json that tells of the file's network, {} for none; what messages call it.
+
+    Raises:
+      DataError: config.json is damaged, or of another network than the tensors.
+    """
+    config = _json(folder, "config.json")
+    kind = None
+    if "architecture" in config:
+        kind = "timm"
+    elif "model_type" in config or "architectures" in config:
+        kind = "huggingface"
+    if kind is None:  # something else of this name, such as the config of a run
+        return (dict(file.config) if system == "timm" else {}), "its training script"
+    if kind == "timm":
+        check_architecture(str(config["architecture"]), "config.json")
+    if system != "npz" and kind != system:
+        raise DataError(
+            f"config.json beside it is of {_TITLES[kind]}, while its tensors are named as "
+            f"{_TITLES[system]} names them: put the file where its own config.json is"
+        )
+    return config, "config.json"
+
+
+def _agreed(said: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:
+    """What config.json and our own note in the file say, together.
+
+    Raises:
+      DataError: they contradict each other: one of them belongs to another file.
+    """
+    for key in ("gelu", "num_heads", "pool", "norm_after_pool"):
+        theirs, ours = said.get(key), own.get(key)
+        if None not in (theirs, ours) and theirs != ours and where == "config.json":
+            raise DataError(
+                f"config.json says {key} {theirs!r}, the file itself {ours!r}: put the file where "
+                "its own config.json is"
+            )
+    return said | own
+
+
+def _check_shown(shown: Mapping[str, Any], network: Mapping[str, Any], where: str) -> None:
+    """Raises DataError if the config says something else than shapes show."""
+    for key, value in shown.items():
+        have = network.get(key, value)
+        if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+            value = value[0]  # a patch_size of [16, 16]
+        if have != value:
+            raise DataError(
+                f"{where} says {key} {value!r}, while its tensors have {have!r}: put the file "
+                "where its own config.json is"
+            )
+
+
+def _other_parts(
+    names: Sequence[str], table: Sequence[tuple[str, str]]
+) -> tuple[list[str], list[str]]:
+    """The names that are known to be other parts, and a line for the report on each kind."""
+    unused, notes = [], []
+    for pattern, meaning in table:
+        found = [name for name in names if re.match(pattern, name)]
+        unused += [name for name in found if name not in unused]
+        notes += [f"left out: {meaning}"] if found else []
+    return unused, notes
+
+
 def _own(file: TensorFile) -> dict[str, Any]:
-    """What a file that we wrote says of itself beyond shapes."""
+    """What a file that we wrote says of itself beyond shapes; {} for files of others."""
     try:
         parsed = json.loads(file.metadata.get(METADATA, "{}"))
     except ValueError:
@@ -153,22 +255,25 @@ def _own(file: TensorFile) -> dict[str, Any]:
     return found
 
 
-def explain_unknown(names: Sequence[str]) -> str:
-    """Why a file with these tensors is no plain ViT, as far as it can be told."""
-    for part, meaning in _FOREIGN.items():
-        if any(part in name for name in names):
-            return f"{meaning} is not supported"
-    return "another kind of network"
-
-
 def _network(
-    tensors: Mapping[str, LazyArray], said: dict[str, Any], image_size: Any
+    tensors: Mapping[str, LazyArray], said: dict[str, Any], image_size: Any, names: Sequence[str]
 ) -> dict[str, Any]:
-    """The arguments of ViT that shapes and file tell."""
+    """The arguments of ViT that shapes and file tell.
+
+    Args:
+      tensors: by our names.
+      said: keys of ViT that the file tells beyond shapes.
+      image_size: what the user says of it, or None.
+      names: in the file, of tensors that have no place in our ViT.
+
+    Raises:
+      DataError: no ViT of ours has such tensors; says what it is instead.
+    """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    meaning = explain_shapes(shapes, depth=depth_of(shapes), fixed=said.get("posemb") == "sincos2d")
+    if meaning:
+        raise DataError(f"no plain ViT: it has {explain_names(names) or meaning}")
     kernel, dense = shapes["embedding/kernel"], "encoderblock_0/mlp/dense_0/kernel"
-    if len(kernel) != 4 or kernel[0] != kernel[1] or dense not in shapes:
-        raise ValueError(f"no ViT: its patch kernel is {kernel}, its blocks {depth_of(shapes)}")
     network: dict[str, Any] = {
         "patch_size": kernel[0],
         "channels": kernel[2],
@@ -186,17 +291,26 @@ def _network(
     }
     network |= {k: v for k, v in said.items() if v is not None and k not in _PLACED}
     if network["pool"] in CLS_POOLS and not network["cls_token"]:
-        raise ValueError(f"it pools {network['pool']!r} without a cls token")
+        raise DataError(f"it pools {network['pool']!r} without a cls token")
     return network | _positions(shapes, network, said, image_size)
 
 
+# Of what a file says, these are judged together with the length of its position table.
 _PLACED = ("prefix_posemb", "image_size")
 
 
 def _positions(
     shapes: Mapping[str, tuple[int, ...]], network: dict[str, Any], said: dict[str, Any], asked: Any
 ) -> dict[str, Any]:
-    """image_size and prefix_posemb, from the length of the position table."""
+    """image_size and prefix_posemb, from the length of the position table.
+
+    A table of n entries holds rows * columns of the patches, and those of some of the tokens before
+    them. How many follows from the size of the images where that is known; else it is assumed that
+    the patches form a square.
+
+    Raises:
+      UnfitError: no such division fits.
+    """
     size = asked or said.get("image_size")
     patch = network["patch_size"]
     if "pos_embedding" not in shapes:
@@ -207,26 +321,38 @@ def _positions(
     preferred = said.get("prefix_posemb") or ("cls", "none")
     patches = {kind: length - entries[kind] for kind in preferred}
     if size:
-        height, width = as_pair(size)
-        fits = {k for k, n in patches.items() if n == (height // patch) * (width // patch)}
+        rows, columns = (n // patch for n in as_pair(size))
+        fits = {k for k, n in patches.items() if n == rows * columns}
     else:
         fits = {k for k, n in patches.items() if n > 0 and math.isqrt(n) ** 2 == n}
     if not fits:
         known = f"images of {size}" if size else "a square grid"
-        raise ValueError(
-            f"its {length} positions are not those of {known}: set config.init_image_size to "
-            "(height, width) in pixels, as it was trained"
+        raise UnfitError(
+            f"its {length} positions are not those of {known}: the size of the images that it was "
+            "trained on must be told, (height, width) in pixels",
+            {"init_image_size": "..."},
         )
     kind = next(k for k in preferred if k in fits)
     if not size:
-        side = math.isqrt(patches[kind]) * patch
-        size = (side, side)
+        rows = columns = math.isqrt(patches[kind])
     if kind == "all" and not network["registers"]:
         kind = "cls"
-    return {"image_size": as_pair(size), "prefix_posemb": kind}
+    # Where patches do not divide the images (384 px in patches of 14), a convolution leaves out the
+    # last rows and columns of pixels: the images that are seen are smaller.
+    return {"image_size": (rows * patch, columns * patch), "prefix_posemb": kind}
 
 
-def _scaling(system: str, config: dict[str, Any], folder: Path) -> tuple[Any, Any]:
+def _size_note(said: Mapping[str, Any], network: Mapping[str, Any], asked: Any) -> list[str]:
+    """For the report: that of the images in the config some rows and columns are never seen."""
+    named = asked or said.get("image_size")
+    seen = network.get("image_size")
+    if not named or not seen or as_pair(named) == tuple(seen):
+        return []
+    return [f"of images of {as_pair(named)} its patches cover {tuple(seen)}: that is its size here"]
+
+
+def _scaling(system: str, config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
+    """Mean and std of images in 0..1; None where nothing tells."""
     if system == "npz":
         return (0.5,), (0.5,)
     if system == "timm":
@@ -238,9 +364,14 @@ def _scaling(system: str, config: dict[str, Any], folder: Path) -> tuple[Any, An
     return found.get("image_mean"), found.get("image_std")
 
 
-def _class_names(config: dict[str, Any], num_classes: int) -> tuple[str, ...]:
+def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Names by the head's outputs; () where there are none, or only numbers in their place."""
     names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
     if not names and isinstance(config.get("id2label"), dict):
         table = config["id2label"]
         names = [table[k] for k in sorted(table, key=int)]
-    return tuple(map(str, names)) if names and len(names) == num_classes else ()
+    if not isinstance(names, list) or len(names) != num_classes:
+        return ()
+    # transformers calls classes without names LABEL_0, LABEL_1, ...
+    placeholders = names == [f"LABEL_{i}" for i in range(num_classes)]
+    return () if placeholders else tuple(map(str, names))

@@ -7,12 +7,14 @@ import dataclasses
 import math
 import mmap
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+
+from vit_dist.config.errors import DataError
 
 # Weights hardly compress: a file that grows more than this much is no checkpoint. The slack is for
 # zero tensors, such as the head kernels of the old ImageNet-21k files (67 MB of zeros).
@@ -27,7 +29,10 @@ class LazyArray:
     """A tensor of a file: its shape now, its numbers (np.asarray) when they are wanted.
 
     Attributes:
-      source: of the tensor in the file that the numbers come from; reading in its order is fastest.
+      shape: of what `read` returns.
+      read: reads the numbers from the file, anew at each call.
+      source: name in the file of the tensor that the numbers come from. Several arrays may be cut
+        from one, such as q, k and v from a fused matrix; those read in a row cost one reading.
     """
 
     shape: tuple[int, ...]
@@ -45,29 +50,35 @@ class TensorFile:
     Attributes:
       tensors: by the file's own names.
       kind: "npz", "safetensors" or "pth".
-      metadata: text that the file carries besides.
+      metadata: text that a safetensors file carries besides.
+      wrapper: the key of a training script's dictionary under which the tensors were; "" for none.
+      config: what the training script noted of the network, as timm's config.json would say it.
+      notes: lines for the load report.
     """
 
     tensors: Mapping[str, LazyArray]
     kind: str
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    wrapper: str = ""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Opens a zip file.
 
     Raises:
-      ValueError: it is damaged or cut, or would unpack to far more than a checkpoint can.
+      DataError: it is damaged or cut, or would unpack to far more than a checkpoint can.
     """
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
+        raise DataError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
     size = sum(info.file_size for info in archive.infolist())
     limit = MAX_GROWTH * path.stat().st_size + SLACK
     if size > limit:
         archive.close()
-        raise ValueError(
+        raise DataError(
             f"{path} would unpack to {size:,} bytes, more than {MAX_GROWTH} times its own size: a "
             "zip bomb, no checkpoint. Fetch it from where it was published"
         )
@@ -78,15 +89,15 @@ def read_member(path: Path, name: str) -> memoryview:
     """A member of a zip file, its checksum verified.
 
     Raises:
-      ValueError: it is damaged or cut.
+      DataError: it is damaged or cut.
     """
     try:
         with open_zip(path) as archive, archive.open(name) as member:
             return read_exactly(member, archive.getinfo(name).file_size)
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
+        raise DataError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
     except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
-        raise ValueError(f"{path}: {name} cannot be read ({error}){AGAIN}") from error
+        raise DataError(f"{path}: {name} cannot be read ({error}){AGAIN}") from error
 
 
 def read_exactly(file: IO[bytes], size: int) -> memoryview:
@@ -103,10 +114,10 @@ def read_exactly(file: IO[bytes], size: int) -> memoryview:
 
 
 def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
-    """Raises ValueError unless `size` bytes are what the shape needs."""
+    """Raises DataError unless `size` bytes are what the shape needs."""
     needed = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or needed != size:
-        raise ValueError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes{AGAIN}")
+        raise DataError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes{AGAIN}")
 
 
 def as_float(array: np.ndarray) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""timm's VisionTransformer, and the original files of DeiT, DeiT III and DINOv2, named alike.
+"""timm's VisionTransformer, and the original files of DeiT, DeiT III, DINO, DINOv2 and MAE.
 
-GELU is erf's and LayerNorm's epsilon 1e-6 unless a config.json beside the file says otherwise; with
-an attention pooling (SigLIP) the file alone does not tell the GELU.
+All name their tensors alike. What no tensor tells (GELU, where norms stand, pooling) is asked of
+the config.json beside the file, or of the options that a training script kept in it. Without
+either, the file is taken for timm's plain ViT, and the load report says so.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from vit_dist.config.errors import DataError
+from vit_dist.model.formats.architectures import check_architecture, known_of
 from vit_dist.model.formats.mapping import CONV, KV, QKV, Rule, norm, pair
 from vit_dist.model.formats.tensors import LazyArray
 
@@ -52,12 +55,56 @@ _RENAMED = (  # names of the original files, and of the norm behind the pooling
     (r"^register_tokens$", "reg_token"),
     (r"^dist_token$", "reg_token"),
     (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's blocks.CHUNK.BLOCK, for its FSDP
     (r"^fc_norm\.", "norm."),
 )
 _STEM = "patch_embed.proj.weight"
-OTHER_PARTS = re.compile(r"mask_token$")  # of DINOv2's and iBOT's pretraining
+# Regex of names -> what these parts are. No encoder has a use for them.
+OTHER_PARTS = (
+    (r"(.*\.)?mask_token$", "the token of masked pretraining"),
+    (r"decoder_(embed|pos_embed|blocks|norm|pred)\b", "the decoder of masked pretraining (MAE)"),
+    (r"(.*\.)?student\.", "the student of self-distillation"),
+    (r"(.*\.)?(dino_head|ibot_head)\.", "the heads of self-distillation (DINO, iBOT)"),
+    (r"head(_dist)?\.", "both heads of a distilled DeiT, whose mean would be its answer"),
+)
+_PLAIN = (
+    "timm's plain ViT (norms before attention and MLP, epsilon 1e-6, no rotary positions), as no "
+    "config.json beside the file names the architecture"
+)
 _POOLS = {"token": "tok", "avg": "gap", "map": "map", "": "none"}
 _GELUS = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh"}
+# The arguments of timm's VisionTransformer by what they mean for reading weights.
+# Each -> the one value that our ViT computes, and what another would mean.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "pre_norm": (False, "a LayerNorm before the blocks (CLIP)"),
+    "final_norm": (True, "no LayerNorm behind the blocks"),
+    "pool_include_prefix": (False, "a pooling of all tokens, not of the patches alone"),
+    "qk_norm": (False, "normalised queries and keys"),
+    "scale_attn_norm": (False, "a LayerNorm inside of the attention"),
+    "scale_mlp_norm": (False, "a LayerNorm inside of the MLP"),
+    "proj_bias": (True, "projections without biases"),
+    "pos_embed": ("learn", "no learned positions"),
+    "embed_norm_layer": (None, "a norm behind the patches"),
+    "norm_layer": ("layernorm", "another norm than LayerNorm with epsilon 1e-6"),
+    "head_hidden_size": (None, "a further layer before the head"),
+}
+# Those that shapes tell as well: must agree with them; argument -> key of ViT.
+_SHOWN = {
+    "patch_size": "patch_size",
+    "in_chans": "channels",
+    "embed_dim": "width",
+    "depth": "depth",
+    "qkv_bias": "qkv_bias",
+    "class_token": "cls_token",
+    "reg_tokens": "registers",
+    "fc_norm": "norm_after_pool",
+}
+_READ = ("img_size", "num_heads", "act_layer", "global_pool", "no_embed_class", "norm_epsilon")
+# Those that change nothing in inference, or nothing at a size that patches divide.
+_FREE = re.compile(
+    r"(.*_)?drop(_path|out)?(_rate)?|.*_drop_rate|weight_init|fix_init|num_classes|mlp_ratio|init_values"
+    r"|dynamic_img_(size|pad)|strict_img_size|pretrained|checkpoint_path|scriptable|exportable"
+)
 
 
 def detect(names: Any) -> bool:
@@ -69,11 +116,13 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """The tensors under timm's names; what is not the ViT's keeps its name.
 
     Raises:
-      ValueError: several ViTs in one file.
+      DataError: several ViTs in one file, none of them a teacher.
     """
     stems = [name for name in tensors if name == _STEM or name.endswith(f".{_STEM}")]
+    if len(stems) > 1:  # self-distillation: the teacher is what its authors publish
+        stems = [name for name in stems if "teacher" in name.split(".")] or stems
     if len(stems) > 1:
-        raise ValueError(f"the file holds several ViTs ({', '.join(stems)}): save one of them")
+        raise DataError(f"the file holds several ViTs ({', '.join(stems)}): save one of them")
     prefix, found = stems[0].removesuffix(_STEM), {}
     for name, tensor in tensors.items():
         if name.startswith(prefix):
@@ -81,41 +130,116 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
             for pattern, new in _RENAMED:
                 name = re.sub(pattern, new, name)
         if name in found:
-            raise ValueError(f"the file holds two tensors for {name}: it is no VisionTransformer's")
+            raise DataError(f"the file holds two tensors for {name}: it is no VisionTransformer's")
         found[name] = tensor
     return found
 
 
-def describe(original: Mapping[str, LazyArray], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file, and a config.json of timm's beside it, say beyond shapes; None if unknown.
+def is_other_part(name: str, names: Any) -> bool:
+    """Whether a tensor that has a place in our ViT shall be left out all the same.
+
+    Args:
+      name: canonical.
+      names: all that the file holds.
+    """
+    return name.startswith("head.") and "head_dist.weight" in names
+
+
+def describe(
+    original: Mapping[str, LazyArray], config: Mapping[str, Any], *, wrapper: str, where: str
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What the file, and timm's config.json, say beyond shapes.
 
     Args:
       original: the tensors under the file's own names.
-      config: the parsed config.json, or nothing.
+      config: the parsed config.json, or what stands for it; {} for neither.
+      wrapper: see TensorFile.
+      where: what messages call the config.
+
+    Returns:
+      keys of ViT -> values, None if unknown; keys of ViT -> what the config says of what shapes
+      tell too; and lines for the report: what nothing tells and is assumed.
+
+    Raises:
+      DataError: it is not timm's plain ViT, or may be another network.
     """
 
     def has(name: str) -> bool:
         return any(n == name or n.endswith(f".{name}") for n in original)
 
-    args = config.get("model_args", {})
-    pool = _POOLS.get(config.get("global_pool", args.get("global_pool")))
+    name, args = config.get("architecture"), config.get("model_args") or {}
     has_map, fc_norm = has("attn_pool.latent"), has("fc_norm.weight")
-    if pool is None:
-        pool = "map" if has_map else "tok" if has("cls_token") and not fc_norm else "gap"
+    has_cls, known = has("cls_token"), {}
+    assumed = []
+    if name:
+        check_architecture(str(name), where)
+        _check_arguments(args, where)
+        width = next(t.shape[0] for n, t in original.items() if n.endswith(_STEM))
+        known = known_of(str(name), width)
+    else:
+        _check_nameless(original, wrapper)
+        assumed = [_PLAIN]
+        # SigLIP's have no cls token; there the GELU may be tanh's.
+        known = {"gelu": "erf" if (has_cls or fc_norm) and not has_map else None}
+    pool = config.get("global_pool", args.get("global_pool"))
+    if pool not in (None, *_POOLS):
+        raise DataError(f"{where} says that it pools by {pool!r}, not by {', '.join(_POOLS)}")
+    by_tensors = "map" if has_map else "tok" if has_cls and not fc_norm else "gap"
+    act = args.get("act_layer")
+    if act is not None and act not in _GELUS:
+        raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")
     size = args.get("img_size") or config.get("pretrained_cfg", {}).get("input_size", [None])[1:]
-    gelu = _GELUS.get(args.get("act_layer", "gelu" if not has_map else ""))
-    preferred = ("none", "all", "cls")
-    if has("register_tokens") or has("dist_token"):
-        preferred = ("cls", "none", "all") if has("register_tokens") else ("all", "cls", "none")
-    return {
-        "gelu": gelu,
+    said = {
+        "gelu": _GELUS[act] if act else known.get("gelu"),
         "norm_epsilon": args.get("norm_epsilon", 1e-6),
         "norm_after_pool": fc_norm,
-        "num_heads": args.get("num_heads"),
-        "pool": pool,
+        "num_heads": args.get("num_heads") or known.get("num_heads"),
+        "pool": _POOLS[pool] if pool is not None else known.get("pool") or by_tensors,
         "image_size": size or None,
-        "prefix_posemb": preferred,
+        "prefix_posemb": _prefix_posembs(args, has),
     }
+    shown = {
+        key: args[argument] for argument, key in _SHOWN.items() if args.get(argument) is not None
+    }
+    return said, shown, assumed
+
+
+def _check_arguments(args: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for arguments with which timm's network computes something else."""
+    for key, value in args.items():
+        if key in _FIXED:
+            allowed, meaning = _FIXED[key]
+            if value not in (allowed, None):
+                raise DataError(f"{where} has {key}={value!r}: {meaning}")
+        elif key not in (*_SHOWN, *_READ) and not _FREE.fullmatch(key):
+            raise DataError(
+                f"{where} has {key}={value!r} among the network's arguments, of which it is not "
+                "known what it changes: take it out if the network computes the same without it"
+            )
+
+
+def _check_nameless(original: Mapping[str, LazyArray], wrapper: str) -> None:
+    """Raises DataError where the names are as much another network's as a plain ViT's."""
+    has_table = any(name.endswith("pos_embed") for name in original)
+    gammas = any(re.search(r"blocks\.\d+\.gamma_1$", name) for name in original)
+    # DeiT III's own files call LayerScale gamma_1 and are wrapped in {"model": ...}. timm calls it
+    # ls1.gamma, and gamma_1 in its networks with rotary positions.
+    if gammas and has_table and wrapper != "model":
+        raise DataError(
+            "its LayerScale is called gamma_1, as in DeiT III's own files and in timm's networks "
+            "with rotary positions (vit_*_rope_ape_*), which these tensors do not tell apart. If "
+            'it is DeiT III\'s, put {"architecture": "deit3_small_patch16_224"} into a config.json '
+            "beside it"
+        )
+
+
+def _prefix_posembs(args: Mapping[str, Any], has: Any) -> tuple[str, ...]:
+    """Which tokens before the patches may have positions, most likely first."""
+    if args.get("no_embed_class") is not None and not has("dist_token"):
+        return ("none",) if args["no_embed_class"] else ("all", "cls")
+    if has("register_tokens"):
+        return ("cls", "none", "all")
+    return ("all", "cls", "none") if has("dist_token") else ("none", "all", "cls")
 
 
 def refuse(network: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
 """The .npz files of vision_transformer and big_vision.
 
-They differ in prefix (none, params/, opt/target/, params/img/), in the numbers of a block's layers,
-in where the positions lie, and in whether blocks are stacked (flax's nn.scan); `canonical` brings
-all to big_vision's names, which the table maps. GELU is tanh's, as flax's default, LayerNorm's
-epsilon 1e-6, images are scaled to [-1, 1].
+The files differ in prefix (none, params/, opt/target/, params/img/), in how the layers of a block
+are numbered, in where the positions are, and in whether blocks are stacked (flax's nn.scan).
+`canonical` brings all to big_vision's names, which the table maps. GELU is tanh's, flax's default;
+LayerNorm's epsilon is 1e-6; images are scaled to [-1, 1].
 """
 
 import re
@@ -59,16 +59,20 @@ RULES: list[Rule] = [
 ]
 _PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/", "")
 _POSITIONS = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding")
-# The numbers of before flax's Linen API: counted over all layers of a block, not for each kind.
+# How files from before flax's Linen API number a block's layers: through all of them, and not each
+# kind from 0. Here: name in such a file -> name in a later one.
 _OLD_NUMBERS = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
     "LayerNorm_2": "LayerNorm_1",
     "MlpBlock_3": "MlpBlock_0",
 }
 _INLINED_MAP = re.compile(r"(probe$|MlpBlock_0/|MultiHeadDotProductAttention_0/|LayerNorm_0/)")
-# The other parts of a training state or a two-tower model: the optimizer, the text tower, the
-# temperature and bias of its loss.
-OTHER_PARTS = re.compile(r"(opt|states?|params/(txt|t|b)|opt/target/(txt|t|b)|txt|t|b|step)(/|$)")
+# Regex of names -> what these parts are: of a training state, or of a model with two towers.
+OTHER_PARTS = (
+    (r"(params/|opt/target/)?txt(/|$)", "the text tower"),
+    (r"(params/|opt/target/)?[tb](/|$)", "temperature and bias of the loss on pairs"),
+    (r"(opt|states?|step)(/|$)", "the state of the optimizer"),
+)
 
 
 def detect(names: Any) -> bool:
@@ -88,6 +92,7 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
         if not name.startswith("Transformer/encoderblock/"):
             found[name] = tensor
             continue
+        # One tensor holds this layer of all blocks: its leading axis counts them.
         for block in range(tensor.shape[0] if tensor.shape else 0):
             found[name.replace("encoderblock/", f"encoderblock_{block}/")] = stacked(tensor, block)
     return found
@@ -101,8 +106,17 @@ def _canonical_name(name: str) -> str:
     return "/".join(_OLD_NUMBERS.get(part, part) for part in name.split("/"))
 
 
+def is_other_part(name: str, names: Any) -> bool:
+    """Whether a tensor with a place in our ViT shall be left out all the same: none here."""
+    return False
+
+
 def describe(tensors: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """What such a file says of the network beyond its shapes, from canonical names."""
+    """Keys of ViT that such a file tells beyond its shapes; None if unknown.
+
+    Args:
+      tensors: under canonical names.
+    """
     query = tensors.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel")
     has_map = "MAPHead_0/probe" in tensors
     return {
@@ -110,12 +124,19 @@ def describe(tensors: Mapping[str, LazyArray]) -> dict[str, Any]:
         "norm_epsilon": 1e-6,
         "norm_after_pool": False,
         "num_heads": query.shape[1] if query is not None and len(query.shape) == 3 else None,
+        # A file without a table of positions computes them, as big_vision does.
+        "posemb": "learned" if "pos_embedding" in tensors else "sincos2d",
         "pool": "map" if has_map else "tok" if "cls" in tensors else "gap",
     }
 
 
 def refuse(network: Mapping[str, Any], style: str) -> list[str]:
-    """What of our network the systems that read these files do not have."""
+    """What of our network cannot be written: the systems that read these files do not have it.
+
+    Args:
+      network: of ViT.get_config().
+      style: "npz" for vision_transformer, or "big_vision".
+    """
     reasons = []
     if network["gelu"] != "tanh":
         reasons.append("GELU is tanh's there")

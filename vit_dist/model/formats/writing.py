@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats import huggingface, timm
 from vit_dist.model.formats import vision_transformer as npz
 from vit_dist.model.formats.mapping import to_theirs
@@ -57,14 +58,14 @@ def write_pretrained(
       The files written.
 
     Raises:
-      ValueError: the other system has no such network; says why.
+      DataError: the other system has no such network; says why.
     """
     style = {"npz": "npz", "big_vision": "big_vision"}.get(system)
     heads = network["num_heads"]
     if style:
         _refuse(system, npz.refuse(network, style))
         if not (np.allclose(mean, 0.5) and np.allclose(std, 0.5)):
-            raise ValueError(f"format {system}: images are scaled to [-1, 1] there; use timm")
+            raise DataError(f"format {system}: images are scaled to [-1, 1] there; use timm")
         written = npz.layout(to_theirs(arrays, npz.RULES, num_heads=heads), style)
         return [_write_npz(path, written)]
     if system == "timm":
@@ -85,7 +86,7 @@ def write_pretrained(
 
 def _refuse(system: str, reasons: list[str]) -> None:
     if reasons:
-        raise ValueError(f"format {system} cannot hold this network: {'; '.join(reasons)}")
+        raise DataError(f"format {system} cannot hold this network: {'; '.join(reasons)}")
 
 
 def _fc_norm(name: str) -> str:
@@ -94,7 +95,7 @@ def _fc_norm(name: str) -> str:
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     if path.suffix != ".npz":
-        raise ValueError(f"give a file that ends in .npz, not {path}")
+        raise DataError(f"give a file that ends in .npz, not {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     whole: Any = dict(arrays)
     np.savez(path, **whole)

@@ -1,8 +1,9 @@
 """Dropout and stochastic depth with stateless seeds.
 
-Every random mask is drawn from a seed handed down the call (law 6): a pure function of
-(seed, step, replica, layer), so it differs between replicas and survives a resume. Keras's own
-Dropout keeps hidden state that gives every replica the same mask and that checkpoints miss.
+Every mask is drawn from the seed passed to call(): a pure function of (seed, step, replica,
+micro-batch, layer), so masks differ between replicas and a resumed run draws what it would have
+drawn. Keras's own Dropout keeps hidden state: the same mask on every replica, not saved in
+checkpoints.
 """
 
 import zlib
@@ -11,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# One algorithm by name: "auto_select" draws other numbers on other devices.
+# Fixed, because the default "auto_select" gives different numbers on CPU, GPU and TPU.
 RNG = "philox"
 
 
@@ -26,11 +27,13 @@ class _Masked(keras.layers.Layer):
         return {**super().get_config(), "rate": self.rate}
 
     def build(self, input_shape: Any) -> None:
-        # The path is the layer's place in the model: a stable number of its own for its masks.
+        # The layer's path without the model's name, as a number: mixed into the seed, it gives
+        # every layer masks of its own, and the same ones in each process and at each resume.
         self._salt = zlib.crc32(self.path.split("/", 1)[-1].encode()) & 0x7FFFFFFF
         self.built = True
 
     def mask_shape(self, shape: tf.Tensor, rank: int) -> tf.Tensor:
+        """The shape of the mask for x of this shape; axes of length 1 share one draw."""
         return shape
 
     def call(self, x: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
@@ -38,7 +41,7 @@ class _Masked(keras.layers.Layer):
 
         Args:
           x: any shape, floating.
-          training: nothing happens unless true.
+          training: if false, x is returned unchanged.
           seed: int32 (2,), required when training with a rate above 0.
 
         Raises:

@@ -1,0 +1,166 @@
+"""Every network of timm and transformers that is named as a ViT: the same logits, or refused.
+
+Small and random, in its own class (interop_zoo.py). With the config.json beside the weights there
+is no third way. Without it, what no tensor tells is assumed, and the report says what.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.support.interop import PYTHON, run_peer
+from vit_dist.config.errors import DataError
+from vit_dist.export import load_model
+from vit_dist.run.origins import open_origin
+
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"
+)
+TOLERANCE = 1e-4  # of the largest logit, float32
+TOLD = {"num_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """The folder, logits by name, and what each network is."""
+    folder = tmp_path_factory.mktemp("zoo")
+    run_peer(folder, script="interop_zoo.py", timeout=1500)
+    with np.load(folder / "logits.npz") as logits:
+        return folder, dict(logits), json.loads((folder / "made.json").read_text())
+
+
+def images_of(size=32):
+    rng = np.random.default_rng(size * 1000 + size)
+    return rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+
+
+class Ours:
+    """Logits of a file by our ViT; each network is built once, as many names mean the same one."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, path, **told):
+        origin = open_origin(str(path))
+        digest = {name: float(np.asarray(t).sum()) for name, t in origin.tensors.items()}
+        key = json.dumps([origin.network, told, origin.unknown, digest], sort_keys=True)
+        if key not in self.known:
+            self.known[key] = load_model(origin, **told)(images_of()).numpy()
+        return self.known[key], origin
+
+
+ours = Ours()
+
+
+def verdict(path, expected, **told):
+    """ "same", "other", or why it is refused; and the origin."""
+    try:
+        mine, origin = ours(path, **told)
+    except DataError as error:
+        return f"refused: {error}", None
+    if expected is None or mine.shape != expected.shape:
+        return "other", origin
+    same = np.abs(mine - expected).max() <= TOLERANCE * np.abs(expected).max()
+    return ("same" if same else "other"), origin
+
+
+def is_plain(name, made):
+    """Whether timm's network is one that our ViT computes, from what timm made."""
+    other = re.search(
+        r"rpn|_clip_|intern300m|test_vit[34]|giant_patch14_(reg4_)?dinov2|beit3|aimv2", name
+    )
+    hybrid = re.search(r"_r\d*_s\d+|resnet|_mci_", name)
+    kind = made["class"] in ("VisionTransformer", "VisionTransformerDistilled")
+    return kind and made["block"] == "Block" and not other and not hybrid
+
+
+UNNAMED = {"test_vit", "test_vit2"}  # timm's own tests: plain, and refused as names nobody knows
+
+
+def test_timm_with_config_json(zoo):
+    folder, logits, made = zoo
+    found = {}
+    for name, what in made.items():
+        if "block" in what:
+            found[name], _ = verdict(folder / name, logits[name], **{"gelu": "erf"})
+    print(*(f"{name}: {text}" for name, text in found.items()), sep="\n")
+    assert not [name for name, text in found.items() if text == "other"], found
+    plain = {name for name in found if is_plain(name, made[name])}
+    same = {name for name, text in found.items() if text == "same"}
+    assert same == plain - UNNAMED and len(same) > 100
+
+
+def test_timm_without_config_json(zoo, tmp_path):
+    """Bare files are taken for timm's plain ViT; only two others have the same tensors."""
+    folder, logits, made = zoo
+    others = set()
+    for name, what in made.items():
+        if "block" not in what:
+            continue
+        path = tmp_path / f"{name}.safetensors"
+        (folder / name / "model.safetensors").rename(path)
+        gelu = "tanh" if what["act"] == "GELUTanh" else "erf"
+        text, origin = verdict(path, logits[name], **TOLD, gelu=gelu)
+        path.rename(folder / name / "model.safetensors")
+        if text == "other":
+            others.add(name)
+            assert "no config.json beside the file names the architecture" in origin.assumed[0]
+        elif is_plain(name, what):
+            assert text == "same", (name, text)
+    assert others <= {"vit_base_patch16_rpn_224", "test_vit3"}
+
+
+REFUSED = {
+    "DINOv3ViTModel": "rotary positions",
+    "BeitForImageClassification": "relative positions, or keys without biases",
+    "Data2VecVisionForImageClassification": "relative positions, or keys without biases",
+    "YolosForObjectDetection": "detection tokens",
+    "SiglipVisionModel": "SigLIP",
+    "CLIPVisionModel": "a LayerNorm before the blocks",
+    "ViT, relu": "activation 'relu'",
+    "ViT, quick_gelu": "activation 'quick_gelu'",
+    "ViT, pooler": "pooler has the activation 'relu'",
+    "DINOv2, SwiGLU": "SwiGLU",
+}
+SAME = (
+    "ViTForImageClassification",
+    "ViTModel",
+    "ViTForMaskedImageModeling",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "DeiTForMaskedImageModeling",
+    "Dinov2ForImageClassification",
+    "Dinov2WithRegistersForImageClassification",
+    "ViTMAEForPreTraining",
+    "ViTMAEModel",
+    "ViTMSNForImageClassification",
+    "IJepaForImageClassification",
+    "IJepaModel",
+    "ViT, tanh",
+    "ViT, epsilon",
+    "ViT, no biases",
+    "ViT, six heads",
+)
+
+
+def test_transformers_with_config_json(zoo):
+    folder, logits, made = zoo
+    found = {
+        name: verdict(folder / name, logits.get(name))[0]
+        for name, what in made.items()
+        if "block" not in what and "error" not in what and name != "Dinov2Backbone"
+    }
+    print(*(f"{name}: {text}" for name, text in found.items()), sep="\n")
+    assert {name for name, text in found.items() if text == "same"} == set(SAME)
+    assert not [name for name, text in found.items() if text == "other"]
+    for name, message in REFUSED.items():
+        assert re.search(message, found[name]), found[name]
+
+
+@pytest.mark.parametrize("name", ["ViTMAEForPreTraining", "DeiTForImageClassificationWithTeacher"])
+def test_what_was_left_out_is_said(zoo, name):
+    origin = open_origin(str(zoo[0] / name))
+    notes = str(origin.fill(load_model(origin)))
+    assert re.search("note: left out: (the decoder of masked|both heads of a distilled)", notes)

@@ -1,0 +1,49 @@
+"""Whether the classes of a checkpoint's head are those of the data, and in which order.
+
+Labels are numbers; only names tell whether number 3 means the same on both sides.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class ClassMatch(NamedTuple):
+    """How the classes of a checkpoint's head and the classes wanted relate.
+
+    Attributes:
+      order: for each wanted class its number in the checkpoint; None to take them as they are.
+      other: why the head cannot be used; "" if it can.
+    """
+
+    order: list[int] | None = None
+    other: str = ""
+
+
+def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
+    """Compares the names of classes by which a head's outputs are told apart.
+
+    Args:
+      theirs: of the checkpoint, in the order of its head; () if unknown.
+      ours: of the data, in the order of its labels; () if unknown.
+    """
+    if not theirs or not ours or list(theirs) == list(ours):
+        return ClassMatch()
+    unique = len(set(theirs)) == len(theirs) and len(set(ours)) == len(ours)
+    if unique and set(theirs) == set(ours):
+        place = {name: i for i, name in enumerate(theirs)}
+        return ClassMatch(order=[place[name] for name in ours])
+    missing = [name for name in ours if name not in set(theirs)]
+    lost = [name for name in theirs if name not in set(ours)]
+    text = f"its {len(theirs)} classes are not the {len(ours)} of the data"
+    if missing:
+        text += f" ({_shortened(missing)} {'is' if len(missing) == 1 else 'are'} not in it)"
+    elif lost:
+        text += f" ({_shortened(lost)} {'is' if len(lost) == 1 else 'are'} not in the data)"
+    else:
+        text += " (a name stands for two of them)"
+    return ClassMatch(other=text)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
