@@ -104,14 +104,14 @@ def _train(args: argparse.Namespace) -> None:
     config.model.pool = "tok"
     config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0
     config.optimizer.momentum_dtype = "bfloat16"
-    options, _ = check(config)
+    options, data = check(config)
     start = find_start(f"{path}.run", options)
     strategy = make_strategy(**options.evaluation.strategy)
     marks = {"imports": memory("VmHWM")}
     state = make_state(options, strategy)
     marks["model and optimizer"] = memory("VmHWM")
     begin = time.perf_counter()
-    text = restore_or_init(state, options, start)
+    text = restore_or_init(state, options, data, start)
     seconds = time.perf_counter() - begin
     marks["loading"] = memory("VmHWM")
     assert "resized: pos_embedding" in text and "new:" not in text, text

@@ -3,6 +3,8 @@
     python -m vit_dist.train --config configs/folder.py --workdir runs/mine \
         --config.data.data_dir=/data/mine
 
+The size of the model may stand behind the file: --config configs/folder.py:S/16
+
 Hardware: one GPU; a CPU will do for a look.
 
 Light augmentation, cosine schedule, moving average. A ViT trained from scratch wants many images
@@ -12,7 +14,7 @@ Light augmentation, cosine schedule, moving average. A ViT trained from scratch 
 from vit_dist.config import get_defaults
 
 
-def get_config():
+def get_config(arg: str = "Ti/16"):
     config = get_defaults()
     config.image_size = 224
     config.precision = "bfloat16"
@@ -28,7 +30,7 @@ def get_config():
     )
     config.input.eval_ops = "decode|resize(size, antialias=True)|value_range(-1, 1)"
 
-    config.model.variant = "Ti/16"
+    config.model.variant = arg
     config.model.dropout = 0.1
     config.loss.label_smoothing = 0.1
     config.optimizer.learning_rate = 5e-4

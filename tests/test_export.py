@@ -208,8 +208,24 @@ def test_the_commands(run, folder, tmp_path):
 
 
 def test_images_that_cannot_be_read(run, folder, tmp_path):
-    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    with pytest.raises(ValueError, match=r"bad.jpg' cannot be read"):
-        list(predict(str(run), [str(tmp_path)]))
+    """They are named and left out; names may hold what is a pattern, or a separator, elsewhere."""
+    for name in ("bad.jpg", "worse.jpg"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff nothing")
+    good = ["a good one.jpg", "cats, and [dogs].jpg"]
+    for name in good:
+        shutil.copy(folder / "val/cats/0.jpg", tmp_path / name)
+    found = list(predict(str(run), [str(tmp_path)]))
+    assert [Path(p.path).name for p in found if not p.problem] == good
+    assert all(len(p.classes) == 1 for p in found if not p.problem)
+    problems = [p.problem for p in found if p.problem]
+    assert len(problems) == 2 and "bad.jpg' cannot be read" in problems[0]
+    both = f"{tmp_path / good[0]},{folder}/val/cats/[01].jpg"
+    assert len(list(predict(str(run), [str(tmp_path / good[1]), both]))) == 4
+    arguments = [f"--checkpoint={run}", f"--images={tmp_path}"]
+    code, text = processes.call(
+        processes.main, "vit_dist.predict", *arguments, log=tmp_path / "log"
+    )
+    assert code == 1 and text.count("left out: image file") == 2 and "Traceback" not in text
+    assert f"{tmp_path / good[1]}\t" in text and "error: 2 images could not be read" in text
     with pytest.raises(ValueError, match="there are no images at"):
         list(predict(str(run), [str(tmp_path / "*.gif")]))

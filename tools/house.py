@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "": {"model"},  # vit_dist/__init__.py
     "train": {"run", "data", "training", "inspection", "monitoring", "cluster", "config"},
     "evaluate": {"run", "cluster", "config"},
-    "predict": {"export", "run", "data"},
+    "predict": {"export", "run", "data", "config", "paths"},
     "export": {"run", "data", "model", "config", "paths"},
     "convert": {"run", "data", "monitoring"},
     "show": {"run", "data", "inspection", "paths"},
@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config"},
     "cluster": {"config"},
     "config": set(),
-    "paths": set(),
+    "paths": {"config"},
 }
 
 # These turn a config into arguments; the rooms below them take plain arguments.

@@ -78,7 +78,10 @@ def evaluate(
         meeting.agree(evaluation_facts(data, origin))
         strategy = make_strategy(**devices)
     model = make_model(options.model, strategy)
-    report = fill(model, origin, options.weights, pipes={"eval_ops": options.pipe})
+    names = next(iter(data.sources.values())).class_names
+    report = fill(
+        model, origin, options.weights, pipes={"eval_ops": options.pipe}, class_names=names
+    )
     for name in report.new:
         if name.startswith("head/"):
             raise ConfigError(f"{checkpoint} cannot classify this data: it would need {name}")

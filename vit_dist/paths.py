@@ -7,10 +7,25 @@ import re
 import tensorflow as tf
 from etils import epath
 
+from vit_dist.config.errors import ConfigError
+
 
 def is_remote(path: epath.PathLike) -> bool:
     """Whether only TensorFlow's file systems read it, such as gs://bucket/path."""
     return "://" in str(path)
+
+
+def expand(path: epath.PathLike) -> epath.Path:
+    """The path as all code uses it: "~" and "~user" of a local one stand for the home folder.
+
+    Raises:
+      ConfigError: it begins with a scheme that nothing here reads.
+    """
+    try:
+        path = epath.Path(path)
+    except KeyError:
+        raise ConfigError(f"{path}: local paths and gs:// work; copy the files to either") from None
+    return path if is_remote(path) else path.expanduser()
 
 
 def local_path(path: epath.PathLike, key: str) -> epath.Path:

@@ -6,8 +6,9 @@ python -m vit_dist.predict --checkpoint runs/NAME --images 'photos/*.jpg' [--top
 classes are called; other files must tell by a config.json beside them.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
@@ -16,40 +17,53 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
+from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.data.damage import message_of
 from vit_dist.data.sources.folder import EXTENSIONS
-from vit_dist.export import open_served
+from vit_dist.export import Served, hint_without_flags, open_served
+from vit_dist.paths import expand
 
 _BATCH = 32
 
 
 class Prediction(NamedTuple):
-    """The most likely classes of an image, best first."""
+    """The most likely classes of an image, best first; or why it has none."""
 
     path: str
     classes: list[str]
     probabilities: list[float]
+    problem: str = ""
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not at import, where another command's would clash."""
+    """Defines this command's flags."""
     flags.DEFINE_string("checkpoint", None, "a run's folder, or weights of any system")
-    flags.DEFINE_list("images", None, "files, patterns such as 'photos/*.jpg', or folders")
+    flags.DEFINE_multi_string(
+        "images", [], "files, patterns such as 'photos/*.jpg', or folders; may be given repeatedly"
+    )
     flags.DEFINE_integer("top", 1, "how many classes to name", lower_bound=1)
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """The command; returns its exit code: 1 if an image could not be read."""
     given = flags.FLAGS
     if not given.checkpoint or not given.images:
-        raise ValueError("give a model and images: --checkpoint runs/NAME --images 'photos/*.jpg'")
+        raise ConfigError("give a model and images: --checkpoint runs/NAME --images 'photos/*.jpg'")
+    bad = 0
     for found in predict(given.checkpoint, given.images, top=given.top):
+        if found.problem:
+            bad += 1
+            print(f"left out: {found.problem}", file=sys.stderr, flush=True)
+            continue
         pairs = zip(found.classes, found.probabilities, strict=True)
-        print(found.path, *(f"{name} {p:.1%}" for name, p in pairs), sep="\t", flush=True)
-    return 0
+        print(_shown(found.path), *(f"{name} {p:.1%}" for name, p in pairs), sep="\t", flush=True)
+    if bad:
+        print(f"error: {bad} images could not be read, see above", file=sys.stderr)
+    return cli.FAILURE if bad else 0
 
 
 def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator[Prediction]:
-    """Classifies image files.
+    """Classifies image files; one that cannot be read is named in a Prediction, and left out.
 
     Args:
       checkpoint: see origins.open_origin.
@@ -60,44 +74,78 @@ def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator
       One Prediction an image, in the order given (patterns and folders sorted).
 
     Raises:
-      ValueError: no such images, one that cannot be read, or a checkpoint without a head.
+      DataError: no such images.
+      ConfigError: a checkpoint without a head.
     """
     paths = _expand(images)
-    served, names = open_served(checkpoint)
+    served, names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
     for start in range(0, len(paths), _BATCH):
-        chunk = paths[start : start + _BATCH]
-        data = [tf.io.read_file(path) for path in chunk]
-        try:
-            probabilities = served.serve(tf.stack(data))["probabilities"].numpy()
-        except tf.errors.InvalidArgumentError as error:
-            raise _explained(served, chunk, data, error) from error
-        for path, row in zip(chunk, probabilities, strict=True):
-            best = np.argsort(-row, kind="stable")[:top]
-            yield Prediction(path, [names[i] for i in best], [float(row[i]) for i in best])
+        yield from _predict_batch(served, names, paths[start : start + _BATCH], top)
+
+
+def _predict_batch(
+    served: Served, names: Sequence[str], paths: Sequence[str], top: int
+) -> Iterator[Prediction]:
+    data = {path: tf.io.read_file(path) for path in paths}
+    problems: dict[str, str] = {}
+    try:
+        rows = served.serve(tf.stack(list(data.values())))["probabilities"].numpy()
+    except tf.errors.InvalidArgumentError:
+        # TensorFlow does not say which of the images it is: each is prepared alone.
+        problems = {
+            path: text for path, one in data.items() if (text := _problem(served, path, one))
+        }
+        good = [one for path, one in data.items() if path not in problems]
+        rows = served.serve(tf.stack(good))["probabilities"].numpy() if good else ()
+    each = iter(rows)
+    for path in paths:
+        if path in problems:
+            yield Prediction(path, [], [], problems[path])
+            continue
+        row = next(each)
+        best = np.argsort(-row, kind="stable")[:top]
+        yield Prediction(path, [names[i] for i in best], [float(row[i]) for i in best])
+
+
+def _problem(served: Served, path: str, data: tf.Tensor) -> str:
+    """Why an image cannot be classified; "" if it can."""
+    try:
+        served.prepare(data)
+    except (tf.errors.InvalidArgumentError, DataError) as error:
+        return f"image file {_shown(path)!r} cannot be read ({message_of(error)})"
+    return ""
 
 
 def _expand(images: Sequence[str]) -> list[str]:
+    """The files behind files, patterns and folders, or behind several with commas between them."""
     paths: list[str] = []
     for text in images:
-        if tf.io.gfile.isdir(text):
-            names = sorted(tf.io.gfile.listdir(text))
-            found = [f"{text}/{n}" for n in names if n.lower().endswith(tuple(EXTENSIONS))]
-        else:
-            found = sorted(tf.io.gfile.glob(text))
-        if not found:
-            raise ValueError(f"there are no images at {text!r}")
+        found = _files_of(text)
+        for part in text.split(",") if not found else ():
+            found += _files_of(part) or _none_at(part)
         paths += found
-    return paths
+    return list(dict.fromkeys(paths))  # serve stacks by path: each once
 
 
-def _explained(served, paths: Sequence[str], data: Sequence[tf.Tensor], error) -> Exception:
-    """Names the image that cannot be decoded."""
-    for path, one in zip(paths, data, strict=True):
-        try:
-            served.prepare(one)
-        except tf.errors.InvalidArgumentError:
-            return ValueError(f"image file {path!r} cannot be read; replace it or leave it out")
-    return error
+def _files_of(text: str) -> list[str]:
+    path = str(expand(text))
+    if tf.io.gfile.isdir(path):
+        names = sorted(tf.io.gfile.listdir(path))
+        return [f"{path}/{n}" for n in names if n.lower().endswith(tuple(EXTENSIONS))]
+    # The name of a file comes first: it may hold brackets, which are a pattern as well.
+    return [path] if tf.io.gfile.exists(path) else sorted(tf.io.gfile.glob(path))
+
+
+def _none_at(text: str) -> NoReturn:
+    raise DataError(
+        f"there are no images at {text!r}: give files, a pattern in quotes such as "
+        "'photos/*.jpg', or a folder with images in it"
+    )
+
+
+def _shown(path: str) -> str:
+    """A path for a terminal, where a name that is not UTF-8 cannot be printed."""
+    return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def script() -> None:

@@ -127,7 +127,7 @@ def _run(
         shard_state=options.optimizer.shard_state,
     )
     state = make_state(options, strategy)
-    origin = restore_or_init(state, options, start)
+    origin = restore_or_init(state, options, data, start)
     del start  # its arrays would take up memory to the end
     first, chief = int(state.step.numpy()), is_chief(strategy)
     checkpointer = Checkpointer(workdir, keep=options.keep_checkpoints)

@@ -148,9 +148,9 @@ def test_loss_scaling_begins_anew_with_another_precision(tmp_path, before, after
     arrays = state.to_arrays()
     notes = {"config": options.record}
     found = Checkpoint(path=tmp_path, step=0, notes=notes, arrays=arrays)
-    options, _ = check(without_evaluation(precision=after))
+    options, data = check(without_evaluation(precision=after))
     state = make_state(options, strategy)
-    restore_or_init(state, options, Start("resume", found))
+    restore_or_init(state, options, data, Start("resume", found))
     assert state.loss_scale.numpy() == scale
     assert state.good_steps.numpy() == (7 if scale == 64 else 0)
 

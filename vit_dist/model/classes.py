@@ -32,6 +32,9 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
     if unique and set(theirs) == set(ours):
         place = {name: i for i, name in enumerate(theirs)}
         return ClassMatch(order=[place[name] for name in ours])
+    # Data without names, such as TFRecords without a list of them, calls its classes "0", "1", ...
+    if len(theirs) == len(ours) and _numbered(theirs) != _numbered(ours):
+        return ClassMatch()
     missing = [name for name in ours if name not in set(theirs)]
     lost = [name for name in theirs if name not in set(ours)]
     text = f"its {len(theirs)} classes are not the {len(ours)} of the data"
@@ -42,6 +45,10 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
     else:
         text += " (a name stands for two of them)"
     return ClassMatch(other=text)
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    return list(names) == [str(i) for i in range(len(names))]
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Where a run begins: resume > resume_from > init_from > scratch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +113,7 @@ def _check_order(found: Checkpoint, record: Mapping[str, object]) -> None:
         )
 
 
-def restore_or_init(state: TrainState, options: RunOptions, start: Start) -> str:
+def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: Start) -> str:
     """Gives the state what the start holds; returns lines that say what was done.
 
     Raises:
@@ -121,7 +121,13 @@ def restore_or_init(state: TrainState, options: RunOptions, start: Start) -> str
     """
     if start.origin is not None:
         pipes = {"train_ops": options.input.pipe, "eval_ops": options.evaluation.pipe}
-        report = fill(state.model, start.origin, options.evaluation.weights, pipes=pipes)
+        report = fill(
+            state.model,
+            start.origin,
+            options.evaluation.weights,
+            pipes=pipes,
+            class_names=data.sources["train"].class_names,
+        )
         if state.ema is not None:
             for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
                 average.assign(weight)
@@ -142,7 +148,12 @@ def restore_or_init(state: TrainState, options: RunOptions, start: Start) -> str
 
 
 def fill(
-    model: ViT, origin: Origin, options: WeightsOptions, *, pipes: Mapping[str, Pipe]
+    model: ViT,
+    origin: Origin,
+    options: WeightsOptions,
+    *,
+    pipes: Mapping[str, Pipe],
+    class_names: Sequence[str],
 ) -> LoadReport:
     """Gives weights from elsewhere to a model.
 
@@ -151,6 +162,8 @@ def fill(
       origin: the opened weights.
       options: how they are fitted.
       pipes: key of config.input -> pipe; each must scale images as the weights were trained.
+      class_names: of the data, in the order of its labels: a head whose classes have these names in
+        another order is reordered, one of other classes stays new.
 
     Raises:
       ConfigError: they are of another network, or of images scaled otherwise.
@@ -161,6 +174,7 @@ def fill(
         method=options.posemb_method,
         patch_method=options.patch_method,
         ignore=options.ignore,
+        class_names=class_names,
     )
     if origin.black_and_white(model.channels) is None:
         report.assumed.append("images scaled as config.input says, which the file does not tell")
