@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-pythons check-newest test-interop lint format bench bench-tpu clean
+.PHONY: help install demo check test test-pythons check-newest test-interop lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,8 +29,16 @@ $(STAMP): requirements.txt pyproject.toml
 demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 	$(BIN)/python -m vit_dist.demo --workdir runs/demo
 
+# A file stays with one process, whose fixtures it shares; tests/conftest.py puts the long files first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: $(STAMP) ## lint, and the tests that neither start a process nor compile: under a minute
+	@began=$$(date +%s); $(MAKE) --no-print-directory lint && \
+	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow)' tests && \
+	echo "make check: $$(($$(date +%s) - began)) seconds"
+
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(PYTEST) tests
 
 # Both find Pythons by themselves, and give each an environment of its own: .venv-py3.11, .venv-py3.12, ...
 test-pythons: ## run the tests under each supported Python that this machine has
@@ -46,7 +54,7 @@ check-newest: $(STAMP) ## make check under the newest supported Python here, if 
 	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} check; fi
 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(shell find tests -name 'test_interop*.py')
+	$(PYTEST) $(shell find tests -name 'test_interop*.py')
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """The JAX side of tpu_compile.py: libtpu's compiler on a machine without a TPU.
 
-    python benchmarks/_tpu_compiler.py TOPOLOGY step.hlo            a serialised HloModuleProto
-    python benchmarks/_tpu_compiler.py TOPOLOGY peer VARIANT BATCH  the peer's step, as below
+    python benchmarks/_tpu_compiler.py TOPOLOGY step.hlo                    an HloModuleProto
+    python benchmarks/_tpu_compiler.py TOPOLOGY peer VARIANT BATCH [DEPTH]  the peer, see below
 
+With the topology "cpu" JAX compiles for this machine, and libtpu is not needed: to try the rest.
 Prints one line of JSON: bytes of arguments and temporaries, bytes accessed, flops.
 
 The peer is the same step as one would write it with flax and optax, in the numerics of big_vision's
@@ -49,7 +50,10 @@ def compile_hlo(path: str, device):
     with context:
         module = ir.Module.parse(text)
         _erase_copies(module.operation)
-        return device.client.compile(module, _jax.DeviceList((device,)), options)
+        # A TPU that is not here compiles and cannot load.
+        client, devices = device.client, _jax.DeviceList((device,))
+        build = client.compile_and_load if device.platform == "cpu" else client.compile
+        return build(module, devices, options)
 
 
 def _erase_copies(operation) -> None:
@@ -99,9 +103,10 @@ class ViT(nn.Module):
         return nn.Dense(1000)(nn.LayerNorm()(x).mean(1))
 
 
-def compile_peer(variant: str, batch_size: int, device):
+def compile_peer(device, variant: str, batch_size: int, depth: int | None = None):
     size, patch = variant.split("/")
-    model = ViT(*SIZES[size], int(patch))
+    width, own_depth, heads = SIZES[size]
+    model = ViT(width, depth or own_depth, heads, int(patch))
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10_000, 100_000)
     kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     optimizer = optax.chain(
@@ -132,9 +137,12 @@ def compile_peer(variant: str, batch_size: int, device):
 
 def main() -> None:
     topology, what, *rest = sys.argv[1:]
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    if topology == "cpu":
+        device = jax.devices("cpu")[0]
+    else:
+        device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     if what == "peer":
-        executable = compile_peer(rest[0], int(rest[1]), device)
+        executable = compile_peer(device, rest[0], *map(int, rest[1:]))
     else:
         executable = compile_hlo(what, device)
     memory, cost = executable.get_compiled_memory_stats(), executable.cost_analysis()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import _smoke
 import tensorflow as tf
 
 from vit_dist.model.variants import choose_form, vit_config
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 COMPILER = HERE.parent / ".venv-tpu-compile" / "bin" / "python"
 LIMITS = {"temp": 448e6, "accessed": 7.76e9}  # Ti/16, batch 32, bfloat16, 224 px
 SIZE = 224
+SMOKE = {"batch_size": 2, "model": ["depth=1"]}
 
 
 def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, model: dict) -> int:
@@ -70,8 +72,8 @@ def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, 
     return network.count_params()
 
 
-def compile_for_tpu(topology: str, *what: str) -> dict[str, float]:
-    command = [str(COMPILER), str(HERE / "_tpu_compiler.py"), topology, *what]
+def compile_for_tpu(args: argparse.Namespace, *what: str) -> dict[str, float]:
+    command = [args.python, str(HERE / "_tpu_compiler.py"), args.topology, *what]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
@@ -98,11 +100,12 @@ def main() -> None:
     parser.add_argument("--variant", default="Ti/16")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in the step")
-    parser.add_argument("--topology", default="v5e:1x1", help="also v5p:2x2x1, v6e:1x1, ...")
+    parser.add_argument("--topology", default="v5e:1x1", help="also v5p:2x2x1, v6e:1x1, ..., cpu")
+    parser.add_argument("--python", default=str(COMPILER), help="that has JAX, and libtpu")
     parser.add_argument("--model", nargs="*", default=[], help="keys of config.model: pool=tok")
     parser.add_argument("--peer", action="store_true", help="compile flax and optax beside it")
-    args = parser.parse_args()
-    if not COMPILER.exists():
+    args = _smoke.parse(parser, SMOKE)
+    if not Path(args.python).exists():
         raise SystemExit("libtpu is not installed: run `make bench-tpu`")
     model = {"softmax": "compute", **dict(pair.split("=", 1) for pair in args.model)}
     model = {key: _literal(value) for key, value in model.items()}
@@ -117,12 +120,13 @@ def main() -> None:
             f"{args.accumulation} micro-batches, bfloat16, {model}, for {args.topology}",
             flush=True,
         )
-        found = compile_for_tpu(args.topology, path)
+        found = compile_for_tpu(args, path)
     show("vit_dist", found)
     if (args.variant, args.batch_size, args.accumulation) == ("Ti/16", 32, 1):
         show_ratios(found, LIMITS, "big_vision's 448 MB and 7.76 GB")
     if args.peer:
-        peer = compile_for_tpu(args.topology, "peer", args.variant, str(args.batch_size))
+        depth = [str(model["depth"])] if "depth" in model else []
+        peer = compile_for_tpu(args, "peer", args.variant, str(args.batch_size), *depth)
         show("flax and optax", peer)
         show_ratios(found, peer, "flax and optax")
 

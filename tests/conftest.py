@@ -1,5 +1,6 @@
 """One TensorFlow setting for all tests: the CPU alone, seen as four devices; and their kinds."""
 
+import collections
 import importlib
 import itertools
 import os
@@ -41,7 +42,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Marks what kind of test it is; Muon is tested where Keras has the one that we mean."""
+    """Marks the tests, and puts them in order; Muon is tested if Keras has the one we mean."""
     from vit_dist.training.update_rules import HAS_MUON
 
     skip = pytest.mark.skip(reason="this Keras has another Muon, or none")
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items):
         functions = [f for f in functions if isinstance(f, types.FunctionType)]
         for kind in kinds_of(functions, item.fixturenames):
             item.add_marker(kind)
+    # Two processes take file after file, and end together if the long files come first.
+    seconds = collections.Counter()
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        seconds[item.path] += 0.1 + 2 * len(marks & {"spawns", "compiles"}) + 8 * ("slow" in marks)
+    items.sort(key=lambda item: -seconds[item.path])
 
 
 def _fixtures(item):

@@ -1,0 +1,27 @@
+"""Every benchmark runs, once and tiny. Those with peers are in test_interop_benchmarks.py."""
+
+import re
+
+import pytest
+
+from tests.support.benchmarks import BENCHMARKS, ROOT, run_benchmark
+
+ALONE = ("load_weights", "loop_overhead", "memory", "sharding", "startup")
+WITH_PEERS = ("input", "tpu_compile", "train_step")
+
+
+def test_every_benchmark_is_tried():
+    assert sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py")) == sorted(ALONE + WITH_PEERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_it_runs(name, tmp_path):
+    out = run_benchmark(name, "--smoke", folder=tmp_path)
+    assert re.search(r"\d", out.splitlines()[-1]), out
+
+
+def test_make_runs_what_there_is():
+    run = re.findall(r"python benchmarks/(\w+)\.py", (ROOT / "Makefile").read_text())
+    assert {"train_step", "loop_overhead", "startup", "load_weights", "input"} < set(run)
+    assert set(run) <= {*ALONE, *WITH_PEERS}

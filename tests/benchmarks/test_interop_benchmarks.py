@@ -1,0 +1,35 @@
+"""The benchmarks that run peers, once and tiny, in the environment that has them."""
+
+import re
+
+import pytest
+
+from tests.support.benchmarks import run_benchmark
+from tests.support.interop import PYTHON
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"no peers to compare with at {PYTHON}"),
+]
+
+
+def test_train_step(tmp_path):
+    out = run_benchmark("train_step", "--smoke", folder=tmp_path)
+    assert re.search(r"vit_dist [\d.]+ images/s, timm [\d.]+ images/s, ratio [\d.]+", out), out
+
+
+def test_input(tmp_path):
+    out = run_benchmark("input", "--smoke", folder=tmp_path)
+    for system in ("ours", "reference", "timm"):
+        assert re.search(rf"{system} +\d+ images/s", out), out
+    assert re.search(r"SolarizeAdd +[\d.]+ +[\d.]+", out), out
+
+
+def test_tpu_compile(tmp_path):
+    """With JAX's compiler for CPUs in the place of libtpu's, which is another environment's."""
+    flags = ("--smoke", "--peer", "--topology=cpu", f"--python={PYTHON}")
+    out = run_benchmark("tpu_compile", *flags, folder=tmp_path)
+    for name in ("vit_dist", "flax and optax"):
+        assert re.search(rf"^{name}: temp \d+ MB, arguments \d+ MB, bytes accessed", out, re.M), out
+    ratio = re.search(r"ratio to flax and optax: temp ([\d.]+), accessed ([\d.]+)", out)
+    assert all(0.2 < float(value) < 5 for value in ratio.groups()), out
