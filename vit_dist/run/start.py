@@ -13,9 +13,9 @@ from vit_dist.data.sources.fingerprint import compare
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import LoadReport
 from vit_dist.monitoring.log import detail
-from vit_dist.paths import check_bucket
 from vit_dist.run.options import Data, RunOptions, WeightsOptions
 from vit_dist.run.origins import Origin, open_origin, scaled
+from vit_dist.storage.errors import check_bucket
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import TrainState
 
