@@ -243,7 +243,7 @@ def test_other_hosts_hold_nothing(tmp_path):
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write to the workdir .*file/run: Not a dir"):
+    with pytest.raises(ConfigError, match=r"cannot write to the workdir .*file/run \(Not a dir"):
         WorkdirLock(tmp_path / "file" / "run").__enter__()
 
 
@@ -277,12 +277,12 @@ def test_in_a_bucket_another_machine_is_watched(remote, monkeypatch, lives):
     (remote / LOCK_FILE).write_bytes(held.to_bytes())
     waited = []
 
-    def sleep(seconds):
+    def pause(seconds):
         waited.append(seconds)
         if lives:
             (remote / LOCK_FILE).write_bytes(held.renewed().to_bytes())
 
-    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    monkeypatch.setattr(lock_module.time, "sleep", pause)
     monkeypatch.setattr(lock_module, "STALE_SECONDS", 5.0)
     lock = WorkdirLock(remote)
     if lives:
@@ -299,11 +299,11 @@ def test_in_a_bucket_two_at_the_same_time(remote, monkeypatch):
     """Who is overwritten before it looks again gives way."""
     other = dataclasses.replace(owner.this_process(), boot="another", host="node7")
 
-    def sleep(seconds):
+    def pause(seconds):
         nonlocal other
         other = other.renewed()
         (remote / LOCK_FILE).write_bytes(other.to_bytes())
 
-    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    monkeypatch.setattr(lock_module.time, "sleep", pause)
     with pytest.raises(ConfigError, match=r"in use by process .* on node7"):
         WorkdirLock(remote).__enter__()

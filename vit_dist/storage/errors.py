@@ -173,12 +173,13 @@ def may_recover(error: BaseException) -> bool:
     return kind_of(error) in (Kind.FAILING, Kind.REFUSED)
 
 
-def retry(what: str, function: Callable[[], T]) -> T:
+def retry(what: str, function: Callable[[], T], *, refused: bool = True) -> T:
     """Calls `function`, again after each of WAITS while the storage may recover.
 
     Args:
       what: is being done, for the log: "reading /path".
       function: takes no argument, and can be called again.
+      refused: whether missing permissions may recover, as they do where they were there before.
 
     Raises:
       Whatever the last attempt raised.
@@ -188,7 +189,8 @@ def retry(what: str, function: Callable[[], T]) -> T:
         try:
             return function()
         except FAILURES as error:
-            if not may_recover(error) or time.monotonic() - begun > PATIENCE:
+            hopeless = not may_recover(error) or (kind_of(error) is Kind.REFUSED and not refused)
+            if hopeless or time.monotonic() - begun > PATIENCE:
                 raise
             logging.warning(
                 "%s failed (%s); trying again in %g s (%d of %d)",

@@ -27,7 +27,7 @@ from etils import epath
 
 from vit_dist.config.errors import ConfigError, StorageError
 from vit_dist.paths import expand
-from vit_dist.storage.errors import FAILURES, explain, only_warn, retry
+from vit_dist.storage.errors import FAILURES, Kind, cause, explain, kind_of, only_warn, retry
 from vit_dist.storage.files import make_folder
 from vit_dist.storage.lock_files import Locking, lock_file
 from vit_dist.storage.owner import Owner, is_alive, this_process
@@ -64,17 +64,12 @@ class WorkdirLock:
         if not self._active:
             return self
         try:
-            retry(f"making {self._workdir}", lambda: make_folder(self._workdir))
-            retry(f"locking {self._workdir}", self._acquire)
+            retry(f"locking {self._workdir}", self._acquire, refused=False)
         except FAILURES as error:
-            raise (
-                explain(
-                    error,
-                    what=f"cannot write to the workdir {self._workdir}",
-                    place=str(self._workdir),
-                )
-                or error
-            ) from error
+            raise self._explained(error) from error
+        finally:
+            if not self._held:
+                self._file.close()
         self._thread.start()
         return self
 
@@ -115,7 +110,18 @@ class WorkdirLock:
             with only_warn(f"renewing {self._file.path}"):
                 self.beat()
 
+    def _explained(self, error: BaseException) -> BaseException:
+        if kind_of(error) in (Kind.REFUSED, Kind.READ_ONLY, Kind.MISSING, Kind.MISNAMED):
+            # Here the path is more likely wrong than the storage.
+            return ConfigError(
+                f"cannot write to the workdir {self._workdir} ({cause(error)}): give another "
+                "--workdir, or the rights to write there"
+            )
+        what = f"cannot write to the workdir {self._workdir}"
+        return explain(error, what=what, place=str(self._workdir)) or error
+
     def _acquire(self) -> None:
+        make_folder(self._workdir)
         owner = None
         for _ in range(_ATTEMPTS):
             locking = self._file.lock()

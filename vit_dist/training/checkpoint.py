@@ -83,12 +83,20 @@ class Checkpointer:
     Args:
       workdir: of the run; checkpoints go into its folder "checkpoints".
       keep: how many of the newest whole ones stay. Damaged ones do not count.
+      permit: called before each save; raises if this process may not save any more.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int = 2):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep: int = 2,
+        permit: Callable[[], None] = lambda: None,
+    ):
         if keep < 1:
             raise ConfigError(f"keep_checkpoints must be 1 or more, got {keep}")
         self.folder, self.keep = expand(workdir) / "checkpoints", keep
+        self._permit = permit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()  # names of folders that `newest` proved damaged
@@ -100,6 +108,7 @@ class Checkpointer:
           StorageError: the one before could not be written (a full disk, say).
         """
         self.wait()
+        self._permit()
         self._pending = self._thread.submit(self._save, dict(arrays), step, notes)
 
     def wait(self) -> None:
