@@ -23,9 +23,9 @@ from vit_dist.data.pipeline import train_records
 from vit_dist.data.view import stages, viewable
 from vit_dist.inspection.lettering import undrawable
 from vit_dist.inspection.sheet import Cell, describe_label, draw_sheet
-from vit_dist.paths import check_bucket
 from vit_dist.run.check import check
 from vit_dist.run.options import Data, RunOptions
+from vit_dist.storage.errors import check_bucket
 
 FLAGS = flags.FLAGS
 

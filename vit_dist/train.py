@@ -16,7 +16,6 @@ from vit_dist.run import cli  # before TensorFlow, whose start-up notices it tur
 import numpy as np
 import tensorflow as tf
 from absl import flags, logging
-from etils import epath
 from ml_collections import ConfigDict
 
 from vit_dist.cluster.hosts import all_hosts, describe, device_kind, is_chief
@@ -31,6 +30,7 @@ from vit_dist.monitoring.log import RunLog, detail
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import Writer, make_writer, was_written
+from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
@@ -41,6 +41,9 @@ from vit_dist.run.input import first_images, train_data
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import Start, check_data, find_start, restore_or_init
+from vit_dist.storage.errors import check_bucket
+from vit_dist.storage.files import write_whole
+from vit_dist.storage.lock import WorkdirLock
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import jit_warnings
@@ -84,29 +87,30 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """
     # It collects from here on what is logged, and writes it once the workdir is there.
     with RunLog() as log:
-        return _train(config, workdir, log)
+        return _train(config, str(expand(workdir)), log)
 
 
 def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
     """From the check of the config until all hosts know that they begin with the same things."""
     options, data = check(config)
+    check_bucket(workdir, "--workdir")
     devices = options.evaluation.strategy
     cluster = choose_cluster(devices["name"], devices["tpu"])
     with (
         Preemption() as preemption,
         meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting,
+        WorkdirLock(workdir, active=meeting.index == 0) as lock,
     ):
         # Only now is it certain that the chief of an earlier start writes no more checkpoints.
         start = find_start(workdir, options)
         check_data(start, data)
-        _make_folder(workdir)
         meeting.agree(host_facts(options, data, start))
         if meeting.index == 0:
             log.open(workdir)
         strategy = make_strategy(**devices)
         preemption.attach(functools.partial(all_hosts, strategy))
         with Watchdog(meeting, timeout_seconds=devices["timeout_seconds"]) as watchdog:
-            return _run(options, data, start, workdir, strategy, preemption, watchdog)
+            return _run(options, data, start, workdir, strategy, preemption, watchdog, lock)
 
 
 def _run(
@@ -117,6 +121,7 @@ def _run(
     strategy: tf.distribute.Strategy,
     preemption: Preemption,
     watchdog: Watchdog,
+    lock: WorkdirLock,
 ) -> dict[str, float]:
     """From the devices to the last metrics."""
     check_parts(
@@ -130,7 +135,7 @@ def _run(
     origin = restore_or_init(state, options, data, start)
     del start  # its arrays would take up memory to the end
     first, chief = int(state.step.numpy()), is_chief(strategy)
-    checkpointer = Checkpointer(workdir, keep=options.keep_checkpoints)
+    checkpointer = Checkpointer(workdir, keep=options.keep_checkpoints, permit=lock.check)
     evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
     with (
         make_writer(workdir, first_step=first, active=chief) as writer,
@@ -169,20 +174,11 @@ def _run(
     return metrics
 
 
-def _make_folder(workdir: str) -> None:
-    try:
-        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot make the workdir {workdir} ({error.strerror}): give another --workdir"
-        ) from error
-
-
 def _finish_saving(checkpointer: Checkpointer) -> None:
     """Before leaving with an error: a checkpoint that was begun before the error is good."""
     try:
         checkpointer.wait()
-    except OSError as error:
+    except Exception as error:  # of whatever kind: the error that ends the run came before it
         logging.error("%s", error)
 
 
@@ -441,7 +437,7 @@ def _announce(
     text = json.dumps(options.record, indent=2, sort_keys=True)
     first, chief = int(state.step.numpy()), is_chief(strategy)
     if chief:
-        (epath.Path(workdir) / "config.json").write_text(text)
+        write_whole(expand(workdir) / "config.json", text.encode())
         writer.text(first, "config", f"```json\n{text}\n```")
     detail("config: %s", text)
     detail("TensorFlow %s said while it started:\n%s", tf.__version__, notices().rstrip() or "-")

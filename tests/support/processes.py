@@ -100,6 +100,13 @@ def call(function, *args, log):
         return code, process.text()
 
 
+def start(function, *args):
+    """Starts a function of a test module in a fork; returns the process."""
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
 def main(name, *arguments):
     """Does what `python -m NAME ARGUMENTS` would, such as vit_dist.export; for `call`."""
     sys.argv = [name, *arguments]

@@ -14,8 +14,9 @@ from types import TracebackType
 
 from etils import epath
 
+from vit_dist.monitoring.files import GrowingFile, open_rows
 from vit_dist.monitoring.lines import LineFormatter
-from vit_dist.monitoring.writer import Rows, open_rows
+from vit_dist.paths import expand
 
 LOG_FILE = "log.txt"
 _MAX_HELD = 10_000  # characters of messages, of a process that never opens its log
@@ -48,7 +49,7 @@ class RunLog(std_logging.Handler):
         self.setFormatter(LineFormatter(times=True))
         self._held: list[str] = []
         self._room = _MAX_HELD
-        self._rows: Rows | None = None
+        self._rows: GrowingFile | None = None
         self._path: epath.Path | None = None
 
     def open(self, workdir: epath.PathLike) -> None:
@@ -57,7 +58,7 @@ class RunLog(std_logging.Handler):
         Raises:
           OSError: the file cannot be opened.
         """
-        self._path = epath.Path(workdir) / LOG_FILE
+        self._path = expand(workdir) / LOG_FILE
         self._rows = open_rows(self._path)
         host, process = platform.node(), os.getpid()
         detail("start: %s (process %d of %s)", shlex.join(sys.argv), process, host)

@@ -3,18 +3,16 @@
 Event files lie in the run's folder itself, so that `tensorboard --logdir runs` calls the run by the
 name of its folder.
 
-They are written with TensorBoard's own library rather than `tf.summary`, because the ops of
+They are written in TensorBoard's own format rather than with `tf.summary`, because the ops of
 `tf.summary` run eagerly on the default device and would make the training loop wait for it.
 """
 
-import contextlib
 import io
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -22,13 +20,16 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from vit_dist.paths import is_remote
+from vit_dist.monitoring.files import EventFile, GrowingFile, open_rows
+from vit_dist.paths import expand
+from vit_dist.storage.errors import FAILURES, explain, only_warn
+from vit_dist.storage.files import exists, list_folder, make_folder, write_whole
+
+T = TypeVar("T")
 
 METRICS_FILE = "metrics.jsonl"
 OLD_TENSORBOARD_DIR = "tensorboard"  # in the run's folder, where version 0.1 put the events
-FLUSH_SECONDS = 30
 # Last parts of names of metrics whose value never changes. Rows have them, TensorBoard does not.
 CONSTANTS = ("examples",)
 
@@ -36,26 +37,27 @@ CONSTANTS = ("examples",)
 def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = True) -> "Writer":
     """Opens the metrics of `workdir` for a run that has `first_step` steps behind it.
 
-    Whatever was logged after `first_step` is dropped: a run that was killed had logged ahead of the
-    checkpoint from which this one goes on. Workers other than the chief pass `active=False` and
-    get a writer that does nothing.
+    What was logged after `first_step` is dropped with the first new row, and not before: a run that
+    was killed had logged ahead of the checkpoint from which this one goes on, but a start that
+    fails before it has trained a step leaves the metrics as they are.
+
+    Hosts other than the chief pass `active=False` and get a writer that does nothing.
+
+    Raises:
+      StorageError: metrics.jsonl cannot be written. TensorBoard's file may fail: the run then
+        goes on without it, with a warning.
     """
     if not active:
         return Writer(None, None)
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / METRICS_FILE
-    _drop_rows_after(path, first_step)
-    # Flushed now and then by a thread; the JSON lines are the copy that loses nothing.
-    events = EventFileWriter(str(_events_folder(workdir)), flush_secs=FLUSH_SECONDS)
-    events.add_event(_session_start(first_step))
-    return Writer(open_rows(path), events)
+    workdir = expand(workdir)
+    rows = _Rows(workdir / METRICS_FILE, first_step)
+    return Writer(rows, EventFile(_events_folder(workdir)))
 
 
 def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
     """Whether the metrics of `workdir` hold the scalar `name` at `step`."""
-    path = epath.Path(workdir) / METRICS_FILE
-    if not path.exists():
+    path = expand(workdir) / METRICS_FILE
+    if not exists(path):
         return False
     rows = (line for line in path.read_text().split("\n") if _is_row_until(line, step))
     return any(row["step"] == step and name in row for row in map(json.loads, rows))
@@ -64,13 +66,17 @@ def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
 class Writer:
     """Writes scalars, texts and images of a run; see `make_writer`."""
 
-    def __init__(self, rows: "Rows | None", events: EventFileWriter | None):
+    def __init__(self, rows: "_Rows | None", events: EventFile | None):
         self._rows = rows
         self._events = events
 
     def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Appends one row. NaN and infinities become null in JSON, which has neither."""
-        if self._rows is None:
+        """Appends one row. NaN and infinities become null in JSON, which has neither.
+
+        Raises:
+          StorageError: the row cannot be written.
+        """
+        if self._rows is None or self._events is None:
             return
         reserved = {"step", "time"} & set(scalars)
         if reserved:
@@ -80,6 +86,8 @@ class Writer:
         values = {name: float(value) for name, value in scalars.items()}
         row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        if not self._rows.begun:
+            self._events.add(_session_start(self._rows.first_step))
         self._rows.add(json.dumps(row, allow_nan=False) + "\n")
         curves = {k: v for k, v in values.items() if k.split("/")[-1] not in CONSTANTS}
         self._add(step, [_Value(tag=k, simple_value=v) for k, v in curves.items()])
@@ -105,7 +113,11 @@ class Writer:
         self._add(step, [_Value(tag=name, metadata=metadata, tensor=tensor)])
 
     def close(self) -> None:
-        """Writes out what is pending; the writer cannot be used afterwards."""
+        """Writes out what is pending; the writer cannot be used afterwards.
+
+        Raises:
+          StorageError: rows cannot be written.
+        """
         if self._rows is not None and self._events is not None:
             try:
                 self._rows.close()
@@ -115,72 +127,23 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        # The error that ends the run is the one to show, not what closing meets after it.
+        with only_warn("closing the metrics"):
+            self.close()
 
     def _add(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
         if self._events is not None:
             summary = summary_pb2.Summary(value=values)
-            self._events.add_event(
+            self._events.add(
                 event_pb2.Event(step=int(step), wall_time=time.time(), summary=summary)
             )
 
 
 _Value = summary_pb2.Summary.Value
-
-
-def open_rows(path: epath.Path) -> "Rows":
-    """Opens a text file, local or in a bucket, to append lines to."""
-    return _RemoteRows(path) if is_remote(path) else Rows(path)
-
-
-class Rows:
-    """Lines of text on a disk, each there at once: a killed process loses none."""
-
-    def __init__(self, path: epath.Path):
-        self._open = contextlib.ExitStack()
-        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
-
-    def add(self, row: str) -> None:
-        self._file.write(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._open.close()
-
-
-class _RemoteRows(Rows):
-    """The rows in a bucket, which takes only whole objects: each flush sends the file anew.
-
-    So a thread flushes, no oftener than TensorBoard's files are flushed. A process that is killed
-    loses the rows since, and resumes at a checkpoint that may well be older.
-    """
-
-    def __init__(self, path: epath.Path, *, clock: Callable[[], float] = time.monotonic):
-        super().__init__(path)
-        self._clock = clock
-        self._flushed = -math.inf
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
-        self._sent: list[Future] = []
-
-    def add(self, row: str) -> None:
-        """Raises what an earlier row met."""
-        self._sent.append(self._thread.submit(self._add, row))
-        while self._sent and self._sent[0].done():
-            self._sent.pop(0).result()
-
-    def _add(self, row: str) -> None:
-        self._file.write(row)
-        now = self._clock()
-        if now - self._flushed >= FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = now
-
-    def close(self) -> None:
-        closed = self._thread.submit(super().close)
-        self._thread.shutdown()
-        for done in (*self._sent, closed):
-            done.result()
 
 
 def _events_folder(workdir: epath.Path) -> epath.Path:
@@ -189,21 +152,62 @@ def _events_folder(workdir: epath.Path) -> epath.Path:
     TensorBoard takes each folder with events for a run, so a curve goes on only in the same one.
     """
     old = workdir / OLD_TENSORBOARD_DIR
-    has_events = old.is_dir() and any("tfevents" in path.name for path in old.iterdir())
-    return old if has_events else workdir
+    return old if any("tfevents" in path.name for path in list_folder(old)) else workdir
+
+
+class _Rows:
+    """metrics.jsonl, of which the rows after `first_step` go when the first new one comes.
+
+    It is opened for appending at once, so that a folder which cannot be written fails the start.
+    """
+
+    def __init__(self, path: epath.Path, first_step: int):
+        self._path, self.first_step = path, first_step
+        self.begun = False
+        self._file: GrowingFile = self._try(self._open)
+
+    def add(self, row: str) -> None:
+        if not self.begun:
+            self._try(self._begin)
+            self.begun = True
+        self._try(lambda: self._file.add(row))
+
+    def close(self) -> None:
+        self._try(self._file.close)
+
+    def _open(self) -> GrowingFile:
+        make_folder(self._path.parent)
+        return open_rows(self._path)
+
+    def _begin(self) -> None:
+        self._file.close()
+        _drop_rows_after(self._path, self.first_step)
+        self._file = self._open()
+
+    def _try(self, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except FAILURES as error:
+            raise (
+                explain(
+                    error,
+                    what=f"cannot write {self._path}",
+                    place=str(self._path),
+                    note="Checkpoints are untouched",
+                    then="and run again to resume",
+                )
+                or error
+            ) from error
 
 
 def _drop_rows_after(path: epath.Path, step: int) -> None:
     """Rewrites the file with the rows up to `step`; a torn line, left by a kill, goes too."""
-    if not path.exists():
+    if not exists(path):
         return
     text = path.read_text()
     kept = "".join(line + "\n" for line in text.split("\n") if _is_row_until(line, step))
     if kept != text:
-        # Beside the target, so that the replacement is a rename: a kill here leaves the old file.
-        rewritten = path.with_name(path.name + ".tmp")
-        rewritten.write_text(kept)
-        rewritten.replace(path)
+        write_whole(path, kept.encode())
 
 
 def _is_row_until(line: str, step: int) -> bool:

@@ -44,9 +44,9 @@ os.environ.setdefault(notices.LEVEL_VARIABLE, "2")
 with notices.hidden(), _hidden("matplotlib", "scipy", "sklearn"):
     importlib.import_module("keras")
 
-import tensorflow as tf  # noqa: E402
 
-from vit_dist import paths  # noqa: E402
+from vit_dist.run import out_of_memory  # noqa: E402
+from vit_dist.storage import errors as storage_errors  # noqa: E402
 
 FAILURE = 1  # exit code of a run that broke: disk full, loss not finite, a worker lost
 USAGE_ERROR = 2  # exit code of a user's mistake, as in GNU tools and argparse
@@ -206,15 +206,24 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     own = frames and os.path.abspath(frames[-1].filename).startswith(_PACKAGE)
     if isinstance(error, FileNotFoundError) and not error.errno:  # data that our own check misses
         return str(error), USAGE_ERROR
+    explained = storage_errors.explain(error) or _explain_memory(error)
+    if explained is not None:
+        return str(explained), explained.exit_code
     if isinstance(error, OSError):
         return _text(error), FAILURE
-    if isinstance(error, tf.errors.OpError) and frames[-1].filename.endswith("io/file_io.py"):
-        return paths.bucket_message(error), FAILURE
     if own and isinstance(error, ValueError):
         return str(error), USAGE_ERROR
     if own and isinstance(error, FloatingPointError):
         return str(error), FAILURE
     return None, FAILURE
+
+
+def _explain_memory(error: BaseException) -> UserError | None:
+    remedy = out_of_memory.OTHER
+    if "config" in flags.FLAGS:
+        training = "workdir" in flags.FLAGS
+        remedy = out_of_memory.TRAINING if training else out_of_memory.EVALUATION
+    return out_of_memory.explain_memory(error, remedy=remedy)
 
 
 def _text(error: BaseException) -> str:

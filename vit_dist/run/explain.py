@@ -5,18 +5,20 @@ or None where nothing better can be said: the error then keeps its traceback.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import num_hosts
-from vit_dist.config.errors import DataError, HostLostError, StorageError, UserError
+from vit_dist.config.errors import DataError, HostLostError, UserError
 from vit_dist.data.damage import explain_data_error
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.service import find_failure
+from vit_dist.run import out_of_memory
 from vit_dist.run.options import Data
+from vit_dist.storage import errors as storage_errors
+from vit_dist.storage.errors import Kind
 
 # Only what a data iterator raised can be the data's fault: its node stands in the message.
 _ITERATOR = re.compile(r"Iterator\w*GetNext")
@@ -27,6 +29,10 @@ _LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.CancelledError,
 )
+
+
+# A file of the data that is not there, or is damaged, is looked for and named with its example.
+_OF_DATA = (Kind.MISSING, Kind.MISNAMED, Kind.DAMAGED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +71,18 @@ def explain(
     """
     if isinstance(error, UserError):
         return None
-    if isinstance(error, OSError):
-        return _explain_storage(error, workdir)
-    if not isinstance(error, tf.errors.OpError):
-        return None
+    # Before the data and the other hosts: a disk or bucket that fails while images are read is
+    # neither a damaged example nor, though TensorFlow may use the same codes, a lost host.
+    if storage_errors.kind_of(error) not in (None, *_OF_DATA) or isinstance(error, OSError):
+        return storage_errors.explain(
+            error,
+            place=workdir,
+            note="Checkpoints are untouched",
+            then="and run again to resume",
+        )
+    out = out_of_memory.explain_memory(error, remedy=out_of_memory.TRAINING)
+    if out is not None or not isinstance(error, tf.errors.OpError):
+        return out
     if _ITERATOR.search(error.message or ""):
         return explain_reading(error, reading, data)
     if num_hosts(strategy) > 1 and isinstance(error, _LOST):
@@ -78,8 +92,6 @@ def explain(
             f"lost another worker: {blame()}. Start all of them again: they go on from the newest "
             f"checkpoint. ({what[:300]})"
         )
-    if isinstance(error, tf.errors.ResourceExhaustedError):
-        return _explain_memory(error)
     return None
 
 
@@ -99,25 +111,3 @@ def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> U
     if failed is not None:  # every example is readable here: it is the service's own trouble
         return DataError(f"{failed}. The data must be readable there under the same paths")
     return None
-
-
-def _explain_storage(error: OSError, workdir: str) -> StorageError | None:
-    """A plain error of the operating system, which no module of ours has put into words yet."""
-    if not error.errno or error.strerror != os.strerror(error.errno):
-        return None
-    return StorageError(
-        error.errno,
-        f"{error.filename or workdir}: {error.strerror}. Checkpoints are untouched: make room or "
-        "mend the storage and run again to resume",
-    )
-
-
-def _explain_memory(error: tf.errors.ResourceExhaustedError) -> UserError:
-    """Memory of a device or of the host that ran out."""
-    what = (error.message or "out of memory").splitlines()[0][:300]
-    return UserError(
-        f"out of memory: {what}. Lower config.input.batch_size, or raise "
-        "config.step.accumulation (micro-batches), or set config.model.remat=full or "
-        "config.precision=bfloat16; where it happened in an evaluation, lower "
-        "config.input.eval_batch_size"
-    )

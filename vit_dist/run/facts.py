@@ -17,7 +17,6 @@ import vit_dist
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.origins import Origin
 from vit_dist.run.start import Start
-from vit_dist.training.checkpoint import MANIFEST
 
 # Where this host finds the data, and with how many threads it reads them. The fingerprints in
 # "data" tell whether they are the same.
@@ -72,11 +71,7 @@ def _code_facts() -> dict[str, str]:
 
 def _checkpoint_facts(start: Start) -> dict[str, Any]:
     if start.checkpoint is not None:
-        manifest = (start.checkpoint.path / MANIFEST).read_bytes()
-        return {
-            "step": start.checkpoint.step,
-            "manifest": hashlib.sha256(manifest).hexdigest()[:12],
-        }
+        return {"step": start.checkpoint.step, "manifest": start.checkpoint.digest[:12]}
     return {} if start.origin is None else {"weights": _weights_digest(start.origin)}
 
 

@@ -23,7 +23,7 @@ from vit_dist.model.load_report import LoadReport
 from vit_dist.model.unfit import UnfitError
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import adapt_weights
-from vit_dist.paths import is_remote
+from vit_dist.paths import expand, is_remote
 from vit_dist.training.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 
 _HUB = "hf://"
@@ -141,10 +141,7 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
       DataError: nothing there, or nothing that can be used; says what to do.
     """
     if not path.startswith(_HUB):
-        try:
-            folder = epath.Path(path).expanduser()
-        except KeyError:
-            raise ConfigError(f"{path}: only local paths, hf:// and buckets (gs://) work") from None
+        folder = expand(path)
         if is_checkpoint(folder) or not _has_weights(folder):
             return dataclasses.replace(_of_run(str(folder)), hint=hint)
     download = None
@@ -154,7 +151,7 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
         download = _Download()
         local = _copied(epath.Path(path), download.folder)
     else:
-        local = Path(path).expanduser()
+        local = Path(expand(path))
     try:
         found = open_pretrained(local, image_size=image_size)
     except DataError as error:
@@ -183,15 +180,7 @@ def _has_weights(path: epath.Path) -> bool:
 
 def _of_run(path: str) -> Origin:
     """The weights of a run: their moving average where the run has one."""
-    checkpoint = open_checkpoint(path)
-    averaged = any(name.startswith("ema/") for name in checkpoint.arrays)
-    prefix = "ema/" if averaged else "model/"
-    # Asked for by name: the optimizer's state, twice as large, is not touched.
-    arrays = {
-        name.removeprefix(prefix): checkpoint.arrays[name]
-        for name in checkpoint.arrays
-        if name.startswith(prefix)
-    }
+    checkpoint = open_checkpoint(path, weights=True)
     notes = checkpoint.notes
     # Modules of the user's own, which register ops that the pipe names.
     import_modules(check_modules(notes["config"].get("modules", ())))
@@ -199,7 +188,7 @@ def _of_run(path: str) -> Origin:
     size, classes = tuple(network["image_size"]), network["num_classes"]
     return Origin(
         path=str(checkpoint.path),
-        tensors=arrays,
+        tensors=checkpoint.weights(),
         network=network,
         pipe=parse(notes["config"]["input"]["eval_ops"], size=size, num_classes=classes),
         class_names=notes.get("class_names", ()),

@@ -13,7 +13,6 @@ from vit_dist.data.sources.fingerprint import compare
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import LoadReport
 from vit_dist.monitoring.log import detail
-from vit_dist.paths import check_bucket
 from vit_dist.run.options import Data, RunOptions, WeightsOptions
 from vit_dist.run.origins import Origin, open_origin, scaled
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
@@ -47,9 +46,10 @@ def find_start(workdir: str, options: RunOptions) -> Start:
 
     Raises:
       ConfigError: there is none where one was named, or that of the workdir has another order of
-        the data, or the workdir's bucket is not there.
+        the data.
+      DataError: there are checkpoints, and none is whole.
+      StorageError: one cannot be read at the moment.
     """
-    check_bucket(workdir, "--workdir")
     found = Checkpointer(workdir).newest()
     if found is not None:
         _check_order(found, options.record)
@@ -138,10 +138,11 @@ def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: S
         return "starting from scratch"
     for change in changes(checkpoint.notes["config"], options.record):
         logging.warning("going on with a changed config: %s", change)
-    arrays = dict(checkpoint.arrays)
+    arrays = checkpoint.arrays
     if checkpoint.notes["config"]["precision"] != options.model.precision:
         # Loss scaling begins anew: another precision's scale is none, or one that nothing undoes.
-        arrays |= {name: getattr(state, name).numpy() for name in ("loss_scale", "good_steps")}
+        anew = {name: getattr(state, name).numpy() for name in ("loss_scale", "good_steps")}
+        arrays = {**arrays, **anew}
     state.from_arrays(arrays)
     verb = "resumed from" if start.how == "resume" else "continuing from"
     return f"{verb} step {checkpoint.step} ({checkpoint.path})"

@@ -10,6 +10,7 @@ import tensorflow as tf
 from vit_dist.model.vit import named_weights
 from vit_dist.training.optimizer import Optimizer
 from vit_dist.training.sharding import Remote
+from vit_dist.training.state_file import StateFile
 
 INITIAL_LOSS_SCALE = 2.0**15  # as in Keras's and NVIDIA Apex's dynamic loss scaling
 
@@ -82,10 +83,15 @@ class TrainState:
           ValueError: a name or shape of the two does not match; nothing is changed then.
         """
         variables = self.variables()
+        # Of a checkpoint only the header is read here: an array is read each time it is asked for.
+        if isinstance(arrays, StateFile):
+            shapes = arrays.shapes
+        else:
+            shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         wrong = [f"{n}: only in the checkpoint" for n in sorted(set(arrays) - set(variables))]
         wrong += [f"{n}: not in the checkpoint" for n in sorted(set(variables) - set(arrays))]
         for name in sorted(set(arrays) & set(variables)):
-            have, want = tuple(arrays[name].shape), tuple(variables[name].shape)
+            have, want = shapes[name], tuple(variables[name].shape)
             if have != want:
                 wrong.append(f"{name}: {have} in the checkpoint, {want} in this config")
         if wrong:

@@ -4,19 +4,20 @@ import errno
 import threading
 
 import pytest
-import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.bucket import copy
 from tests.support.tiny import arrays, assert_same, make_folder, of_folder, rows, without_evaluation
 from tests.support.waiting import wait_for
 from vit_dist.cluster.preemption import Preemption
+from vit_dist.config.errors import ConfigError, StorageError
 from vit_dist.evaluate import evaluate
 from vit_dist.export import export
-from vit_dist.monitoring.writer import FLUSH_SECONDS, _RemoteRows, make_writer
-from vit_dist.paths import check_bucket
+from vit_dist.monitoring.files import FLUSH_SECONDS, RemoteFile
+from vit_dist.monitoring.writer import make_writer
 from vit_dist.predict import predict
 from vit_dist.run import cli
+from vit_dist.storage.errors import check_bucket
 from vit_dist.train import train
 
 
@@ -73,7 +74,7 @@ def test_metrics_are_sent_now_and_then(remote, bucket):
         sent = f"POST /upload/storage/v1/b/bucket/o?uploadType=resumable&name={name}"
         return bucket.requests().count(sent)
 
-    rows = _RemoteRows(path, clock=lambda: now[0])
+    rows = RemoteFile(path, "ab", clock=lambda: now[0])
     rows.add("0\n")
     wait_for(uploads)
     now[0] += FLUSH_SECONDS
@@ -88,19 +89,19 @@ def test_a_bucket_that_fails_ends_the_run(remote, bucket):
     """At the next row, and in any case at the end."""
     bucket.refuse(403, r"POST .*metrics\.jsonl")
     writer = make_writer(remote / "run")
-    with pytest.raises(tf.errors.PermissionDeniedError, match=r"metrics.jsonl"), writer:
+    with pytest.raises(StorageError, match=r"cannot write gs://.*metrics.jsonl.*403"), writer:
         writer.scalars(1, {"loss": 1.0})
 
 
 def test_a_row_that_is_lost_is_an_error_at_the_end(remote, monkeypatch):
     """Though the bucket takes the others: TensorFlow collects them on a disk, which may be full."""
-    rows, added = _RemoteRows(remote / "metrics.jsonl"), threading.Event()
+    rows, added = RemoteFile(remote / "metrics.jsonl", "ab"), threading.Event()
 
     def full(row):
         added.wait()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rows, "_add", full)
+    monkeypatch.setattr(rows, "_write", full)
     rows.add("1\n")
     added.set()
     with pytest.raises(OSError, match="No space left"):
@@ -108,13 +109,17 @@ def test_a_row_that_is_lost_is_an_error_at_the_end(remote, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
-    [(0, "there is no bucket gs://elsewhere"), (403, "403"), (503, "attempts failed")],
+    ("status", "kind", "words"),
+    [
+        (0, ConfigError, "there is no bucket gs://elsewhere"),
+        (403, ConfigError, "403"),
+        (503, StorageError, "attempts failed"),
+    ],
 )
-def test_a_bucket_that_cannot_be_reached(remote, bucket, status, words):
+def test_a_bucket_that_cannot_be_reached(remote, bucket, status, kind, words):
     """To make a folder in one that is not there would never end."""
     bucket.refuse(status)
-    with pytest.raises(ValueError, match=rf"--workdir=gs://elsewhere/run.*{words}") as error:
+    with pytest.raises(kind, match=rf"--workdir=gs://elsewhere/run.*{words}") as error:
         train(without_evaluation(), "gs://elsewhere/run")
     assert "gcloud" in str(error.value)
 
@@ -133,5 +138,5 @@ def test_commands_explain_what_a_bucket_says(remote, bucket, capsys):
         cli._guard(lambda _: next(predict(f"{remote}/run", [f"{remote}/x.jpg"])))(None)
     assert exit_.value.code == cli.FAILURE
     message = capsys.readouterr().err
-    assert message.startswith("error: Error executing an HTTP request: HTTP response code 403")
+    assert message.startswith("error: gs://bucket/") and "HTTP response code 403" in message
     assert "gcloud auth application-default login" in message and "Traceback" not in message

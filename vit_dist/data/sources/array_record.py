@@ -27,6 +27,7 @@ from vit_dist.data.sources import source as base
 from vit_dist.data.sources.records import Keys, make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL, OpenShard, Shard, ShardReader
 from vit_dist.data.sources.synthetic import encode
+from vit_dist.storage.files import exists, file_size, write_whole
 
 KEYS = Keys("image", "label")
 TABLE, PLAN = "shards.json", "plan.json"
@@ -69,7 +70,7 @@ class ArrayRecordSource(base.Source):
         }
         for shard in self._shards:
             file = self._folder / shard["name"]
-            size = file.stat().length if file.exists() else "no"
+            size = file_size(file) if exists(file) else "no"
             if size != shard["size"]:
                 raise DataError(
                     f"file {file} has {size} bytes instead of {shard['size']}: it has been cut or "
@@ -149,7 +150,7 @@ def convert(
     table = {"class_names": list(source.class_names), "source": str(source), "shards": shards}
     for left in out.glob("*.tmp"):  # by calls that were killed
         left.unlink()
-    paths.write_whole(out / TABLE, json.dumps(table, indent=1).encode())
+    write_whole(out / TABLE, json.dumps(table, indent=1).encode())
     return written
 
 
@@ -161,7 +162,7 @@ def _plan_of(source: base.Source) -> dict[str, Any]:
 
 def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
     if not path.exists():
-        paths.write_whole(path, json.dumps(plan).encode())
+        write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
         raise DataError(
             f"{path.parent} holds shards of other data or of another size ({path.read_text()} "
@@ -253,4 +254,4 @@ def _describe_shard(
         raise DataError(
             f"{path} holds {found} records instead of {len(numbers)}: remove it and convert again"
         )
-    return {"name": path.name, "count": found, "size": path.stat().length, "crc32": crc}
+    return {"name": path.name, "count": found, "size": file_size(path), "crc32": crc}

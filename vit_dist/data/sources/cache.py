@@ -22,6 +22,7 @@ from PIL import Image
 from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
+from vit_dist.storage.files import write_whole
 
 FORMS = ("raw", "decoded")
 SAMPLE = 256  # examples from which the need is estimated
@@ -157,7 +158,7 @@ class CachedSource(base.Source):
             temporary.unlink(missing_ok=True)  # of a fill that failed
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **table)
-        paths.write_whole(self._table_path, buffer.getvalue())  # last: now it counts
+        write_whole(self._table_path, buffer.getvalue())  # last: now it counts
         return table
 
     def _fill(self, file) -> dict[str, np.ndarray]:

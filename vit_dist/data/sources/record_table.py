@@ -9,13 +9,13 @@ from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from vit_dist import paths
 from vit_dist.config.errors import DataError
 from vit_dist.data.sources.fingerprint import checksum
+from vit_dist.storage.errors import FAILURES, cause
+from vit_dist.storage.files import file_size, write_whole
 
 # A record: uint64 length, uint32 CRC of it, the data, uint32 CRC of that.
 HEADER, FOOTER = 12, 4
@@ -50,7 +50,7 @@ def open_table(
       DataError: A file has changed since the table was made, or ends within a record.
     """
     path = files[0].parent / f"{checksum([name]):08x}{SUFFIX}"
-    sizes = [file.stat().length for file in files]
+    sizes = [file_size(file) for file in files]
     if path.exists():
         table = _read_table(path, files, sizes)
         check(sum(map(len, table.offsets)))
@@ -82,9 +82,11 @@ def _keep(table: Table, path: epath.Path, files: Sequence[epath.Path]) -> None:
         **columns,
     )
     try:
-        paths.write_whole(path, buffer.getvalue())
-    except (OSError, tf.errors.OpError) as error:  # a folder or bucket that may only be read
-        logging.warning("cannot keep the index as %s, the next start scans again: %s", path, error)
+        write_whole(path, buffer.getvalue())
+    except FAILURES as error:  # a folder or bucket that may only be read: it costs time alone
+        logging.warning(
+            "cannot keep the index as %s, the next start scans again: %s", path, cause(error)
+        )
 
 
 def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int]) -> Table:
@@ -136,7 +138,7 @@ def scan(path: epath.Path, compression: str = "") -> np.ndarray:
 
 
 def _scan(path: epath.Path, file) -> np.ndarray:
-    size, offset = path.stat().length, 0
+    size, offset = file_size(path), 0
     starts: list[int] = []
     window, begin = b"", 0
     while offset < size:

@@ -27,6 +27,7 @@ from vit_dist.data.sources.record_table import (
 )
 from vit_dist.data.sources.records import Keys, find_cut, read_record, stream_records
 from vit_dist.data.sources.shard_reader import Shard, ShardReader
+from vit_dist.storage.files import exists, file_size
 
 KEYS = Keys("image", "label")  # as TFDS stores the features `image` and `label`
 
@@ -113,12 +114,12 @@ class TfdsSource(base.Source):
             if mine.isdisjoint(map(str, files)):
                 continue
             with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-                sizes = pool.map(lambda f: f.stat().length if f.exists() else 0, files)
+                sizes = pool.map(lambda f: file_size(f) if exists(f) else 0, files)
             want = split.num_bytes + (HEADER + FOOTER) * split.num_examples
             if sum(sizes) == want:
                 continue
             for file, count in zip(files, split.shard_lengths, strict=True):
-                found = len(scan(file)) if file.exists() else "no"
+                found = len(scan(file)) if exists(file) else "no"
                 if found != count:
                     raise DataError(
                         f"file {file} holds {found} records instead of {count}: it has been cut or "

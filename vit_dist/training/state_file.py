@@ -1,0 +1,208 @@
+"""One file of arrays, in the safetensors format, written and read piece by piece.
+
+    8 bytes   length of the header, little-endian
+    header    JSON: name -> {"dtype", "shape", "data_offsets": [begin, end)}, padded with spaces
+    data      the arrays, one after the other, C order, little-endian
+
+https://github.com/huggingface/safetensors#format. Its own library makes and reads the file as one
+piece, a second copy of the whole state in the host's memory; and it cannot read from a bucket.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import weakref
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+
+import numpy as np
+from etils import epath
+
+from vit_dist.config.errors import DataError
+from vit_dist.model.formats.tensors import LazyArray
+from vit_dist.storage.files import file_size, write_file
+
+# Bytes read at once while checking. A bucket answers each read with one request of about 0.1 s, so
+# small pieces would be slow.
+_PIECE = 2**24
+_ALIGNMENT = 8  # of the data's beginning: the format's own library reads numbers in place
+
+# The format's names of NumPy's types: F32, I64, U8, BOOL.
+_DTYPES = {
+    f"{letter.upper()}{8 * width}": np.dtype(f"<{letter}{width}")
+    for letter, widths in (("f", (2, 4, 8)), ("i", (1, 2, 4, 8)), ("u", (1, 2, 4, 8)))
+    for width in widths
+} | {"BOOL": np.dtype(np.bool_)}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What proves a file whole.
+
+    Attributes:
+      size: bytes of the file.
+      crc32: of the file.
+      arrays: CRC-32 of each array's bytes; empty for files of before these were noted.
+    """
+
+    size: int
+    crc32: int
+    arrays: Mapping[str, int]
+
+
+def write_state(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Sums:
+    """Writes the arrays into a file, durably, without a second copy of them; returns its sums."""
+    # Wide types first: every array then begins at a multiple of its own width. `sorted` keeps the
+    # order among equals, and reading in the order in which the state asks is one pass.
+    names = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
+    header, begin = {}, 0
+    for name in names:
+        array = arrays[name]
+        end = begin + array.nbytes
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    start = len(text).to_bytes(8, "little") + text
+    total, crc = 0, 0
+    each: dict[str, int] = {}
+
+    def parts() -> Iterator[bytes | memoryview]:
+        nonlocal total, crc
+        total, crc = len(start), zlib.crc32(start)
+        yield start
+        for name in names:
+            data = _bytes_of(arrays[name])
+            total, crc, each[name] = total + len(data), zlib.crc32(data, crc), zlib.crc32(data)
+            yield data
+
+    write_file(path, parts())
+    return Sums(size=total, crc32=crc, arrays=each)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    # A memoryview cannot be cast where it has no dimension, or one of size zero.
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+class StateFile(Mapping[str, np.ndarray]):
+    """The arrays of a file by name, each read when it is asked for.
+
+    The file stays open: on a disk it can then be read to the end even if the training run, which
+    keeps its newest checkpoints only, removes it meanwhile.
+
+    Args:
+      path: of a file that `write_state` or the safetensors library wrote.
+      sums: what was noted then.
+
+    Raises:
+      DataError: it has another size, or its header is damaged.
+      OSError, OpError: it cannot be read.
+    """
+
+    def __init__(self, path: epath.PathLike, sums: Sums):
+        self._path, self._size, self._sums = epath.Path(path), file_size(path), sums
+        if self._size != sums.size:
+            raise DataError(f"{path} is damaged: it has {self._size} bytes instead of {sums.size}")
+        opened = ExitStack()
+        self._file = opened.enter_context(self._path.open("rb"))
+        weakref.finalize(self, opened.close)
+        self._entries = self._read_header()
+
+    def _read_header(self) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
+        """Name -> type, shape, offset in the file; all of them checked against the file's size."""
+        length = int.from_bytes(self._file.read(8), "little")
+        if not 0 < length <= self._size - 8:
+            raise DataError(f"{self._path} is damaged: its header has no right length")
+        entries = {}
+        try:
+            header = json.loads(self._file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                dtype, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
+                begin, end = entry["data_offsets"]
+                if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
+                    raise ValueError(f"{name} is not {shape} {dtype}")
+                if not 0 <= begin <= end <= self._size - 8 - length:
+                    raise ValueError(f"{name} lies outside of the file")
+                entries[name] = (dtype, shape, 8 + length + begin)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{self._path} is damaged: its header ({error})") from None
+        return entries
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape, without reading an array."""
+        return {name: shape for name, (_, shape, _) in self._entries.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        dtype, shape, offset = self._entries[name]
+        array = np.empty(shape, dtype)
+        into, done = _bytes_of(array), 0
+        for piece in self._pieces(offset, len(into)):
+            into[done : done + len(piece)] = piece
+            done += len(piece)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def below(self, prefix: str) -> dict[str, LazyArray]:
+        """The arrays whose names begin with `prefix`, by the rest of the name."""
+        return {
+            name.removeprefix(prefix): LazyArray(
+                shape, functools.partial(self.__getitem__, name), name
+            )
+            for name, shape in self.shapes.items()
+            if name.startswith(prefix)
+        }
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Proves by checksums that the file is whole, in a constant amount of memory.
+
+        Args:
+          names: arrays that will be used, where the others are not to be read. All is read where
+            no checksums of single arrays were noted.
+
+        Raises:
+          DataError: it is damaged.
+          OSError, OpError: it cannot be read.
+        """
+        if names is None or not self._sums.arrays:
+            if self._crc(0, self._size) != self._sums.crc32:
+                raise DataError(f"{self._path} is damaged: its checksum differs")
+            return
+        for name in names:
+            dtype, shape, offset = self._entries[name]
+            crc = self._crc(offset, math.prod(shape) * dtype.itemsize)
+            if crc != self._sums.arrays.get(name):
+                raise DataError(f"{self._path} is damaged: the checksum of {name} differs")
+
+    def _crc(self, offset: int, length: int) -> int:
+        crc = 0
+        for piece in self._pieces(offset, length):
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+    def _pieces(self, offset: int, length: int) -> Iterator[bytes]:
+        """The bytes from `offset` on, in pieces."""
+        self._file.seek(offset)
+        for begin in itertools.count(0, _PIECE):
+            wanted = min(_PIECE, length - begin)
+            if wanted <= 0:
+                return
+            piece = self._file.read(wanted)
+            if len(piece) != wanted:
+                raise DataError(f"{self._path} is damaged: it ends early")
+            yield piece
