@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.support.documents import python_blocks
@@ -10,6 +11,7 @@ from tests.support.documents import python_blocks
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 
 
+@pytest.mark.compiles
 def test_the_page_runs(tmp_path, capsys):
     image = tmp_path / "digit.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(image)

@@ -92,9 +92,8 @@ def _predict_batch(
         rows = served.serve(tf.stack(list(data.values())))["probabilities"].numpy()
     except tf.errors.InvalidArgumentError:
         # TensorFlow does not say which of the images it is: each is prepared alone.
-        problems = {
-            path: text for path, one in data.items() if (text := _problem(served, path, one))
-        }
+        problems = {path: _problem(served, path, one) for path, one in data.items()}
+        problems = {path: text for path, text in problems.items() if text}
         good = [one for path, one in data.items() if path not in problems]
         rows = served.serve(tf.stack(good))["probabilities"].numpy() if good else ()
     each = iter(rows)
