@@ -37,10 +37,10 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": {"run", "cluster", "config"},
     "predict": {"export", "run", "data", "config", "paths"},
     "export": {"run", "data", "model", "config", "paths"},
-    "convert": {"run", "data", "monitoring"},
-    "show": {"run", "data", "inspection", "storage"},
+    "convert": {"run", "data", "monitoring", "config"},
+    "show": {"run", "data", "inspection", "storage", "config"},
     "demo": {"train", "evaluate", "run", "config"},
-    "data_service": {"run", "data"},
+    "data_service": {"run", "data", "config"},
     "run": {
         "evaluators",
         "inspection",

@@ -8,6 +8,7 @@ Stopped or killed, the same command goes on. Then train with --config.data.sourc
 
 import functools
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
@@ -32,7 +33,7 @@ def main() -> int:
     """The command; returns its exit code."""
     config = cli.load_config()
     if not FLAGS.output:
-        raise ValueError("give a folder for the shards: --output data/shards")
+        raise ConfigError("give a folder for the shards: --output data/shards")
     splits = FLAGS.splits or [s for s in SPLITS if config.data[f"{s}_split"]]
     for name, source in open_sources(config, training=False, splits=splits).items():
         with Progress(source.num_examples, title=f"convert {name}") as progress:

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
@@ -33,7 +34,7 @@ def main() -> int:
     try:
         socket.getaddrinfo(host, FLAGS.port)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"--host {host!r} is no known name or address: {error.strerror}"
         ) from error
     stop = threading.Event()

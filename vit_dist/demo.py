@@ -13,6 +13,7 @@ from types import ModuleType
 from absl import flags, logging
 
 from vit_dist.config import defaults as config_lib
+from vit_dist.config.errors import ConfigError
 from vit_dist.evaluate import evaluate
 from vit_dist.run import cli
 from vit_dist.train import train
@@ -75,7 +76,7 @@ def _judge(found: dict[str, float], workdir: str) -> int:
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("demo_config", path)
     if spec is None or spec.loader is None or not path.exists():
-        raise ValueError(f"the demo runs from a checkout: there is no {path}")
+        raise ConfigError(f"the demo runs from a checkout: there is no {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -9,6 +9,7 @@ the image mixed with its partner in the batch, and the caption says in which sha
 
 import io
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
@@ -43,7 +44,7 @@ def main() -> int:
     """The command; returns its exit code."""
     options, data = check(cli.load_config())
     if not FLAGS.output:
-        raise ValueError("give an image file to write: --output sheet.png")
+        raise ConfigError("give an image file to write: --output sheet.png")
     check_bucket(FLAGS.output, "--output")
     sheet = contact_sheet(options, data, split=FLAGS.split, step=FLAGS.step, count=FLAGS.count)
     buffer = io.BytesIO()
@@ -84,16 +85,16 @@ def make_rows(
       and after each op.
 
     Raises:
-      ValueError: no such split, or one that can only be streamed; a number out of range.
+      ConfigError: no such split, or one that can only be streamed; a number out of range.
     """
     if split not in data.sources:
-        raise ValueError(f"split {split!r} is not configured; there are {sorted(data.sources)}")
+        raise ConfigError(f"split {split!r} is not configured; there are {sorted(data.sources)}")
     if not data.sources[split].indexable:
-        raise ValueError(
+        raise ConfigError(
             f"{data.sources[split]} can only be streamed: it has no examples by number"
         )
     if count < 1 or step < 0:
-        raise ValueError(f"--count must be 1 or more and --step 0 or more, got {count} and {step}")
+        raise ConfigError(f"--count must be 1 or more and --step 0 or more, got {count} and {step}")
     training, mixing = split == "train", options.input.mixing
     group = mixing.group_size if training and mixing else 1  # whole ones: partners are within
     most = options.input.batch_size if training else data.sources[split].num_examples

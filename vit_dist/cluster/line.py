@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vit_dist.config.errors import ConfigError
+
 Message = dict[str, Any]
 
 _MAX_BYTES = 2**24  # of one message; who sends more is none of ours
@@ -55,7 +57,7 @@ class Line:
         Raises:
           TimeoutError: none came.
           ConnectionError: the other end has hung up.
-          ValueError: what came is no message of ours.
+          ConfigError: what came is no message of ours.
         """
         while (message := self.next()) is None:
             wait_for([self], deadline=deadline)
@@ -66,7 +68,7 @@ class Line:
 
         Raises:
           ConnectionError: the other end has hung up.
-          ValueError: what came is no message of ours.
+          ConfigError: what came is no message of ours.
         """
         while b"\n" not in self._in:
             if not self._fill():
@@ -74,7 +76,7 @@ class Line:
         text, _, self._in = self._in.partition(b"\n")
         message = json.loads(text)
         if not isinstance(message, dict):
-            raise ValueError(f"no message: {text[:100]!r}")
+            raise ConfigError(f"no message: {text[:100]!r}")
         return message
 
     def offer(self, message: Message) -> None:
@@ -96,7 +98,7 @@ class Line:
             raise ConnectionError("hung up")
         self._in += data
         if len(self._in) > _MAX_BYTES:
-            raise ValueError("a message without end")
+            raise ConfigError("a message without end")
         return True
 
     def _flush(self) -> None:

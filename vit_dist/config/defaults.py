@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from vit_dist.config.binding import check_range, check_type, did_you_mean
 from vit_dist.config.durations import UNITS
+from vit_dist.config.errors import ConfigError
 
 
 class _Key(NamedTuple):
@@ -258,13 +259,13 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
       A copy that cannot be changed.
 
     Raises:
-      ValueError: two units of one duration given in the same place, a key that is missing or that
+      ConfigError: two units of one duration given in the same place, a key that is missing or that
         nobody reads, or a value of another type than the default's.
     """
     if isinstance(config, FrozenConfigDict):
         return config  # as this function returned it
     if not hasattr(config, "copy_and_resolve_references"):
-        raise ValueError(f"get_config() must return a config, got {config!r}")
+        raise ConfigError(f"get_config() must return a config, got {config!r}")
     config = config.copy_and_resolve_references()
     _check_keys(config, DEFAULTS, "config")
     for section_name in ("", *(k for k, v in DEFAULTS.items() if isinstance(v, dict))):
@@ -281,17 +282,17 @@ def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> 
     """Replacing a whole section passes a locked ConfigDict silently."""
     for key in config:
         if key not in defaults:
-            raise ValueError(f"{where}.{key} is unknown{did_you_mean(key, defaults)}")
+            raise ConfigError(f"{where}.{key} is unknown{did_you_mean(key, defaults)}")
     for key, default in defaults.items():
         if key not in config:
-            raise ValueError(
+            raise ConfigError(
                 f"{where} lacks {key}: start from vit_dist.config.get_defaults() and change values "
                 "in its sections"
             )
         name, value = f"{where}.{key}", config[key]
         if isinstance(default, dict):
             if not isinstance(value, ConfigDict):
-                raise ValueError(f"{name} must be a section of keys, got {value!r}")
+                raise ConfigError(f"{name} must be a section of keys, got {value!r}")
             _check_keys(value, default, name)
         elif not isinstance(default, _Key):
             check_type(name, value, type(default))
@@ -313,7 +314,7 @@ def _keep_one(
     chosen = shell or file or given
     if len(chosen) > 1:
         values = ", ".join(f"{prefix}{k}={section[k]}" for k in chosen)
-        raise ValueError(f"config has {values}: give the duration '{name}' in one unit only")
+        raise ConfigError(f"config has {values}: give the duration '{name}' in one unit only")
     with section.unlocked():
         for key in given:
             if key not in chosen:
@@ -324,7 +325,7 @@ def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
     """(height, width) of config.image_size or another key: a positive int, or a pair of them.
 
     Raises:
-      ValueError: anything else.
+      ConfigError: anything else.
     """
     pair = (value, value) if isinstance(value, int) else value
     if not (
@@ -332,7 +333,7 @@ def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
         and len(pair) == 2
         and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair)
     ):
-        raise ValueError(f"config.{key} must be a positive int or (height, width), got {value!r}")
+        raise ConfigError(f"config.{key} must be a positive int or (height, width), got {value!r}")
     return int(pair[0]), int(pair[1])
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from vit_dist.config.errors import ConfigError
+
 UNITS = ("steps", "epochs", "examples", "percent", "minutes")
 
 
@@ -29,7 +31,7 @@ def duration(
       where: the section's name, for messages.
 
     Raises:
-      ValueError: none is set, or it is negative, or a percentage above 100.
+      ConfigError: none is set, or it is negative, or a percentage above 100.
     """
     # A finalised config has one unit that is not None; the others were put aside by `finalize`.
     units = [u for u in UNITS if f"{name}_{u}" in section]
@@ -39,7 +41,7 @@ def duration(
             continue
         if not 0 <= value < math.inf or (unit == "percent" and value > 100):
             limit = "0 to 100" if unit == "percent" else "0 or more"
-            raise ValueError(f"{where}.{name}_{unit} must be {limit}, got {value}")
+            raise ConfigError(f"{where}.{name}_{unit} must be {limit}, got {value}")
         per_unit = {
             "steps": 1.0,
             "epochs": num_examples / batch_size,
@@ -48,7 +50,7 @@ def duration(
             "minutes": 0.0,
         }[unit]
         return round(value * per_unit)
-    raise ValueError(
+    raise ConfigError(
         f"{where}.{name} is not set; set one of " + ", ".join(f"{where}.{name}_{u}" for u in units)
     )
 

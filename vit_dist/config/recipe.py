@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_dist.config.binding import did_you_mean
+from vit_dist.config.errors import ConfigError
 
 # Published with TFDS: 1,281,167 training and 50,000 validation images of 1000 classes. The last
 # percent of the training images is for choosing; what papers report is validation, here "test".
@@ -37,7 +38,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
         with it.
 
     Raises:
-      ValueError: an unknown key or value; says which there are.
+      ConfigError: an unknown key or value; says which there are.
     """
     values = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
     for part in filter(None, (arg or "").split(",")):
@@ -45,7 +46,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
         if not equals:
             key, value = next(iter(defaults)), part
         if key not in defaults:
-            raise ValueError(
+            raise ConfigError(
                 f"the recipe has no argument {key!r}{did_you_mean(key, defaults)} "
                 f"There are: {', '.join(defaults)}"
             )
@@ -53,11 +54,11 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
             values[key] = type(values[key])(value)
         except ValueError:
             kind = type(values[key]).__name__
-            raise ValueError(f"the recipe's {key} must be {kind}, got {value!r}") from None
+            raise ConfigError(f"the recipe's {key} must be {kind}, got {value!r}") from None
         allowed = defaults[key]
         if isinstance(allowed, tuple) and not _is_one_of(values[key], allowed):
             shown = ", ".join(map(str, allowed))
-            raise ValueError(f"the recipe's {key} {value!r} is unknown; allowed: {shown}")
+            raise ConfigError(f"the recipe's {key} {value!r} is unknown; allowed: {shown}")
     return SimpleNamespace(**values)
 
 

@@ -18,6 +18,7 @@ import dataclasses
 
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data import order
 
 MODES = ("batch", "pair", "elem")
@@ -111,19 +112,19 @@ def make_mixing(
       fold_lambda: lambda = max(lambda, 1 - lambda) for mixup, as big_vision has it.
 
     Raises:
-      ValueError: A value out of its range; names it and the range.
+      ConfigError: A value out of its range; names it and the range.
     """
     for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
         if not 0 <= alpha < float("inf"):
-            raise ValueError(f"mixing.{name} must be 0 (none) or more, got {alpha}")
+            raise ConfigError(f"mixing.{name} must be 0 (none) or more, got {alpha}")
     chances = {"probability": probability, "switch_probability": switch_probability}
     for name, chance in chances.items():
         if not 0 <= chance <= 1:
-            raise ValueError(f"mixing.{name} must be in [0, 1], got {chance}")
+            raise ConfigError(f"mixing.{name} must be in [0, 1], got {chance}")
     if mode not in MODES:
-        raise ValueError(f"mixing.mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
+        raise ConfigError(f"mixing.mode {mode!r} is unknown; allowed: {', '.join(MODES)}")
     if group_size < 2:
-        raise ValueError(f"mixing.group_size must be 2 or more, got {group_size}")
+        raise ConfigError(f"mixing.group_size must be 2 or more, got {group_size}")
     if not mixup_alpha and not cutmix_alpha:
         return None
     return Mixing(
@@ -132,9 +133,9 @@ def make_mixing(
 
 
 def check_groups(mixing: Mixing | None, *, batch_size: int, num_parts: int) -> None:
-    """Raises ValueError if a part of the batch (replica x micro-batch) would cut a group."""
+    """Raises ConfigError if a part of the batch (replica x micro-batch) would cut a group."""
     if mixing is not None and batch_size // num_parts % mixing.group_size:
-        raise ValueError(
+        raise ConfigError(
             f"mixing.group_size {mixing.group_size} does not divide the {batch_size // num_parts} "
             f"examples of each of {num_parts} parts (replicas x micro-batches) of the batch, and "
             "partners must meet in one: change input.batch_size, step.accumulation or group_size"

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.config.errors import DataError
 from vit_dist.data.damage import message_of
 from vit_dist.data.pipeline import finish
 
@@ -58,15 +59,15 @@ def parse_addresses(text: str) -> list[str]:
     """Splits "host:port,host:port"; "" gives none.
 
     Raises:
-      ValueError: Something that is no address, or one given twice.
+      DataError: Something that is no address, or one given twice.
     """
     found = [part.strip() for part in text.split(",")] if text.strip() else []
     for address in found:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
-            raise ValueError(f"{address!r} is no address: give host:port,host:port,...")
+            raise DataError(f"{address!r} is no address: give host:port,host:port,...")
         if found.count(address) > 1:
-            raise ValueError(
+            raise DataError(
                 f"{address} is given twice: each {SERVICE} has one dispatcher of its own"
             )
     return found
@@ -182,7 +183,7 @@ class _Client:
 
         Raises:
           TimeoutError: None came for `timeout` seconds.
-          ValueError: The service fails to make it, or sent another one.
+          DataError: The service fails to make it, or sent another one.
         """
         deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
@@ -214,7 +215,7 @@ class _Client:
     def _retry(self, error: Exception) -> None:
         """One that was restarted knows nothing of us; what fails again is no accident."""
         if self._failed == self._number:
-            raise ValueError(f"{SERVICE} {self._address} failed: {message_of(error)}") from error
+            raise DataError(f"{SERVICE} {self._address} failed: {message_of(error)}") from error
         logging.warning("%s %s: %s; asking again", SERVICE, self._address, message_of(error))
         self._failed = self._number
         self.end()

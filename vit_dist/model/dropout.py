@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
+
 # Fixed, because the default "auto_select" gives different numbers on CPU, GPU and TPU.
 RNG = "philox"
 
@@ -45,12 +47,12 @@ class _Masked(keras.layers.Layer):
           seed: int32 (2,), required when training with a rate above 0.
 
         Raises:
-          ValueError: training without a seed.
+          ConfigError: training without a seed.
         """
         if not training or self.rate == 0:
             return x
         if seed is None:
-            raise ValueError(f"{self.path}: training with rate {self.rate} needs call(seed=...)")
+            raise ConfigError(f"{self.path}: training with rate {self.rate} needs call(seed=...)")
         seed = tf.random.experimental.stateless_fold_in(seed, self._salt, alg=RNG)
         shape = self.mask_shape(tf.shape(x), x.shape.rank)
         draw = tf.random.stateless_uniform(shape, seed, alg=RNG)

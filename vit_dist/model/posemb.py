@@ -102,14 +102,14 @@ def resize_posemb(
 
     Raises:
       ConfigError: unknown method.
-      ValueError: a table whose length is not old_prefix + rows * columns.
+      ConfigError: a table whose length is not old_prefix + rows * columns.
     """
     if method not in METHODS:
         raise ConfigError(f"posemb method '{method}' is unknown; allowed: {', '.join(METHODS)}")
     table = np.asarray(table, np.float32)
     rows, columns = old_grid
     if table.ndim != 3 or table.shape[1] != old_prefix + rows * columns:
-        raise ValueError(
+        raise ConfigError(
             f"a position table of shape {table.shape} does not hold {old_prefix} prefix tokens "
             f"and a grid of {rows}x{columns}"
         )

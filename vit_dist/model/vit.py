@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding
 from vit_dist.model.memory import rematerialized_layer
 from vit_dist.model.norm import layer_norm
@@ -242,10 +243,10 @@ class ViT(keras.Model):
           representation layer, else 2 D for pool "tok_gap" and D for the others.
 
         Raises:
-          ValueError: images of another size or number of channels than the model's.
+          ConfigError: images of another size or number of channels than the model's.
         """
         if tuple(images.shape[1:]) != (*self.image_size, self.channels):
-            raise ValueError(
+            raise ConfigError(
                 f"this model takes images of {(*self.image_size, self.channels)}, "
                 f"got {tuple(images.shape[1:])}"
             )

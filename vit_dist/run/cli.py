@@ -51,7 +51,6 @@ from vit_dist.storage import errors as storage_errors  # noqa: E402
 FAILURE = 1  # exit code of a run that broke: disk full, loss not finite, a worker lost
 USAGE_ERROR = 2  # exit code of a user's mistake, as in GNU tools and argparse
 _INTERRUPTED = 130  # as shells report a program that SIGINT ended
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 _DEFAULT_FROM: list[str] = []  # the flag whose run lends its config where --config is not given
@@ -126,7 +125,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     def wrapped(argv: list[str]) -> int:
         if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; flags begin with --")
+            raise ConfigError(f"unexpected argument {argv[1]!r}; flags begin with --")
         return main() or 0
 
     if {"--help", "-h", "-help", "--helpshort"} & set(sys.argv[1:]):
@@ -201,9 +200,6 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     message = _config_message(error)
     if message:
         return message, USAGE_ERROR
-    # Where it was raised tells whose error it is.
-    frames = traceback.extract_tb(error.__traceback__)
-    own = frames and os.path.abspath(frames[-1].filename).startswith(_PACKAGE)
     if isinstance(error, FileNotFoundError) and not error.errno:  # data that our own check misses
         return str(error), USAGE_ERROR
     explained = storage_errors.explain(error) or _explain_memory(error)
@@ -211,10 +207,6 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         return str(explained), explained.exit_code
     if isinstance(error, OSError):
         return _text(error), FAILURE
-    if own and isinstance(error, ValueError):
-        return str(error), USAGE_ERROR
-    if own and isinstance(error, FloatingPointError):
-        return str(error), FAILURE
     return None, FAILURE
 
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from vit_dist.config.errors import ConfigError
+
 Rules = Sequence[tuple[str, float]]
 
 _FIRST = re.compile(r"^(embedding/|cls$|registers$|pos_embedding$)")  # what the first block reads
@@ -13,21 +15,21 @@ _FROM_HEADS = re.compile(r"(^|/)attention/out/kernel$")
 
 
 def check_rules(key: str, rules: Any) -> None:
-    """Raises ValueError where `rules` is no sequence of (regex, number of 0 or more)."""
+    """Raises ConfigError where `rules` is no sequence of (regex, number of 0 or more)."""
     if not isinstance(rules, tuple | list):
         rules = (rules,)  # shown below as what it is
     for rule in rules:
         pair = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
         number = pair and isinstance(rule[1], int | float) and not isinstance(rule[1], bool)
         if not number or not rule[1] >= 0:
-            raise ValueError(
+            raise ConfigError(
                 f"optimizer.{key} must hold pairs of a regex and a number of 0 or more, such as "
                 f"(('kernel$', 1.0),), got {rule!r}"
             )
         try:
             re.compile(rule[0])
         except re.error as error:
-            raise ValueError(f"optimizer.{key}: {rule[0]!r} is no regex: {error}") from None
+            raise ConfigError(f"optimizer.{key}: {rule[0]!r} is no regex: {error}") from None
 
 
 def multiplier(rules: Rules, name: str, default: float) -> float:
@@ -82,7 +84,7 @@ def rate_multipliers(
 def check_names(
     names: Collection[str], *, decay_multipliers: Rules = (), lr_multipliers: Rules = ()
 ) -> None:
-    """Raises ValueError for a pattern that matches none of the names, or if all are frozen."""
+    """Raises ConfigError for a pattern that matches none of the names, or if all are frozen."""
     for key, rules in (
         ("decay_multipliers", decay_multipliers),
         ("lr_multipliers", lr_multipliers),
@@ -90,9 +92,9 @@ def check_names(
         for regex, _ in rules:
             if not any(re.search(regex, name) for name in names):
                 shown = ", ".join(sorted(names)[:3])
-                raise ValueError(
+                raise ConfigError(
                     f"optimizer.{key}: {regex!r} matches no variable of this model; there are "
                     f"{len(names)}, such as {shown}"
                 )
     if not any(multiplier(lr_multipliers, name, 1.0) for name in names):
-        raise ValueError("optimizer.lr_multipliers freezes every variable: nothing would train")
+        raise ConfigError("optimizer.lr_multipliers freezes every variable: nothing would train")

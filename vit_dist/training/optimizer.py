@@ -295,7 +295,7 @@ def _views(
         shape = tuple(variable.shape)
         if split_heads(name, shape, 1) != shape:
             if num_heads is None:
-                raise ValueError(f"adafactor_vit needs num_heads, to factor {name} by heads")
+                raise ConfigError(f"adafactor_vit needs num_heads, to factor {name} by heads")
             found[id(variable)] = split_heads(name, shape, num_heads)
     return found
 

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import host_replicas
+from vit_dist.config.errors import ConfigError
 
 NOT_ON_TPUS = (
     "optimizer.shard_state is not for TPUs: their replicas all run the same program, and here each "
@@ -58,12 +59,12 @@ class Shards:
       owners: name -> the number of its replica, over all hosts.
 
     Raises:
-      ValueError: on TPUs, whose replicas all run one program.
+      ConfigError: on TPUs, whose replicas all run one program.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy, shapes: Mapping[str, Sequence[int]]):
         if isinstance(strategy, tf.distribute.TPUStrategy):
-            raise ValueError(NOT_ON_TPUS)
+            raise ConfigError(NOT_ON_TPUS)
         self.strategy, self.num_parts = strategy, strategy.num_replicas_in_sync
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}

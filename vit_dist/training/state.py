@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.model.vit import named_weights
 from vit_dist.training.optimizer import Optimizer
 from vit_dist.training.sharding import Remote
@@ -80,7 +81,7 @@ class TrainState:
         """Takes over all state.
 
         Raises:
-          ValueError: a name or shape of the two does not match; nothing is changed then.
+          ConfigError: a name or shape of the two does not match; nothing is changed then.
         """
         variables = self.variables()
         # Of a checkpoint only the header is read here: an array is read each time it is asked for.
@@ -96,7 +97,7 @@ class TrainState:
                 wrong.append(f"{name}: {have} in the checkpoint, {want} in this config")
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint does not fit the config: {'; '.join(wrong[:5])}{more}. Use the "
                 "config it was trained with, or config.init_from to take over the weights only."
             )

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 import numpy as np
 from etils import epath
 
-from vit_dist.config.errors import DataError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.model.formats.tensors import LazyArray
 from vit_dist.storage.files import file_size, write_file
 
@@ -130,9 +130,9 @@ class StateFile(Mapping[str, np.ndarray]):
                 dtype, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
                 begin, end = entry["data_offsets"]
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
-                    raise ValueError(f"{name} is not {shape} {dtype}")
+                    raise ConfigError(f"{name} is not {shape} {dtype}")
                 if not 0 <= begin <= end <= self._size - 8 - length:
-                    raise ValueError(f"{name} lies outside of the file")
+                    raise ConfigError(f"{name} lies outside of the file")
                 entries[name] = (dtype, shape, 8 + length + begin)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self._path} is damaged: its header ({error})") from None

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops import augment, color, geometry
 from vit_dist.data.ops.augment import Layer, Style, layer
 from vit_dist.data.ops.pipe import op
@@ -52,7 +53,7 @@ ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)  # of color_
 def autoaugment(policy="v0"):
     """AutoAugment for ImageNet (arXiv 1805.09501): one of 25 pairs, as the reference models' v0."""
     if policy != "v0":
-        raise ValueError(f"policy={policy!r} must be 'v0'")
+        raise ConfigError(f"policy={policy!r} must be 'v0'")
     chances = np.array([[p for _, p, _ in pair] for pair in POLICY_V0], np.float32)
     levels = [(name, level) for pair in POLICY_V0 for name, _, level in pair]
     actions = ("table", "warp", "autocontrast", "equalize", "color")
@@ -125,7 +126,7 @@ def trivial_layer(name: str, bin_: int, sign: int, height: int, width: int) -> L
         case "Rotate":
             matrix = geometry.rotate(135 * part * sign, height, width)
         case _:
-            raise ValueError(f"unknown operation {name!r}; known: {TRIVIAL_OPS}")
+            raise ConfigError(f"unknown operation {name!r}; known: {TRIVIAL_OPS}")
     return layer("warp", matrix=matrix)
 
 
@@ -155,7 +156,7 @@ def color_jitter(brightness=0.4, contrast=0.4, saturation=0.4):
     strengths = (brightness, contrast, saturation)
     for value in strengths:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 5:
-            raise ValueError(f"strengths must be numbers in 0..5, not {strengths}")
+            raise ConfigError(f"strengths must be numbers in 0..5, not {strengths}")
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         words = augment.draw(seed, (4,))
@@ -185,7 +186,7 @@ def solarize(threshold=128, p=0.2):
     """Inverts the values from `threshold` on, with probability `p`."""
     _check_chance(p)
     if isinstance(threshold, bool) or not isinstance(threshold, int) or not 0 <= threshold <= 256:
-        raise ValueError(f"threshold={threshold!r} must be an int in 0..256")
+        raise ConfigError(f"threshold={threshold!r} must be an int in 0..256")
     return _sometimes(p, "table", lambda word: layer("table", table=color.solarize(threshold)))
 
 
@@ -194,7 +195,7 @@ def gaussian_blur(sigma_min=0.1, sigma_max=2.0, p=0.5):
     """Blurs as Pillow does, with a sigma drawn uniformly, in pixels, and probability `p`."""
     _check_chance(p)
     if not 0 < sigma_min <= sigma_max <= augment.MAX_SIGMA:
-        raise ValueError(
+        raise ConfigError(
             f"sigma_min={sigma_min}, sigma_max={sigma_max}: need 0 < min <= max <= "
             f"{augment.MAX_SIGMA}"
         )
@@ -225,4 +226,4 @@ def _between(word: tf.Tensor, low: float, high: float) -> tf.Tensor:
 
 def _check_chance(p: float) -> None:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise ValueError(f"p={p!r} must be a number in 0..1")
+        raise ConfigError(f"p={p!r} must be a number in 0..1")

@@ -5,6 +5,7 @@ A `size` is an int (a square) or (height, width), in pixels.
 
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops.pipe import Pipe, op, output_spec, parse, switch
 
 __all__ = ["Pipe", "op", "output_spec", "parse", "switch"]
@@ -111,7 +112,7 @@ def flip_lr():
 def value_range(vmin=-1.0, vmax=1.0):
     """Maps 0..255 to `vmin`..`vmax`."""
     if not vmin < vmax:
-        raise ValueError(f"vmin={vmin} must be less than vmax={vmax}")
+        raise ConfigError(f"vmin={vmin} must be less than vmax={vmax}")
     return lambda images: tf.cast(images, tf.float32) / 255.0 * (vmax - vmin) + vmin
 
 
@@ -119,14 +120,14 @@ def statistics_of(mean, std):
     """Returns mean and std as given, or those that `mean` names.
 
     Raises:
-      ValueError: An unknown name, a name with a std, or a mean without one.
+      ConfigError: An unknown name, a name with a std, or a mean without one.
     """
     if isinstance(mean, str):
         if mean not in STATISTICS or std is not None:
-            raise ValueError(f"give mean and std, or one of the names {sorted(STATISTICS)}")
+            raise ConfigError(f"give mean and std, or one of the names {sorted(STATISTICS)}")
         mean, std = STATISTICS[mean]
     if std is None:
-        raise ValueError("std is missing")
+        raise ConfigError("std is missing")
     return mean, std
 
 
@@ -135,7 +136,7 @@ def normalize(mean="imagenet", std=None):
     """(x / 255 - mean) / std per channel; both in [0, 1], or `mean` names one of STATISTICS."""
     mean, std = statistics_of(mean, std)
     if any(value <= 0 for value in (std if isinstance(std, tuple) else (std,))):
-        raise ValueError(f"std={std} must be positive")
+        raise ConfigError(f"std={std} must be positive")
 
     def scale(images):
         constants = (tf.constant(values, tf.float32) for values in (mean, std))
@@ -159,7 +160,7 @@ def onehot(num_classes):
 def keep(*keys):
     """Keeps only these entries: of image, label, index, epoch, seed and what the source adds."""
     if not keys or not all(isinstance(key, str) for key in keys):
-        raise ValueError(f"keys must be names of entries, such as 'image', not {keys}")
+        raise ConfigError(f"keys must be names of entries, such as 'image', not {keys}")
 
     return lambda example: {key: example[key] for key in keys}
 
@@ -172,7 +173,7 @@ def on_image(function):
 def decoded(image: tf.Tensor) -> tf.Tensor:
     """Returns the image as it is; ValueError if it is still the bytes of a file."""
     if image.dtype == tf.string:
-        raise ValueError("the image is still encoded; put decode before this op")
+        raise ConfigError("the image is still encoded; put decode before this op")
     return image
 
 
@@ -212,7 +213,7 @@ def parse_size(size) -> tuple[int, int]:
     """Returns an op's `size` as (height, width); ValueError if it is neither form of one."""
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, tuple) or len(pair) != 2:
-        raise ValueError(f"size={size!r} must be an int or (height, width)")
+        raise ConfigError(f"size={size!r} must be an int or (height, width)")
     check_positive(height=pair[0], width=pair[1])
     return pair
 
@@ -220,30 +221,30 @@ def parse_size(size) -> tuple[int, int]:
 def parse_method(method: str) -> str:
     """Returns an op's `method`; ValueError if it is none of METHODS."""
     if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {METHODS}")
+        raise ConfigError(f"method={method!r} must be one of {METHODS}")
     return method
 
 
 def check_positive(**values) -> None:
-    """Raises ValueError, with its name, for an argument that is no int of 1 or more."""
+    """Raises ConfigError, with its name, for an argument that is no int of 1 or more."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an int of 1 or more")
+            raise ConfigError(f"{name}={value!r} must be an int of 1 or more")
 
 
 def _check_pad(pixels: int, value: int, mode: str) -> None:
     if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 0:
-        raise ValueError(f"pixels={pixels!r} must be an int of 0 or more")
+        raise ConfigError(f"pixels={pixels!r} must be an int of 0 or more")
     if not 0 <= value <= 255:
-        raise ValueError(f"value={value!r} must be in 0..255")
+        raise ConfigError(f"value={value!r} must be in 0..255")
     if mode not in ("constant", "reflect", "edge"):
-        raise ValueError(f"mode={mode!r} must be 'constant', 'reflect' or 'edge'")
+        raise ConfigError(f"mode={mode!r} must be 'constant', 'reflect' or 'edge'")
 
 
 def _check_crop(image: tf.Tensor, height: int, width: int) -> None:
     for have, want in zip(decoded(image).shape[:2], (height, width), strict=True):
         if have is not None and have < want:
-            raise ValueError(f"cannot cut {height}x{width} from an image of {image.shape[:2]}")
+            raise ConfigError(f"cannot cut {height}x{width} from an image of {image.shape[:2]}")
 
 
 def _round(value: float) -> int:

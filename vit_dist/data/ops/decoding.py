@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops import orientation
 from vit_dist.data.ops.basic import (
     check_positive,
@@ -129,7 +130,7 @@ def _crop_window(shape: tf.Tensor, area: tuple[float, float], seed: tf.Tensor):
 
 def _area_range(area_min: float, area_max: float) -> tuple[float, float]:
     if not 0 < area_min <= area_max <= 100:
-        raise ValueError(f"area_min={area_min}, area_max={area_max}: need 0 < min <= max <= 100")
+        raise ConfigError(f"area_min={area_min}, area_max={area_max}: need 0 < min <= max <= 100")
     return area_min / 100, area_max / 100
 
 

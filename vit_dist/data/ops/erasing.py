@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops import augment
 from vit_dist.data.ops.basic import statistics_of
 from vit_dist.data.ops.pipe import op
@@ -23,11 +24,11 @@ def random_erasing(p=0.25, mode="pixel", area_min=2.0, area_max=100 / 3, mean="i
     that of: mean + std * noise as uint8, so clipped to 0..255 and in 256 quantiles.
     """
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise ValueError(f"p={p!r} must be a number in 0..1")
+        raise ConfigError(f"p={p!r} must be a number in 0..1")
     if mode not in MODES:
-        raise ValueError(f"mode={mode!r} must be one of {MODES}")
+        raise ConfigError(f"mode={mode!r} must be one of {MODES}")
     if not 0 < area_min <= area_max <= 100:
-        raise ValueError(f"area_min={area_min}, area_max={area_max}: need 0 < min <= max <= 100")
+        raise ConfigError(f"area_min={area_min}, area_max={area_max}: need 0 < min <= max <= 100")
     table = levels(mode, mean, std)
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources.source import Source
 from vit_dist.data.tracing import deviceless_graph, is_deviceless, switch
 
@@ -110,7 +111,7 @@ class Pipe:
           What `keep` names, by default "image" and "label" (as far as there).
 
         Raises:
-          ValueError: While tracing: an op does not fit what it gets. Names the op.
+          ConfigError: While tracing: an op does not fit what it gets. Names the op.
         """
         example = self.host_each(example)
         if not self.last:
@@ -167,9 +168,9 @@ def _apply(step: Step, *args):
     try:
         return step.apply(*args)
     except KeyError as error:
-        raise ValueError(f"{step} needs {error}; it got {sorted(args[0])}") from None
+        raise ConfigError(f"{step} needs {error}; it got {sorted(args[0])}") from None
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{step} does not fit its input: {error}") from error
+        raise ConfigError(f"{step} does not fit its input: {error}") from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -192,9 +193,9 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
     def run(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         step, shape = steps[0], images.shape[1:]
         if images.dtype != tf.uint8:
-            raise ValueError(f"{step}: the image is still encoded; put decode before this op")
+            raise ConfigError(f"{step}: the image is still encoded; put decode before this op")
         if not shape.is_fully_defined() or shape[-1] != 3:
-            raise ValueError(
+            raise ConfigError(
                 f"{step} takes images of one fixed size with 3 channels, not {shape}; put decode "
                 "and resize(...) or a crop of fixed size before it"
             )
@@ -211,7 +212,7 @@ def parse(pipe: str, **names) -> Pipe:
       **names: Values that arguments may name, e.g. `size=(224, 224), num_classes=10`.
 
     Raises:
-      ValueError: The string is no such expression, or an op or its arguments are wrong. Names the
+      ConfigError: The string is no such expression, or an op or its arguments are wrong. Names the
         op, its position (from 1), what is allowed and the nearest known name.
     """
     for module in OP_MODULES:
@@ -219,7 +220,7 @@ def parse(pipe: str, **names) -> Pipe:
     try:
         body = ast.parse(pipe.strip(), mode="eval").body
     except SyntaxError as error:
-        raise ValueError(
+        raise ConfigError(
             f"pipe {pipe!r} is not a chain of ops joined by '|': {error.msg} at character "
             f"{error.offset}"
         ) from None
@@ -240,16 +241,16 @@ def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
     where = f"pipe op {position} {text!r}"
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
-        raise ValueError(f"{where}: expected the name or the call of an op; known: {_known()}")
+        raise ConfigError(f"{where}: expected the name or the call of an op; known: {_known()}")
     name = call.func.id
     if name not in _REGISTRY:
-        raise ValueError(f"{where}: unknown op{_nearest(name, _REGISTRY)}; known: {_known()}")
+        raise ConfigError(f"{where}: unknown op{_nearest(name, _REGISTRY)}; known: {_known()}")
     make = _REGISTRY[name].make
     signature = inspect.signature(make)
     if any(isinstance(arg, ast.Starred) for arg in call.args) or None in (
         keyword.arg for keyword in call.keywords
     ):
-        raise ValueError(f"{where}: * and ** are not supported; the op is {name}{signature}")
+        raise ConfigError(f"{where}: * and ** are not supported; the op is {name}{signature}")
     args = [_value(arg, where, names) for arg in call.args]
     kwargs = {k.arg: _value(k.value, where, names) for k in call.keywords if k.arg is not None}
     try:
@@ -257,18 +258,18 @@ def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
     except TypeError as error:
         wrong = [key for key in kwargs if key not in signature.parameters]
         near = _nearest(wrong[0], signature.parameters) if wrong else ""
-        raise ValueError(f"{where}: {error}{near}; the op is {name}{signature}") from None
+        raise ConfigError(f"{where}: {error}{near}; the op is {name}{signature}") from None
     try:
         apply = make(*args, **kwargs)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}; the op is {name}{signature}") from error
+        raise ConfigError(f"{where}: {error}; the op is {name}{signature}") from error
     return Step(op=_REGISTRY[name], text=text, position=position, args=tuple(args), apply=apply)
 
 
 def _value(node: ast.expr, where: str, names: Mapping):
     if isinstance(node, ast.Name):
         if node.id not in names:
-            raise ValueError(
+            raise ConfigError(
                 f"{where}: unknown name {node.id!r}{_nearest(node.id, names)}; arguments are "
                 f"literals or one of {sorted(names)}"
             )
@@ -278,7 +279,7 @@ def _value(node: ast.expr, where: str, names: Mapping):
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise ValueError(
+        raise ConfigError(
             f"{where}: argument {ast.unparse(node)!r} is not a literal; arguments are literals or "
             f"one of {sorted(names)}"
         ) from None
@@ -288,14 +289,14 @@ def _check_order(steps: tuple[Step, ...]) -> None:
     device = None
     for step in steps:
         if step.op.on_device and device is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"{step}: {str(device)!r} has scaled the image already, and each such op expects "
                 "values 0..255; use one of them"
             )
         if step.op.on_device:
             device = step
         elif step.op.image and device is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"{step} works on uint8 images on the host, and {device} runs on the accelerator "
                 f"after the host's ops; move {device.op.name!r} behind it"
             )
@@ -309,7 +310,7 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
       "device_image" that of the image after `pipe.device`.
 
     Raises:
-      ValueError: An op does not fit its input, or the image has no static shape in the end.
+      ConfigError: An op does not fit its input, or the image has no static shape in the end.
     """
     with deviceless_graph():
         example = {
@@ -318,12 +319,12 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
         }
         output = pipe.host(example)
         if "image" not in output:
-            raise ValueError(f"pipe {str(pipe)!r} drops the image: name it in keep(...)")
+            raise ConfigError(f"pipe {str(pipe)!r} drops the image: name it in keep(...)")
         image = output["image"]
         if image.dtype == tf.string:
-            raise ValueError(f"pipe {str(pipe)!r} never decodes the image: begin with decode")
+            raise ConfigError(f"pipe {str(pipe)!r} never decodes the image: begin with decode")
         if not image.shape.is_fully_defined():
-            raise ValueError(
+            raise ConfigError(
                 f"pipe {str(pipe)!r} leaves images of varying shape {image.shape}; end it with "
                 "resize(...) or a crop of fixed size"
             )

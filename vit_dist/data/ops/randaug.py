@@ -5,6 +5,7 @@ import re
 
 import tensorflow as tf
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops import augment, color, geometry
 from vit_dist.data.ops.augment import Layer, Style, layer
 from vit_dist.data.ops.pipe import op
@@ -28,11 +29,11 @@ def randaug(n=2, m=10, form="reference"):
     grow with m, contrast is about the image's mean.
     """
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 16:
-        raise ValueError(f"n={n!r} must be an int in 1..16")
+        raise ConfigError(f"n={n!r} must be an int in 1..16")
     if isinstance(m, bool) or not isinstance(m, (int, float)) or not 0 <= m <= MAX_MAGNITUDE:
-        raise ValueError(f"m={m!r} must be a number in 0..{MAX_MAGNITUDE}")
+        raise ConfigError(f"m={m!r} must be a number in 0..{MAX_MAGNITUDE}")
     if form not in FORMS:
-        raise ValueError(f"form={form!r} must be one of {FORMS}")
+        raise ConfigError(f"form={form!r} must be one of {FORMS}")
     style = Style(reference=True, fill=128, cutout=int(m / 10 * CUTOUT))
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -96,7 +97,7 @@ def reference_layer(
         case "TranslateY":
             matrix = geometry.translate(0, part * translate * sign)
         case _:
-            raise ValueError(f"unknown operation {name!r}; known: {REFERENCE_OPS}")
+            raise ConfigError(f"unknown operation {name!r}; known: {REFERENCE_OPS}")
     return layer("warp", matrix=matrix)
 
 
@@ -121,7 +122,7 @@ def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
     """
     options = _parse_timm(spec)
     if interpolation not in TAPS:
-        raise ValueError(f"interpolation={interpolation!r} must be one of {tuple(TAPS)}")
+        raise ConfigError(f"interpolation={interpolation!r} must be one of {tuple(TAPS)}")
     style = Style(reference=False, fill=MEAN_COLOR, taps=TAPS[interpolation])
     n, actions = options["n"], [a for a in augment.ACTIONS if a not in ("cutout", "blur")]
 
@@ -180,7 +181,7 @@ def timm_layer(name: str, level, sign, height: int, width: int, inc: bool) -> La
         case "TranslateY":
             matrix = geometry.translate(0, part * 0.45 * sign * height)
         case _:
-            raise ValueError(f"unknown operation {name!r}; known: {TIMM_OPS}")
+            raise ConfigError(f"unknown operation {name!r}; known: {TIMM_OPS}")
     return layer("warp", matrix=matrix)
 
 
@@ -200,14 +201,14 @@ def _parse_timm(spec: str) -> dict:
     options = {"m": 10.0, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10.0, "inc": False}
     known = "m, n, p, mstd, mmax, inc, as in 'rand-m9-mstd0.5-inc1'"
     if head != "rand":
-        raise ValueError(f"spec={spec!r} must begin with 'rand'; its parts: {known}")
+        raise ConfigError(f"spec={spec!r} must begin with 'rand'; its parts: {known}")
     for part in parts:
         match = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d*)?)", part)
         if match is None:
-            raise ValueError(f"spec={spec!r}: {part!r} is no part; parts: {known}")
+            raise ConfigError(f"spec={spec!r}: {part!r} is no part; parts: {known}")
         key, value = match[1], float(match[2])
         # As in timm, "inc0" is set too: not the digit counts but that it is there.
         options[key] = int(value) if key == "n" else True if key == "inc" else value
     if not 1 <= options["n"] <= 16 or options["p"] > 1 or not 0 < options["mmax"] <= 20:
-        raise ValueError(f"spec={spec!r}: need n in 1..16, p in 0..1, mmax in 1..20")
+        raise ConfigError(f"spec={spec!r}: need n in 1..16, p in 0..1, mmax in 1..20")
     return options

@@ -180,7 +180,7 @@ def _explained(error: RuntimeError, filename: str) -> Exception:
     call = _FAILED_CALL.search(str(error))
     number = _NUMBERS.get(call[1].strip()) if call else None
     if number is None:
-        return ValueError(f"{filename}: {error}")
+        return DataError(f"{filename}: {error}")
     text = os.strerror(number)
     if number in (errno.EMFILE, errno.ENFILE):
         text += f" (this process may open {_soft_limit()}; raise it with ulimit -n)"
