@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe
 from vit_dist.data.sources.records import ENDED
 from vit_dist.data.sources.source import CORRUPT, MISSING, Source
@@ -199,7 +200,7 @@ def _problem(source: Source, pipe: Pipe | None, index: int) -> str | None:
             if pipe is not None:
                 pipe.host(example)
             elif source.encoded:
-                tf.io.decode_image(example["image"], expand_animations=False)
+                decode_whole(example["image"])
         except (tf.errors.OpError, ValueError) as error:
             return message_of(error)
     return None

@@ -1,8 +1,13 @@
 """From a config to the opened sources of a run's splits."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
+from vit_dist.config.defaults import parse_image_size
 from vit_dist.data.damage import POLICIES
+from vit_dist.data.ops.decoding import decoding_of
+from vit_dist.data.ops.pipe import parse
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.cache import FORMS, CachedSource
 from vit_dist.data.sources.open import open_source
@@ -66,6 +71,7 @@ def open_sources(config: ConfigDict) -> dict[str, Source]:
             config.input.cache,
             folder=config.input.cache_dir or None,
             keep_damaged=config.input.on_bad_example == "mask",
+            decoding=_decoding(config, sources["train"].num_classes),
         )
     if config.input.service and not sources["train"].portable:
         raise ValueError(
@@ -81,3 +87,9 @@ def open_sources(config: ConfigDict) -> dict[str, Source]:
                 f"train has {sources['train'].num_classes}"
             )
     return sources
+
+
+def _decoding(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+    """How training decodes images, for a cache of decoded ones."""
+    size = parse_image_size(config.image_size)
+    return decoding_of(parse(config.input.train_ops, size=size, num_classes=num_classes))

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,9 +17,11 @@ from etils import epath
 from PIL import Image
 
 from vit_dist import paths
+from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.sources import source as base
 
 FORMS = ("raw", "decoded")
+_DECODER = 2  # raised when decoding gives other pixels than before
 SAMPLE = 256  # examples from which the need is estimated
 MARGIN = 1.1  # their sizes vary
 NUM_THREADS = 32
@@ -36,6 +39,8 @@ class CachedSource(base.Source):
       folder: Where the file goes; it is used again by later runs on the same data. None: memory.
       keep_damaged: Keep what cannot be read as an empty image, for the pipeline to mask, rather
         than fail.
+      decoding: How the pipe decodes (`decoding.decoding_of`), for the form "decoded": what is kept
+        is upright, over its background and as small as the pipe would make it.
 
     Raises:
       ValueError: There is nothing to cache, or not enough room: says how much is needed.
@@ -44,11 +49,20 @@ class CachedSource(base.Source):
     name = "cached"
     portable = False
 
-    def __init__(self, source, form: str, *, folder: str | None = None, keep_damaged: bool = False):
+    def __init__(
+        self,
+        source,
+        form: str,
+        *,
+        folder: str | None = None,
+        keep_damaged: bool = False,
+        decoding: dict[str, Any] | None = None,
+    ):
         if not source.indexable or not source.encoded:
             why = "is streamed" if not source.indexable else "has arrays in memory already"
             raise ValueError(f"config.input.cache={form!r} is of no use: {source} {why}")
         self._source, self._form, self._keep_damaged = source, form, keep_damaged
+        self._decoding = decoding or {}
         self.split, self.num_examples = source.split, source.num_examples
         self.class_names = source.class_names
         self.encoded = form == "raw"
@@ -56,7 +70,10 @@ class CachedSource(base.Source):
         if form == "decoded":
             self.element_spec["image"] = tf.TensorSpec((None, None, 3), tf.uint8)
         self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
-        key = base.checksum([form, json.dumps(source.fingerprint()), str(source)])
+        parts = [form, json.dumps(source.fingerprint()), str(source)]
+        if form == "decoded":  # files of another decoder, or of another pipe's, are not taken
+            parts.append(f"{_DECODER} {sorted(self._decoding.items())}")
+        key = base.checksum(parts)
         self._path: epath.Path | None = None
         if folder:
             self._path = paths.local_path(folder, "config.input.cache_dir") / f"{key:08x}.cache"
@@ -158,7 +175,7 @@ class CachedSource(base.Source):
             if self._form == "raw":
                 return bytes(image), label, nothing
             with tf.device("CPU:0"):
-                pixels = tf.io.decode_image(image, channels=3, expand_animations=False).numpy()
+                pixels = decode_whole(tf.constant(image), **self._decoding).numpy()
             return pixels.tobytes(), label, pixels.shape
         except (OSError, ValueError, tf.errors.InvalidArgumentError) as error:
             if self._keep_damaged:
