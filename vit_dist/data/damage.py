@@ -18,6 +18,7 @@ import tensorflow as tf
 from absl import logging
 
 from vit_dist.config.errors import DataError
+from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe
 from vit_dist.data.sources import labels
 from vit_dist.data.sources.records import ENDED
@@ -321,7 +322,7 @@ def _problem(pipe: Pipe | None, index: int, read: Callable[[], Tensors]) -> str 
             if pipe is not None:
                 pipe.host(example)
             elif example["image"].dtype == tf.string:
-                tf.io.decode_image(example["image"], expand_animations=False)
+                decode_whole(example["image"])
         except (tf.errors.OpError, ValueError) as error:
             return message_of(error)
     return None

@@ -357,7 +357,7 @@ def _chunk_maker(
     def make_chunk(chunk: Tensors) -> Tensors:
         if source.indexable:
             chunk = {**chunk, **source.fetch(chunk["index"])}
-        each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.last else spec
+        each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.compiled_tail else spec
         examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)
         return pipe.host_chunk(examples)
 

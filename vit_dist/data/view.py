@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_dist.data.mixing import Mixing
+from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.ops.pipe import Pipe
 
 Tensors = dict[str, tf.Tensor]
@@ -21,7 +22,7 @@ def stages(pipe: Pipe, example: Tensors) -> list[np.ndarray]:
     """
     image = example["image"]
     if image.dtype == tf.string:
-        image = tf.io.decode_image(image, channels=3, expand_animations=False)
+        image = decode_whole(image)
     shown = [image.numpy()]
     for i, step in enumerate(pipe.steps, 1):
         if step.op.on_device:

@@ -6,8 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vit_dist.config.defaults import parse_image_size
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import POLICIES
+from vit_dist.data.ops.decoding import decoding_of
+from vit_dist.data.ops.pipe import parse
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.cache import FORMS, CachedSource
 from vit_dist.data.sources.open import SOURCES, open_source
@@ -23,15 +26,6 @@ def check_input(config: ConfigDict) -> None:
       ConfigError: the first mistake.
     """
     section = config.input
-    for key in ("batch_size", "eval_batch_size", "prefetch", "repeats"):
-        if section[key] < 1:
-            raise ConfigError(f"config.input.{key} must be 1 or more, got {section[key]}")
-    if section.num_threads is not None and section.num_threads < 1:
-        raise ConfigError("config.input.num_threads must be 1 or more, or None for all cores")
-    if not 0 <= section.max_bad_share <= 1:
-        raise ConfigError(
-            f"config.input.max_bad_share must be in [0, 1], got {section.max_bad_share}"
-        )
     for key, allowed in (("on_bad_example", POLICIES), ("cache", ("off", *FORMS))):
         if section[key] not in allowed:
             raise ConfigError(
@@ -45,10 +39,6 @@ def check_input(config: ConfigDict) -> None:
         raise ConfigError(
             "config.input.service does not go with config.input.on_bad_example='mask', whose count "
             "is kept in this process: set it to 'fail', or leave the service out"
-        )
-    if section.service_timeout <= 0:
-        raise ConfigError(
-            f"config.input.service_timeout must be above 0, got {section.service_timeout}"
         )
 
 
@@ -79,6 +69,7 @@ def open_sources(
             config.input.cache,
             folder=config.input.cache_dir or None,
             keep_damaged=config.input.on_bad_example == "mask",
+            decoding=_decoding(config, sources["train"].num_classes),
         )
     if training and config.input.service:
         check_portable(sources["train"], config.input, "config.input.service")
@@ -171,3 +162,9 @@ def _check_classes(sources: Mapping[str, Source]) -> None:
                 + f": class {number} is {mine!r}, and {its!r} in {first} ({len(differ)} of "
                 f"{one.num_classes} differ). Prepare the splits with one list of classes"
             )
+
+
+def _decoding(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+    """How training decodes images, for a cache of decoded ones."""
+    size = parse_image_size(config.image_size)
+    return decoding_of(parse(config.input.train_ops, size=size, num_classes=num_classes))

@@ -19,7 +19,7 @@ IMAGENET = (124, 116, 104)
 def run(text, images=IMAGES, seeds=SEEDS):
     """The images after the pipe, in one chunk."""
     pipe = ops.parse(text)
-    assert pipe.last
+    assert pipe.compiled_tail
     chunk = {"image": tf.constant(images), "seed": tf.constant(seeds)}
     return pipe.host_chunk(chunk)["image"].numpy()
 

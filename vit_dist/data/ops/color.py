@@ -1,11 +1,13 @@
 """Colour operations on one image, (H, W, 3) uint8, for XLA on the host.
 
-What depends on one channel's value alone is a table of 256 entries, so that several such operations
-become one look-up. Whatever is rounded is computed in integers, or so that a fused multiply-add
-cannot round otherwise: results do not depend on the processor.
+An operation that looks at one channel's value alone is a table of 256 entries, so that several in a
+row become one look-up. Compilers may fuse a product and a sum into one instruction, which rounds
+once instead of twice. All that is rounded here is therefore computed in integers, or in floating
+point such that fusing changes nothing: results do not depend on the processor.
 
-Formulas: those of Pillow (ImageOps, ImageEnhance, ImageFilter) and of the TPU reference models'
-autoaugment.py, which differ in few places; arguments say which.
+There are two sets of formulas, and arguments say which: Pillow's (ImageOps, ImageEnhance,
+ImageFilter), and those of the TPU reference models' autoaugment.py, in float32 as TensorFlow
+computes them there on x86 processors.
 """
 
 import numpy as np
@@ -17,17 +19,22 @@ _BITS = 20
 _BIAS = 1 << 8
 MAX_FACTOR = 7.0
 
-# Luma in 16 bits of fixed point as Pillow has it (ITU-R 601-2), and in 22 bits the weights of
-# tf.image.rgb_to_grayscale, which scales by 255.5 / 255 and truncates.
-_LUMA = ((19595, 38470, 7471), 1 << 15, 16)
-_LUMA_REFERENCE = (
-    tuple(round(weight * 255.5 / 255 * 2**22) for weight in (0.2989, 0.5870, 0.1140)),
-    1 << 8,
-    22,
+# Grey levels: Pillow's weights of red, green and blue in 16 bits of fixed point (ITU-R 601-2), with
+# what rounds to nearest.
+_LUMA = (19595, 38470, 7471)
+_HALF = 1 << 15
+# What each value of each channel adds to the grey level in [0, 1] that tf.image.rgb_to_grayscale
+# computes, (3, 256) float32: divided by 255, then times the channel's weight, each rounded.
+_LUMA_PARTS = np.array([[0.2989], [0.5870], [0.1140]], np.float32) * (
+    np.arange(256, dtype=np.float32) * np.float32(1 / 255)
 )
+_TO_UINT8 = 255.5  # tf.image.convert_image_dtype's factor from [0, 1]; it truncates afterwards
+
+# A reference's smoothing: weights of 1/13 in a square of 3 x 3, with 5/13 in the middle.
+_SMOOTH, _SMOOTH_MIDDLE = np.float32(1) / np.float32(13), np.float32(5) / np.float32(13)
 
 
-# Tables of numbers are numpy arrays, constants to XLA; those of tensors are tensors.
+# Tables: numpy arrays, which are constants to XLA, if made of numbers; tensors if made of tensors.
 LEVELS: np.ndarray = np.arange(256, dtype=np.int32)
 
 
@@ -48,20 +55,20 @@ def solarize_add(addition):
 
 
 def posterize(bits):
-    """Returns the table that keeps the `bits` (int, 0..8) highest bits."""
+    """Returns the table that keeps the `bits` (int, 0..8) highest bits; of 0, all is black."""
     steps: np.ndarray = 2 ** np.arange(8, -1, -1, dtype=np.int32)
     step = tf.gather(steps, bits) if isinstance(bits, tf.Tensor) else steps[bits]
     return LEVELS // step * step
 
 
-def brightness(factor):
+def brightness(factor, *, reference: bool = False):
     """Returns the table that blends with black: 0 is black, 1 the image."""
-    return blend(0, LEVELS, factor)
+    return contrast(factor, 0, reference=reference)
 
 
-def contrast(factor, mean):
-    """Returns the table that blends with the grey level `mean` (int)."""
-    return blend(mean, LEVELS, factor)
+def contrast(factor, mean, *, reference: bool = False):
+    """Returns the table that blends with the grey level `mean` (int): 0 is grey, 1 the image."""
+    return blend_reference(mean, LEVELS, factor) if reference else blend(mean, LEVELS, factor)
 
 
 def autocontrast(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
@@ -120,12 +127,29 @@ def blend(first, second, factor) -> tf.Tensor:
     return np.clip(mixed >> _BITS, 0, 255)
 
 
+def blend_reference(first, second, factor):
+    """Returns what `blend` does with the reference models' rounding, as int32.
+
+    They compute in float32: the product is rounded, then the sum, which is truncated and clipped.
+    """
+    if isinstance(first, tf.Tensor) or isinstance(second, tf.Tensor):
+        difference = tf.cast(second - first, tf.float32)
+        mixed = tf.cast(first, tf.float32) + _product(difference, tf.cast(factor, tf.float32))
+        return tf.cast(tf.clip_by_value(mixed, 0.0, 255.0), tf.int32)
+    difference = np.asarray(second - first, np.float32)
+    mixed = np.float32(first) + np.float32(factor) * difference  # numpy fuses nothing
+    return np.clip(mixed, 0, 255).astype(np.int32)
+
+
 def luma(image: tf.Tensor, *, reference: bool) -> tf.Tensor:
     """Returns the image's grey levels, (H, W, 1) int32."""
-    weights, bias, shift = _LUMA_REFERENCE if reference else _LUMA
     red, green, blue = tf.split(tf.cast(image, tf.int32), 3, axis=-1)
-    mixed = red * weights[0] + green * weights[1] + blue * weights[2] + bias
-    return tf.bitwise.right_shift(mixed, shift)
+    if not reference:
+        mixed = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2] + _HALF
+        return tf.bitwise.right_shift(mixed, 16)
+    parts = (tf.gather(part, at) for part, at in zip(_LUMA_PARTS, (red, green, blue), strict=True))
+    of_red, of_green, of_blue = parts
+    return tf.cast((of_red + of_green + of_blue) * _TO_UINT8, tf.int32)
 
 
 def mean_luma(image: tf.Tensor) -> tf.Tensor:
@@ -137,7 +161,8 @@ def mean_luma(image: tf.Tensor) -> tf.Tensor:
 
 def color(image: tf.Tensor, factor, *, reference: bool) -> tf.Tensor:
     """Returns the image blended with its grey levels: 0 is grey, 1 the image."""
-    mixed = blend(luma(image, reference=reference), tf.cast(image, tf.int32), factor)
+    mix = blend_reference if reference else blend
+    mixed = mix(luma(image, reference=reference), tf.cast(image, tf.int32), factor)
     return tf.cast(mixed, tf.uint8)
 
 
@@ -145,20 +170,41 @@ def sharpness(image: tf.Tensor, factor, *, reference: bool) -> tf.Tensor:
     """Returns the image blended with a smoothed one: 0 is smooth, 1 the image, 2 sharper.
 
     The smoothing is Pillow's SMOOTH, 3 x 3 with a weight of 5/13 in the middle, and leaves the
-    border as it is; the reference models truncate where Pillow rounds.
+    border as it is. Pillow rounds it, the reference models truncate.
     """
     pixels = tf.cast(image, tf.int32)
     height, width, _ = image.shape
     if min(height, width) < 3:
         return image
-    rows = pixels[:-2] + pixels[1:-1] + pixels[2:]
-    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * pixels[1:-1, 1:-1]
-    smooth = (total + (0 if reference else 6)) // 13
-    inner = blend(smooth, pixels[1:-1, 1:-1], factor)
+    smooth = _smooth_reference(pixels) if reference else _smooth(pixels)
+    inner = (blend_reference if reference else blend)(smooth, pixels[1:-1, 1:-1], factor)
     inner = tf.pad(inner, ((1, 1), (1, 1), (0, 0)))
     border = np.ones((height, width), bool)
     border[1:-1, 1:-1] = False
     return tf.cast(tf.where(border[..., tf.newaxis], pixels, inner), tf.uint8)
+
+
+def _smooth(pixels: tf.Tensor) -> tf.Tensor:
+    """Returns the weighted means of 3 x 3 pixels, (H - 2, W - 2, 3) int32, rounded."""
+    rows = pixels[:-2] + pixels[1:-1] + pixels[2:]
+    total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * pixels[1:-1, 1:-1]
+    return (total + 6) // 13
+
+
+def _smooth_reference(pixels: tf.Tensor) -> tf.Tensor:
+    """Returns the weighted means of 3 x 3 pixels, (H - 2, W - 2, 3) int32, truncated.
+
+    As TensorFlow's depthwise convolution sums on x86: row by row in float32, each product and each
+    sum rounded. Where the exact mean is an integer, that often falls short of it.
+    """
+    height, width, _ = pixels.shape
+    values = tf.cast(pixels, tf.float32)
+    edge, middle = (_product(values, tf.constant(w)) for w in (_SMOOTH, _SMOOTH_MIDDLE))
+    total = tf.zeros((height - 2, width - 2, 3))
+    for row, column in np.ndindex(3, 3):
+        weighted = middle if row == column == 1 else edge
+        total += weighted[row : row + height - 2, column : column + width - 2]
+    return tf.cast(tf.clip_by_value(total, 0.0, 255.0), tf.int32)
 
 
 def gaussian_blur(image: tf.Tensor, sigma: tf.Tensor, *, max_sigma: float) -> tf.Tensor:
@@ -215,10 +261,11 @@ def _where(condition, first, second):
 
 
 def _product(factor: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
-    """Returns factor * scale, rounded; `factor` holds integers of at most 8 bits.
+    """Returns factor * scale, rounded; `factor` holds integers of at most 8 bits and a sign.
 
-    A compiler may fuse a product with the sum it goes into, and so not round it. Here it is a sum
-    already, of two products that are exact.
+    A compiler may fuse a product with the sum that it goes into, and so not round it. Here it is a
+    sum already, of two products that are exact: `scale` is split into its higher bits (14 of
+    float32's 24, 33 of float64's 53) and the lower ones, of which 8 bits more still fit.
     """
     integer, mask = (
         (tf.int32, ~((1 << 10) - 1)) if scale.dtype == tf.float32 else (tf.int64, ~((1 << 20) - 1))

@@ -1,9 +1,11 @@
 """Ops that decode: whole images or, of a JPEG, a window at a fraction of its size."""
 
+import functools
+
 import tensorflow as tf
 
 from vit_dist.config.errors import ConfigError
-from vit_dist.data.ops import orientation
+from vit_dist.data.ops import binary, bmp, gif, jpeg, orientation, png, webp
 from vit_dist.data.ops.basic import (
     check_positive,
     decoded,
@@ -12,40 +14,35 @@ from vit_dist.data.ops.basic import (
     parse_size,
     resize_image,
 )
-from vit_dist.data.ops.pipe import op, switch
+from vit_dist.data.ops.pipe import Pipe, op, switch
 
 # Aspect ratios (width / height) of Inception's crop, as in GoogLeNet (arXiv 1409.4842, section 6).
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 RATIOS = (1, 2, 4, 8)  # libjpeg decodes at 1 / each of these
 
+Color = tuple[int, int, int]
+
 
 @op
-def decode(exif=False, min_side=None):
-    """Decodes JPEG, PNG, BMP, GIF (its first frame) or WebP bytes to (H, W, 3); grey is repeated.
+def decode(exif=False, min_side=None, background=None):
+    """Decodes JPEG, PNG, BMP, GIF or WebP bytes to (H, W, 3); grey is repeated.
 
-    `exif` turns a JPEG upright as its EXIF orientation says; the reference systems do not. An image
-    that is an array already passes through, likewise with 3 channels. `min_side` decodes a JPEG at
-    1/2, 1/4 or 1/8 of its size, the least whose smaller side still has that many pixels; rounded
-    up, as libjpeg does. Each pixel is then about the mean of those that it stands for.
+    Of an animation it takes the first frame. An image that is an array already passes through,
+    likewise with 3 channels.
+
+    Args:
+      exif: Whether to turn the image upright as its EXIF orientation says (JPEG, PNG, WebP); the
+        reference systems do not.
+      min_side: Decodes a JPEG at 1/2, 1/4 or 1/8 of its size, the least whose smaller side still
+        has that many pixels; rounded up, as libjpeg does. Each pixel is then about the mean of the
+        pixels that it stands for.
+      background: What transparent images are laid over: a level in 0..255, or (red, green, blue).
+        None takes their colour without alpha, as the reference systems do.
     """
-    if min_side is not None:
-        check_positive(min_side=min_side)
-
-    def scaled(data):
-        shape = tf.image.extract_jpeg_shape(data)[:2]
-        return _at_ratio(
-            shape, (min_side,) * 2, lambda ratio: tf.io.decode_jpeg(data, channels=3, ratio=ratio)
-        )
+    options = _check_decoding(exif=exif, min_side=min_side, background=background)
 
     def apply(image, seed):
-        if image.dtype != tf.string:
-            return _decode(image)
-        pixels = (
-            tf.cond(tf.io.is_jpeg(image), lambda: scaled(image), lambda: _decode(image))
-            if min_side
-            else _decode(image)
-        )
-        return orientation.turn(pixels, image) if exif else pixels
+        return decode_whole(image, **options) if image.dtype == tf.string else _three(image)
 
     return on_image(apply)
 
@@ -69,48 +66,178 @@ def inception_crop(size, area_min=5, area_max=100, method="bilinear", antialias=
 
 @op
 def decode_jpeg_and_inception_crop(
-    size, area_min=5, area_max=100, method="bilinear", antialias=False, dct_scaling=False
+    size,
+    area_min=5,
+    area_max=100,
+    method="bilinear",
+    antialias=False,
+    dct_scaling=False,
+    exif=False,
+    background=None,
 ):
     """`decode|inception_crop(...)`, which decodes only the window of a JPEG.
 
     `dct_scaling` decodes it at 1/2, 1/4 or 1/8 of its size where it has 2, 4 or 8 times as many
     pixels as `size` in both directions: as fewer coefficients are transformed, each pixel is about
-    the mean of those that it stands for. The window is the same, but for half such a pixel.
+    the mean of the pixels that it stands for. The window is the same, but for half such a pixel.
+    `exif` and `background` are those of `decode`; the window is drawn in the upright image.
     """
     size, area, method = parse_size(size), _area_range(area_min, area_max), parse_method(method)
+    options = _check_decoding(exif=exif, background=background)
 
     def crop_jpeg(data, seed):
         shape = tf.image.extract_jpeg_shape(data)
-        begin, extent = (x[:2] for x in _crop_window(shape, area, seed))
+        way = orientation.find(data) if exif else None
+        data = jpeg.mark_inverted(data, shape[2])
+        if way is None:
+            begin, extent = (x[:2] for x in _crop_window(shape, area, seed))
+            stored = begin, extent
+        else:
+            upright = tf.concat([orientation.swap_sides(way, shape[:2]), shape[2:]], axis=0)
+            begin, extent = (x[:2] for x in _crop_window(upright, area, seed))
+            stored = orientation.stored_window(way, begin, extent, upright[:2])
 
         def at(ratio):
-            window = _scaled_window(begin, extent, shape[:2], ratio)
+            window = _scaled_window(*stored, shape[:2], ratio)
             return tf.image.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
 
         image = _at_ratio(extent, size, at) if dct_scaling else at(1)
+        image = image if way is None else orientation.turn(image, way)
         return resize_image(image, size, method, antialias)
 
     def crop_decoded(image, seed):
-        image = _decode(image)
         begin, extent = _crop_window(tf.shape(image), area, seed)
         return resize_image(tf.slice(image, begin, extent), size, method, antialias)
 
     def crop(image, seed):
         if image.dtype != tf.string:
-            return tf.ensure_shape(crop_decoded(image, seed), (*size, 3))
+            return tf.ensure_shape(crop_decoded(_three(image), seed), (*size, 3))
         result = tf.cond(
             tf.io.is_jpeg(image),
             lambda: crop_jpeg(image, seed),
-            lambda: crop_decoded(image, seed),
+            lambda: crop_decoded(decode_whole(image, **options), seed),
         )
         return tf.ensure_shape(result, (*size, 3))
 
     return on_image(crop)
 
 
-def _decode(image: tf.Tensor) -> tf.Tensor:
-    if image.dtype == tf.string:
-        return tf.io.decode_image(image, channels=3, expand_animations=False)
+def decode_whole(
+    data: tf.Tensor,
+    *,
+    exif: bool = False,
+    min_side: int | None = None,
+    background: Color | None = None,
+) -> tf.Tensor:
+    """Returns the pixels, (H, W, 3) uint8, of an image file's bytes, () string.
+
+    Every kind of JPEG, PNG, BMP, GIF and WebP comes out as Pillow's `convert("RGB")` has it, but
+    for the rounding of JPEG decoders, and grey levels of 16 bits, of which the upper 8 are taken.
+
+    Args:
+      data: The file.
+      exif: As of the op `decode`; so are `min_side` and `background`.
+
+    Raises:
+      InvalidArgumentError: It is no image, damaged, or a kind that is not read.
+    """
+    pixels = tf.cond(
+        tf.io.is_jpeg(data),
+        lambda: _decode_jpeg(data, min_side),
+        lambda: _decode_other(data, background),
+    )
+    return orientation.turn(pixels, orientation.find(data)) if exif else pixels
+
+
+def decoding_of(pipe: Pipe) -> dict:
+    """Returns how the pipe decodes whole images: keyword arguments of `decode_whole`.
+
+    For a cache that keeps decoded images, and to know what the pipe leaves out.
+    """
+    for step in pipe.steps:
+        if step.op.make in (decode, decode_jpeg_and_inception_crop):
+            given = {key: step.arguments.get(key) for key in ("exif", "min_side", "background")}
+            return _check_decoding(**given)
+    return {}
+
+
+def _check_decoding(*, exif=False, min_side=None, background=None) -> dict:
+    """Returns an op's arguments as `decode_whole` takes them; ValueError for one that is wrong."""
+    if not isinstance(exif, bool):
+        raise ConfigError(f"exif={exif!r} must be True or False")
+    if min_side is not None:
+        check_positive(min_side=min_side)
+    if background is not None:
+        color = background if isinstance(background, tuple) else (background,) * 3
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in color)
+        if len(color) != 3 or not whole or not all(0 <= x <= 255 for x in color):
+            raise ConfigError(
+                f"background={background!r} must be an int in 0..255 or (red, green, blue)"
+            )
+        background = color
+    return {"exif": exif, "min_side": min_side, "background": background}
+
+
+def _decode_jpeg(data: tf.Tensor, min_side: int | None) -> tf.Tensor:
+    shape = tf.image.extract_jpeg_shape(data)
+    data = jpeg.mark_inverted(data, shape[2])
+    if min_side is None:
+        return tf.io.decode_jpeg(data, channels=3)
+    return _at_ratio(
+        shape[:2],
+        (min_side, min_side),
+        lambda ratio: tf.io.decode_jpeg(data, channels=3, ratio=ratio),
+    )
+
+
+def _decode_other(data: tf.Tensor, background: Color | None) -> tf.Tensor:
+    """Returns the pixels, (H, W, 3) uint8, of a file that is no JPEG."""
+    mended = _MENDED if background is None else {**_MENDED, b"\x89PNG": png.decode}
+    begin = tf.strings.substr(data, 0, 4)
+    needs_care = tf.reduce_any(tf.equal(begin, list(mended)))
+    needs_care |= tf.equal(tf.strings.substr(data, 0, 2), b"BM")
+
+    def plain() -> tf.Tensor:
+        # PNG, and what is no image at all, which TensorFlow refuses.
+        return tf.io.decode_image(data, channels=3, expand_animations=False)
+
+    return tf.cond(needs_care, lambda: _careful(background)(data), plain)
+
+
+# How files begin that TensorFlow alone does not read as it should -> what does.
+_MENDED = {b"GIF8": gif.decode, b"RIFF": webp.decode}
+
+
+@functools.cache
+def _careful(background: Color | None):
+    """Returns a function of a file's bytes, () string, to pixels (H, W, 3) uint8: all but JPEG."""
+    kinds = {**_MENDED, b"\x89PNG": png.decode} if background is not None else _MENDED
+
+    @binary.one_node(tf.TensorSpec((None, None, 3), tf.uint8))
+    def decode_kind(data: tf.Tensor) -> tf.Tensor:
+        matches = tf.equal(tf.strings.substr(data, 0, 4), list(kinds))
+        number = tf.reduce_sum(tf.where(matches, tf.range(1, len(kinds) + 1), 0))
+        functions = (bmp.decode, *kinds.values())
+        branches = [functools.partial(function, data) for function in functions]
+        return _lay_over(switch(number, branches), background)
+
+    return decode_kind
+
+
+def _lay_over(pixels: tf.Tensor, background: Color | None) -> tf.Tensor:
+    """Returns (H, W, 3) uint8 of pixels with alpha, (H, W, 4) uint8, over a colour; None drops."""
+    if background is None:
+        return pixels[..., :3]
+    own, alpha = (tf.cast(x, tf.uint16) for x in (pixels[..., :3], pixels[..., 3:]))
+    mixed = own * alpha + tf.constant(background, tf.uint16) * (255 - alpha)
+    # Divided by 255 and rounded, in 16 bits: as Pillow does it.
+    mixed += 128
+    mixed += tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16))
+    return tf.cast(tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16)), tf.uint8)
+
+
+def _three(image: tf.Tensor) -> tf.Tensor:
+    """Returns an array of an image, grey repeated to 3 channels."""
     return tf.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
 

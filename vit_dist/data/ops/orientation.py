@@ -1,48 +1,101 @@
-"""EXIF orientation of JPEGs: which way up a camera held the sensor (EXIF 2.32, tag 0x0112)."""
+"""EXIF orientation: which way up a camera held the sensor (CIPA DC-008, tag 0x0112).
+
+The eight ways are a transposition (5 to 8), then mirrors: left and right (2, 3, 6, 7), up and down
+(3, 4, 7, 8). 1 is upright, and so are files that say nothing.
+"""
 
 import tensorflow as tf
 
-HEADER = 1 << 16  # bytes searched: EXIF comes first, and no segment is longer
-_EXIF, _SCAN = 0xE1, 0xDA  # markers: APP1, and the start of the pixels
-_TAG = 0x0112
+from vit_dist.data.ops import binary, jpeg, png, webp
 
-
-def turn(image: tf.Tensor, data: tf.Tensor) -> tf.Tensor:
-    """Returns a decoded image (H, W, C) the way up that its file, `data` () string, says."""
-    way = tf.cond(tf.io.is_jpeg(data), lambda: find(data), lambda: tf.constant(1))
-    # 5 to 8 are mirrored along the diagonal first; then all that is left are mirrors.
-    image = tf.cond(way >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
-    up_down = tf.reduce_any(tf.equal(way, (3, 4, 7, 8)))
-    left_right = tf.reduce_any(tf.equal(way, (2, 3, 6, 7)))
-    return tf.raw_ops.Reverse(tensor=image, dims=tf.stack([up_down, left_right, False]))
+TAG = 0x0112
+SHORT, LONG = 3, 4  # types of numbers, of 2 and 4 bytes
+ENTRY = 12  # bytes of one entry of a directory: tag, type, count, value
 
 
 def find(data: tf.Tensor) -> tf.Tensor:
-    """Returns the orientation, 1 to 8, in a JPEG's bytes, () string; 1 where it says none."""
-    head = tf.cast(tf.io.decode_raw(tf.strings.substr(data, 0, HEADER), tf.uint8), tf.int32)
-    size = tf.size(head)
+    """Returns the orientation, 1 to 8, that a file's bytes, () string, give; 1 if they do not.
 
-    def number(at, count: int, little):
-        """The unsigned numbers of `count` bytes at `at`; bytes beyond the end are 0."""
-        places = at[..., tf.newaxis] + tf.range(count)
-        known = (places >= 0) & (places < size)
-        parts = tf.where(known, tf.gather(head, tf.clip_by_value(places, 0, size - 1)), 0)
-        weights = 256 ** tf.range(count)
-        return tf.reduce_sum(parts * tf.where(little, weights, weights[::-1]), axis=-1)
+    Looked for in JPEG, PNG and WebP; BMP and GIF hold no EXIF.
+    """
+    return tf.cond(
+        tf.io.is_jpeg(data), lambda: _read(data, *jpeg.find_exif(data)), lambda: _of_other(data)
+    )
 
-    def is_other_segment(at):
-        marker = number(at + 1, 1, False)
-        exif = tf.equal(marker, _EXIF) & tf.equal(number(at + 4, 3, False), 0x457869)  # "Exi"
-        ends = exif | tf.equal(marker, _SCAN) | tf.not_equal(number(at, 1, False), 0xFF)
-        return (at + 4 < size) & ~ends
 
-    at = tf.while_loop(
-        is_other_segment, lambda at: (at + 2 + number(at + 2, 2, False),), (tf.constant(2),)
-    )[0]
-    tiff = at + 10
-    little = tf.equal(number(tiff, 1, False), ord("I"))
-    directory = tiff + number(tiff + 4, 4, little)
-    entries = directory + 2 + 12 * tf.range(number(directory, 2, little))
-    found = tf.equal(number(entries, 2, little), _TAG) & tf.equal(number(at + 1, 1, False), _EXIF)
-    way = tf.reduce_max(tf.where(found, number(entries + 8, 2, little), 1))
-    return tf.where((size > 0) & (way <= 8), tf.maximum(way, 1), 1)
+@binary.one_node(tf.TensorSpec((), tf.int32))
+def _of_other(data: tf.Tensor) -> tf.Tensor:
+    """As `find`, of what is no JPEG."""
+    nothing = tf.constant(0), tf.constant(0)
+    place = tf.cond(
+        binary.has(data, 0, b"\x89PNG"),
+        lambda: png.find(data, b"eXIf"),
+        lambda: tf.cond(
+            binary.has(data, 0, b"RIFF"), lambda: webp.find(data, b"EXIF"), lambda: nothing
+        ),
+    )
+    return _read(data, *place)
+
+
+def _read(data: tf.Tensor, at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """Returns the orientation in `count` bytes of EXIF, which is a TIFF file without pixels."""
+    # PNG and WebP need no name before it, but some programs write one.
+    name = tf.strings.substr(data, at, len(jpeg.EXIF_NAME))
+    skipped = tf.where(tf.equal(name, jpeg.EXIF_NAME), len(jpeg.EXIF_NAME), 0)
+    exif = tf.strings.substr(data, at + skipped, tf.maximum(count - skipped, 0))
+    little = tf.equal(tf.strings.substr(exif, 0, 1), b"I")  # Intel's order of bytes or Motorola's
+
+    def words(at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        """`count` numbers of 2 bytes, int32; beyond the end they are 0."""
+        raw = tf.strings.substr(exif, at, 2 * count)
+        both = [
+            tf.io.decode_raw(raw, tf.uint16, little_endian=order, fixed_length=2 * count)
+            for order in (True, False)
+        ]
+        return tf.cast(tf.where(little, *both), tf.int32)
+
+    end = tf.strings.length(exif)
+    first, second = tf.unstack(tf.ensure_shape(words(tf.minimum(4, end), 2), (2,)))
+    directory = tf.where(little, first + 65536 * second, 65536 * first + second)
+    directory = tf.where((directory >= 0) & (directory <= end - 2), directory, end)
+    entries = words(directory, 1)[0]
+    # One more than there are, as none at all cannot be read; it is not looked at.
+    table = words(tf.minimum(directory + 2, end), (entries + 1) * (ENTRY // 2))
+    tag, kind, _, _, low, high = tf.unstack(tf.reshape(table, (-1, ENTRY // 2)), axis=1)
+    value = tf.where(tf.equal(kind, LONG) & ~little, high, low)
+    found = tf.equal(tag, TAG) & (tf.equal(kind, SHORT) | tf.equal(kind, LONG))
+    found &= tf.range(entries + 1) < entries
+    way = tf.reduce_max(tf.where(found, value, 1))
+    return tf.where((way >= 1) & (way <= 8), way, 1)
+
+
+def turn(image: tf.Tensor, way: tf.Tensor) -> tf.Tensor:
+    """Returns an image, (H, W, C) or (W, H, C), the right way up, from `way` () int32, 1 to 8."""
+    image = tf.cond(way >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+    return tf.raw_ops.Reverse(tensor=image, dims=tf.concat([_mirrors(way), [False]], axis=0))
+
+
+def stored_window(
+    way: tf.Tensor, begin: tf.Tensor, extent: tf.Tensor, shape: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns where a window of the upright image lies in the image as stored: begin and extent.
+
+    Args:
+      way: () int32, 1 to 8.
+      begin: (2,) int32, row and column of the window's corner in the upright image.
+      extent: (2,) int32, its height and width.
+      shape: (2,) int32, height and width of the upright image.
+    """
+    begin = tf.where(_mirrors(way), shape - extent - begin, begin)
+    # `turn` transposes first and mirrors then; here both are undone, in the other order.
+    return swap_sides(way, begin), swap_sides(way, extent)
+
+
+def swap_sides(way: tf.Tensor, pair: tf.Tensor) -> tf.Tensor:
+    """Returns (height, width) of the upright image from that of the stored one, or back."""
+    return tf.where(way >= 5, pair[::-1], pair)
+
+
+def _mirrors(way: tf.Tensor) -> tf.Tensor:
+    """Returns whether up and down, and left and right, are exchanged, (2,) bool."""
+    return tf.reduce_any(tf.equal(way, ((3, 4, 7, 8), (2, 3, 6, 7))), axis=1)

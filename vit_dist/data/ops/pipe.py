@@ -5,8 +5,11 @@ function: decorated with `op`, it takes the op's parameters and returns a functi
 example, which draws its randomness from `example["seed"]` ((2,) int32) with stateless calls. Ops
 are traced without AutoGraph: branch with `tf.cond`, and among many with `switch`.
 
-Ops that XLA can compile are compiled, together and as a loop over many images: TensorFlow's own
-kernels take 5 to 10 times as long for a look-up per byte, and a branch costs nothing there.
+Ops registered with `compiled=True` are compiled by XLA for the CPU of the host. Those that are last
+are compiled together, as one loop over a chunk of images: a look-up per byte takes XLA's code a
+fifth to a tenth of the time of TensorFlow's kernels, and in compiled code a branch costs nothing.
+
+An op of your own is a function with the decorator `op` in a module that config.modules names.
 """
 
 import ast
@@ -17,6 +20,7 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import tensorflow as tf
 
@@ -26,7 +30,7 @@ from vit_dist.data.tracing import deviceless_graph, is_deviceless, switch
 
 __all__ = ["Op", "Pipe", "Step", "op", "output_spec", "parse", "switch"]
 
-# Modules that register ops when imported; parse() imports them, so that no caller has to.
+# Modules that register ops when they are imported; parse() imports them, so that no caller has to.
 OP_MODULES = tuple(
     f"vit_dist.data.ops.{name}"
     for name in ("basic", "decoding", "randaug", "autoaugment", "erasing")
@@ -38,13 +42,13 @@ Example = dict[str, tf.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A registered op: `make(*parameters)` returns the function that is applied."""
+    """A registered op; see the decorator `op`."""
 
     name: str
-    make: Callable
-    on_device: bool
-    image: bool
-    compiled: bool
+    make: Callable  # takes the op's parameters and returns the function that is applied
+    on_device: bool  # whether that function takes a batch, in the step on the accelerator
+    image: bool  # whether it reads or writes the image
+    compiled: bool  # whether XLA compiles it for the host
 
 
 _REGISTRY: dict[str, Op] = {}
@@ -60,20 +64,35 @@ def op(
     """Registers `make` as an op under its own name.
 
     Args:
-      make: Takes the op's parameters (checking them: ValueError) and returns example -> example.
-      on_device: It returns images -> images instead, which runs on a batch on the accelerator:
-        (B, H, W, C) of values 0..255 -> float32 of the same shape, in XLA-compilable TensorFlow. It
-        comes after all ops on the host that touch the image, and a pipe has at most one.
-      image: False for an op that neither reads nor writes the image; it may stand anywhere.
-      compiled: It returns (image, seed) -> image, (H, W, 3) uint8 of a static shape that it keeps,
-        and XLA compiles it for the host. Those that come last among the host's ops on images run as
-        one loop over a chunk of examples; it is slower to have one before others.
+      make: Takes the op's parameters, checks them (ValueError) and returns example -> example.
+      on_device: If true, `make` returns a function of a batch of images instead: (B, H, W, C) of
+        values 0..255 -> float32 of the same shape, in TensorFlow that XLA compiles. It runs in the
+        step, on the accelerator. A pipe has at most one, after all ops that touch the image.
+      image: If false, the op neither reads nor writes the image and may stand anywhere.
+      compiled: If true, `make` returns (image, seed) -> image, which takes (H, W, 3) uint8 of a
+        static shape, must keep that shape, and is compiled by XLA for the CPU. Put such ops last:
+        they then run as one loop over a chunk of examples. One that an op without `compiled`
+        follows runs image by image, which is slower.
+
+    Raises:
+      ConfigError: Another function has registered an op of that name.
     """
     if make is None:
         return lambda make: op(make, on_device=on_device, image=image, compiled=compiled)
-    assert make.__name__ not in _REGISTRY, f"op {make.__name__!r} is registered twice"
+    # A config file may be executed twice; then its ops only register themselves again.
+    old = _REGISTRY.get(make.__name__)
+    if old is not None and _origin(old.make) != _origin(make):
+        raise ConfigError(
+            f"op {make.__name__!r} of {_origin(make)} has the name of an op of "
+            f"{_origin(old.make)}: rename it"
+        )
     _REGISTRY[make.__name__] = Op(make.__name__, make, on_device, image, compiled)
     return make
+
+
+def _origin(make: Callable) -> str:
+    """Returns the file that defines an op."""
+    return make.__code__.co_filename
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +100,12 @@ class Step:
     """One op of a pipe with its parameters bound."""
 
     op: Op
-    text: str
-    position: int
-    args: tuple
+    text: str  # as in the pipe, for messages
+    position: int  # from 1; folded into the seed, so that each op draws numbers of its own
+    args: tuple  # as given by position
     apply: Callable
+    # All by name, defaults included. A dict cannot be hashed, and `args` and `text` tell as much.
+    arguments: dict[str, Any] = dataclasses.field(compare=False, default_factory=dict)
 
     def __str__(self) -> str:
         return f"pipe op {self.position} {self.text!r}"
@@ -92,7 +113,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Pipe:
-    """A parsed pipe; `host` runs per example in tf.data, `device` per batch on the accelerator."""
+    """A parsed pipe; `host` runs per example in tf.data, `device` per batch in the step.
+
+    For speed, `host` has two parts: `host_each` runs all ops but the compiled ones at the end on
+    each example, `host_chunk` those on a batch of what `host_each` returned.
+    """
 
     text: str
     steps: tuple[Step, ...]
@@ -108,28 +133,33 @@ class Pipe:
           example: Tensors without batch dimension; with "seed", (2,) int32, of this example.
 
         Returns:
-          What `keep` names, by default "image" and "label" (as far as there).
+          The entries that keep(...) names; by default "image" and "label", where present.
 
         Raises:
           ConfigError: While tracing: an op does not fit what it gets. Names the op.
         """
         example = self.host_each(example)
-        if not self.last:
+        if not self.compiled_tail:
             return example
         examples = self.host_chunk({key: value[tf.newaxis] for key, value in example.items()})
         return {key: value[0] for key, value in examples.items()}
 
     @tf.autograph.experimental.do_not_convert
     def host_each(self, example: Example) -> Example:
-        """The part of `host` that comes before `host_chunk`, on one example."""
+        """Applies all ops of the host to one example but those of `compiled_tail`.
+
+        Where there is such a tail, the result holds the "seed" that it needs.
+        """
         seed = example["seed"]
         kept = tuple(key for key in DEFAULT_KEEP if key in example)
         for step in self.steps:
-            if step.op.on_device or step in self.last:
+            if step.op.on_device or step in self.compiled_tail:
                 continue
-            # Each op has a stream of its own, else a flip would go with the crop's corner.
+            # Each op gets a seed of its own: from a common one, whether an image is mirrored and
+            # where it was cropped would be drawn from the same numbers.
             own = {**example, "seed": tf.random.fold_in(seed, step.position)}
             if step.op.compiled:
+                # Takes the example's seed: the position is folded in inside.
                 image = _compiled((step,))(own["image"][tf.newaxis], seed[tf.newaxis])[0]
                 own = {**own, "image": image}
             else:
@@ -137,22 +167,23 @@ class Pipe:
             example = {**own, "seed": seed}
             if step.op.name == "keep":
                 kept = step.args
-        return {key: example[key] for key in ((*kept, "seed") if self.last else kept)}
+        return {key: example[key] for key in ((*kept, "seed") if self.compiled_tail else kept)}
 
     @tf.autograph.experimental.do_not_convert
     def host_chunk(self, examples: Example) -> Example:
-        """The rest of `host`, on what `host_each` returned for several examples, batched."""
-        if not self.last:
+        """Applies `compiled_tail` to what `host_each` returned for several examples, batched."""
+        if not self.compiled_tail:
             return examples
-        images = _compiled(self.last)(examples["image"], examples["seed"])
+        images = _compiled(self.compiled_tail)(examples["image"], examples["seed"])
         kept = [step.args for step in self.steps if step.op.name == "keep"]
+        # host_each added the seed for this tail alone, unless the pipe asks for it.
         dropped = () if kept and "seed" in kept[-1] else ("seed",)
         rest = {key: value for key, value in examples.items() if key not in dropped}
         return {**rest, "image": images}
 
     @functools.cached_property
-    def last(self) -> tuple[Step, ...]:
-        """The compiled ops that no other op on the host's images follows."""
+    def compiled_tail(self) -> tuple[Step, ...]:
+        """The compiled ops at the end of the host's ops on images."""
         images = [step for step in self.steps if step.op.image and not step.op.on_device]
         return tuple(itertools.takewhile(lambda step: step.op.compiled, images[::-1]))[::-1]
 
@@ -175,22 +206,28 @@ def _apply(step: Step, *args):
 
 @functools.lru_cache(maxsize=64)
 def _compiled(steps: tuple[Step, ...]) -> Callable:
-    """Returns images (B, H, W, 3) uint8, seeds (B, 2) of the examples -> images after `steps`."""
+    """Returns a function of images (B, H, W, 3) uint8 and the examples' seeds (B, 2) int32.
+
+    It applies `steps` to each image in one XLA-compiled loop, and returns the images, likewise.
+    """
 
     @tf.autograph.experimental.do_not_convert
-    def each(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
-        def one(element):
+    def over_batch(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+        def one_image(element):
             image, seed = element
             for step in steps:
                 image = _apply(step, image, tf.random.fold_in(seed, step.position))
             return image
 
         spec = tf.TensorSpec(images.shape[1:], tf.uint8)
-        return tf.map_fn(one, (images, seeds), parallel_iterations=1, fn_output_signature=spec)
+        # One after the other: the input pipeline has other threads for other chunks.
+        return tf.map_fn(
+            one_image, (images, seeds), parallel_iterations=1, fn_output_signature=spec
+        )
 
-    function = tf.function(each, jit_compile=True)
+    jitted = tf.function(over_batch, jit_compile=True)
 
-    def run(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
+    def checked(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         step, shape = steps[0], images.shape[1:]
         if images.dtype != tf.uint8:
             raise ConfigError(f"{step}: the image is still encoded; put decode before this op")
@@ -199,9 +236,9 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
                 f"{step} takes images of one fixed size with 3 channels, not {shape}; put decode "
                 "and resize(...) or a crop of fixed size before it"
             )
-        return each(images, seeds) if is_deviceless() else function(images, seeds)
+        return over_batch(images, seeds) if is_deviceless() else jitted(images, seeds)
 
-    return run
+    return checked
 
 
 def parse(pipe: str, **names) -> Pipe:
@@ -254,7 +291,7 @@ def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
     args = [_value(arg, where, names) for arg in call.args]
     kwargs = {k.arg: _value(k.value, where, names) for k in call.keywords if k.arg is not None}
     try:
-        signature.bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         wrong = [key for key in kwargs if key not in signature.parameters]
         near = _nearest(wrong[0], signature.parameters) if wrong else ""
@@ -263,7 +300,8 @@ def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
         apply = make(*args, **kwargs)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}: {error}; the op is {name}{signature}") from error
-    return Step(op=_REGISTRY[name], text=text, position=position, args=tuple(args), apply=apply)
+    bound.apply_defaults()
+    return Step(_REGISTRY[name], text, position, tuple(args), apply, dict(bound.arguments))
 
 
 def _value(node: ast.expr, where: str, names: Mapping):
@@ -298,12 +336,12 @@ def _check_order(steps: tuple[Step, ...]) -> None:
         elif step.op.image and device is not None:
             raise ConfigError(
                 f"{step} works on uint8 images on the host, and {device} runs on the accelerator "
-                f"after the host's ops; move {device.op.name!r} behind it"
+                f"after the host's ops: write {device.op.name!r} after {step.op.name!r}"
             )
 
 
 def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
-    """Returns what `pipe` makes of an example of `source`; reads nothing and touches no device.
+    """Returns the specs of an example of `source` after `pipe`; reads nothing, touches no device.
 
     Returns:
       The tf.TensorSpec of each entry of `pipe.host`'s output, without batch dimension, and under
@@ -333,7 +371,7 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
         return {**spec, "device_image": tf.TensorSpec(device.shape, device.dtype)}
 
 
-# What the pipeline adds to each example.
+# What the pipeline adds to each example: its number in the source, the epoch, and a seed of both.
 POSITION_SPEC = {
     "index": tf.TensorSpec((), tf.int64),
     "epoch": tf.TensorSpec((), tf.int64),

@@ -68,7 +68,10 @@ def reference_layer(
             return layer("table", table=color.invert())
         case "Posterize":
             bits = int(part * 4)
-            return layer("table", table=color.posterize(bits if form == "reference" else 8 - bits))
+            # The reference keeps them by shifts of 8 - bits, and TensorFlow shifts uint8 by 7 bits
+            # at most: asked for 0 bits, it keeps the highest one.
+            kept = max(bits, 1) if form == "reference" else 8 - bits
+            return layer("table", table=color.posterize(kept))
         case "Solarize":
             threshold = int(part * 256)
             # The reference compares in uint8, where 256 is 0.
@@ -77,13 +80,13 @@ def reference_layer(
         case "SolarizeAdd":
             return layer("table", table=color.solarize_add(int(part * 110)))
         case "Brightness":
-            return layer("table", table=color.brightness(enhance(part)))
+            return layer("table", table=color.brightness(enhance(part), reference=True))
         case "Contrast":
             if form == "fixed":
                 return layer("contrast", factor=enhance(part))
             # The reference sums a histogram's counts, not the levels they belong to.
             mean = min(255, height * width // 256)
-            return layer("table", table=color.contrast(enhance(part), mean))
+            return layer("table", table=color.contrast(enhance(part), mean, reference=True))
         case "Color" | "Sharpness":
             return layer(name.lower(), factor=enhance(part))
         case "Rotate":

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -21,10 +22,12 @@ from PIL import Image
 
 from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.sources import source as base
 from vit_dist.storage.files import write_whole
 
 FORMS = ("raw", "decoded")
+_DECODER = 2  # raised when decoding gives other pixels than before
 SAMPLE = 256  # examples from which the need is estimated
 MARGIN = 1.1  # their sizes vary
 NUM_THREADS = 32
@@ -44,6 +47,8 @@ class CachedSource(base.Source):
       folder: Where the file goes; it is used again by later runs on the same data. None: memory.
       keep_damaged: Keep what is damaged or missing as an empty image, for the pipeline to mask,
         rather than fail. A storage that fails to read it always is an error, and nothing is kept.
+      decoding: How the pipe decodes (`decoding.decoding_of`), for the form "decoded": what is kept
+        is upright, over its background and as small as the pipe would make it.
 
     Raises:
       ConfigError: There is nothing to cache, or not enough room: says how much is needed.
@@ -52,11 +57,20 @@ class CachedSource(base.Source):
     name = "cached"
     portable = False
 
-    def __init__(self, source, form: str, *, folder: str | None = None, keep_damaged: bool = False):
+    def __init__(
+        self,
+        source,
+        form: str,
+        *,
+        folder: str | None = None,
+        keep_damaged: bool = False,
+        decoding: dict[str, Any] | None = None,
+    ):
         if not source.indexable or not source.encoded:
             why = "is streamed" if not source.indexable else "has arrays in memory already"
             raise ConfigError(f"config.input.cache={form!r} is of no use: {source} {why}")
         self._source, self._form, self._keep_damaged = source, form, keep_damaged
+        self._decoding = decoding or {}
         self.split, self.num_examples = source.split, source.num_examples
         self.class_names, self.first_label = source.class_names, source.first_label
         self.encoded = form == "raw"
@@ -66,7 +80,7 @@ class CachedSource(base.Source):
         self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
         self._path: epath.Path | None = None
         if folder:
-            name = f"{_key_of(source, form)}.cache"
+            name = f"{_key_of(source, form, self._decoding)}.cache"
             self._path = paths.local_path(folder, "config.input.cache_dir") / name
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
@@ -193,7 +207,7 @@ class CachedSource(base.Source):
             if self._form == "raw":
                 return bytes(image), label, nothing
             with tf.device("CPU:0"):
-                pixels = tf.io.decode_image(image, channels=3, expand_animations=False).numpy()
+                pixels = decode_whole(tf.constant(image), **self._decoding).numpy()
             return pixels.tobytes(), label, pixels.shape
         # Not other OSErrors: a storage that fails for a moment must not be remembered as damage.
         except (FileNotFoundError, ValueError, tf.errors.InvalidArgumentError) as error:
@@ -258,12 +272,14 @@ class CachedSource(base.Source):
         return self._damage or self._source.find_damage()
 
 
-def _key_of(source: base.Source, form: str) -> str:
+def _key_of(source: base.Source, form: str, decoding: dict[str, Any]) -> str:
     """Returns what a cache is called after: another one where the data may be another."""
     found = source.fingerprint()
     # Without the sizes of its files a set that changed may look the same: then only this very one.
     where = "" if "sizes" in found else str(source)
-    text = json.dumps([form, where, found], sort_keys=True)
+    # Nor is a file of another decoder, or of a pipe that decodes otherwise, this one's.
+    decoder = [_DECODER, decoding] if form == "decoded" else []
+    text = json.dumps([form, where, found, *decoder], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

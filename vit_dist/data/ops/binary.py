@@ -1,0 +1,80 @@
+"""Numbers out of the bytes of a file, as ops of TensorFlow's graph.
+
+What TensorFlow's own decoders get wrong is mended by reading the file's header here. A Python
+function would be shorter, but neither the hosts of a TPU pod nor the workers of a data service can
+call one. All of it is part of every input pipeline's graph, which takes TensorFlow half a
+millisecond a node to make, so that few nodes count for more here than they do elsewhere.
+"""
+
+import functools
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from vit_dist.data.tracing import is_deviceless
+
+PIXELS = tf.TensorSpec((None, None, 4), tf.uint8)  # red, green, blue, alpha
+
+
+def numbers(data: tf.Tensor, at, count: int, kind: tf.DType = tf.uint8) -> tf.Tensor:
+    """Returns `count` numbers of type `kind`, lowest byte first, from place `at` on, as int32.
+
+    Beyond the end of the data they are 0.
+
+    Raises:
+      InvalidArgumentError: `at` itself lies beyond the end.
+    """
+    size = count * kind.size
+    raw = tf.io.decode_raw(tf.strings.substr(data, at, size), kind, fixed_length=size)
+    return tf.cast(tf.ensure_shape(raw, (count,)), tf.int32)
+
+
+def read(data: tf.Tensor, at, count) -> tf.Tensor:
+    """Returns the `count` bytes from place `at` on, (count,) uint8; fewer where the data end."""
+    return tf.io.decode_raw(tf.strings.substr(data, at, count), tf.uint8)
+
+
+def has(data: tf.Tensor, at: int, text: bytes) -> tf.Tensor:
+    """Returns whether these bytes stand at a place that is not beyond the end, () bool."""
+    return tf.equal(tf.strings.substr(data, at, len(text)), text)
+
+
+def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Tensor) -> tf.Tensor:
+    """Returns `data`, for what needs `condition`; InvalidArgumentError where that does not hold.
+
+    Args:
+      data: () string; only what is computed from the tensor returned waits for the check.
+      condition: () bool.
+      message: What is wrong, with "{}" for each of `values`.
+      *values: () int32 each.
+    """
+    said = tf.strings.format(message, values) if values else message
+    with tf.control_dependencies([tf.debugging.Assert(condition, [said])]):
+        return tf.identity(data)
+
+
+def one_node(output: tf.TensorSpec) -> Callable[[Callable], Callable[[tf.Tensor], tf.Tensor]]:
+    """Makes a function of a file's bytes, () string -> `output`, one node of graphs that call it.
+
+    A graph visits every node of a branch, also of one that is not taken: what the rare kinds of
+    files need would cost each JPEG a tenth of its time. Such a function is traced once in a
+    process, and not at all where only shapes are asked for.
+    """
+
+    def decorate(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+        called = tf.function(
+            function,
+            input_signature=[tf.TensorSpec((), tf.string)],
+            autograph=False,
+            experimental_attributes={"_noinline": True},
+        )
+
+        @functools.wraps(function)
+        def call(data: tf.Tensor) -> tf.Tensor:
+            if is_deviceless():
+                return tf.compat.v1.placeholder(output.dtype, output.shape)
+            return tf.ensure_shape(called(data), output.shape)
+
+        return call
+
+    return decorate
