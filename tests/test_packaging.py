@@ -72,10 +72,10 @@ def test_the_version_stands_once():
     assert "version" not in PROJECT and "version" in PROJECT["dynamic"]
     attribute = PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"]
     assert attribute == "vit_dist.__version__"
-    # setuptools reads it from the source; were it computed, the package would be imported for it.
+    # As a literal setuptools reads it from the source; else it would import the package, and fail
+    # where nothing is installed yet.
     source = (ROOT / "vit_dist" / "__init__.py").read_text()
-    assert f'__version__ = "{__version__}"' in source
-    assert not [n for n in ast.parse(source).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert f'__version__ = "{__version__}"\n' in source
 
 
 def test_citation_and_changelog_are_of_this_version():
