@@ -21,17 +21,17 @@ from vit_dist.cluster.line import Message
 
 BEAT_SECONDS = 1.0
 
-# The longest stretch that each kind of work has taken so far, times _FACTOR, is how long it may
-# take; but never less than _LEAST_SECONDS, which storage may need to come back after a failure.
+# A stretch of work may take _FACTOR times the longest of its kind so far, but always so long that
+# storage can come back: TensorFlow's bucket client alone tries again for some minutes.
 _FACTOR = 10.0
-_LEAST_SECONDS = 300.0
+_LEAST_SECONDS = 600.0
 _SAMPLES = 3  # before them the limit is the whole time-out; the first is left out, it compiles
 
 _SILENT_SECONDS = 5.0  # a host that has missed so many beats is called silent in messages
 _REARM_SECONDS = 30.0
 
 
-class Pace:
+class Limits:
     """How long each kind of work may take on this host, learned from how long it took."""
 
     def __init__(self, timeout_seconds: float):
@@ -45,7 +45,7 @@ class Pace:
         if count > 1:
             self._slowest[doing] = max(self._slowest.get(doing, 0.0), seconds)
 
-    def limit(self, doing: str) -> float:
+    def of(self, doing: str) -> float:
         """Seconds that the next stretch may take."""
         if self._counts.get(doing, 0) < _SAMPLES:
             return self._timeout_seconds
@@ -102,7 +102,7 @@ class Watchdog:
 
     def __init__(self, meeting: Meeting, *, timeout_seconds: float):
         self._meeting, self._timeout_seconds = meeting, timeout_seconds
-        self._pace = Pace(timeout_seconds)
+        self._limits = Limits(timeout_seconds)
         count = len(meeting.cluster.workers) if meeting.cluster else 1
         # Of each host what was told last, and when by this host's clock. This host's own is
         # written by the main thread, the others' by the watchdog's; each entry as a whole.
@@ -136,31 +136,33 @@ class Watchdog:
         """
         before, since = self._told[self._meeting.index]
         now = time.monotonic()
-        self._pace.note(before.doing, now - since)
-        state = State(before.turns + 1, step, doing, limit=self._pace.limit(doing))
+        self._limits.note(before.doing, now - since)
+        state = State(before.turns + 1, step, doing, limit=self._limits.of(doing))
         self._told[self._meeting.index] = (state, now)
 
-    def lost(self, seconds: float = 5.0) -> str:
+    def lost(self, seconds: float = 5.0) -> str | None:
         """Which host is to blame for an error in a collective, and why.
 
         Args:
           seconds: how long to wait for news of a host that is leaving just now.
 
         Returns:
-          Words such as "worker 1 (b:2222) ended: no space left on device".
+          Words such as "worker 1 (b:2222) ended: no space left on device"; None if all hosts still
+          answer, or there is one host only.
         """
         deadline = time.monotonic() + seconds
         while True:
             with self._lock:
                 self._hear()
             states = self._states()
-            if any(state.end is not None for state in states) or time.monotonic() > deadline:
+            over = any(state.end is not None for state in states)
+            if over or not self._meeting.lines or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         ended = [i for i, state in enumerate(states) if state.end]
         silent = [i for i, state in enumerate(states) if state.silent > _SILENT_SECONDS]
         blamed = [self._describe(i, states[i]) for i in ended or silent]
-        return "; ".join(blamed) or "all hosts still answer"
+        return "; ".join(blamed) or None
 
     def _states(self) -> list[State]:
         """All hosts' as of now."""
