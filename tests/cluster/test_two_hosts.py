@@ -48,6 +48,7 @@ def error_of(worker):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
     """TensorFlow's own time-out of collectives would leave 2.4 threads a step asleep."""
     workers, environment = environments()
@@ -59,9 +60,9 @@ def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
             for i, e in enumerate(environment)
         ]
         chief, other = hosts
-        chief.wait_for(lambda: step_of(chief) >= 100)
+        chief.wait_for(lambda: step_of(chief) >= 100, seconds=280)
         before = [resources_of(host) for host in hosts]
-        chief.wait_for(lambda: step_of(chief) >= 1100)
+        chief.wait_for(lambda: step_of(chief) >= 1100, seconds=280)
         after = [resources_of(host) for host in hosts]
         for (threads, files), (threads_now, files_now) in zip(before, after, strict=True):
             assert threads_now - threads < 20 and files_now - files < 10, (before, after)
@@ -73,12 +74,12 @@ def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
         rf"lost another worker: worker 1 \({workers[1]}\), silent for \d+ s, ", message
     )
     last = int(re.search(r"last at step (\d+) in train", message)[1])
-    assert last >= 1100
+    assert last >= 1000
     assert "Start all of them again" in message
 
 
 def train_until_stuck(flags, environment):
-    """A host whose main thread does not return from writing its second row of metrics."""
+    """A host whose main thread does not return from writing a row of metrics."""
     os.environ.update(environment)
     sys.argv = ["train.py", *flags]
 
@@ -86,7 +87,7 @@ def train_until_stuck(flags, environment):
     from vit_dist.run import cli
 
     def stand_still(loop, step, tensors):
-        if step >= 40:
+        if step >= 200:
             threading.Event().wait()
         return {}
 
@@ -96,6 +97,7 @@ def train_until_stuck(flags, environment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_host_that_does_not_get_on_ends_all_and_is_named(tmp_path):
     """TensorFlow notices nothing: the process is alive."""
     workers, environment = environments()
@@ -108,5 +110,5 @@ def test_a_host_that_does_not_get_on_ends_all_and_is_named(tmp_path):
         assert "stand_still" in other.text()
         for host in (chief, other):
             message = error_of(host)
-            assert f"behind is worker 1 ({workers[1]}), at step 20 in train for " in message
-            assert f"waiting: worker 0 ({workers[0]}), at step 40 in train for " in message
+            assert f"behind is worker 1 ({workers[1]}), at step 180 in train for " in message
+            assert f"waiting: worker 0 ({workers[0]}), at step 200 in train for " in message

@@ -25,19 +25,30 @@ BEAT_SECONDS = 1.0
 # storage can come back: TensorFlow's bucket client alone tries again for some minutes.
 _FACTOR = 10.0
 _LEAST_SECONDS = 600.0
-_SAMPLES = 3  # before them the limit is the whole time-out; the first is left out, it compiles
+# The first stretch of a kind compiles, and is no measure; nor are two.
+_SAMPLES = 3
 
 _SILENT_SECONDS = 5.0  # a host that has missed so many beats is called silent in messages
 _REARM_SECONDS = 30.0
 
 
 class Limits:
-    """How long each kind of work may take on this host, learned from how long it took."""
+    """How long each kind of work may take on this host, learned from how long it took.
+
+    Args:
+      timeout_seconds: the most that is ever allowed once there is something to learn from; before,
+        it takes effect only if it is longer than what compiling may need.
+    """
 
     def __init__(self, timeout_seconds: float):
         self._timeout_seconds = timeout_seconds
         self._counts: dict[str, int] = {}
         self._slowest: dict[str, float] = {}
+
+    @property
+    def first(self) -> float:
+        """Seconds for work of which nothing is known yet."""
+        return max(self._timeout_seconds, _LEAST_SECONDS)
 
     def note(self, doing: str, seconds: float) -> None:
         """Takes the length of one stretch of work into account."""
@@ -48,7 +59,7 @@ class Limits:
     def of(self, doing: str) -> float:
         """Seconds that the next stretch may take."""
         if self._counts.get(doing, 0) < _SAMPLES:
-            return self._timeout_seconds
+            return self.first
         return min(max(_FACTOR * self._slowest[doing], _LEAST_SECONDS), self._timeout_seconds)
 
 
@@ -97,7 +108,7 @@ class Watchdog:
 
     Args:
       meeting: the hosts and the lines between them, which the watchdog's thread uses from now on.
-      timeout_seconds: the longest that the run may stand still, whatever has been learned.
+      timeout_seconds: see Limits.
     """
 
     def __init__(self, meeting: Meeting, *, timeout_seconds: float):
@@ -107,7 +118,7 @@ class Watchdog:
         # Of each host what was told last, and when by this host's clock. This host's own is
         # written by the main thread, the others' by the watchdog's; each entry as a whole.
         now = time.monotonic()
-        self._told = [(State(limit=timeout_seconds), now) for _ in range(count)]
+        self._told = [(State(limit=self._limits.first), now) for _ in range(count)]
         self._lock = threading.Lock()  # of the lines
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -178,7 +189,7 @@ class Watchdog:
             # Should this thread itself be kept from running, because something holds Python's
             # lock, a C thread of faulthandler ends the process; it is set back again and again.
             if time.monotonic() - armed > _REARM_SECONDS:
-                faulthandler.dump_traceback_later(self._timeout_seconds + 60, exit=True, file=2)
+                faulthandler.dump_traceback_later(self._limits.first + 60, exit=True, file=2)
                 armed = time.monotonic()
             with self._lock:
                 verdict = self._hear()
