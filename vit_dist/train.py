@@ -86,18 +86,19 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       HostLostError: another worker is gone.
     """
     # It collects from here on what is logged, and writes it once the workdir is there.
-    with RunLog() as log:
-        return _train(config, str(expand(workdir)), log)
+    with RunLog() as log, Preemption() as preemption:
+        return _train(config, str(expand(workdir)), log, preemption)
 
 
-def _train(config: ConfigDict, workdir: str, log: RunLog) -> dict[str, float]:
+def _train(
+    config: ConfigDict, workdir: str, log: RunLog, preemption: Preemption
+) -> dict[str, float]:
     """From the check of the config until all hosts know that they begin with the same things."""
     options, data = check(config)
     check_bucket(workdir, "--workdir")
     devices = options.evaluation.strategy
     cluster = choose_cluster(devices["name"], devices["tpu"])
     with (
-        Preemption() as preemption,
         meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting,
         WorkdirLock(workdir, active=meeting.index == 0) as lock,
     ):
@@ -267,7 +268,7 @@ class _Loop:
         for split in ("val", "test"):
             if not self.preemption.requested():
                 metrics |= self.judge(split, step)
-        self.checkpointer.wait()
+        self.finish_saving(step)
         if self.preemption.requested():
             metrics["preempted"] = 1.0
         return {**metrics, "step": float(step)}
@@ -390,12 +391,17 @@ class _Loop:
                 notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(arrays, step=step, notes=notes)
 
+    def finish_saving(self, step: int) -> None:
+        """Waits until the last checkpoint is written; the other hosts wait for the chief."""
+        self.watchdog.progress(step, "the last save")
+        self.checkpointer.wait()
+
     def stop(
         self, step: int, tensors: Mapping[str, tf.Tensor], metrics: dict[str, float]
     ) -> dict[str, float]:
         """Saves and ends early, after a signal."""
         self.save(step, tensors)
-        self.checkpointer.wait()
+        self.finish_saving(step)
         self.note(f"step {step}: stopped on request, saved; run the same command to go on")
         return {**metrics, "step": float(step), "preempted": 1.0}
 

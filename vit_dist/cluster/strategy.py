@@ -237,7 +237,7 @@ def _multi_worker_strategy(cluster: Cluster, timeout_seconds: float) -> tf.distr
     # signal handler of Python's runs until they answer. Should one of them die now, the C thread of
     # faulthandler ends this process instead. CommunicationOptions(timeout_seconds=...) is no way
     # out: TensorFlow starts a thread at each collective that sleeps for so long.
-    faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=2)
+    faulthandler.dump_traceback_later(max(timeout_seconds, 120), exit=True, file=2)
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
     finally:

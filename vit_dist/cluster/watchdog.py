@@ -21,23 +21,34 @@ from vit_dist.cluster.line import Message
 
 BEAT_SECONDS = 1.0
 
-# The longest stretch that each kind of work has taken so far, times _FACTOR, is how long it may
-# take; but never less than _LEAST_SECONDS, which storage may need to come back after a failure.
+# A stretch of work may take _FACTOR times the longest of its kind so far, but always so long that
+# storage can come back: TensorFlow's bucket client alone tries again for some minutes.
 _FACTOR = 10.0
-_LEAST_SECONDS = 300.0
-_SAMPLES = 3  # before them the limit is the whole time-out; the first is left out, it compiles
+_LEAST_SECONDS = 600.0
+# The first stretch of a kind compiles, and is no measure; nor are two.
+_SAMPLES = 3
 
 _SILENT_SECONDS = 5.0  # a host that has missed so many beats is called silent in messages
 _REARM_SECONDS = 30.0
 
 
-class Pace:
-    """How long each kind of work may take on this host, learned from how long it took."""
+class Limits:
+    """How long each kind of work may take on this host, learned from how long it took.
+
+    Args:
+      timeout_seconds: the most that is ever allowed once there is something to learn from; before,
+        it takes effect only if it is longer than what compiling may need.
+    """
 
     def __init__(self, timeout_seconds: float):
         self._timeout_seconds = timeout_seconds
         self._counts: dict[str, int] = {}
         self._slowest: dict[str, float] = {}
+
+    @property
+    def first(self) -> float:
+        """Seconds for work of which nothing is known yet."""
+        return max(self._timeout_seconds, _LEAST_SECONDS)
 
     def note(self, doing: str, seconds: float) -> None:
         """Takes the length of one stretch of work into account."""
@@ -45,10 +56,10 @@ class Pace:
         if count > 1:
             self._slowest[doing] = max(self._slowest.get(doing, 0.0), seconds)
 
-    def limit(self, doing: str) -> float:
+    def of(self, doing: str) -> float:
         """Seconds that the next stretch may take."""
         if self._counts.get(doing, 0) < _SAMPLES:
-            return self._timeout_seconds
+            return self.first
         return min(max(_FACTOR * self._slowest[doing], _LEAST_SECONDS), self._timeout_seconds)
 
 
@@ -97,17 +108,17 @@ class Watchdog:
 
     Args:
       meeting: the hosts and the lines between them, which the watchdog's thread uses from now on.
-      timeout_seconds: the longest that the run may stand still, whatever has been learned.
+      timeout_seconds: see Limits.
     """
 
     def __init__(self, meeting: Meeting, *, timeout_seconds: float):
         self._meeting, self._timeout_seconds = meeting, timeout_seconds
-        self._pace = Pace(timeout_seconds)
+        self._limits = Limits(timeout_seconds)
         count = len(meeting.cluster.workers) if meeting.cluster else 1
         # Of each host what was told last, and when by this host's clock. This host's own is
         # written by the main thread, the others' by the watchdog's; each entry as a whole.
         now = time.monotonic()
-        self._told = [(State(limit=timeout_seconds), now) for _ in range(count)]
+        self._told = [(State(limit=self._limits.first), now) for _ in range(count)]
         self._lock = threading.Lock()  # of the lines
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -136,31 +147,33 @@ class Watchdog:
         """
         before, since = self._told[self._meeting.index]
         now = time.monotonic()
-        self._pace.note(before.doing, now - since)
-        state = State(before.turns + 1, step, doing, limit=self._pace.limit(doing))
+        self._limits.note(before.doing, now - since)
+        state = State(before.turns + 1, step, doing, limit=self._limits.of(doing))
         self._told[self._meeting.index] = (state, now)
 
-    def lost(self, seconds: float = 5.0) -> str:
+    def lost(self, seconds: float = 5.0) -> str | None:
         """Which host is to blame for an error in a collective, and why.
 
         Args:
           seconds: how long to wait for news of a host that is leaving just now.
 
         Returns:
-          Words such as "worker 1 (b:2222) ended: no space left on device".
+          Words such as "worker 1 (b:2222) ended: no space left on device"; None if all hosts still
+          answer, or there is one host only.
         """
         deadline = time.monotonic() + seconds
         while True:
             with self._lock:
                 self._hear()
             states = self._states()
-            if any(state.end is not None for state in states) or time.monotonic() > deadline:
+            over = any(state.end is not None for state in states)
+            if over or not self._meeting.lines or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         ended = [i for i, state in enumerate(states) if state.end]
         silent = [i for i, state in enumerate(states) if state.silent > _SILENT_SECONDS]
         blamed = [self._describe(i, states[i]) for i in ended or silent]
-        return "; ".join(blamed) or "all hosts still answer"
+        return "; ".join(blamed) or None
 
     def _states(self) -> list[State]:
         """All hosts' as of now."""
@@ -176,7 +189,7 @@ class Watchdog:
             # Should this thread itself be kept from running, because something holds Python's
             # lock, a C thread of faulthandler ends the process; it is set back again and again.
             if time.monotonic() - armed > _REARM_SECONDS:
-                faulthandler.dump_traceback_later(self._timeout_seconds + 60, exit=True, file=2)
+                faulthandler.dump_traceback_later(self._limits.first + 60, exit=True, file=2)
                 armed = time.monotonic()
             with self._lock:
                 verdict = self._hear()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import num_hosts
-from vit_dist.config.errors import DataError, HostLostError, UserError
+from vit_dist.config.errors import DataError, HostLostError, StorageError, UserError
 from vit_dist.data.damage import explain_data_error
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.service import find_failure
@@ -29,6 +29,8 @@ _LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.CancelledError,
 )
+# What TensorFlow's bucket client says is UNAVAILABLE, too, when the bucket answers 503.
+_REMOTE = re.compile(r"HTTP (?:request|response)|\b(?:gs|s3|hdfs)://")
 
 
 # A file of the data that is not there, or is damaged, is looked for and named with its example.
@@ -57,7 +59,7 @@ def explain(
     strategy: tf.distribute.Strategy,
     *,
     workdir: str,
-    blame: Callable[[], str],
+    blame: Callable[[], str | None],
 ) -> UserError | None:
     """What to raise in place of an error that ended a run; see the module.
 
@@ -67,7 +69,7 @@ def explain(
       data: the opened splits.
       strategy: what it ran on.
       workdir: the run's folder.
-      blame: called to learn which host is to blame for an error between hosts.
+      blame: called to learn which host an error between hosts is due to; see Watchdog.lost.
     """
     if isinstance(error, UserError):
         return None
@@ -86,12 +88,7 @@ def explain(
     if _ITERATOR.search(error.message or ""):
         return explain_reading(error, reading, data)
     if num_hosts(strategy) > 1 and isinstance(error, _LOST):
-        found = re.search(r"Collective (?:ops is|has)[^\n]*", error.message)
-        what = found[0] if found else type(error).__name__
-        return HostLostError(
-            f"lost another worker: {blame()}. Start all of them again: they go on from the newest "
-            f"checkpoint. ({what[:300]})"
-        )
+        return _explain_loss(error, blame())
     return None
 
 
@@ -111,3 +108,15 @@ def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> U
     if failed is not None:  # every example is readable here: it is the service's own trouble
         return DataError(f"{failed}. The data must be readable there under the same paths")
     return None
+
+
+def _explain_loss(error: tf.errors.OpError, blamed: str | None) -> UserError | None:
+    """An error in a collective, in which another host is missing, or in a remote file system."""
+    found = re.search(r"Collective (?:ops is|has)[^\n]*", error.message)
+    what = (found[0] if found else error.message.strip().splitlines()[0])[:300]
+    again = "Start all of them again: they go on from the newest checkpoint"
+    if blamed is not None:
+        return HostLostError(f"lost another worker: {blamed}. {again}. ({what})")
+    if found is None and _REMOTE.search(error.message):
+        return StorageError(f"{what}. {again}")
+    return HostLostError(f"the hosts lost each other, though all of them answer. {again}. ({what})")

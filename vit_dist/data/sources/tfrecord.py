@@ -140,7 +140,7 @@ class TfrecordSource(base.Source):
 
     def load(self, index: int) -> tuple[bytes, int]:
         if self._table.compression:
-            return super().load(index)  # type: ignore[return-value]
+            return super().load(index)
         file, offset = self._locate(index)
         path = os.fsencode(self.files[file])
         with tf.device("CPU:0"):

@@ -1,0 +1,114 @@
+"""Two real hosts: nothing piles up in them, and one that is stuck is named."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.support import processes
+from tests.support.clusters import free_addresses
+
+FLAGS = (
+    f"--config={processes.TINY}",
+    "--config.total_steps=1000000",
+    "--config.log_steps=20",
+    "--config.data.val_split=",
+    "--config.model.dropout=0.0",
+    "--config.strategy.name=multiworker",
+)
+
+
+def environments():
+    workers = free_addresses(2)
+    tasks = [{"type": "worker", "index": i} for i in range(2)]
+    cluster = {"worker": workers}
+    return workers, [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": t})} for t in tasks]
+
+
+def step_of(worker):
+    """The last step that it has logged."""
+    return int(([0, *re.findall(r"step (\d+)/", worker.text())])[-1])
+
+
+def resources_of(worker):
+    """(threads, open files)"""
+    proc = Path(f"/proc/{worker.pid}")
+    return len(list((proc / "task").iterdir())), len(list((proc / "fd").iterdir()))
+
+
+def error_of(worker):
+    (message,) = [line for line in worker.text().splitlines() if line.startswith("error: ")]
+    return message
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
+    """TensorFlow's own time-out of collectives would leave 2.4 threads a step asleep."""
+    workers, environment = environments()
+    with ExitStack() as stack:
+        hosts = [
+            stack.enter_context(
+                processes.Command(*FLAGS, f"--workdir={tmp_path}/run", log=tmp_path / str(i), env=e)
+            )
+            for i, e in enumerate(environment)
+        ]
+        chief, other = hosts
+        chief.wait_for(lambda: step_of(chief) >= 100, seconds=280)
+        before = [resources_of(host) for host in hosts]
+        chief.wait_for(lambda: step_of(chief) >= 1100, seconds=280)
+        after = [resources_of(host) for host in hosts]
+        for (threads, files), (threads_now, files_now) in zip(before, after, strict=True):
+            assert threads_now - threads < 20 and files_now - files < 10, (before, after)
+
+        os.kill(other.pid, signal.SIGSTOP)
+        assert chief.wait() == 1
+    message = error_of(chief)
+    assert re.search(
+        rf"lost another worker: worker 1 \({workers[1]}\), silent for \d+ s, ", message
+    )
+    last = int(re.search(r"last at step (\d+) in train", message)[1])
+    assert last >= 1000
+    assert "Start all of them again" in message
+
+
+def train_until_stuck(flags, environment):
+    """A host whose main thread does not return from writing a row of metrics."""
+    os.environ.update(environment)
+    sys.argv = ["train.py", *flags]
+
+    from vit_dist import train
+    from vit_dist.run import cli
+
+    def stand_still(loop, step, tensors):
+        if step >= 200:
+            threading.Event().wait()
+        return {}
+
+    train._Loop.log = stand_still
+    train.define_flags()
+    cli.run(train.main)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_host_that_does_not_get_on_ends_all_and_is_named(tmp_path):
+    """TensorFlow notices nothing: the process is alive."""
+    workers, environment = environments()
+    flags = [*FLAGS, f"--workdir={tmp_path}/run", "--config.strategy.timeout_seconds=20"]
+    with (
+        processes.Command(*flags, log=tmp_path / "0", env=environment[0]) as chief,
+        processes.Call(train_until_stuck, flags, environment[1], log=tmp_path / "1") as other,
+    ):
+        assert (chief.wait(), other.wait()) == (1, 1)
+        assert "stand_still" in other.text()
+        for host in (chief, other):
+            message = error_of(host)
+            assert f"behind is worker 1 ({workers[1]}), at step 180 in train for " in message
+            assert f"waiting: worker 0 ({workers[0]}), at step 200 in train for " in message
