@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tests.support import images, tiny
 from tests.support.images import PIPE
+from vit_dist.config.errors import DataError
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, check_share, explain_data_error
 from vit_dist.data.ops import basic as ops
@@ -66,7 +67,8 @@ def test_a_bad_file_is_masked_in_its_place(folder, kind, pipe, caplog):
         for key in ("image", "label"):
             np.testing.assert_array_equal(a[key][good], b[key][good])
             assert (a[key][~good] == 0).all()
-    assert set(damage.counts()) == {reason}  # more than once, as some batches are made ahead
+    # Batches are made ahead, and what is masked in those does not count yet.
+    assert damage.counts(before=24) == {reason: 1} and set(damage.counts()) == {reason}
     assert sum((b["mask"] == 0).sum() for b in have) == 1
     what = "No such file" if kind == "missing" else "Invalid" if kind == "truncated" else "mage"
     (line,) = {x for x in caplog.messages if x.startswith("masked: ")}
@@ -229,7 +231,11 @@ def test_a_bad_image_in_a_record(tmp_path, stream):
     damage = Damage(source)
     have = batches(source, 5, damage=damage)
     assert [i for b in have for i in b["index"][b["mask"] == 0]] == [4] * 4
-    assert set(damage.counts()) == {"undecodable"}
+    assert damage.counts(before=40) == {"undecodable": 4}
+    with pytest.raises(tf.errors.OpError) as error:
+        batches(source, 5)
+    text = explain_data_error(source, error.value)
+    assert "(example 4 of tfrecord:" in text and "replace it or remove it" in text
 
 
 # a whole run
@@ -249,11 +255,11 @@ def test_a_masked_example_counts_as_nothing(tmp_path):
     bad.write_bytes(b"")
     metrics = train(config, str(tmp_path / "masked"))
     assert (whole["masked"], metrics["masked"]) == (0, 1)
-    assert metrics["masked_undecodable"] >= 1  # with the batches that are made ahead
+    assert metrics["masked_undecodable"] == 1  # though batches are made ahead, and shown first
     # A head of zeros: each example's loss is log 2.
     assert metrics["loss"] == pytest.approx(whole["loss"] * 15 / 16, rel=1e-6)
     (row,) = tiny.rows(tmp_path / "masked")
-    assert row["train/masked"] == 1 and row["train/masked_undecodable"] >= 1
+    assert row["train/masked"] == 1 and row["train/masked_undecodable"] == 1
     accumulated = masked_run(
         folder, 1, optimizer__name="sgd", model__dropout=0.0,
         step__accumulation=2, strategy__name="mirrored", strategy__virtual_cpus=2,
@@ -272,15 +278,82 @@ def test_too_many_bad_examples_end_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("masked", "seen", "fails"),
-    [(2, 10, False), (3, 10, True), (3, 1000, False), (11, 1000, True)],
+    ("masked", "seen", "limit", "repeats", "fails"),
+    [
+        (2, 10, 0.01, 1, False),
+        (3, 10, 0.01, 1, True),
+        (3, 1000, 0.01, 1, False),
+        (11, 1000, 0.01, 1, True),
+        # A small set: two bad images are allowed, in each epoch begun. They may come early in it.
+        (2, 10, 0.001, 1, False),
+        (3, 10, 0.001, 1, True),
+        (4, 210, 0.001, 1, False),
+        (5, 210, 0.001, 1, True),
+        (1, 10, 0.0, 1, True),
+        # Copies of one image are one.
+        (6, 10, 0.001, 3, False),
+        (7, 10, 0.001, 3, True),
+        (6, 590, 0.001, 3, False),
+        (7, 590, 0.001, 3, True),
+    ],
 )
-def test_the_limit_is_of_an_epoch_or_more(masked, seen, fails):
+def test_the_limit_is_of_an_epoch_or_more(masked, seen, limit, repeats, fails):
+    known = {"seen": seen, "num_examples": 200, "limit": limit, "repeats": repeats}
     if fails:
         with pytest.raises(ValueError, match=f"{masked} damaged"):
-            check_share(masked, seen=seen, num_examples=200, limit=0.01)
+            check_share(masked, **known)
     else:
-        check_share(masked, seen=seen, num_examples=200, limit=0.01)
+        check_share(masked, **known)
+
+
+def test_all_damaged_examples_are_named_at_once(folder):
+    root, paths = folder
+    source = open_folder(root)
+    for i in (2, 9, 21):
+        paths[i].write_bytes(paths[i].read_bytes()[:200])
+    with pytest.raises(tf.errors.OpError) as error:
+        batches(source)
+    text = explain_data_error(source, error.value, pipe=ops.parse(PIPE), indices=[9])
+    first, *lines = text.splitlines()
+    assert first.startswith("3 examples are damaged; replace it or remove it, each of these:")
+    for path, line in zip((paths[9], paths[2], paths[21]), lines, strict=True):
+        assert str(path) in line and "cannot be read: Invalid JPEG" in line
+
+
+def test_reasons_are_counted_once(folder):
+    """Whoever reads the same positions again: a preview, the next evaluation."""
+    root, paths = folder
+    paths[5].write_bytes(b"")
+    source = open_folder(root, check_files=False)
+    damage = Damage(source)
+    for _ in range(3):
+        ds = pipeline.make_eval_data(source, ops.parse(PIPE), batch_size=9, damage=damage)
+        assert sum((b["mask"] == 0).sum() for b in ds.as_numpy_iterator()) == 4  # three of padding
+        assert damage.counts() == {"undecodable": 1}
+    damage = Damage(source)
+    batches(source, 1, damage=damage, only=24, batch_size=24)
+    batches(source, 1, damage=damage, batch_size=24)
+    assert damage.counts(before=24) == {"undecodable": 1}
+
+
+def test_a_small_set_may_have_a_bad_image(tmp_path):
+    """With the default share, which is less than one of 16 images."""
+    folder = tiny.make_folder(tmp_path / "images")
+    (folder / "train" / "dogs" / "5.jpg").write_bytes(b"")
+    (folder / "val" / "dogs" / "5.jpg").write_bytes(b"")
+    config = tiny.of_folder(folder, total_steps=4, input__on_bad_example="mask", log_steps=1)
+    metrics = train(config, str(tmp_path / "run"))
+    assert metrics["masked"] == metrics["masked_undecodable"] == 4
+    assert metrics["val_examples"] == 15
+
+
+def test_an_evaluation_without_most_of_its_examples_is_an_error(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    for path in (folder / "val" / "dogs").iterdir():
+        path.write_bytes(b"")
+    config = tiny.of_folder(folder, input__on_bad_example="mask")
+    with pytest.raises(DataError, match="8 damaged examples were masked, more than"):
+        train(config, str(tmp_path / "run"))
 
 
 def test_a_resume_notices_other_images(tmp_path):

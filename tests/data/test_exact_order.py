@@ -184,7 +184,7 @@ def test_a_stream_has_no_repeats(tmp_path):
     images.write_tfrecords(tmp_path)
     options = {"files": f"{tmp_path}/*", "num_classes": 4, "stream": True}
     stream = open_source("tfrecord", split="train", **options)
-    with pytest.raises(ValueError, match="repeats=2 must be 1 or more, and 1 for tfrecord"):
+    with pytest.raises(ValueError, match=r"repeats=2 must be 1: tfrecord.* is streamed"):
         pipeline.make_train_data(stream, ops.parse(CROP), batch_size=8, seed=0, repeats=2)
 
 

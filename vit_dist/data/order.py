@@ -3,10 +3,10 @@
 import tensorflow as tf
 
 MAX_SEED = 2**62
-# tf.random.experimental.index_shuffle makes 4 rounds of its cipher: too few. With 60,000 examples
-# the orders of successive epochs then correlate by 0.9 (measured), and small seeds leave small sets
-# almost in order. From 12 rounds on correlations, fixed points and neighbours are those of random
-# permutations; 16 cost 0.4 us an example.
+# Rounds of the cipher by which an index is shuffled. tf.random.experimental.index_shuffle makes 4:
+# too few. With 60,000 examples the orders of successive epochs then correlate by 0.9 (measured),
+# and small seeds leave small sets almost in order. From 12 rounds on correlations, fixed points and
+# neighbours are those of random permutations; 16 cost 0.4 us an example.
 ROUNDS = 16
 
 
@@ -28,7 +28,8 @@ def make_order(
     epoch, slot = positions // num_examples, positions % num_examples
 
     def key_of(one: tf.Tensor) -> tf.Tensor:
-        # No example has the index -1, so this stream is the shuffle's own.
+        # Augmentation folds the index of an example into the epoch's seed (example_seeds). No
+        # example has the index -1, so these numbers are independent of augmentation.
         stream = tf.random.fold_in(_epoch_seed(one, seed), -1)
         return tf.random.stateless_uniform((3,), stream, None, None, tf.uint32)
 
@@ -58,15 +59,17 @@ def repeat_in_batch(
     Returns:
       The positions to read, and the number of the copy, from 0: (B,) int64 each.
     """
-    distinct = -(-batch_size // repeats)
+    distinct = -(-batch_size // repeats)  # examples of a batch
     step, place = positions // batch_size, positions % batch_size
+    # Place 0, 1, ..., distinct - 1 of a batch hold first copies, the next `distinct` second copies.
     return step * distinct + place % distinct, place // distinct
 
 
 def example_seeds(epoch: tf.Tensor, index: tf.Tensor, *, seed: int) -> tf.Tensor:
     """Returns fold_in(fold_in(seed, epoch), index) for (B,) int64 each, as (B, 2) int32."""
 
-    # fold_in(s, x) is [random(s), x]: the draw is the same for all examples of an epoch.
+    # TensorFlow's fold_in(s, x) is [a random number drawn from s, x]. That number is the same for
+    # all examples of an epoch, so it is drawn once for each epoch and not for each example.
     def draw(one: tf.Tensor) -> tf.Tensor:
         return tf.random.fold_in(_epoch_seed(one, seed), 0)[0]
 

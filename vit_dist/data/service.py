@@ -1,9 +1,10 @@
-"""Batches that other machines make (tf.data service), in the exact order that this host would.
+"""Batches that other machines make (tf.data service), in the order that this host would make them.
 
-A service is one dispatcher with one worker. Of a host's elements, number i comes from service
-i % N, as a dataset of those elements alone; so which service is fast or slow changes nothing. As an
-element is a function of seed and number, a service that was restarted is asked for what is still
-missing. Each element carries its number, and none is taken out of turn.
+A service is one dispatcher with one worker. Element number i of this host's dataset comes from
+service i % N: service k is sent a dataset of the elements k, k + N, k + 2N, ... alone. So the order
+does not depend on which service is fast. As an element is a function of seed and number, a service
+that was restarted is sent a dataset of the elements that are still missing. Each element carries
+its number, and one that does not come in turn is refused.
 """
 
 import itertools
@@ -23,7 +24,9 @@ from vit_dist.data.damage import message_of
 from vit_dist.data.pipeline import finish
 
 SERVICE = "data service"  # how messages name one
-POLL = 1.0  # seconds between two looks at a service that sends nothing
+# Seconds between two looks at a service that sends nothing, and until one that does not answer is
+# taken to be gone.
+POLL = 1.0
 
 Make = Callable[[tuple[tf.Tensor, int]], tf.data.Dataset]
 
@@ -33,14 +36,15 @@ def serve(host: str, port: int, worker_port: int = 0) -> list[Any]:
 
     Args:
       host: Name or address of this machine, as clients reach it.
-      port: Of the dispatcher, which clients are given.
-      worker_port: Of the worker, of which the dispatcher tells them; 0: any that is free.
+      port: Of the dispatcher; clients are given this one.
+      worker_port: Of the worker; the dispatcher tells it to clients. 0: any that is free.
 
     Raises:
       OSError: A port is in use.
     """
     for number in (port, worker_port):
-        with socket.create_server(("", number)):  # TensorFlow's would share one that is in use
+        # TensorFlow's own server would share a port that is in use already, without an error.
+        with socket.create_server(("", number)):
             pass
     library = tf.data.experimental.service
     try:
@@ -76,22 +80,22 @@ def parse_addresses(text: str) -> list[str]:
 def from_services(
     make: Make, addresses: Sequence[str], *, timeout: float, prefetch: int
 ) -> tf.data.Dataset:
-    """Returns the elements that `make((0, 1))` has, made by services in turns.
+    """Returns a dataset of the elements of `make((0, 1))`, which services make in turns.
+
+    Iterating over it fails with an error whose message `find_failure` understands.
 
     Args:
-      make: (k, n) -> a dataset of the elements k, k + n, k + 2n, ..., endless, without functions in
+      make: (k, n) -> an endless dataset of the elements k, k + n, k + 2n, ..., which calls no
         Python; k is a scalar int64 tensor.
       addresses: "host:port" of each dispatcher.
       timeout: Seconds without an element, or without an answer, after which a service is given up.
-      prefetch: Elements kept here, and as many by the services.
-
-    Raises:
-      Iterating fails with an error whose message `find_failure` knows.
+      prefetch: Elements kept ready here, and as many by all services together.
     """
     count = len(addresses)
     known: dict[str, Any] = {}
 
     def build(begin: tf.Tensor) -> tf.Tensor:
+        # Numbered by the service, from 0 at its first element: that is how a lost one shows.
         ds = make((begin, count)).enumerate()
         known["spec"] = ds.element_spec
         return tf.data.experimental.to_variant(ds)
@@ -128,24 +132,29 @@ def from_services(
                 client.end()
 
     ds = tf.data.Dataset.from_generator(elements, output_signature=known["spec"][1])
-    # Threads of its own: while one waits for a service, reading from it needs the common ones.
+    # Two threads of its own: the generator blocks one while it waits for a service, and the reading
+    # from that service runs on TensorFlow's common threads.
     return finish(ds, 2, prefetch, None)
 
 
 class _Client:
-    """Reads one service's elements, in a thread: the call that reads never returns without it."""
+    """Reads one service's elements, in a thread of its own.
+
+    A call that reads from a service which is gone never returns, so it cannot be made by the thread
+    that notices this.
+    """
 
     def __init__(self, address: str, ask: Callable, *, begin: int, stride: int, timeout: float):
         self._address, self._ask, self._timeout = address, ask, timeout
-        self._number, self._stride = begin, stride  # of the next element
-        self._failed = -1  # the number at which it failed last
-        self._results: queue.Queue | None = None
-        self._ended = threading.Event()
-        self._looking = True
+        self._number, self._stride = begin, stride  # of the element that is to come next
+        self._failed = -1  # the number of the element at which the service failed last
+        self._results: queue.Queue | None = None  # what the thread has read; None: no thread
+        self._ended = threading.Event()  # tells the thread to end
+        self._looking = True  # whether the service does not answer, as far as is known
         self._look()
 
     def _look(self) -> None:
-        """Asks for all elements from the next one on, if the service answers."""
+        """Asks the service for all elements from the next one on, if it answers."""
         if not _answers(self._address):
             if not self._looking:
                 logging.warning("lost %s %s, looking for it", SERVICE, self._address)
@@ -157,7 +166,7 @@ class _Client:
         threading.Thread(target=self._read, args=arguments, daemon=True).start()
 
     def end(self) -> None:
-        """Lets go of the service."""
+        """Tells the thread to end, and forgets what it has read."""
         self._ended.set()
         self._results = None
 
@@ -200,7 +209,7 @@ class _Client:
                 continue
             if isinstance(result, Exception):
                 self._retry(result)
-            elif result[0] != self._number:  # one is lost with a connection that breaks
+            elif result[0] != self._number:  # an element is lost with a connection that breaks
                 self._retry(ValueError(f"element {result[0]} came instead of {self._number}"))
             else:
                 self._number += self._stride
@@ -213,7 +222,11 @@ class _Client:
         )
 
     def _retry(self, error: Exception) -> None:
-        """One that was restarted knows nothing of us; what fails again is no accident."""
+        """Asks once more, as a restarted service fails once: it has forgotten what it was asked.
+
+        Raises:
+          ValueError: It has failed at this element before.
+        """
         if self._failed == self._number:
             raise DataError(f"{SERVICE} {self._address} failed: {message_of(error)}") from error
         logging.warning("%s %s: %s; asking again", SERVICE, self._address, message_of(error))
@@ -231,7 +244,12 @@ def _answers(address: str) -> bool:
 
 
 def find_failure(error: tf.errors.OpError) -> Exception | None:
-    """Returns what iterating over `from_services` met, out of the error that TensorFlow made."""
+    """Returns what iterating over `from_services` met, out of the error that TensorFlow made of it.
+
+    Returns:
+      ConnectionError for a service that is gone, ValueError for one that fails; None for an error
+      that has nothing to do with services.
+    """
     lines = [line for line in (error.message or "").splitlines() if f"Error: {SERVICE} " in line]
     if not lines:
         return None

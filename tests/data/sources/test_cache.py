@@ -1,5 +1,8 @@
 """The cache gives what the source gives, is filled once, and is refused where it cannot fit."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,10 +10,11 @@ import tensorflow as tf
 from tests.support import images, tiny
 from tests.support.images import PIPE
 from vit_dist.data import pipeline
-from vit_dist.data.damage import Damage
+from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources import cache
 from vit_dist.data.sources.cache import CachedSource
+from vit_dist.data.sources.folder import FolderSource
 from vit_dist.data.sources.open import open_source
 from vit_dist.run.check import check
 
@@ -76,6 +80,79 @@ def test_a_cache_that_was_not_finished_is_filled_again(folder, tmp_path):
     data.write_bytes(b"half")
     CachedSource(source, "raw", folder=str(tmp_path)).prepare()
     assert data.stat().st_size > 100 and table.exists()
+
+
+@pytest.mark.parametrize("form", cache.FORMS)
+def test_storage_that_fails_for_a_moment_is_not_kept(folder, form, tmp_path, monkeypatch):
+    """It is no damage: the run ends, and the next one finds no trace of it."""
+    source, _ = folder
+    load = FolderSource.load
+
+    def failing(self, index):
+        if index == 5:
+            raise OSError(errno.EIO, "Input/output error", "an image")
+        return load(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "load", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            CachedSource(source, form, folder=str(tmp_path / "c"), keep_damaged=True).prepare()
+    assert not list((tmp_path / "c").iterdir())
+    cached = CachedSource(source, form, folder=str(tmp_path / "c"), keep_damaged=True)
+    damage = Damage(cached)
+    assert all((b["mask"] == 1).all() for b in batches(cached, damage=damage))
+    assert damage.counts() == {}
+
+
+@pytest.mark.parametrize("form", cache.FORMS)
+def test_a_flipped_bit_in_a_cache_is_named_and_not_masked(folder, form, tmp_path):
+    source, _ = folder
+    for masked in (False, True):
+        cached = CachedSource(source, form, folder=str(tmp_path / "cache"))
+        cached.prepare()
+        (path,) = (tmp_path / "cache").glob("*.cache")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        again = CachedSource(source, form, folder=str(tmp_path / "cache"))
+        with pytest.raises(tf.errors.UnknownError) as error:
+            batches(again, damage=Damage(again) if masked else None)
+        text = explain_data_error(again, error.value)
+        assert f"the cache {path} is damaged at example" in text and "remove that file" in text
+        path.unlink()
+
+
+@pytest.mark.parametrize("broken", ["data", "table", "no data"])
+def test_a_cache_that_is_not_whole_is_filled_again(folder, broken, tmp_path, caplog):
+    source, _ = folder
+    CachedSource(source, "raw", folder=str(tmp_path / "cache")).prepare()
+    (data,) = (tmp_path / "cache").glob("*.cache")
+    (table,) = (tmp_path / "cache").glob("*.npz")
+    whole = data.read_bytes()
+    if broken == "no data":
+        data.unlink()
+    else:
+        os.truncate(data if broken == "data" else table, 100)
+    cached = CachedSource(source, "raw", folder=str(tmp_path / "cache"))
+    cached.prepare()
+    assert data.read_bytes() == whole and "is damaged" in caplog.text
+    assert bytes(cached.read(tf.constant(9, tf.int64))["image"].numpy()) == source.load(9)[0]
+
+
+def test_a_cache_is_of_the_data_as_it_is_now(folder, tmp_path):
+    """An image that was mended, or the same data elsewhere."""
+    source, paths = folder
+    where = str(tmp_path / "cache")
+    CachedSource(source, "raw", folder=where).prepare()
+    paths[3].write_bytes(images.jpeg(99) + b"more")  # none of those that a fingerprint looks into
+    again = open_source("folder", split="train", data_dir=str(tmp_path / "images"))
+    cached = CachedSource(again, "raw", folder=where)
+    assert cached.read(tf.constant(3, tf.int64))["image"].numpy() == paths[3].read_bytes()
+    assert len(list((tmp_path / "cache").glob("*.cache"))) == 2
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = open_source("folder", split="train", data_dir=str(tmp_path / "moved"))
+    CachedSource(moved, "raw", folder=where).prepare()
+    assert len(list((tmp_path / "cache").glob("*.cache"))) == 2
 
 
 @pytest.mark.parametrize("form", cache.FORMS)
