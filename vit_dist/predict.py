@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import flags
 
 from vit_dist.data.sources.folder import EXTENSIONS
-from vit_dist.export import open_served
+from vit_dist.export import hint_without_flags, open_served
 
 _BATCH = 32
 
@@ -63,7 +63,7 @@ def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator
       ValueError: no such images, one that cannot be read, or a checkpoint without a head.
     """
     paths = _expand(images)
-    served, names = open_served(checkpoint)
+    served, names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
     for start in range(0, len(paths), _BATCH):
         chunk = paths[start : start + _BATCH]
         data = [tf.io.read_file(path) for path in chunk]
