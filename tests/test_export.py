@@ -1,17 +1,24 @@
 """From a run to what others load: files, a SavedModel with preprocessing inside, predictions."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorflow as tf
+from PIL import Image
 
 from tests.support import flax_vit, processes
-from tests.support.tiny import make, make_folder, of_folder
+from tests.support.networks import tiny_vit
+from tests.support.tiny import ANY_SIZE, make, make_folder, of_folder, without_evaluation
+from vit_dist.config.errors import DataError
 from vit_dist.evaluate import evaluate
 from vit_dist.export import ALL_FORMATS, export, load_model
 from vit_dist.model.formats.writing import write_pretrained
@@ -70,6 +77,133 @@ def test_a_keras_file(run, tmp_path):
     model = load_model(open_origin(str(run)))
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(loaded(images), model(images))
+
+
+LOADING = """
+import sys
+{first}
+import vit_dist
+assert {fast} or not {{"tensorflow", "keras"}} & set(sys.modules), "importing vit_dist is slow"
+{then}
+import keras
+model = keras.models.load_model(sys.argv[1])
+assert type(model).__module__ == "vit_dist.model.vit" and model.built
+import numpy as np
+np.save(sys.argv[2], model(np.ones((1, 8, 8, 3), "f")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("", ""),
+        ("import keras", ""),
+        ("", "from vit_dist.model.attention import Attention"),  # in the middle of our own imports
+    ],
+)
+def test_a_keras_file_is_loaded_after_import_vit_dist(run, tmp_path, first, then):
+    """In a process in which nothing else of ours was imported."""
+    export(str(run), "keras", str(tmp_path / "model.keras"))
+    script = LOADING.format(first=first, then=then, fast=bool(first))
+    root = Path(__file__).resolve().parents[1]
+    arguments = [tmp_path / "model.keras", tmp_path / "logits.npy"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = load_model(open_origin(str(run)))
+    expected = model(np.ones((1, 8, 8, 3), np.float32))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-6)
+
+
+@pytest.fixture(scope="module", params=["as they are", "resized"])
+def digits(request, tmp_path_factory):
+    """A run on the digits, arrays of 8 x 8, and whether its pipe resizes them."""
+    workdir, resized = tmp_path_factory.mktemp("digits"), request.param == "resized"
+    ops = {"input__train_ops": ANY_SIZE, "input__eval_ops": ANY_SIZE, "image_size": 16}
+    train(without_evaluation(total_steps=1, **(ops if resized else {})), str(workdir))
+    return workdir, resized
+
+
+def arrays_like_digits():
+    return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+
+
+def test_a_saved_model_of_a_run_on_arrays_takes_arrays(digits, tmp_path):
+    workdir, resized = digits
+    export(str(workdir), "savedmodel", str(tmp_path / "saved"))
+    serve = tf.saved_model.load(str(tmp_path / "saved")).signatures["serving_default"]
+    images = arrays_like_digits()
+    origin = open_origin(str(workdir))
+    model = load_model(origin)
+    pixels = tf.image.resize(images, model.image_size) if resized else images
+    prepared = origin.pipe.device(tf.cast(tf.round(pixels), tf.uint8))
+    out = serve(images=tf.constant(images))
+    np.testing.assert_allclose(out["logits"], model(prepared), atol=0.05 if resized else 1e-6)
+    np.testing.assert_allclose(out["probabilities"], tf.nn.softmax(out["logits"]), atol=1e-6)
+    other = np.zeros((2, 12, 9, 3), np.uint8)
+    if resized:
+        assert serve(images=tf.constant(other))["logits"].shape == (2, 10)
+    else:
+        with pytest.raises(Exception, match=r"\(\?, ?8, ?8, ?3\)|8,8,3"):
+            serve(images=tf.constant(other))
+
+
+def test_files_are_classified_by_a_run_on_arrays(digits, tmp_path):
+    """predict, as in the README's first run."""
+    workdir, resized = digits
+    images = arrays_like_digits()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    export(str(workdir), "savedmodel", str(tmp_path / "saved"))
+    serve = tf.saved_model.load(str(tmp_path / "saved")).signatures["serving_default"]
+    expected = serve(images=tf.constant(images))["probabilities"].numpy()
+    found = list(predict(str(workdir), [str(tmp_path / "*.png")], top=1))
+    for row, prediction in zip(expected, found, strict=True):
+        assert prediction.classes == [str(row.argmax())]
+        np.testing.assert_allclose(prediction.probabilities, row.max(), rtol=1e-5)
+    Image.new("RGB", (20, 16)).save(tmp_path / "large.png")
+    if resized:
+        assert len(list(predict(str(workdir), [str(tmp_path / "large.png")]))) == 1
+    else:
+        with pytest.raises(DataError, match="16 x 20 pixels; this run takes images of 8 x 8 as"):
+            list(predict(str(workdir), [str(tmp_path / "large.png")]))
+
+
+def bare_file(path):
+    """A file of timm's without config.json, whose heads and positions nothing tells."""
+    model = tiny_vit(pool="tok", num_classes=3, image_size=(16, 8))
+    write_pretrained(path, "timm", arrays_of(model), model.get_config(), mean=[0.5], std=[0.5])
+    state = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(state | {"unknown_part.bias": np.ones(3, "f")}, path)
+    return model
+
+
+def test_what_a_file_does_not_tell_is_asked_for_by_the_command_at_hand(tmp_path):
+    """Each by its own flags; predict has none for it, and names the command that has."""
+    path = str(tmp_path / "a.safetensors")
+    model = bare_file(Path(path))
+    output = str(tmp_path / "out")
+    with pytest.raises(DataError, match=r"9 positions .*\. Say --init_image_size=\.\.\.$"):
+        export(path, "timm", output)
+    sized = {"init_image_size": (16, 8)}
+    with pytest.raises(DataError, match=r"not tell num_heads\. Say --num_heads=\.\.\.$"):
+        export(path, "timm", output, **sized)
+    with pytest.raises(DataError, match=r"unknown_part.*Say --ignore='unknown_part"):
+        export(path, "timm", output, **sized, num_heads=2)
+    told = {**sized, "num_heads": 2, "ignore": "unknown_part"}
+    with pytest.raises(DataError, match=r"how images are scaled.*Say --mean=\.\.\. --std=\.\.\.$"):
+        export(path, "timm", output, **told)
+    export(path, "timm", output, **told, mean=[0.5], std=[0.5])
+    again = open_origin(output)
+    assert again.network["image_size"] == (16, 8) and again.network["num_heads"] == 2
+    for name, array in arrays_of(model).items():
+        np.testing.assert_array_equal(np.asarray(again.tensors[name]), array)
+    lacking = rf"Say --init_image_size=\.\.\. to python -m vit_dist.export --checkpoint={path} "
+    Image.new("RGB", (8, 16)).save(tmp_path / "image.png")
+    with pytest.raises(DataError, match=lacking):
+        list(predict(path, [str(tmp_path)]))
 
 
 @pytest.mark.parametrize("system", ["npz", "timm", "huggingface"])
@@ -154,8 +288,6 @@ def test_a_folder_of_hugging_face_tells_its_scaling(tmp_path, folder):
 
 
 def _origin():
-    from tests.support.networks import tiny_vit
-
     model = tiny_vit(pool="tok", num_classes=3)
     return origins.Origin("memory", arrays_of(model), model.get_config())
 

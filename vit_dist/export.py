@@ -116,8 +116,8 @@ def _numbers(name: str, given: Sequence[str] | None) -> list[float] | None:
 
 def hint(settings: Mapping[str, Any]) -> str:
     """How this command is told what would make weights fit: Say --num_heads=..."""
-    named = {_FLAGS[key]: value for key, value in settings.items() if key in _FLAGS}
-    return "Say " + " ".join(f"--{name}={shlex.quote(str(v))}" for name, v in named.items())
+    flags = [f"--{_FLAGS[k]}={shlex.quote(str(v))}" for k, v in settings.items() if k in _FLAGS]
+    return f"Say {' '.join(flags)}" if flags else "No flag of this command mends that"
 
 
 def export(

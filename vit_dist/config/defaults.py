@@ -60,8 +60,8 @@ DEFAULTS: dict[str, Any] = {
     "keep_checkpoints": _number(2, "[1, inf)"),  # the newest so many stay on disk
     "resume_from": "",  # another run's folder: continue it here, optimizer and step included
     "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
-    "init_image_size": _Key(None, object),  # pixels of those, where their file does not tell
-    "init_ignore": "",  # regex: tensors of theirs that may be left out
+    "init_image_size": _Key(None, object),  # pixels that init_from was trained at, if no file tells
+    "init_ignore": "",  # regex: tensors in init_from's file that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
     "modules": _Key((), object),  # your own to import first, e.g. ("my_ops",)

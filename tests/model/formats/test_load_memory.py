@@ -14,7 +14,7 @@ import numpy as np
 from vit_dist.model.formats.writing import write_pretrained
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.origins import open_origin
+from vit_dist.run.origins import open_origin
 
 def peak():
     return int(re.findall(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[0]) * 1024
@@ -53,7 +53,7 @@ def test_a_file_is_never_in_memory_as_a_whole(tmp_path, system, name):
 def test_commands_leave_out_what_keras_takes_along():
     run(
         "import sys\n"
-        "from vit_dist import cli\n"
+        "from vit_dist.run import cli\n"
         "heavy = {'matplotlib', 'scipy', 'sklearn'}\n"
         "assert 'tensorflow' in sys.modules and not heavy & set(sys.modules), sys.modules\n"
         "import scipy.ndimage, sklearn.datasets\n"  # nothing stays hidden

@@ -177,6 +177,27 @@ def test_a_config_json_that_contradicts_our_own_note(tmp_path):
         open_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("system", "said"),
+    [
+        ("timm", {"architecture": 5}),
+        ("timm", {"model_args": ["depth"]}),
+        ("timm", {"model_args": {"img_size": [8]}}),
+        ("timm", {"model_args": {"num_heads": "two"}}),
+        ("timm", {"pretrained_cfg": {"mean": "grey"}}),
+        ("huggingface", {"hidden_act": ["gelu"]}),
+        ("huggingface", {"layer_norm_eps": "small"}),
+        ("huggingface", {"image_size": [8, 8, 8]}),
+        ("huggingface", {"id2label": {"first": "a"}}),
+    ],
+)
+def test_values_that_cannot_be(tmp_path, system, said):
+    _, config = make(tmp_path, system)
+    save(tmp_path, config | said)
+    with pytest.raises(DataError, match=r"config.json has \w+=.*, which cannot be"):
+        open_pretrained(tmp_path)
+
+
 def test_keys_that_change_nothing_are_passed_over(tmp_path):
     _, config = make(tmp_path / "timm")
     config["model_args"] |= {"drop_path_rate": 0.1, "dynamic_img_size": True, "weight_init": "jax"}

@@ -1,7 +1,9 @@
-"""Rules between another system's tensors and ours: one table reads and writes.
+"""Rules between another system's tensors and ours: one table for reading and for writing.
 
-A transform only moves numbers (transposes, reshapes, joins), so that what is written and read again
-has the same bits. Names hold {i} where the number of a block belongs.
+In a rule `theirs` is the name of a tensor in the other system's file and `ours` those of the
+variables of our ViT that it holds; {i} in a name stands for the number of a block. A transform only
+moves numbers (transposes, reshapes, joins), so that what is written and read again has the same
+bits.
 """
 
 import dataclasses
@@ -17,11 +19,11 @@ Arrays = Mapping[str, np.ndarray | LazyArray]
 
 
 class Transform(NamedTuple):
-    """How one tensor of theirs becomes one or more of ours, and back.
+    """How a tensor of the other system becomes one or more of ours, and back.
 
     Attributes:
-      split: their array -> our arrays, in the order of the rule's names.
-      join: our arrays, number of heads -> their array.
+      split: the other system's array -> our arrays, in the order of the rule's names.
+      join: our arrays, number of heads H -> the other system's array.
     """
 
     split: Callable[[np.ndarray], Sequence[np.ndarray]]
@@ -29,13 +31,18 @@ class Transform(NamedTuple):
 
 
 def _fused(count: int) -> Transform:
-    """Rows of `count` matrices (D, D) or biases (D,), stacked; as torch's Linear has them."""
+    """`count` matrices or biases in one, as timm's qkv: (count D, D) <-> count of (D, D).
+
+    PyTorch keeps a Linear's matrix as (out, in), so the parts are stacked along the rows and each
+    is the transpose of ours. A bias, (count D,) <-> count of (D,), is its own transpose.
+    """
     return Transform(
         lambda a: [part.T for part in np.split(a, count)],
         lambda parts, heads: np.concatenate([part.T for part in parts]),
     )
 
 
+# Shapes, the other system's <-> ours: D width, H heads, K = D / H, C channels, (p, q) a patch.
 SAME = Transform(lambda a: [a], lambda parts, heads: parts[0])
 LINEAR = Transform(lambda a: [a.T], lambda parts, heads: parts[0].T)  # (out, in) <-> (in, out)
 CONV = Transform(  # (D, C, p, q) <-> (p, q, C, D)
@@ -56,7 +63,7 @@ HEADS_IN = Transform(  # flax: (H, K, D) <-> (D, D)
 
 
 class Rule(NamedTuple):
-    """One of their tensors, and what it is here."""
+    """A tensor of the other system, the variables of ours that it holds, and how."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -78,14 +85,18 @@ def norm(theirs: str, ours: str) -> list[Rule]:
 
 @dataclasses.dataclass
 class Converted:
-    """Tensors under our names, and the names of theirs that no rule took."""
+    """Tensors under our names, and the names in the file that no rule took."""
 
     tensors: dict[str, LazyArray]
     rest: list[str]
 
 
 def from_theirs(tensors: Mapping[str, LazyArray], rules: Sequence[Rule]) -> Converted:
-    """Applies the rules; nothing is read, only names and shapes count.
+    """Applies the rules from the other system to ours; only names and shapes are looked at.
+
+    Args:
+      tensors: by the other system's names.
+      rules: its table.
 
     Raises:
       DataError: a tensor whose shape cannot be what its name says.
@@ -101,7 +112,12 @@ def from_theirs(tensors: Mapping[str, LazyArray], rules: Sequence[Rule]) -> Conv
 
 
 def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[str, np.ndarray]:
-    """Applies the rules the other way round.
+    """Applies the rules from ours to the other system's; reads all arrays.
+
+    Args:
+      arrays: by our names.
+      rules: the other system's table.
+      num_heads: H, which some systems have as an axis.
 
     Raises:
       DataError: a tensor of ours that the other system has no place for.
@@ -111,7 +127,7 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
     for rule, block in _expand(rules, lambda name: name in arrays, "ours"):
         names = [name.format(i=block) for name in rule.ours]
         if used.issuperset(names):
-            continue  # a second name for the same tensor
+            continue  # several systems' names in one table: the first that fits is written
         parts = [np.asarray(arrays[name]) for name in names]
         theirs = rule.transform.join(parts, num_heads)
         written[rule.theirs.format(i=block)] = np.ascontiguousarray(theirs).reshape(theirs.shape)
@@ -123,7 +139,13 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
 
 
 def _expand(rules: Sequence[Rule], has: Callable[[str], bool], side: str):
-    """Each rule whose tensors are there, with the number of the block."""
+    """(rule, number of a block) for each rule whose tensors on one side are there.
+
+    Args:
+      rules: with {i} in their names, for as many blocks as there are; 0 for rules without.
+      has: whether a name is there.
+      side: "theirs" or "ours", whose names `has` knows.
+    """
     for rule in rules:
         names = (rule.theirs,) if side == "theirs" else rule.ours
         block = 0
@@ -135,8 +157,10 @@ def _expand(rules: Sequence[Rule], has: Callable[[str], bool], side: str):
 
 
 def _lazy(name: str, tensor: LazyArray, transform: Transform, index: int) -> LazyArray:
+    """Part `index` of what the transform makes of a tensor, its shape now, its numbers later."""
     try:
-        # A view of one number, as large as the tensor: the transform shows its shapes for nothing.
+        # To learn the shape without reading: the transform of a view of one number that is as large
+        # as the tensor and takes no memory.
         parts = transform.split(np.broadcast_to(np.float32(0), tensor.shape))
     except (ValueError, IndexError) as error:
         raise DataError(

@@ -1,7 +1,6 @@
 """A pretrained ViT from any file we know: its tensors under our names, and what it is."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,13 @@ from typing import Any
 from vit_dist.config.errors import DataError
 from vit_dist.model.formats import huggingface, timm
 from vit_dist.model.formats import vision_transformer as npz
-from vit_dist.model.formats.architectures import check_architecture
+from vit_dist.model.formats.config_json import (
+    class_names,
+    config_beside,
+    own_note,
+    read_json,
+    scaling,
+)
 from vit_dist.model.formats.containers import merge, open_tensors
 from vit_dist.model.formats.foreign import explain_names, explain_shapes
 from vit_dist.model.formats.mapping import depth_of, from_theirs
@@ -24,13 +29,6 @@ SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "weights.npz", "model.npz")
 # Of a checkpoint in several files ("shards"): which tensor is in which of them.
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-METADATA = "vit_dist"  # key of a safetensors file's metadata: our own description of the network
-# What messages call the makers of files.
-_TITLES = {
-    "npz": "vision_transformer or big_vision",
-    "timm": "timm (or DeiT, DINO, MAE)",
-    "huggingface": "Hugging Face",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _open_shards(path: Path, index: str) -> TensorFile:
     Raises:
       DataError: the index is damaged, or a file does not hold a tensor that it should.
     """
-    places = _json(path, index).get("weight_map", {})
+    places = read_json(path, index).get("weight_map", {})
     shards = sorted(set(places.values())) if isinstance(places, dict) else []
     if not shards or any(Path(str(name)).name != name for name in shards):
         raise DataError(f"{path / index} is damaged: it names no files beside it{AGAIN}")
@@ -129,22 +127,11 @@ def _open_shards(path: Path, index: str) -> TensorFile:
     return whole
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        parsed = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}){AGAIN}") from None
-    return parsed if isinstance(parsed, dict) else {}
-
-
 def _convert(
     path: Path, system: str, file: TensorFile, folder: Path, image_size: Any
 ) -> Pretrained:
     module = _SYSTEMS[system]
-    config, where = _config_beside(folder, file, system)
+    config, where = config_beside(folder, file, system)
     canonical = module.canonical(file.tensors)
     shown: dict[str, Any] = {}
     assumed: list[str] = []
@@ -154,14 +141,14 @@ def _convert(
         said, shown, assumed = module.describe(
             file.tensors, config, wrapper=file.wrapper, where=where
         )
-    own = _own(file)
+    own = own_note(file)
     said = _agreed(said, own, where)
     left_out = [n for n in canonical if module.is_other_part(n, canonical)]
     converted = from_theirs({n: t for n, t in canonical.items() if n not in left_out}, module.RULES)
     network = _network(converted.tensors, said, image_size, converted.rest)
     _check_shown(shown, network, where)
     unused, notes = _other_parts([*converted.rest, *left_out], module.OTHER_PARTS)
-    mean, std = _scaling(system, config, folder)
+    mean, std = scaling(system, config, folder)
     return Pretrained(
         path=str(path),
         system=system,
@@ -173,32 +160,8 @@ def _convert(
         assumed=[] if own else assumed,
         mean=mean,
         std=std,
-        class_names=_class_names(config, network["num_classes"]),
+        class_names=class_names(config, network["num_classes"]),
     )
-
-
-def _config_beside(folder: Path, file: TensorFile, system: str) -> tuple[dict[str, Any], str]:
-    """The config.json that tells of the file's network, {} for none; what messages call it.
-
-    Raises:
-      DataError: config.json is damaged, or of another network than the tensors.
-    """
-    config = _json(folder, "config.json")
-    kind = None
-    if "architecture" in config:
-        kind = "timm"
-    elif "model_type" in config or "architectures" in config:
-        kind = "huggingface"
-    if kind is None:  # something else of this name, such as the config of a run
-        return (dict(file.config) if system == "timm" else {}), "its training script"
-    if kind == "timm":
-        check_architecture(str(config["architecture"]), "config.json")
-    if system != "npz" and kind != system:
-        raise DataError(
-            f"config.json beside it is of {_TITLES[kind]}, while its tensors are named as "
-            f"{_TITLES[system]} names them: put the file where its own config.json is"
-        )
-    return config, "config.json"
 
 
 def _agreed(said: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:
@@ -240,19 +203,6 @@ def _other_parts(
         unused += [name for name in found if name not in unused]
         notes += [f"left out: {meaning}"] if found else []
     return unused, notes
-
-
-def _own(file: TensorFile) -> dict[str, Any]:
-    """What a file that we wrote says of itself beyond shapes; {} for files of others."""
-    try:
-        parsed = json.loads(file.metadata.get(METADATA, "{}"))
-    except ValueError:
-        return {}  # another program's text under our key
-    keys = ("gelu", "norm_epsilon", "norm_after_pool", "num_heads", "pool", "image_size")
-    found = {k: parsed[k] for k in keys if isinstance(parsed, dict) and k in parsed}
-    if found and "prefix_posemb" in parsed:
-        found["prefix_posemb"] = (parsed["prefix_posemb"],)
-    return found
 
 
 def _network(
@@ -349,29 +299,3 @@ def _size_note(said: Mapping[str, Any], network: Mapping[str, Any], asked: Any) 
     if not named or not seen or as_pair(named) == tuple(seen):
         return []
     return [f"of images of {as_pair(named)} its patches cover {tuple(seen)}: that is its size here"]
-
-
-def _scaling(system: str, config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
-    """Mean and std of images in 0..1; None where nothing tells."""
-    if system == "npz":
-        return (0.5,), (0.5,)
-    if system == "timm":
-        found = config.get("pretrained_cfg", config)
-        return found.get("mean"), found.get("std")
-    found = _json(folder, "preprocessor_config.json")
-    if found.get("do_normalize") is False:
-        return (0.0,), (1.0,)
-    return found.get("image_mean"), found.get("image_std")
-
-
-def _class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Names by the head's outputs; () where there are none, or only numbers in their place."""
-    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
-    if not names and isinstance(config.get("id2label"), dict):
-        table = config["id2label"]
-        names = [table[k] for k in sorted(table, key=int)]
-    if not isinstance(names, list) or len(names) != num_classes:
-        return ()
-    # transformers calls classes without names LABEL_0, LABEL_1, ...
-    placeholders = names == [f"LABEL_{i}" for i in range(num_classes)]
-    return () if placeholders else tuple(map(str, names))

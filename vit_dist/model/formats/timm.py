@@ -188,7 +188,8 @@ def describe(
     act = args.get("act_layer")
     if act is not None and act not in _GELUS:
         raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")
-    size = args.get("img_size") or config.get("pretrained_cfg", {}).get("input_size", [None])[1:]
+    input_size = (config.get("pretrained_cfg") or {}).get("input_size")  # channels, height, width
+    size = args.get("img_size") or (input_size[1:] if isinstance(input_size, list) else None)
     said = {
         "gelu": _GELUS[act] if act else known.get("gelu"),
         "norm_epsilon": args.get("norm_epsilon", 1e-6),

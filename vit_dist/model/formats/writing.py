@@ -11,16 +11,21 @@ import safetensors.numpy
 from vit_dist.config.errors import DataError
 from vit_dist.model.formats import huggingface, timm
 from vit_dist.model.formats import vision_transformer as npz
+from vit_dist.model.formats.config_json import METADATA
 from vit_dist.model.formats.mapping import to_theirs
-from vit_dist.model.formats.pretrained import METADATA
 
 FORMATS = ("npz", "big_vision", "timm", "huggingface")
 
 
 def prefix_posemb_for(system: str, network: Mapping[str, Any]) -> str:
-    """Which tokens before the patches have positions in a format: those ours must have as well.
+    """The prefix_posemb that a network must have to be written in a format.
 
-    The rest is folded into the tokens, or filled up with zeros, when weights are adapted to it.
+    Formats differ in which tokens before the patches have an entry in the table of positions. When
+    weights are adapted to that, entries that go are added to their tokens, new ones are zeros.
+
+    Args:
+      system: one of FORMATS.
+      network: ViT.get_config() of what shall be written.
     """
     kind = network["prefix_posemb"]
     if not network["cls_token"] and not network["registers"]:
@@ -44,12 +49,12 @@ def write_pretrained(
     std: Sequence[float],
     class_names: Sequence[str] = (),
 ) -> list[Path]:
-    """Writes the weights, and what the other system needs to build the network.
+    """Writes the weights, and beside them what the other system needs to build the network.
 
     Args:
       path: the .npz or .safetensors file; for "timm" and "huggingface" a folder otherwise.
       system: one of FORMATS.
-      arrays: by our names; all of them.
+      arrays: every variable of the ViT, by our names.
       network: ViT.get_config(), positions as prefix_posemb_for says.
       mean, std: of images in 0..1.
       class_names: in the order of the head's outputs.

@@ -1,0 +1,134 @@
+"""What stands beside weights: config.json, preprocessor_config.json, our own note in a file.
+
+Each is asked for what no tensor tells, and checked, as anyone may have written it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_dist.config.errors import DataError
+from vit_dist.model.formats.architectures import check_architecture
+from vit_dist.model.formats.tensors import AGAIN, TensorFile
+
+METADATA = "vit_dist"  # key of a safetensors file's metadata: our own description of the network
+# What messages call the makers of files.
+_TITLES = {
+    "npz": "vision_transformer or big_vision",
+    "timm": "timm (or DeiT, DINO, MAE)",
+    "huggingface": "Hugging Face",
+}
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The dictionary in a file; {} where there is no file, or no dictionary in it.
+
+    Raises:
+      DataError: it is no JSON.
+    """
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        parsed = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}){AGAIN}") from None
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def config_beside(folder: Path, file: TensorFile, system: str) -> tuple[dict[str, Any], str]:
+    """The config.json that tells of the file's network, {} for none; what messages call it.
+
+    Raises:
+      DataError: config.json is damaged, or of another network than the tensors.
+    """
+    config = read_json(folder, "config.json")
+    kind = None
+    if "architecture" in config:
+        kind = "timm"
+    elif "model_type" in config or "architectures" in config:
+        kind = "huggingface"
+    if kind is None:  # something else of this name, such as the config of a run
+        return (dict(file.config) if system == "timm" else {}), "its training script"
+    _check_types(config)
+    if kind == "timm":
+        check_architecture(str(config["architecture"]), "config.json")
+    if system != "npz" and kind != system:
+        raise DataError(
+            f"config.json beside it is of {_TITLES[kind]}, while its tensors are named as "
+            f"{_TITLES[system]} names them: put the file where its own config.json is"
+        )
+    return config, "config.json"
+
+
+# Keys of a config.json, or of its model_args, whose values are used -> what they must be.
+_TYPES: dict[str, Any] = {
+    "architecture": str,
+    "model_args": dict,
+    "pretrained_cfg": dict,
+    "architectures": list,
+    "id2label": dict,
+    **dict.fromkeys(("hidden_act", "act_layer", "pooler_act", "global_pool", "model_type"), str),
+    **dict.fromkeys(("layer_norm_eps", "norm_epsilon"), (int, float)),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), int),
+    **dict.fromkeys(("image_size", "img_size"), (int, list)),
+    **dict.fromkeys(("mean", "std", "image_mean", "image_std"), (int, float, list)),
+}
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Raises DataError where config.json has a value of another kind than it is used as."""
+    for key, value in config.items():
+        kinds = _TYPES.get(key, object)
+        right = value is None or isinstance(value, kinds)
+        if key in ("image_size", "img_size") and isinstance(value, list):
+            right = len(value) == 2 and all(isinstance(n, int) for n in value)
+        if key in ("mean", "std", "image_mean", "image_std") and isinstance(value, list):
+            right = all(isinstance(n, (int, float)) for n in value)
+        if key == "id2label" and isinstance(value, dict):
+            right = all(str(number).isdigit() for number in value)
+        if not right:
+            raise DataError(f"config.json has {key}={value!r}, which cannot be: correct it")
+        if key in ("model_args", "pretrained_cfg"):
+            _check_types(value or {})
+
+
+def own_note(file: TensorFile) -> dict[str, Any]:
+    """What a file that we wrote says of itself beyond shapes; {} for files of others."""
+    try:
+        parsed = json.loads(file.metadata.get(METADATA, "{}"))
+    except ValueError:
+        return {}  # another program's text under our key
+    keys = ("gelu", "norm_epsilon", "norm_after_pool", "num_heads", "pool", "image_size")
+    found = {k: parsed[k] for k in keys if isinstance(parsed, dict) and k in parsed}
+    if found and "prefix_posemb" in parsed:
+        found["prefix_posemb"] = (parsed["prefix_posemb"],)
+    return found
+
+
+def scaling(system: str, config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
+    """Mean and std of images in 0..1; None where nothing tells."""
+    if system == "npz":
+        return (0.5,), (0.5,)
+    if system == "timm":
+        found = config.get("pretrained_cfg") or config
+        return found.get("mean"), found.get("std")
+    found = read_json(folder, "preprocessor_config.json")
+    _check_types(found)
+    if found.get("do_normalize") is False:
+        return (0.0,), (1.0,)
+    return found.get("image_mean"), found.get("image_std")
+
+
+def class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Names by the head's outputs; () where there are none, or only numbers in their place."""
+    names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
+    if not names and isinstance(config.get("id2label"), dict):
+        table = config["id2label"]
+        names = [table[k] for k in sorted(table, key=int)]
+    if not isinstance(names, list) or len(names) != num_classes:
+        return ()
+    # transformers calls classes without names LABEL_0, LABEL_1, ...
+    placeholders = names == [f"LABEL_{i}" for i in range(num_classes)]
+    return () if placeholders else tuple(map(str, names))
