@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 def config(**changed):
     ops = f"resize(size)|{tiny.OPS}"
     options = {
-        "modules": MODULES,
+        "imports": MODULES,
         "data__source": "shapes",
         "data__options": {"pixels": 12},
         "input__train_ops": f"invert(0.5)|{ops}",
@@ -75,9 +75,9 @@ def test_the_op_does_what_it_says(folder):
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"modules": ("no_such_module",)}, "'no_such_module', which is no module here.*PYTHONPATH"),
-        ({"modules": ("my-ops",)}, "must be a list of modules"),
-        ({"modules": 3}, "must be a list of modules"),
+        ({"imports": ("no_such_module",)}, "'no_such_module', which is no module here.*PYTHONPATH"),
+        ({"imports": ("my-ops",)}, "must be a list of modules"),
+        ({"imports": 3}, "must be a list of modules"),
         ({"data__options": {"pixel": 12}}, "takes no option 'pixel', did you mean 'pixels'"),
         ({"data__options": 3}, "config.data.options must be a dict"),
         ({"input__train_ops": f"invert(2)|{tiny.ANY_SIZE}"}, r"probability must be in \[0, 1\]"),

@@ -22,7 +22,7 @@ from vit_dist.training.losses import make_loss
 from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 from vit_dist.training.schedules import NAMES, Schedule
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import make_train_step
+from vit_dist.training.step import StepOptions, make_train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = Path(os.environ.get("VIT_DIST_INTEROP_PYTHON") or ROOT / ".venv-interop" / "bin" / "python")
@@ -167,17 +167,19 @@ def ours(recipe):
         make_loss(label_smoothing=recipe["smoothing"]),
         strategy=strategy,
         schedule=Schedule(
-            recipe["rate"], total_steps=recipe["total"], warmup_steps=recipe["warmup"],
-            start_factor=recipe["start"], end_factor=recipe["end"],
+            recipe["rate"],
+            total_steps=recipe["total"],
+            warmup_steps=recipe["warmup"],
+            start_factor=recipe["start"],
+            end_factor=recipe["end"],
         ),
         preprocess=lambda x: x,
         batch_size=BATCH,
         seed=0,
-        accumulation=2,
-        clip_norm=recipe["clip"],
-        ema_decay=recipe["ema"],
-        jit="off",
-    )  # fmt: skip
+        options=StepOptions(
+            accumulation=2, clip_norm=recipe["clip"], ema_decay=recipe["ema"], jit="off"
+        ),
+    )
     images, labels = data()
     batches = tf.data.Dataset.from_tensor_slices({"image": images, "label": labels})
     batches, one = iter(batches), tf.constant(1, tf.int64)

@@ -64,7 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "init_ignore": "",  # regex: tensors in init_from's file that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
-    "modules": _Key((), object),  # your own to import first, e.g. ("my_ops",)
+    "imports": _Key((), object),  # your own to import first, e.g. ("my_ops",)
     "data": {  # data/sources/; keys left None take the source's own default
         "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
         "train_split": "train",  # as the source names it; tfds: TFDS's syntax, "train[:99%]"

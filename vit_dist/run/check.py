@@ -12,7 +12,7 @@ from vit_dist.config import defaults as config_lib
 from vit_dist.config import durations as durations_lib
 from vit_dist.config.binding import bind
 from vit_dist.config.errors import ConfigError, DataError
-from vit_dist.config.modules import check_modules, import_modules
+from vit_dist.config.imports import check_imports, import_modules
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing, check_groups, make_mixing
 from vit_dist.data.ops.pipe import Pipe, parse
@@ -50,7 +50,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
       DataError: the data is not there, or not what the config says.
     """
     config = _finalized(config)
-    import_modules(check_modules(config.modules))
+    import_modules(check_imports(config.imports))
     # Whatever a glance finds comes first: opening the data can take minutes.
     optimizer = _check_optimizer(config)
     step = StepOptions(**bind(StepOptions, config.step, name="step"))
@@ -121,7 +121,7 @@ def check_evaluation(
       DataError: the data is not there, or not what the config says.
     """
     config = _finalized(config)
-    import_modules(check_modules(config.modules))
+    import_modules(check_imports(config.imports))
     _check_choices(config)
     return _check_evaluation(config, training=False, splits=splits)
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from etils import epath
 
 from vit_dist.config.errors import ConfigError, DataError
-from vit_dist.config.modules import check_modules, import_modules
+from vit_dist.config.imports import check_imports, import_modules
 from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.model.formats.pretrained import SUFFIXES, open_pretrained
 from vit_dist.model.formats.tensors import LazyArray
@@ -183,7 +183,7 @@ def _of_run(path: str) -> Origin:
     checkpoint = open_checkpoint(path, weights=True)
     notes = checkpoint.notes
     # Modules of the user's own, which register ops that the pipe names.
-    import_modules(check_modules(notes["config"].get("modules", ())))
+    import_modules(check_imports(notes["config"].get("imports", ())))
     network = notes["model"]
     size, classes = tuple(network["image_size"]), network["num_classes"]
     return Origin(

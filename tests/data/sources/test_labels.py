@@ -298,9 +298,7 @@ def test_an_unlabelled_split_is_not_evaluated(tmp_path):
     write_split(tmp_path, "val", stored)
     train(config_of(tmp_path, total_steps=2), str(tmp_path / "run"))
     write_split(tmp_path, "test", [0] + [-1] * 19)
-    config = config_of(tmp_path)
-    with config.unlocked():
-        config.data.test_split = "test"
+    config = config_of(tmp_path, data__test_split="test")
     with pytest.raises(ValueError, match=r"not known, as in test splits"):
         evaluate(config, str(tmp_path / "run"), splits=["test"])
 

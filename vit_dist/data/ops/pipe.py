@@ -9,7 +9,7 @@ Ops registered with `compiled=True` are compiled by XLA for the CPU of the host.
 are compiled together, as one loop over a chunk of images: a look-up per byte takes XLA's code a
 fifth to a tenth of the time of TensorFlow's kernels, and in compiled code a branch costs nothing.
 
-An op of your own is a function with the decorator `op` in a module that config.modules names.
+An op of your own is a function with the decorator `op` in a module that config.imports names.
 """
 
 import ast

@@ -12,8 +12,8 @@ from typing import Any
 from vit_dist.config.errors import ConfigError
 
 
-def check_modules(names: Any) -> tuple[str, ...]:
-    """The dotted names of config.modules.
+def check_imports(names: Any) -> tuple[str, ...]:
+    """The dotted names of config.imports.
 
     Raises:
       ConfigError: anything but a list or tuple of them.
@@ -23,7 +23,7 @@ def check_modules(names: Any) -> tuple[str, ...]:
         isinstance(name, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) for name in names
     ):
         raise ConfigError(
-            "config.modules must be a list of modules as `import` takes them, such as "
+            "config.imports must be a list of modules as `import` takes them, such as "
             f"('my_ops',), got {names!r}"
         )
     return tuple(names)
@@ -42,6 +42,6 @@ def import_modules(names: Sequence[str]) -> None:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise  # the module is there, and imports another that is not
             raise ConfigError(
-                f"config.modules names {name!r}, which is no module here: start in the folder that "
+                f"config.imports names {name!r}, which is no module here: start in the folder that "
                 "holds it, or add that folder to PYTHONPATH"
             ) from None
