@@ -272,7 +272,8 @@ def config_of(folder, **changed):
     data = {"data__source": "tfrecord", "data__files": f"{folder}/{{split}}-*"}
     ops = f"decode|{tiny.ANY_SIZE}"
     pipes = {"input__train_ops": ops, "input__eval_ops": ops}
-    return tiny.make(**data, **pipes, data__num_classes=3, data__test_split="", **changed)
+    given = {"data__num_classes": 3, "data__test_split": "", **changed}
+    return tiny.make(**data, **pipes, **given)
 
 
 def write_split(folder, split, stored):
