@@ -1,17 +1,18 @@
 """Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899), the same on any number of replicas.
 
-What is random is drawn on the host, a pure function of (seed, step): XLA has no gamma distribution.
-It travels with the batch as one row for each example,
+The random numbers are drawn on the host, as a pure function of (seed, step), because XLA has no
+gamma distribution. They travel with the batch as one row for each example,
 
     lambda, weight, top, bottom, left, right        (6,) float32
 
-and only the arithmetic runs in the compiled step: inside the box a pixel is the partner's, outside
-it is weight * own + (1 - weight) * partner's; the label is lambda * own + (1 - lambda) * partner's.
-Mixup has an empty box and weight = lambda, CutMix a weight of 1.
+and only the arithmetic runs in the compiled step. The last four are a box, in pixels: inside of it
+a pixel is the partner's, outside it is weight * own + (1 - weight) * the partner's. The label is
+lambda * own + (1 - lambda) * the partner's. Mixup has an empty box and a weight of lambda, CutMix a
+weight of 1.
 
-The partner is the example before, cyclically, within groups of `group_size` neighbours of the
-global batch. As the order of the data is a random permutation, any fixed pairing is as good as
-another; groups of 2 are timm's flip but for the order of the batch.
+The partner of an example is the one before it, cyclically, within a group of `group_size`
+neighbours of the global batch. Any fixed pairing is as good as another, since the order of the data
+is a random permutation. Groups of 2 pair as timm does, which flips the batch, up to its order.
 """
 
 import dataclasses
@@ -44,15 +45,17 @@ class Mixing:
         """Returns the rows of a step's global batch, (batch_size, 6) float32; on the host.
 
         Args:
-          step: Scalar int; the rows are a function of it and `seed`, in [0, 2**62).
-          seed: As that of the data's order.
-          batch_size: Global, a multiple of `group_size`.
+          step: () int, the step's number.
+          seed: In [0, 2**62), the seed of the data's order. Rows depend on it and `step` alone.
+          batch_size: Of the global batch, a multiple of `group_size`.
           size: (height, width) of the images in pixels.
         """
         repeats = {"batch": batch_size, "pair": self.group_size, "elem": 1}[self.mode]
         count = batch_size // repeats
-        # No epoch is -1, so this stream is apart from those of order and augmentation.
+        # Order and augmentation fold in the number of an epoch, which is never -1: so the numbers
+        # drawn here are others than theirs.
         key = tf.random.fold_in(tf.constant(order.seed_words(seed), tf.int32), -1)
+        # For chances, mixup's lambda, CutMix's, and the rows and columns of the boxes' middles.
         keys = tf.random.split(tf.random.fold_in(key, tf.cast(step, tf.int32)), 5)
         chance = tf.random.stateless_uniform((2, count), keys[0], dtype=tf.float64)
         switch = {(True, True): self.switch_probability, (False, True): 1.0}
@@ -68,11 +71,15 @@ class Mixing:
         return tf.repeat(rows, repeats, axis=0)
 
     def spare_masked(self, rows: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """Returns the rows (B, 6) with those undone whose partner has a mask (B,) of 0."""
+        """Returns rows (B, 6), but IDENTITY where the partner has a `mask` (B,) of 0.
+
+        A damaged example is black, and must not be mixed into a good one.
+        """
         return tf.where(self._partner(mask)[:, None] > 0, rows, tf.constant(IDENTITY))
 
     def images(self, images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-        """Returns images (B, H, W, C), float, mixed according to rows (B, 6)."""
+        """Returns images (B, H, W, C), float, mixed as rows (B, 6) say."""
+        # Each number of the rows as (B, 1, 1), to go with all pixels of its image.
         weight, top, bottom, left, right = (x[:, None, None] for x in tf.unstack(rows, axis=1)[1:])
         y = tf.range(images.shape[1], dtype=tf.float32)[None, :, None]
         x = tf.range(images.shape[2], dtype=tf.float32)[None, None, :]
@@ -81,11 +88,12 @@ class Mixing:
         return weights * images + (1 - weights) * self._partner(images)
 
     def labels(self, labels: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-        """Returns labels (B, classes), float, mixed according to rows (B, 6)."""
+        """Returns labels (B, classes), float, mixed as rows (B, 6) say."""
         own = rows[:, :1]
         return own * labels + (1 - own) * self._partner(labels)
 
     def _partner(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns, at each example's place in `x` (B, ...), its partner's entry."""
         groups = tf.reshape(x, (-1, self.group_size, *x.shape[1:]))
         return tf.reshape(tf.roll(groups, 1, axis=1), x.shape)
 
@@ -104,12 +112,13 @@ def make_mixing(
 
     Args:
       mixup_alpha: lambda ~ Beta(alpha, alpha) of mixup; 0 for no mixup.
-      cutmix_alpha: The same of CutMix.
+      cutmix_alpha: lambda ~ Beta(alpha, alpha) of CutMix; 0 for no CutMix.
       probability: Of mixing at all.
-      switch_probability: Of CutMix, where both alphas are positive.
-      mode: What shares one draw: the "batch", a "pair" (group), or nothing: each "elem"ent its own.
-      group_size: Of neighbours in the batch, among which each one's partner is the one before.
-      fold_lambda: lambda = max(lambda, 1 - lambda) for mixup, as big_vision has it.
+      switch_probability: Of CutMix rather than mixup, where both alphas are positive.
+      mode: Which examples share the numbers drawn: all of the "batch", those of a "pair" (group),
+        or none: each "elem"ent has its own.
+      group_size: How many neighbours in the batch make a group, within which partners are found.
+      fold_lambda: Whether mixup takes max(lambda, 1 - lambda), as big_vision does.
 
     Raises:
       ConfigError: A value out of its range; names it and the range.
@@ -148,8 +157,8 @@ def cutmix_rows(
     """Returns (n, 6) rows of CutMix, with the arithmetic of the paper's code and of timm.
 
     Args:
-      share: (n,) float64, lambda as drawn: 1 - area of the box / area of the image. What of the box
-        lies outside of the image is cut off, and lambda corrected.
+      share: (n,) float64, lambda as drawn: 1 - area of the box / area of the image. A part of the
+        box that lies outside of the image is cut off, and lambda is corrected for it.
       center_y: (n,) int32 in [0, height).
       center_x: (n,) int32 in [0, width).
       size: (height, width).
@@ -157,7 +166,8 @@ def cutmix_rows(
     ratio = tf.sqrt(1 - share)
     ends = []
     for length, center in zip(size, (center_y, center_x), strict=True):
-        half = tf.cast(length * ratio, tf.int32) // 2  # int() first, then // 2: as they do
+        # Truncated first and halved then, as both do: an odd length loses a pixel.
+        half = tf.cast(length * ratio, tf.int32) // 2
         ends += [tf.clip_by_value(center + side * half, 0, length) for side in (-1, 1)]
     top, bottom, left, right = ends
     area = tf.cast((bottom - top) * (right - left), tf.float64)
@@ -167,6 +177,7 @@ def cutmix_rows(
 
 
 def _mixup_rows(share: tf.Tensor, fold: bool) -> tf.Tensor:
+    """Returns (n, 6) rows of mixup from lambdas (n,) float64; `fold` takes the larger share."""
     own = tf.cast(tf.maximum(share, 1 - share) if fold else share, tf.float32)
     return tf.stack([own, own, *[tf.zeros_like(own)] * 4], axis=1)
 

@@ -1,4 +1,8 @@
-"""Tracing ops without a device, to learn what comes out before any device is started."""
+"""Tracing ops without a device.
+
+Checking a config asks which shapes a pipe of ops makes before any device is started: strategies can
+only be configured until then.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +11,10 @@ import tensorflow as tf
 
 
 def switch(index: tf.Tensor, branches: Sequence[Callable]):
-    """Returns `branches[index]()`: a tf.switch_case for ops, which `output_spec` can trace."""
+    """Returns `branches[index]()`, for `index` () int32: a tf.switch_case for ops.
+
+    It can also be traced in a `deviceless_graph`.
+    """
     if len(branches) == 1:
         return branches[0]()
     if not is_deviceless():
@@ -17,17 +24,17 @@ def switch(index: tf.Tensor, branches: Sequence[Callable]):
 
 
 def is_deviceless() -> bool:
-    """Whether ops are being traced in a `deviceless_graph`."""
+    """Returns whether ops are being traced in a `deviceless_graph`."""
     return not (tf.executing_eagerly() or tf.inside_function())
 
 
 @contextlib.contextmanager
 def deviceless_graph() -> Iterator[None]:
-    """A graph in which tracing initialises no device.
+    """A context in which ops become nodes of a graph that no device ever sees.
 
-    The branches of version 2 control flow are functions, which are registered with the devices, so
-    that strategies could no longer configure those; version 1's are plain nodes. The only public
-    switch is global to the process.
+    Branches and loops of TensorFlow 2's control flow are functions, and making a function
+    initialises the devices. Those of TensorFlow 1 are plain nodes. The only public switch between
+    the two is global to the process, and is put back in the end.
     """
     enabled = tf.compat.v1.control_flow_v2_enabled()
     tf.compat.v1.disable_control_flow_v2()

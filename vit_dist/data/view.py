@@ -1,4 +1,4 @@
-"""What the model will see, as uint8 images for people."""
+"""What the model will see, as uint8 images for people: for contact sheets and TensorBoard."""
 
 import numpy as np
 import tensorflow as tf
@@ -14,11 +14,12 @@ def stages(pipe: Pipe, example: Tensors) -> list[np.ndarray]:
     """Returns an example's image as stored and after each op of the pipe that works on images.
 
     Args:
-      pipe: Its steps keep their positions, so each prefix of it draws what the whole does.
+      pipe: The pipe. Its first n ops alone draw the same random numbers as within the whole, since
+        the numbers depend on an op's position.
       example: As a source gives it, with "index", "epoch" and "seed".
 
     Returns:
-      uint8 (H, W, 3) each; the sizes differ.
+      uint8 (H, W, 3) each; their sizes differ.
     """
     image = example["image"]
     if image.dtype == tf.string:
@@ -30,12 +31,16 @@ def stages(pipe: Pipe, example: Tensors) -> list[np.ndarray]:
             shown.append(viewable(pipe, pipe.device(tf.constant(last)[tf.newaxis]))[0])
         elif step.op.image:
             image = Pipe(pipe.text, pipe.steps[:i]).host(example)["image"]
+            # Before the op that decodes, the image is still the bytes of its file.
             shown.append(shown[0] if image.dtype == tf.string else image.numpy())
     return shown
 
 
 def viewable(pipe: Pipe, images: tf.Tensor) -> np.ndarray:
-    """Returns images as `pipe.device` gives them, (B, H, W, 3) float32, in 0..255 as uint8."""
+    """Returns scaled images, (B, H, W, 3) float32 as of `pipe.device`, as uint8 of 0..255 again.
+
+    What black and white become in the pipe tells, for each channel, how to undo its scaling.
+    """
     ends = np.array([0, 255], np.uint8)[:, None, None, None]
     black, white = pipe.device(tf.constant(np.broadcast_to(ends, (2, *images.shape[1:])))).numpy()
     shown = (np.asarray(images) - black) / (white - black) * 255

@@ -13,6 +13,8 @@ from vit_dist.data.sources.cache import CachedSource
 from vit_dist.data.sources.open import open_source
 from vit_dist.data.view import stages
 
+pytestmark = pytest.mark.compiles  # ops that XLA compiles
+
 # For images that are arrays of 8 pixels already, and for files; the last op is compiled by XLA.
 ARRAY_PIPES = ("value_range", "flip_lr|value_range", "solarize(p=1.0)|value_range")
 FILE_PIPES = (

@@ -1,7 +1,9 @@
-"""What the augmentation policies share: a layer is one operation, drawn among several.
+"""What the augmentation policies (RandAugment, AutoAugment, ...) share.
 
-A policy draws, for each image, a few layers, and `augment` applies them in order. Look-up tables
-wait until an operation needs the pixels, so that neighbouring ones cost a single look-up.
+A policy lists all operations that it may draw, each as a `Layer`: a few numbers that say what to do
+and how much. For each image it draws some of them (`pick`), and `augment` applies these in order.
+An operation on single values is a look-up table of 256 entries. Tables in a row are composed first,
+so that they cost one look-up together.
 """
 
 import dataclasses
@@ -14,10 +16,10 @@ import tensorflow as tf
 from vit_dist.data.ops import color, geometry
 from vit_dist.data.tracing import switch
 
-# What a layer does; its other entries say how.
+# What a layer does. Which of its other entries matter depends on that.
 ACTIONS = (
-    "table",  # a table of 256 entries
-    "warp",
+    "table",  # looks each value up in the layer's table
+    "warp",  # moves pixels by the layer's matrix
     "autocontrast",
     "equalize",
     "contrast",  # about the image's own mean
@@ -30,23 +32,23 @@ MAX_SIGMA = 2.0  # of blurs, in pixels
 
 
 class Layer(NamedTuple):
-    """One operation, of numpy arrays or tensors. With leading axes: several."""
+    """One operation, of numpy arrays or tensors. With leading axes: several operations."""
 
     action: Any  # () int32, place in ACTIONS
-    table: Any  # (256,) int32
-    matrix: Any  # (6,) float64
-    factor: Any  # () float32
+    table: Any  # (256,) int32, of "table"
+    matrix: Any  # (6,) float64, of "warp"; see `geometry`
+    factor: Any  # () float32, of "contrast", "color" and "sharpness"; the sigma of "blur"
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Whose arithmetic to follow.
+    """Whose arithmetic to follow, and what is the same for all layers of a policy.
 
     Attributes:
-      reference: That of the TPU reference models; else that of Pillow.
-      fill: Colour that comes in from outside: a level, or three.
+      reference: Whether to follow the TPU reference models, rather than Pillow.
+      fill: Colour of pixels that come in from outside of the image: a level, or three.
       taps: Filter of warps: 1 (nearest), 2 (bilinear), 4 (bicubic). The reference's is 1.
-      cutout: Half the side of what `cutout` cuts out, in pixels.
+      cutout: Half the side of the square that "cutout" fills, in pixels.
     """
 
     reference: bool
@@ -56,13 +58,15 @@ class Style:
 
 
 class _State(NamedTuple):
+    """An image between two layers; the table is still to be applied to it."""
+
     image: tf.Tensor  # (H, W, 3) uint8
-    table: tf.Tensor  # (3, 256) int32, still to be applied
-    pending: tf.Tensor  # () int32: 0 no table, 1 the same for all channels, 2 three
+    table: tf.Tensor  # (3, 256) int32, one for each channel
+    pending: tf.Tensor  # () int32: 0 no table waits, 1 the same for all channels, 2 three
 
 
 def layer(action: str, *, table=None, matrix=None, factor=1.0) -> Layer:
-    """Returns a layer; what is not given changes nothing."""
+    """Returns a layer that does `action`; table, matrix and factor not given change nothing."""
     return Layer(
         action=np.int32(ACTIONS.index(action)),
         table=color.LEVELS if table is None else _int32(table),
@@ -77,7 +81,7 @@ def nothing() -> Layer:
 
 
 def pick(layers: Sequence[Layer], index: tf.Tensor) -> Layer:
-    """Returns `layers[index]`, with the axes of `index` (int32) in front."""
+    """Returns `layers[index]`, each entry with the axes of `index` (int32) in front."""
     return Layer(*(tf.gather(_stack(entries), index) for entries in zip(*layers, strict=True)))
 
 
@@ -87,17 +91,20 @@ def keep_if(condition: tf.Tensor, chosen: Layer) -> Layer:
 
 
 def uniform(words: tf.Tensor) -> tf.Tensor:
-    """Returns float32 in [0, 1) made of uint32."""
+    """Returns float32 in [0, 1) made of uint32: of their upper 24 bits, as float32 has no more."""
     return tf.cast(tf.bitwise.right_shift(words, tf.constant(8, tf.uint32)), tf.float32) * 2**-24
 
 
 def below(words: tf.Tensor, count: int) -> tf.Tensor:
-    """Returns int32 in 0..count-1 made of uint32; the bias is below count / 2**32."""
+    """Returns int32 in 0..count-1 made of uint32; each is as likely but for count / 2**32."""
     return tf.cast(words % tf.constant(count, tf.uint32), tf.int32)
 
 
 def draw(seed: tf.Tensor, shape: tuple[int, ...]) -> tf.Tensor:
-    """Returns uniform uint32, the same for a seed on every kind of processor."""
+    """Returns uniform uint32, a function of `seed` (2,) int32 alone.
+
+    The algorithm is fixed because the default gives other numbers on other kinds of devices.
+    """
     return tf.random.stateless_uniform(shape, seed, None, None, tf.uint32, alg="philox")
 
 
@@ -111,14 +118,14 @@ def augment(
     """Applies layers in order.
 
     Args:
-      image: (H, W, 3) uint8, static.
-      layers: What to do; with one leading axis.
-      style: How.
-      words: (layers, 2) uint32, random, for the places of cutouts.
-      actions: Those that can occur; XLA compiles no others.
+      image: (H, W, 3) uint8, of a static shape.
+      layers: What to do; each entry has a leading axis of n layers.
+      style: Whose arithmetic, and colours and sizes.
+      words: (n, 2) uint32, random: the middles of cutouts. None where none can occur.
+      actions: The actions that can occur; XLA compiles no others.
 
     Returns:
-      The image, likewise.
+      The image after all layers, (H, W, 3) uint8.
     """
     count = layers.action.shape[0]
     words = tf.zeros((count, 2), tf.uint32) if words is None else words
@@ -127,7 +134,7 @@ def augment(
         one = Layer(*(entry[i] for entry in layers))
         return (i + 1, *_apply(_State(*state), one, style, words[i], actions))
 
-    # A loop, although short: what is in it is compiled once.
+    # A loop in the graph, although short: unrolled, XLA would compile all actions n times.
     start = _State(image, _untouched(), tf.constant(0))
     _, *state = tf.while_loop(lambda i, *_: i < count, step, (tf.constant(0), *start))
     return _flush(_State(*state))
@@ -136,6 +143,7 @@ def augment(
 def _apply(
     state: _State, one: Layer, style: Style, words: tf.Tensor, actions: Sequence[str]
 ) -> _State:
+    """Applies one layer; a table is only composed with the one that waits already."""
     on_table = tf.equal(one.action, ACTIONS.index("table"))
     pending = tf.where(on_table, tf.maximum(state.pending, 1), 0)
     table = tf.where(on_table, tf.gather(one.table, state.table), _untouched())
@@ -143,9 +151,11 @@ def _apply(
     reference = style.reference
 
     def changed(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[], _State]:
+        """An action that makes other pixels."""
         return lambda: _State(function(image), table, pending)
 
     def seen_through(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[], _State]:
+        """An action that makes tables of the image, which wait for the next layer."""
         return lambda: _State(image, function(image), tf.constant(2))
 
     branches = {
@@ -159,12 +169,13 @@ def _apply(
         "cutout": changed(lambda x: _cutout(x, words, style)),
         "blur": changed(lambda x: color.gaussian_blur(x, one.factor, max_sigma=MAX_SIGMA)),
     }
+    # From an action's place in ACTIONS to its place among those that can occur.
     place = np.array([actions.index(a) if a in actions else 0 for a in ACTIONS], np.int32)
     return _State(*switch(tf.gather(place, one.action), [branches[action] for action in actions]))
 
 
 def _flush(state: _State) -> tf.Tensor:
-    """Returns the image with the tables that wait applied."""
+    """Returns the image after the table that waits, if any."""
     return switch(
         state.pending,
         [
@@ -202,7 +213,7 @@ def _contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def _cutout(image: tf.Tensor, words: tf.Tensor, style: Style) -> tf.Tensor:
-    """Fills a square about a uniformly drawn pixel; it may reach over the border."""
+    """Fills a square about a uniformly drawn pixel; it may reach beyond the border."""
     height, width, _ = image.shape
     y = tf.range(height)[:, tf.newaxis] - below(words[0], height)
     x = tf.range(width) - below(words[1], width)

@@ -1,4 +1,7 @@
-"""AutoAugment, TrivialAugment, 3-Augment and the single colour augmentations."""
+"""AutoAugment, TrivialAugment, 3-Augment and the single colour augmentations.
+
+As all policies, each lists its layers once and draws among their numbers (see `augment`).
+"""
 
 import itertools
 
@@ -46,7 +49,8 @@ TRIVIAL_OPS = (
     *("Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
 TRIVIAL_BINS = 31
-ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)  # of color_jitter's operations
+# The six orders of color_jitter's three operations.
+ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)
 
 
 @op(compiled=True)
@@ -65,9 +69,11 @@ def autoaugment(policy="v0"):
             for name, level in levels
             for sign in (1, -1)
         ]
-        words = augment.draw(seed, (5,))
+        words = augment.draw(seed, (5,))  # which pair; whether, of each; sign, of each
         pair = augment.below(words[0], len(POLICY_V0))
         applied = augment.uniform(words[1:3]) < tf.gather(chances, pair)
+        # A pair has four places among the choices: two operations, each with both signs. The place
+        # behind all is to do nothing.
         at = 4 * pair + tf.constant([0, 2]) + augment.below(words[3:5], 2)
         chosen = augment.pick([*choices, augment.nothing()], tf.where(applied, at, len(choices)))
         return augment.augment(image, chosen, Style(reference=True), actions=actions)
@@ -93,6 +99,7 @@ def trivial_augment():
         name, bin_, sign = (
             augment.below(words[i], count) for i, count in enumerate((14, TRIVIAL_BINS, 2))
         )
+        # Places among the choices count signs fastest, then strengths, then operations.
         chosen = augment.pick(choices, ((name * TRIVIAL_BINS + bin_) * 2 + sign)[tf.newaxis])
         return augment.augment(image, chosen, style, actions=actions)
 
@@ -100,7 +107,10 @@ def trivial_augment():
 
 
 def trivial_layer(name: str, bin_: int, sign: int, height: int, width: int) -> Layer:
-    """Returns one of TRIVIAL_OPS with strength `bin_` of 0..30 and, where it has one, a sign."""
+    """Returns one of TRIVIAL_OPS at strength `bin_`, 0..30, with the numbers of torchvision.
+
+    `sign`, 1 or -1, is the direction of warps, and whether factors are above or below 1.
+    """
     part = bin_ / (TRIVIAL_BINS - 1)
     match name:
         case "Identity":
@@ -208,10 +218,14 @@ _PILLOW = Style(reference=False)
 
 
 def _sometimes(p: float, action: str, make):
+    """Returns an op that applies the layer `make(word)`, which does `action`, with chance `p`."""
+
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         words = augment.draw(seed, (2,))
         chosen = augment.pick([augment.nothing(), make(words[1])], _coin(words[:1], p))
-        return augment.augment(image, chosen, _PILLOW, actions=tuple({"table": 0, action: 0}))
+        return augment.augment(
+            image, chosen, _PILLOW, actions=tuple(dict.fromkeys(("table", action)))
+        )
 
     return apply
 

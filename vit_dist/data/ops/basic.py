@@ -1,6 +1,7 @@
-"""The ops of a preprocessing pipe (see `pipe`). Images are uint8 (H, W, C) until the accelerator.
+"""Ops that resize, crop, pad, mirror and scale, and those on other entries than the image.
 
-A `size` is an int (a square) or (height, width), in pixels.
+Images are uint8 (H, W, C) until the accelerator. A `size` is an int (a square) or (height, width),
+in pixels. See `pipe` for what an op is.
 """
 
 import tensorflow as tf
@@ -8,6 +9,7 @@ import tensorflow as tf
 from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops.pipe import Pipe, op, output_spec, parse, switch
 
+# Callers find here what they need of pipes.
 __all__ = ["Pipe", "op", "output_spec", "parse", "switch"]
 
 # Per-channel mean and standard deviation of ImageNet's training images in [0, 1], as used by
@@ -39,7 +41,8 @@ def resize_small(smaller_size, method="area", antialias=False):
         static = image.shape[:2]
         if static.is_fully_defined():
             smaller = min(static)
-            resized.set_shape((*(_round(n * smaller_size / smaller) for n in static), None))
+            # Python rounds halves to even, as tf.round does.
+            resized.set_shape((*(round(n * smaller_size / smaller) for n in static), None))
         return resized
 
     return on_image(resize)
@@ -47,7 +50,7 @@ def resize_small(smaller_size, method="area", antialias=False):
 
 @op
 def central_crop(size):
-    """Cuts the middle `size`; of an odd margin the smaller half is above and left."""
+    """Cuts the middle `size`; of an odd margin, the smaller half is above and on the left."""
     height, width = parse_size(size)
 
     def crop(image, seed):
@@ -117,7 +120,7 @@ def value_range(vmin=-1.0, vmax=1.0):
 
 
 def statistics_of(mean, std):
-    """Returns mean and std as given, or those that `mean` names.
+    """Returns mean and std as given, or the pair of STATISTICS that `mean` names.
 
     Raises:
       ConfigError: An unknown name, a name with a std, or a mean without one.
@@ -148,7 +151,7 @@ def normalize(mean="imagenet", std=None):
 
 @op(image=False)
 def onehot(num_classes):
-    """Turns "label" (int) into a float32 one-hot vector of `num_classes`."""
+    """Turns "label", an int, into a float32 one-hot vector of `num_classes`."""
     check_positive(num_classes=num_classes)
     return lambda example: {
         **example,
@@ -178,7 +181,10 @@ def decoded(image: tf.Tensor) -> tf.Tensor:
 
 
 def resize_image(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Tensor:
-    """Resizes and returns to uint8, rounding (a cast alone would darken by half a level)."""
+    """Returns an image (H, W, C) uint8 resized to `size`, (height, width), as uint8.
+
+    What is interpolated is rounded. The reference systems truncate, which darkens by half a level.
+    """
     resized = tf.image.resize(image, size, method=method, antialias=antialias)
     if resized.dtype == tf.uint8:  # nearest
         return resized
@@ -191,6 +197,7 @@ def resize_image(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Ten
 def _random_window(image: tf.Tensor, size, seed: tf.Tensor) -> tf.Tensor:
     """Returns a window of `size` (height, width) from a uniformly drawn place."""
     margin = tf.shape(image)[:2] - size
+    # A remainder of 31 random bits: the bias towards small numbers is below margin / 2**31.
     draw = tf.random.stateless_uniform((2,), seed, maxval=tf.int32.max, dtype=tf.int32)
     top, left = tf.unstack(draw % (margin + 1))
     return image[top : top + size[0], left : left + size[1]]
@@ -200,6 +207,7 @@ def _pad(image: tf.Tensor, pixels: int, value: int, mode: str) -> tf.Tensor:
     if mode == "edge":
         for axis in (0, 1):
             size = tf.shape(image)[axis]
+            # Places before the first row take the first row, and so at the end.
             at = tf.clip_by_value(tf.range(-pixels, size + pixels), 0, size - 1)
             static = image.shape.as_list()
             static[axis] = None if static[axis] is None else static[axis] + 2 * pixels
@@ -245,7 +253,3 @@ def _check_crop(image: tf.Tensor, height: int, width: int) -> None:
     for have, want in zip(decoded(image).shape[:2], (height, width), strict=True):
         if have is not None and have < want:
             raise ConfigError(f"cannot cut {height}x{width} from an image of {image.shape[:2]}")
-
-
-def _round(value: float) -> int:
-    return round(value)  # halves to even, as tf.round

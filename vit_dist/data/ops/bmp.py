@@ -43,7 +43,7 @@ class _Header(NamedTuple):
     bits: tf.Tensor  # of a pixel
     compression: tf.Tensor
     start: tf.Tensor  # where the pixels begin
-    palette: tf.Tensor  # (n, 3) uint8
+    palette: tf.Tensor  # (n, 3) uint8; n is 0 where there is none
     masks: tf.Tensor  # (4,) int64
 
 
@@ -99,11 +99,11 @@ def _read_header(data: tf.Tensor) -> tuple[tf.Tensor, _Header, tf.Tensor]:
     whole = (missing <= 0) | tf.equal(compression, RLE8) | tf.equal(compression, RLE4)
     data = binary.require(data, whole, "a BMP that is cut off: {} bytes are missing", missing)
 
-    most = tf.bitwise.left_shift(1, tf.minimum(bits, 8))
+    most = tf.where(bits <= 8, tf.bitwise.left_shift(1, tf.minimum(bits, 8)), 0)
     colors = tf.where((colors > 0) & (colors <= most), colors, most)
-    stored = tf.reshape(binary.read(data, FILE_HEADER + size, colors * entry), (-1, entry))
+    stored = binary.read(data, FILE_HEADER + size, colors * entry)
     # Some writers forget the palette when they say where the pixels begin.
-    forgotten = tf.equal(start, FILE_HEADER + size) & (bits <= 8)
+    forgotten = tf.equal(start, FILE_HEADER + size)
     header = _Header(
         width=width,
         height=tf.abs(height),
@@ -111,7 +111,8 @@ def _read_header(data: tf.Tensor) -> tuple[tf.Tensor, _Header, tf.Tensor]:
         bits=bits,
         compression=compression,
         start=start + tf.where(forgotten, entry * colors, 0),
-        palette=stored[:, 2::-1],  # blue comes first; a fourth byte means nothing
+        # Blue comes first; a fourth byte means nothing.
+        palette=tf.reshape(stored, (colors, entry))[:, 2::-1],
         masks=_masks(tf.stack(words[13:]), size, compression),
     )
     return data, header, height < 0

@@ -1,7 +1,7 @@
 """Affine warps of one image, (H, W, 3) uint8, for XLA on the host.
 
-A matrix is (6,) float64: the output pixel at column x and row y shows the input at
-(a x + b y + c, d x + e y + f). Pixels from outside take the colour `fill`.
+A matrix is (6,) float64, a to f: the output pixel at column x and row y shows the input at column
+a x + b y + c and row d x + e y + f. Where that lies outside of the input, it has the colour `fill`.
 """
 
 import math
@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-# Far below a grey level, and above the rounding of 16 weights in float32.
+# Added before truncating, so that 99.99999 is 100: far below a grey level, and more than the sum of
+# 16 weighted values in float32 loses by rounding.
 _BIAS = 1e-3
 
 
@@ -64,7 +65,9 @@ def warp_reference(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
     a, b, c, d, e, f = tf.unstack(tf.cast(transform, tf.float32))
 
     def source(along_x, along_y, offset):
-        # The products are rounded before they are summed, as without a fused multiply-add.
+        """The column (or row) shown at each output pixel, (H, W) int32."""
+        # Each product is rounded before the sum, as TensorFlow's kernel does it on x86. A compiler
+        # could fuse both and round once; half a pixel's border would fall elsewhere.
         x = _rounded_product(along_x, width)[tf.newaxis]
         y = _rounded_product(along_y, height)[:, tf.newaxis]
         value = x + y + offset
@@ -82,9 +85,11 @@ def warp_nearest(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
     x, y = tf.range(width)[tf.newaxis], tf.range(height)[:, tf.newaxis]
 
     def fixed(value):
+        """In units of 1 / 65536 pixel."""
         return tf.cast(tf.floor(value * 65536 + 0.5), tf.int32)
 
     def source(along_x, along_y, offset):
+        # From the middle of the first pixel on.
         start = fixed(offset + along_x * 0.5 + along_y * 0.5)
         return tf.bitwise.right_shift(start + fixed(along_x) * x + fixed(along_y) * y, 16)
 
@@ -92,13 +97,19 @@ def warp_nearest(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
 
 
 def warp_smooth(image: tf.Tensor, transform: tf.Tensor, fill, taps: int) -> tf.Tensor:
-    """Warps as Pillow does, bilinearly (`taps` is 2) or bicubically (4), truncating."""
+    """Warps as Pillow does, bilinearly (`taps` is 2) or bicubically (4), and truncates.
+
+    Each output pixel is a weighted sum of taps x taps input pixels; those beyond the border are
+    the border's.
+    """
     height, width, _ = image.shape
     a, b, c, d, e, f = tf.unstack(transform)
     x = tf.range(width, dtype=tf.float64)[tf.newaxis] + 0.5
     y = tf.range(height, dtype=tf.float64)[:, tf.newaxis] + 0.5
     source_x, source_y = a * x + b * y + c, d * x + e * y + f
     inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    # Middles of pixels lie at halves: the pixel whose middle is next on the left, or above, and how
+    # far behind that middle the place is.
     left, top = tf.floor(source_x - 0.5), tf.floor(source_y - 0.5)
     rest_x = tf.cast(source_x - 0.5 - left, tf.float32)
     rest_y = tf.cast(source_y - 0.5 - top, tf.float32)
@@ -107,6 +118,8 @@ def warp_smooth(image: tf.Tensor, transform: tf.Tensor, fill, taps: int) -> tf.T
     weight = _cubic if taps == 4 else _linear
 
     def add(tap, total):
+        # Taps are numbered row by row; i and j, columns and rows from `left` and `top`, are 0 and 1
+        # of two taps, -1 to 2 of four.
         i, j = tap % taps - (taps // 2 - 1), tap // taps - (taps // 2 - 1)
         weights = weight(rest_x - tf.cast(i, tf.float32)) * weight(rest_y - tf.cast(j, tf.float32))
         column = tf.clip_by_value(left + i, 0, width - 1)
@@ -126,11 +139,13 @@ def _take(image: tf.Tensor, transform: tf.Tensor, source: Callable, fill) -> tf.
     height, width, _ = image.shape
 
     def index():
+        """Places in the list of pixels, whose last one is the fill."""
         column, row = source()
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
         return tf.reshape(tf.where(inside, row * width + column, height * width), (-1,))
 
-    # The branch is a barrier: else XLA would compute the place again for each channel.
+    # The branch is there for XLA, not for the identity: it cannot fuse what is computed in a branch
+    # with the gather below, and so does not compute each place again for each channel.
     unchanged = tf.reduce_all(tf.equal(transform, tf.constant(IDENTITY, tf.float64)))
     at = tf.cond(unchanged, lambda: tf.range(height * width), index)
     outside = tf.broadcast_to(tf.cast(fill, tf.uint8), (1, 3))
@@ -139,7 +154,7 @@ def _take(image: tf.Tensor, transform: tf.Tensor, source: Callable, fill) -> tf.
 
 
 def _rounded_product(factor: tf.Tensor, count: int) -> tf.Tensor:
-    """Returns factor * range(count), (count,) float32, each rounded."""
+    """Returns factor * range(count), (count,) float32: exact in float64, then rounded once."""
     return tf.cast(tf.range(count, dtype=tf.float64) * tf.cast(factor, tf.float64), tf.float32)
 
 

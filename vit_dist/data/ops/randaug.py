@@ -1,4 +1,8 @@
-"""RandAugment (arXiv 1909.13719), as the TPU reference models and as timm have it."""
+"""RandAugment (arXiv 1909.13719), as the TPU reference models and as timm have it.
+
+"The reference" is big_vision's pp/autoaugment.py, which scenic and Model Garden share: its numbers
+are restated here, its quirks included, as checkpoints were trained with them.
+"""
 
 import math
 import re
@@ -17,16 +21,17 @@ REFERENCE_OPS = (
     *("Cutout", "SolarizeAdd"),
 )
 FORMS = ("reference", "fixed")
-MAX_MAGNITUDE = 20  # of the published recipes; posterize would shift by more than 8 bits beyond 20
-CUTOUT, TRANSLATE = 40, 100  # pixels at magnitude 10, whatever the image's size
+MAX_MAGNITUDE = 20  # of published recipes; from 22.5 on posterize would keep more than 8 bits
+# At magnitude 10, whatever the image's size: half the side of a cutout, and a shift, in pixels.
+CUTOUT, TRANSLATE = 40, 100
 
 
 @op(compiled=True)
 def randaug(n=2, m=10, form="reference"):
     """RandAugment: `n` of 16 operations of magnitude `m` (0..20), with replacement.
 
-    form "reference" keeps the reference's quirks, "fixed" repairs three: solarize and posterize
-    grow with m, contrast is about the image's mean.
+    form "reference" keeps the reference's quirks, "fixed" repairs three of them: solarize and
+    posterize grow stronger with m, contrast is about the image's mean.
     """
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 16:
         raise ConfigError(f"n={n!r} must be an int in 1..16")
@@ -38,11 +43,13 @@ def randaug(n=2, m=10, form="reference"):
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         height, width, _ = image.shape
+        # Each operation twice, for both signs; those without a sign are the same twice.
         choices = [
             reference_layer(name, m, sign, height, width, form)
             for name in REFERENCE_OPS
             for sign in (1, -1)
         ]
+        # Four words a layer: which operation, the middle of a cutout, and one that is not used.
         words = augment.draw(seed, (n, 4))
         layers = augment.pick(choices, augment.below(words[:, 0], len(choices)))
         return augment.augment(image, layers, style, words[:, 1:3])
@@ -59,7 +66,17 @@ def reference_layer(
     form: str = "reference",
     translate: float = TRANSLATE,
 ) -> Layer:
-    """Returns one of REFERENCE_OPS at a level of 0..20, of which `sign` (1, -1) turns warps."""
+    """Returns one of REFERENCE_OPS.
+
+    Args:
+      name: Of the operation.
+      level: Its magnitude, 0..20.
+      sign: 1 or -1, the direction of a warp; other operations have none.
+      height: Of the image, in pixels; so is `width`.
+      width: See `height`.
+      form: Of FORMS.
+      translate: The shift of TranslateX and TranslateY at level 10, in pixels.
+    """
     part = level / 10
     match name:
         case "AutoContrast" | "Equalize" | "Cutout":
@@ -105,11 +122,10 @@ def reference_layer(
 
 
 def enhance(part: float) -> float:
-    """Returns the factor of a blend: 0.1 to 1.9, and 3.7 at magnitude 20."""
+    """Returns the factor of a blend: 0.1 at magnitude 0, 1.9 at 10 and 3.7 at 20."""
     return part * 1.8 + 0.1
 
 
-# Where timm's "-inc" sets differ: severity grows with the magnitude.
 TIMM_OPS = tuple(name for name in REFERENCE_OPS if name != "Cutout")
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
 # round(255 * mean) of ImageNet, which timm fills with.
@@ -120,8 +136,10 @@ MEAN_COLOR = (124, 116, 104)
 def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
     """RandAugment as timm reads `spec`: n of 15 operations, each applied with probability p.
 
-    Parts: m (magnitude, 10), n (2), p (0.5), mstd (of its normal noise; over 100: uniform), mmax
-    (10), inc1 (severity grows with m). `interpolation`, of warps: nearest, bilinear, bicubic.
+    Parts of `spec`, with their defaults: m, the magnitude (10); n (2); p (0.5); mstd, the standard
+    deviation of the magnitude (0), or above 100 for one drawn uniformly from 0 to m; mmax, the
+    largest (10); inc1, so that all operations grow stronger with m. `interpolation`, of warps, is
+    nearest, bilinear or bicubic.
     """
     options = _parse_timm(spec)
     if interpolation not in TAPS:
@@ -133,6 +151,7 @@ def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
         height, width, _ = image.shape
 
         def one(words: tf.Tensor) -> tuple:
+            """One layer, from five words: operation, whether, two for the magnitude, sign."""
             level = _timm_level(words[2:4], options)
             sign = 1.0 - 2.0 * tf.cast(augment.below(words[4], 2), tf.float32)
             choices = [
@@ -150,7 +169,11 @@ def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
 
 
 def timm_layer(name: str, level, sign, height: int, width: int, inc: bool) -> Layer:
-    """Returns one of TIMM_OPS at a level of 0..10 (more with mmax); both may be tensors."""
+    """Returns one of TIMM_OPS at a level of 0..10 (more with mmax); `sign` is 1 or -1.
+
+    Both may be tensors. With `inc`, operations grow stronger with the level, where timm's "-inc"
+    names differ: without, posterize and solarize grow weaker, and a factor of 1 is in the middle.
+    """
     part = level / 10.0
     factor = tf.maximum(0.1, 1 + part * 0.9 * sign) if inc else part * 1.8 + 0.1
     match name:
@@ -193,13 +216,14 @@ def _timm_level(words: tf.Tensor, options: dict) -> tf.Tensor:
     first, second = tf.unstack(augment.uniform(words))
     if options["mstd"] > 100:
         level = first * options["m"]
-    else:  # Box and Muller's normal variate
+    else:  # Box and Muller's normal variate, of two uniform ones; 1 - first is never 0
         normal = tf.sqrt(-2 * tf.math.log(1 - first)) * tf.cos(2 * math.pi * second)
         level = options["m"] + options["mstd"] * normal
     return tf.clip_by_value(level, 0.0, options["mmax"])
 
 
 def _parse_timm(spec: str) -> dict:
+    """Returns the parts of "rand-m9-mstd0.5-inc1" by name; ValueError if it is none such."""
     head, *parts = spec.split("-") if isinstance(spec, str) else ("",)
     options = {"m": 10.0, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10.0, "inc": False}
     known = "m, n, p, mstd, mmax, inc, as in 'rand-m9-mstd0.5-inc1'"
