@@ -10,6 +10,8 @@ from tests.support.peers import pil_op
 from vit_dist.data.ops import augment, autoaugment, erasing, randaug
 from vit_dist.data.ops import basic as ops
 
+pytestmark = pytest.mark.compiles  # ops that XLA compiles
+
 COUNT = 24
 IMAGES = np.stack([(PHOTO, NOISE)[i % 4 == 3] for i in range(COUNT)])
 SEEDS = np.stack([np.arange(COUNT), np.full(COUNT, 9)], 1).astype(np.int32)

@@ -15,6 +15,8 @@ from tests.support.odd_images import bmp, encoded, on_screen, opened, png
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.ops.decoding import decode_whole
 
+pytestmark = pytest.mark.compiles  # ops that XLA compiles
+
 PHOTO = Image.fromarray(peers.photo(33, 47))
 PIXELS = np.asarray(PHOTO)
 RANDOM = np.random.default_rng(0)

@@ -40,7 +40,7 @@ from vit_dist.data.sources.source import Source
         ("onehot(0)", ["num_classes=0"]),
         ("keep()", ["keys"]),
         ("keep(1)", ["keys"]),
-        ("value_range|flip_lr", ["op 2 'flip_lr'", "op 1 'value_range'", "behind"]),
+        ("value_range|flip_lr", ["op 2 'flip_lr'", "op 1 'value_range'", "after 'flip_lr'"]),
         ("value_range|normalize", ["op 2 'normalize'", "0..255"]),
     ],
 )

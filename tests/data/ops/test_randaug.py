@@ -10,6 +10,8 @@ from tests.support import peers
 from vit_dist.data.ops import augment, randaug
 from vit_dist.data.ops import basic as ops
 
+pytestmark = pytest.mark.compiles  # ops that XLA compiles
+
 HEIGHT, WIDTH = 48, 40
 RANDOM = np.random.RandomState(0)
 PHOTO = peers.photo(HEIGHT, WIDTH)

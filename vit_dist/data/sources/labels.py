@@ -15,9 +15,9 @@ from vit_dist.config.errors import DataError
 # How messages begin, in a graph and in Python.
 OUTSIDE = "its label is"
 NO_SHARES = "the shares of its label sum to"
-_FOUND = re.compile(
-    re.escape(OUTSIDE) + r"(?:\] \[| )(-?\d+).*?(?:; example\] \[|; example )(\d+)", re.S
-)
+# A graph shows the parts in brackets, an eager assertion quoted on lines of their own.
+_NEXT = r"(?:\] \[|'?\n| )"
+_FOUND = re.compile(rf"{re.escape(OUTSIDE)}{_NEXT}(-?\d+).*?; example{_NEXT}(\d+)", re.S)
 MAX_LABELS = 5000  # looked at to say what the labels' first number is
 NUM_THREADS = 32
 ROUNDING = 1e-3  # of the sum of a label's shares, stored in half precision at worst
