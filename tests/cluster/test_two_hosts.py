@@ -95,21 +95,3 @@ def train_until_stuck(flags, environment):
     train._Loop.log = stand_still
     train.define_flags()
     cli.run(train.main)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_host_that_does_not_get_on_ends_all_and_is_named(tmp_path):
-    """TensorFlow notices nothing: the process is alive."""
-    workers, environment = environments()
-    flags = [*FLAGS, f"--workdir={tmp_path}/run", "--config.strategy.timeout_seconds=20"]
-    with (
-        processes.Command(*flags, log=tmp_path / "0", env=environment[0]) as chief,
-        processes.Call(train_until_stuck, flags, environment[1], log=tmp_path / "1") as other,
-    ):
-        assert (chief.wait(LONG), other.wait(LONG)) == (1, 1)
-        assert "stand_still" in other.text()
-        for host in (chief, other):
-            message = error_of(host)
-            assert f"behind is worker 1 ({workers[1]}), at step 180 in train for " in message
-            assert f"waiting: worker 0 ({workers[0]}), at step 200 in train for " in message
