@@ -53,13 +53,12 @@ class RunLog(std_logging.Handler):
         self._path: epath.Path | None = None
 
     def open(self, workdir: epath.PathLike) -> None:
-        """Appends to the log of `workdir`, which may hold that of earlier starts.
-
-        Raises:
-          OSError: the file cannot be opened.
-        """
+        """Appends to the log of `workdir`, which may hold that of earlier starts."""
         self._path = expand(workdir) / LOG_FILE
-        self._rows = open_rows(self._path)
+        try:
+            self._rows = open_rows(self._path)
+        except Exception as error:  # whatever the storage raises; see the class
+            self._give_up(error)
         host, process = platform.node(), os.getpid()
         detail("start: %s (process %d of %s)", shlex.join(sys.argv), process, host)
         for text in self._held:
