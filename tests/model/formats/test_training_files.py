@@ -207,7 +207,7 @@ def test_the_encoder_of_self_supervised_training(tmp_path, wrap):
     assert list(found.notes) == notes and found.network["num_classes"] == 0
     report = str(open_origin(str(path)).fill(model))
     assert all(f"note: {line}" in report for line in notes)
-    assert "new: head/kernel" in report
+    assert "2 new (head)" in report
 
 
 def test_both_heads_of_a_distilled_deit_are_left_out(tmp_path):
