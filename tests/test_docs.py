@@ -190,9 +190,9 @@ def test_configs_say_how_to_run_them(path):
 
 def test_table_of_ops():
     parse("decode")  # registers them
-    rows = (ROOT / "docs" / "data.md").read_text()
+    rows = (ROOT / "docs" / "pipe.md").read_text()
     where = dict(re.findall(r"^\| `(.*?\))` \|.*\| (host|device) \|$", rows, re.M))
-    assert list(where) == first_column("data.md", "Op")
+    assert list(where) == first_column("pipe.md", "Op")
     ours = {
         f"{name}{inspect.signature(op.make)}": "device" if op.on_device else "host"
         for name, op in _REGISTRY.items()

@@ -57,6 +57,7 @@ class Damage:
         self._lock = threading.Lock()
         # By position: batches are made ahead, and the first of them once more for a preview.
         self._reasons: dict[int, str] = {}
+        # Examples that the log has named; the same one is masked again in each epoch.
         self._seen: set[int] = set()
 
     def add(self, position: int, index: int, error: Exception) -> None:
@@ -118,6 +119,7 @@ def check_share(
     Raises:
       DataError: More have been masked.
     """
+    # A bad example may come early in its epoch, so each epoch that has begun counts as a whole one.
     epochs = max(-(-seen // (num_examples * repeats)), 1)  # begun
     each = max(limit * num_examples, MIN_BAD if limit else 0)
     if masked > each * repeats * epochs:
@@ -154,6 +156,7 @@ def masking(
             for n in (size, 1)
         )
 
+    # tf.data calls this from its own threads, in which no device is chosen yet.
     def call(concrete, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with tf.device("CPU:0"):
             made = concrete(**{k: tf.constant(v, inputs[k].dtype) for k, v in chunk.items()})
@@ -166,6 +169,7 @@ def masking(
             # Padding of an evaluation repeats an example, which counts where it stands itself.
             if chunk.get("mask", np.ones(1))[0]:
                 damage.add(int(chunk[POSITION][0]), int(chunk["index"][0]), error)
+            # Zeros, and for strings that a pipe keeps, such as paths, the empty one.
             empty = {k: b"" if s.dtype == tf.string else 0 for k, s in outputs.items()}
             zeros = {
                 k: np.full((1, *s.shape), empty[k], s.dtype.as_numpy_dtype)
@@ -178,11 +182,13 @@ def masking(
         try:
             made = call(whole, chunk)
         except DATA_ERRORS:
+            # Which of them failed is not known: all are made once more, one by one.
             ones = [one({k: v[i : i + 1] for k, v in chunk.items()}) for i in range(size)]
             made = {k: np.concatenate([example[k] for example in ones]) for k in outputs}
         return [made[k] for k in outputs]
 
     def guarded(chunk: Tensors) -> Tensors:
+        # Not stateful: the result depends on its inputs alone, so tf.data may prefetch and parallelise.
         made = tf.numpy_function(
             attempt, [chunk[k] for k in inputs], [s.dtype for s in outputs.values()], stateful=False
         )
@@ -217,6 +223,7 @@ def explain_data_error(
     """
     if not isinstance(error, tf.errors.OpError):
         return None
+    # The check of labels names its example in the message: there is nothing to look for.
     found = labels.find(error.message or "")
     if found is not None:
         return _explain_label(source, *found)
@@ -225,6 +232,7 @@ def explain_data_error(
         return damage
     count = min(max_examples, source.num_examples)
     if source.indexable:
+        # Those that were being read first, each once.
         candidates = list(dict.fromkeys([*(int(i) for i in indices), *range(count)]))
         lines = _damaged(source, _problems_by_index(source, pipe, candidates))
     else:
@@ -243,6 +251,7 @@ def _damaged(source: Source, problems: Iterable[tuple[int, str | None]]) -> list
         if problem:
             lines.append(f"{source.describe(index)} cannot be read: {problem}")
             deadline = min(deadline, time.monotonic() + MAX_SECONDS)
+        # The first is found, so what is left is to spare the user further starts: within reason.
         if len(lines) >= MAX_NAMED or time.monotonic() > deadline:
             break
     return lines
@@ -277,6 +286,7 @@ def _explain_label(source: Source, label: int, index: int) -> str:
     others: list[int] = []
     if source.indexable:
         indices = range(0, source.num_examples, -(-source.num_examples // labels.MAX_LABELS))
+        # One label tells nothing about the others: whether all count from 1, say.
         looked = labels.look_at(lambda i: source.peek(i)[1], indices)
         others = [x for x in looked if x is not None]
     problem = labels.problem(label, source.num_classes) or f"{labels.OUTSIDE} {label}"
@@ -302,7 +312,9 @@ def reason_of(error: Exception) -> str:
 def message_of(error: Exception) -> str:
     """Returns the one line of TensorFlow's message that says what is wrong."""
     text = (error.message if isinstance(error, tf.errors.OpError) else None) or str(error)
+    # "{{node a/b}} Invalid PNG data [[{{...}}]] [Op:IteratorGetNext]" -> "Invalid PNG data"
     text = re.sub(r"{{.*?}}\s*|\s*\[Op:.*|\s*\[\[.*", "", text)  # names of nodes
+    # Lines of tracebacks and headings that surround the one line which says something.
     around = (" ", "\t", "<stack traces", "Detected at node", "Graph execution error")
     lines = [x for x in text.split("\n") if x.strip() and not x.startswith(around)]
     text = re.sub(r"^\w+Error: ", "", lines[0]) if lines else type(error).__name__
@@ -316,6 +328,7 @@ def _problem(pipe: Pipe | None, index: int, read: Callable[[], Tensors]) -> str 
     """Returns why the example that `read` reads cannot be preprocessed, None if it can."""
     with tf.device("CPU:0"):
         number = tf.constant(index, tf.int64)
+        # Any seed will do: whether an image can be decoded does not depend on the augmentation.
         place = {"index": number, "epoch": tf.zeros_like(number), "seed": tf.zeros((2,), tf.int32)}
         try:
             example = {**read(), **place}

@@ -25,7 +25,10 @@ from vit_dist.data.sources.source import Source
 # A call into tf.data costs about 50 us, as much as decoding a small image; so one call handles up
 # to 32 examples. Larger chunks would only hold more images in memory per thread.
 MAX_CHUNK = 32
+# Keys to tensors, each with a leading axis for the examples of a chunk or batch.
 Tensors = dict[str, tf.Tensor]
+# (k, n): of the elements, number k and every n-th after it. k may be a tensor: a data service is
+# sent one graph for all k.
 Part = tuple[tf.Tensor | int, int]
 ALL: Part = (0, 1)
 
@@ -87,6 +90,8 @@ def make_train_data(
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
     _check_training(source, seed, first_step, repeats)
     source.prepare()
+    # Positions become records (what to read, and the seed), records become chunks of preprocessed
+    # examples, and chunks are joined to batches.
     per_replica = batch_size // num_replicas
     kept = min(only or per_replica, per_replica)
     first_position = first_step * batch_size
@@ -94,8 +99,10 @@ def make_train_data(
     if source.indexable:
         draw = functools.partial(train_records, source, seed=seed, batch_size=batch_size)
         draw = functools.partial(draw, repeats=repeats)
+        # Which example stands where is computed from the positions of this host alone.
         records = _positions(cut).map(lambda p: {**draw(p), POSITION: p}, _parallel(num_threads))
     else:
+        # A stream must be read from the beginning of its epoch, the records of other hosts too.
         records = _local_chunks(_train_stream(source, seed, first_position), cut)
         records = records.map(lambda p, record: _add_train_seeds(source, p, record, seed))
     records = records.take(-1 if only is None else kept // _chunk(kept))
@@ -134,6 +141,7 @@ def make_eval_data(
     num_steps = -(-source.num_examples // batch_size)
     cut = _Cut(batch_size, per_replica, per_replica, 0, local_replicas, ALL)
     if source.indexable:
+        # Beyond the last example, positions are padding: the example is there again, with a mask of 0.
         num_chunks = num_steps * len(local_replicas) * per_replica // _chunk(per_replica)
         last = source.num_examples - 1
         records = _positions(cut).take(num_chunks)
@@ -229,6 +237,7 @@ class _Cut(NamedTuple):
 def _positions(cut: _Cut) -> tf.data.Dataset:
     """Yields the (chunk,) int64 positions of this host, one replica's batch after the other."""
     chunk = _chunk(cut.kept)
+    # Counted by chunks, as tf.data is: chunk number i belongs to element i // chunks.
     chunks = cut.kept // chunk  # of one element
     begin, stride = cut.part
 
@@ -292,6 +301,7 @@ def _add_eval_seeds(source: Source, positions: tf.Tensor, records: Tensors) -> T
 
 def _train_stream(source: Source, seed: int, first: int) -> tf.data.Dataset:
     """Yields (position, record) from position `first` on, over all epochs."""
+    # Of the first epoch what was trained on before is skipped; later epochs are read whole.
     first_epoch, skip = divmod(first, source.num_examples)
     words = tf.constant(order.seed_words(seed), tf.int32)
 
@@ -328,6 +338,7 @@ def _batches(
     def join(chunks: Tensors) -> Tensors:
         return {key: tf.reshape(chunks[key], (count, *spec[key].shape)) for key in spec}
 
+    # The map may make chunks out of order; `finish` asks for them in order.
     ds = records.map(make_chunk, _parallel(num_threads))
     return ds.batch(count // _chunk(count), drop_remainder=True).map(join)
 
@@ -344,6 +355,7 @@ def _chunk_maker(
         index = record["index"]
         place = {key: record[key] for key in POSITION_SPEC}
         own = {key: value for key, value in record.items() if key not in (*place, "mask", POSITION)}
+        # What is wrong with a label is found before the image is decoded, whatever the pipe does to it.
         example = source.decode_record(own)
         if source.element_spec["label"].shape.rank == 0:
             label = labels.check(example["label"], source.num_classes, index)
@@ -357,7 +369,9 @@ def _chunk_maker(
     def make_chunk(chunk: Tensors) -> Tensors:
         if source.indexable:
             chunk = {**chunk, **source.fetch(chunk["index"])}
+        # Ops that XLA compiles run on the whole chunk, after the loop over examples; they need seeds.
         each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.compiled_tail else spec
+        # One example at a time: chunks are made in parallel already.
         examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)
         return pipe.host_chunk(examples)
 
@@ -374,6 +388,7 @@ def _with_rows(
         element = begin + i * stride
         step = cut.first_position // cut.batch_size + element // len(cut.local)
         rows = mixing.draw(step, seed=seed, batch_size=cut.batch_size, size=size)
+        # Every host draws the rows of the whole batch, which costs little, and keeps its own.
         start = (cut.local.start + element % len(cut.local)) * cut.per_replica
         rows = tf.ensure_shape(rows[start : start + cut.kept], (cut.kept, 6))
         if "mask" in batch:

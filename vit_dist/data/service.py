@@ -92,6 +92,7 @@ def from_services(
       prefetch: Elements kept ready here, and as many by all services together.
     """
     count = len(addresses)
+    # The spec of the elements is known once `build` has been traced.
     known: dict[str, Any] = {}
 
     def build(begin: tf.Tensor) -> tf.Tensor:
@@ -106,6 +107,7 @@ def from_services(
         function = function.get_concrete_function(tf.TensorSpec((), tf.int64))
 
     def ask(address: str, begin: int) -> tf.data.Dataset:
+        # from_variant gives the dataset object back to Python; it is not iterated over here, but sent.
         ds = tf.data.experimental.from_variant(
             function(tf.constant(begin, tf.int64)), known["spec"]
         )
@@ -125,6 +127,7 @@ def from_services(
             for i, address in enumerate(addresses)
         ]
         try:
+            # In turns, whichever service is ready first: element i is client i % N's next one.
             for client in itertools.cycle(clients):
                 yield client.next()
         finally:
@@ -155,6 +158,7 @@ class _Client:
 
     def _look(self) -> None:
         """Asks the service for all elements from the next one on, if it answers."""
+        # It does not even accept a connection. A thread cannot be interrupted: it is left behind.
         if not _answers(self._address):
             if not self._looking:
                 logging.warning("lost %s %s, looking for it", SERVICE, self._address)
@@ -171,6 +175,7 @@ class _Client:
         self._results = None
 
     def _read(self, results: queue.Queue, ended: threading.Event, number: int) -> None:
+        # With a timeout, so that a thread whose results nobody takes any more comes to an end.
         def put(result: Any) -> None:
             while not ended.is_set():
                 try:
@@ -194,6 +199,7 @@ class _Client:
           TimeoutError: None came for `timeout` seconds.
           DataError: The service fails to make it, or sent another one.
         """
+        # Of this element alone: a service that sends one in time is well.
         deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
             if self._results is None:

@@ -1,8 +1,11 @@
 """A run goes on where its data has moved, and not where it has become other data."""
 
+import json
 import os
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -14,16 +17,31 @@ from vit_dist.data import pipeline
 from vit_dist.data.ops.pipe import parse
 from vit_dist.data.sources import fingerprint
 from vit_dist.data.sources.open import open_source
+from vit_dist.run import start
+from vit_dist.run.check import check
 from vit_dist.train import train
 
 
-def run(root, steps, data, **changed):
-    """Trains to `steps` in root/run on the data of a config."""
+def config_of(data, **changed):
     ops = f"decode|{tiny.ANY_SIZE}"
     options = {"input__train_ops": ops, "input__eval_ops": ops, "data__val_split": ""}
-    options |= {"data__test_split": "", "total_steps": steps, "model__dropout": 0.0, **changed}
-    data = {f"data__{key}": value for key, value in data.items()}
-    return train(tiny.make(**options, **data), str(root / "run"))
+    options |= {"data__test_split": "", "total_steps": 2, **changed}
+    return tiny.make(**options, **{f"data__{key}": value for key, value in data.items()})
+
+
+def saved(data, **changed):
+    """A checkpoint of step 2 of a run on this data, as far as a resume looks at it."""
+    options, opened = check(config_of(data, **changed))
+    notes = {"config": options.record, "data": opened.sources["train"].fingerprint()}
+    return SimpleNamespace(step=2, notes=json.loads(json.dumps(notes)))
+
+
+def resume(checkpoint, data, **changed):
+    """Checks a run that is to go on from there; returns its training source."""
+    options, opened = check(config_of(data, **changed))
+    start._check_order(checkpoint, options.record)
+    start.check_data(start.Start("resume", checkpoint), opened)
+    return opened.sources["train"]
 
 
 def of_folder(path):
@@ -31,15 +49,25 @@ def of_folder(path):
 
 
 def test_the_same_folder_elsewhere(tmp_path, monkeypatch):
-    """A slash more, another path, a relative one."""
+    """A slash more, another path, a relative one, the home."""
     tiny.make_folder(tmp_path / "job1" / "flowers")
-    run(tmp_path, 2, of_folder(tmp_path / "job1/flowers"))
-    run(tmp_path, 3, of_folder(f"{tmp_path}/job1/flowers/"))
+    checkpoint = saved(of_folder(tmp_path / "job1/flowers"))
+    resume(checkpoint, of_folder(f"{tmp_path}/job1/flowers/"))
     (tmp_path / "job2").mkdir()
     (tmp_path / "job1/flowers").rename(tmp_path / "job2/flowers")
-    run(tmp_path, 4, of_folder(tmp_path / "job2/flowers"))
+    resume(checkpoint, of_folder(tmp_path / "job2/flowers"))
     monkeypatch.chdir(tmp_path / "job2")
-    assert run(tmp_path, 5, of_folder("flowers"))["step"] == 5
+    resume(checkpoint, of_folder("flowers"))
+    monkeypatch.setenv("HOME", str(tmp_path / "job2"))
+    resume(checkpoint, of_folder("~/flowers"))
+
+
+def test_a_whole_run_goes_on_elsewhere(tmp_path):
+    tiny.make_folder(tmp_path / "one")
+    train(config_of(of_folder(tmp_path / "one")), str(tmp_path / "run"))
+    (tmp_path / "one").rename(tmp_path / "two")
+    again = config_of(of_folder(tmp_path / "two"), total_steps=3)
+    assert train(again, str(tmp_path / "run"))["step"] == 3
 
 
 def test_other_images_under_the_same_names(tmp_path):
@@ -47,9 +75,9 @@ def test_other_images_under_the_same_names(tmp_path):
     tiny.make_folder(tmp_path / "two")
     for i, path in enumerate((tmp_path / "two").rglob("*.jpg")):
         path.write_bytes(images.jpeg(7 * i + 1))
-    run(tmp_path, 2, of_folder(tmp_path / "one"))
+    checkpoint = saved(of_folder(tmp_path / "one"))
     with pytest.raises(DataError, match="contents of 16 of 16 examples looked at have changed"):
-        run(tmp_path, 3, of_folder(tmp_path / "two"))
+        resume(checkpoint, of_folder(tmp_path / "two"))
 
 
 def test_an_image_that_was_repaired(tmp_path, caplog):
@@ -57,18 +85,44 @@ def test_an_image_that_was_repaired(tmp_path, caplog):
     bad = folder / "train" / "dogs" / "5.jpg"
     good = bad.read_bytes()
     bad.write_bytes(good[:300])
-    masked = {"input__on_bad_example": "mask", "input__max_bad_share": 0.5}
-    run(tmp_path, 2, of_folder(folder), **masked)
+    checkpoint = saved(of_folder(folder))
     bad.write_bytes(good)
-    assert run(tmp_path, 3, of_folder(folder), **masked)["step"] == 3
+    resume(checkpoint, of_folder(folder))
     assert "the contents of 1 of 16 examples looked at have changed" in caplog.text
 
 
-def test_repeats_change_the_order(tmp_path):
+def test_classes_of_other_names(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
-    run(tmp_path, 2, of_folder(folder))
-    with pytest.raises(ConfigError, match=r"input\.repeats: 1 -> 2"):
-        run(tmp_path, 3, of_folder(folder), input__repeats=2)
+    checkpoint = saved(of_folder(folder))
+    for split in ("train", "val"):
+        (folder / split / "cats").rename(folder / split / "zebras")
+    with pytest.raises(DataError, match="classes: "):
+        resume(checkpoint, of_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"input__repeats": 2}, r"input\.repeats: 1 -> 2"),
+        ({"input__batch_size": 8}, r"input\.batch_size: 16 -> 8"),
+        ({"seed": 3}, "seed: 0 -> 3"),
+    ],
+)
+def test_what_changes_the_order(tmp_path, changed, words):
+    folder = tiny.make_folder(tmp_path / "images")
+    with pytest.raises(ConfigError, match=words):
+        resume(saved(of_folder(folder)), of_folder(folder), **changed)
+
+
+def test_an_older_checkpoint_compares_paths(tmp_path):
+    """Its fingerprint tells neither order nor contents."""
+    folder = tiny.make_folder(tmp_path / "images")
+    checkpoint = saved(of_folder(folder))
+    for key in ("order", "sample", "sizes"):
+        del checkpoint.notes["data"][key]
+    resume(checkpoint, of_folder(folder))
+    with pytest.raises(ConfigError, match=r"data\.data_dir"):
+        resume(checkpoint, of_folder(f"{folder}/"))
 
 
 def test_parts_of_a_mixture_may_move(tmp_path):
@@ -80,22 +134,24 @@ def test_parts_of_a_mixture_may_move(tmp_path):
         parts.append({**of_folder(tmp_path / second), "weight": weight})
         return {"source": "mixture", "parts": parts}
 
-    run(tmp_path, 2, mixture("two"))
+    checkpoint = saved(mixture("two"))
     (tmp_path / "two").rename(tmp_path / "three")
-    run(tmp_path, 3, mixture("three"))
+    resume(checkpoint, mixture("three"))
     with pytest.raises(DataError, match="parts: "):
-        run(tmp_path, 4, mixture("three", weight=3))
+        resume(checkpoint, mixture("three", weight=3))
 
 
 def test_tfrecords_may_move(tmp_path):
     images.write_tfrecords(tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
+    images.write_tfrecords(tmp_path / "packed", compression="GZIP")
     data = {"source": "tfrecord", "num_classes": 4}
-    run(tmp_path, 2, {**data, "files": f"{tmp_path}/one/train-*"})
-    run(tmp_path, 3, {**data, "files": f"{tmp_path}/two/{{split}}-*.tfrecord"})
-    with pytest.raises(DataError, match=r"read by index, and .* can only be streamed"):
-        images.write_tfrecords(tmp_path / "packed", compression="GZIP")
-        run(tmp_path, 4, {**data, "files": f"{tmp_path}/packed/train-*"})
+    checkpoint = saved({**data, "files": f"{tmp_path}/one/train-*"})
+    moved = {**data, "files": f"{tmp_path}/two/{{split}}-*.tfrecord"}
+    resume(checkpoint, moved)
+    assert resume(checkpoint, {**moved, "stream": True}).indexable  # as the run reads them
+    with pytest.raises(DataError, match=r"was read by index|read by index, and .* can only be str"):
+        resume(checkpoint, {**data, "files": f"{tmp_path}/packed/train-*"})
 
 
 # order
@@ -109,7 +165,7 @@ class Sixty(tfds.testing.DummyMnist):
 
     def _generate_examples(self):
         for i in range(60):
-            yield i, {"image": tf.fill((28, 28, 1), tf.cast(i, tf.uint8)).numpy(), "label": i % 10}
+            yield i, {"image": np.full((28, 28, 1), i, np.uint8), "label": i % 10}
 
 
 def prepare(folder, file_format):
@@ -117,28 +173,28 @@ def prepare(folder, file_format):
     return {"source": "tfds", "name": "sixty", "data_dir": str(folder)}
 
 
-def order_of(source, seed=1):
+def batches(source, seed=1):
     pipe = parse("decode|resize(4)|keep('image', 'label', 'index')")
-    ds = pipeline.make_train_data(source, pipe, batch_size=20, seed=seed).take(3)
-    return [int(i) for batch in ds for i in batch["index"]]
+    ds = pipeline.make_train_data(source, pipe, batch_size=20, seed=seed, num_threads=1)
+    return list(ds.take(3).as_numpy_iterator())
+
+
+def order_of(source):
+    return [int(i) for batch in batches(source) for i in batch["index"]]
 
 
 def test_a_set_prepared_in_another_format_goes_on_in_the_same_order(tmp_path):
     """By index: the files of the other format are read so too, though they would be streamed."""
     index, stream = (prepare(tmp_path / f, f) for f in ("array_record", "tfrecord"))
-    whole = run(tmp_path / "whole", 4, index, eval_steps=0)
-    run(tmp_path, 2, index)
-    metrics = run(tmp_path, 4, stream)
-    assert metrics["loss"] == whole["loss"]
-    tiny.assert_same(tiny.arrays(tmp_path / "run"), tiny.arrays(tmp_path / "whole/run"))
-
-
-def test_a_stream_cannot_go_on_by_index(tmp_path):
-    index, stream = (prepare(tmp_path / f, f) for f in ("array_record", "tfrecord"))
-    run(tmp_path, 2, stream)
+    source = resume(saved(index), stream)
+    _, whole = check(config_of(index))
+    for have, want in zip(batches(source), batches(whole.sources["train"]), strict=True):
+        for key in want:
+            np.testing.assert_array_equal(have[key], want[key], err_msg=key)
+    checkpoint = saved(stream)
+    assert resume(checkpoint, stream).order.startswith("stream ")
     with pytest.raises(DataError, match=r"the run streamed the files, and .* reads by index"):
-        run(tmp_path, 3, index)
-    assert run(tmp_path, 3, stream)["step"] == 3
+        resume(checkpoint, index)
 
 
 def test_orders_that_a_source_can_take(tmp_path):
@@ -169,7 +225,8 @@ def test_what_a_fingerprint_knows(tmp_path):
     assert found["num_examples"] == 24 and found["order"] == "index" and "sizes" in found
     assert [index for index, _ in found["sample"]] == fingerprint.sampled(24)
     assert len(fingerprint.sampled(10**6)) == fingerprint.NUM_SAMPLED
-    path = tmp_path / "train" / "b" / "003.jpg"  # not in the sample
+    path = sorted((tmp_path / "train").glob("*/*"))[2]
+    assert 2 not in fingerprint.sampled(24)
     os.truncate(path, path.stat().st_size - 1)
     again = open_source("folder", split="train", data_dir=str(tmp_path)).fingerprint()
     assert fingerprint.compare(found, again) == ([], ["some files have other sizes"])

@@ -53,7 +53,7 @@ class ArrayRecordSource(base.Source):
 
     def __init__(self, split: str, data_dir: str, check_files: bool = True):
         self.split = split
-        self._folder = epath.Path(data_dir).expanduser() / split
+        self._folder = paths.expand(data_dir) / split
         path = self._folder / TABLE
         if not path.exists():
             raise DataError(

@@ -1,6 +1,6 @@
 """A source whose images are kept in memory or in one file, as they are stored or decoded."""
 
-import errno
+import functools
 import hashlib
 import io
 import json
@@ -24,6 +24,7 @@ from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.sources import source as base
+from vit_dist.storage.errors import retry
 from vit_dist.storage.files import write_whole
 
 FORMS = ("raw", "decoded")
@@ -203,7 +204,9 @@ class CachedSource(base.Source):
     def _read_one(self, index: int) -> tuple[bytes, int, tuple[int, int, int]]:
         label, nothing = 0, (0, 0, 3)
         try:
-            image, label = self._source.load(index)
+            image, label = retry(
+                f"reading {self.describe(index)}", functools.partial(self._source.load, index)
+            )
             if self._form == "raw":
                 return bytes(image), label, nothing
             with tf.device("CPU:0"):
@@ -233,7 +236,7 @@ class CachedSource(base.Source):
                     f"the cache {self._path} is damaged at example {i}, not the data itself: "
                     "remove that file, and it is filled again"
                 )
-                raise OSError(errno.EIO, self._damage)
+                raise RuntimeError(self._damage)  # no damage of the example: it is not masked
             return found
 
         def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -69,7 +69,7 @@ class FolderSource(base.Source):
         check_files: bool = True,
     ):
         self.split, self._train_split = split, train_split
-        self.data_dir = epath.Path(data_dir).expanduser()
+        self.data_dir = paths.expand(data_dir)
         if not self.data_dir.is_dir():
             raise ConfigError(
                 f"data_dir {str(data_dir)!r} is not a directory; it should hold "

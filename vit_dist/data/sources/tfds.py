@@ -231,6 +231,7 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
     formats = ("array_record", "tfrecord")
     if file_format is not None and file_format not in formats:
         raise ConfigError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
+    data_dir = None if data_dir is None else str(paths.expand(data_dir))
     if not sys.stdout.isatty():
         tfds.disable_progress_bar()  # in a log file each refresh is a line
     try:

@@ -146,11 +146,11 @@ class TfrecordSource(base.Source):
         with tf.device("CPU:0"):
             try:
                 record = read_record(tf.constant(path), tf.constant(offset))
-            except tf.errors.OpError as error:
-                missing = isinstance(error, tf.errors.NotFoundError)
-                raise DataError(
-                    f"{base.MISSING if missing else base.CORRUPT}: {error.message}"
-                ) from error
+            except tf.errors.NotFoundError as error:
+                raise DataError(f"{base.MISSING}: {error.message}") from error
+            # Others are the storage's: they say nothing of the record.
+            except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+                raise DataError(f"{base.CORRUPT}: {error.message}") from error
         return self._keys.load(record.numpy())
 
     def peek(self, index: int) -> tuple[bytes, int]:
@@ -205,7 +205,7 @@ class TfrecordSource(base.Source):
 
 def _matching(pattern: str) -> list[epath.Path]:
     """Returns the files that a pattern stands for, without our own tables beside them."""
-    path = epath.Path(pattern).expanduser()
+    path = paths.expand(pattern)
     if path.is_file():  # its name may hold brackets, which would be wildcards
         return [path]
     found = path.parent.glob(path.name) if path.parent.is_dir() else []
@@ -227,7 +227,7 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
             raise ConfigError("a tfrecord source needs num_classes or class_file, which names them")
         return tuple(str(i) for i in range(num_classes))
     try:
-        text = epath.Path(class_file).expanduser().read_bytes().decode("utf-8-sig")
+        text = paths.expand(class_file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"config.data.class_file {class_file} is not UTF-8: {error}") from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
