@@ -188,7 +188,8 @@ def masking(
         return [made[k] for k in outputs]
 
     def guarded(chunk: Tensors) -> Tensors:
-        # Not stateful: the result depends on its inputs alone, so tf.data may prefetch and parallelise.
+        # Not stateful: the result depends on its inputs alone, so tf.data may prefetch and
+        # parallelise.
         made = tf.numpy_function(
             attempt, [chunk[k] for k in inputs], [s.dtype for s in outputs.values()], stateful=False
         )

@@ -141,7 +141,8 @@ def make_eval_data(
     num_steps = -(-source.num_examples // batch_size)
     cut = _Cut(batch_size, per_replica, per_replica, 0, local_replicas, ALL)
     if source.indexable:
-        # Beyond the last example, positions are padding: the example is there again, with a mask of 0.
+        # Beyond the last example, positions are padding: the example is there again, with a mask of
+        # 0.
         num_chunks = num_steps * len(local_replicas) * per_replica // _chunk(per_replica)
         last = source.num_examples - 1
         records = _positions(cut).take(num_chunks)
@@ -355,7 +356,8 @@ def _chunk_maker(
         index = record["index"]
         place = {key: record[key] for key in POSITION_SPEC}
         own = {key: value for key, value in record.items() if key not in (*place, "mask", POSITION)}
-        # What is wrong with a label is found before the image is decoded, whatever the pipe does to it.
+        # What is wrong with a label is found before the image is decoded, whatever the pipe does to
+        # it.
         example = source.decode_record(own)
         if source.element_spec["label"].shape.rank == 0:
             label = labels.check(example["label"], source.num_classes, index)
@@ -369,7 +371,8 @@ def _chunk_maker(
     def make_chunk(chunk: Tensors) -> Tensors:
         if source.indexable:
             chunk = {**chunk, **source.fetch(chunk["index"])}
-        # Ops that XLA compiles run on the whole chunk, after the loop over examples; they need seeds.
+        # Ops that XLA compiles run on the whole chunk, after the loop over examples; they need
+        # seeds.
         each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.compiled_tail else spec
         # One example at a time: chunks are made in parallel already.
         examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)

@@ -107,7 +107,8 @@ def from_services(
         function = function.get_concrete_function(tf.TensorSpec((), tf.int64))
 
     def ask(address: str, begin: int) -> tf.data.Dataset:
-        # from_variant gives the dataset object back to Python; it is not iterated over here, but sent.
+        # from_variant gives the dataset object back to Python; it is not iterated over here, but
+        # sent.
         ds = tf.data.experimental.from_variant(
             function(tf.constant(begin, tf.int64)), known["spec"]
         )

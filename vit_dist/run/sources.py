@@ -57,12 +57,14 @@ def open_sources(
       ConfigError: a split that is not configured, or an option that cannot work.
       DataError: a split that is not there or not fit for use, or sets of classes that differ.
     """
+    # Each split is opened alone, by the same options.
     names = _splits(config, training, splits)
     options = _options(config)
     sources = {
         name: open_source(config.data.source, split=config.data[f"{name}_split"], **options)
         for name in names
     }
+    # Around the source, so that whatever reads "train" reads the cache.
     if training and config.input.cache != "off":
         sources["train"] = CachedSource(
             sources["train"],
@@ -125,11 +127,13 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     own = options.pop("options")
     if own is not None and not hasattr(own, "items"):
         raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")
+    # What follows from other sections of the config, for sources that have an option for it.
     taken = _taken(config.data.source)
     if "train_split" in taken:  # its directories are the classes of all splits
         options["train_split"] = config.data.train_split or None
     if "check_files" in taken and config.input.on_bad_example == "mask":
         options["check_files"] = False  # what is damaged is masked when it is met
+    # The user's own go last: they may replace any.
     return options | dict(own or {})
 
 
@@ -152,6 +156,7 @@ def _check_classes(sources: Mapping[str, Source]) -> None:
                 f"split {name!r} has {source.num_classes} classes, {first} has {one.num_classes}"
             )
         pairs = zip(source.class_names, one.class_names, strict=True)
+        # Labels are numbers: the same set of names in another order would be wrong without a word.
         differ = [(i, mine, its) for i, (mine, its) in enumerate(pairs) if mine != its]
         if differ:
             number, mine, its = differ[0]

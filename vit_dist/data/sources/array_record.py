@@ -68,6 +68,7 @@ class ArrayRecordSource(base.Source):
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),
         }
+        # The sizes tell a shard that was cut or replaced, without reading it.
         for shard in self._shards:
             file = self._folder / shard["name"]
             size = file_size(file) if exists(file) else "no"
@@ -137,6 +138,8 @@ def convert(
     shards: list[dict[str, Any]] = []
     written = 0
     with futures.ThreadPoolExecutor(MAX_PARALLEL) as pool:
+        # A shard that is there was renamed when it was whole; it is compared with the source even
+        # so.
         # Two passes side by side: a stream is read from its beginning only once for each.
         to_write, to_compare = _Records(source, pool), _Records(source, pool)
         for i in range(num_shards):
@@ -147,6 +150,7 @@ def convert(
                 written += 1
             shards.append(_describe_shard(path, source, numbers, to_compare.take(numbers)))
             report(numbers.stop)
+    # Last, as the table is what makes the folder a source.
     table = {"class_names": list(source.class_names), "source": str(source), "shards": shards}
     for left in out.glob("*.tmp"):  # by calls that were killed
         left.unlink()
@@ -187,10 +191,13 @@ class _Records:
         if self._source.indexable:
             for start in range(numbers.start, numbers.stop, 4 * MAX_PARALLEL):
                 part = numbers[start - numbers.start :][: 4 * MAX_PARALLEL]
+                # In parallel, because a source in a bucket waits for each image; in parts, to hold
+                # few images.
                 loaded = self._pool.map(self._source.load, part)
                 for number, (image, label) in zip(part, loaded, strict=True):
                     yield self._record(number, image, label)
             return
+        # A shard before this one was there already: the stream is begun anew behind it.
         if self._next != numbers.start:
             self._stream, self._next = _streamed(self._source, numbers.start), numbers.start
         for number in numbers:
@@ -199,6 +206,8 @@ class _Records:
             yield self._record(number, image, label)
 
     def _record(self, number: int, image: bytes | np.ndarray, label: int) -> bytes:
+        # Here each example is read anyway, so what training would meet in its first epoch is named
+        # now.
         problem = labels.problem(label, self._source.num_classes)
         if problem:
             advice = labels.advise(
@@ -222,6 +231,7 @@ def _png(image: np.ndarray) -> bytes:
         raise DataError(
             f"images of {image.shape[-1]} channels cannot be stored as PNG, which holds 1 to 4"
         )
+    # Pillow takes grey images without an axis for the channel.
     return encode(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), "PNG")
 
 
@@ -242,11 +252,13 @@ def _describe_shard(
     """Reads a shard back and compares it with `records`; returns what the table says of it."""
     crc = 0
     try:
+        # Not through ShardReader, which keeps files open: each shard is read once.
         with OpenShard(str(path)) as shard:
             found = len(shard)
             for i, record in enumerate(records if found == len(numbers) else ()):
                 if shard.read([i])[0] != record:
                     raise DataError(f"{path} differs from {source.describe(numbers[i])}")
+                # Of what was read back; it tells shards of equal names apart in a fingerprint.
                 crc = zlib.crc32(record, crc)
     except ValueError as error:
         raise DataError(f"{error or path}: remove {path} and convert again") from error

@@ -29,8 +29,9 @@ from vit_dist.storage.files import write_whole
 
 FORMS = ("raw", "decoded")
 _DECODER = 2  # raised when decoding gives other pixels than before
-SAMPLE = 256  # examples from which the need is estimated
-MARGIN = 1.1  # their sizes vary
+# Enough examples to know the mean size of an image within some percent; the margin is for these.
+SAMPLE = 256
+MARGIN = 1.1
 NUM_THREADS = 32
 TABLE_BYTES = 64  # of tables and objects for an example
 
@@ -74,6 +75,7 @@ class CachedSource(base.Source):
         self._decoding = decoding or {}
         self.split, self.num_examples = source.split, source.num_examples
         self.class_names, self.first_label = source.class_names, source.first_label
+        # Of a source's other entries, such as paths, nothing is kept.
         self.encoded = form == "raw"
         self.element_spec = dict(source.element_spec)
         if form == "decoded":
@@ -86,6 +88,7 @@ class CachedSource(base.Source):
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
         self._damage: str | None = None  # what was found while reading the file
+        # A file that is there will do; what it needs was found to be there when it was made.
         if self._path is None or not self._table_path.exists():
             self._check_room()
 
@@ -125,6 +128,7 @@ class CachedSource(base.Source):
     def _size(self, index: int) -> int:
         try:
             image, _ = self._source.peek(index)
+            # A label that stands for no class is kept as it is: the pipeline checks it.
             if self._form == "raw":
                 return len(image)
             with Image.open(io.BytesIO(image)) as opened:  # reads the header only
@@ -143,6 +147,7 @@ class CachedSource(base.Source):
             self._data = buffer.getbuffer()
             return
         self._table = self._stored_table() or self._fill_file(self._path)
+        # Mapped, so that all processes of a host share the pages which the system keeps in memory.
         with self._path.open("rb") as opened:
             self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -155,6 +160,7 @@ class CachedSource(base.Source):
             with np.load(self._table_path) as stored:
                 table = {name: stored[name] for name in stored.files}
             size, whole = os.path.getsize(self._path), int(table["ends"][-1])
+            # The table is written last, so it knows how long the data must be.
             if size == whole:
                 return table
             problem = f"it has {size} bytes instead of {whole}"
@@ -197,6 +203,7 @@ class CachedSource(base.Source):
 
     def _read_all(self) -> Iterator[tuple[bytes, int, tuple[int, int, int]]]:
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+            # In their own order, so that a file is read from front to back later on as it was now.
             for start in range(0, self.num_examples, 4 * NUM_THREADS):  # few ahead, to save memory
                 stop = min(start + 4 * NUM_THREADS, self.num_examples)
                 yield from pool.map(self._read_one, range(start, stop))
@@ -227,9 +234,11 @@ class CachedSource(base.Source):
         self.prepare()
         table, data = self._table, self._data
         assert table is not None and data is not None
+        # Example i lies at bytes ends[i] to ends[i + 1] of the data.
         ends = table["ends"]
 
         def piece(i: int) -> bytes:
+            # Copied out of the map: TensorFlow's strings own their bytes.
             found = bytes(data[ends[i] : ends[i + 1]])
             if self._path is not None and zlib.crc32(found) != table["checksums"][i]:
                 self._damage = (
@@ -243,6 +252,8 @@ class CachedSource(base.Source):
             images = np.array([piece(i) for i in numbers], object)
             return images, table["labels"][numbers], table["shapes"][numbers]
 
+        # Python, because no op of TensorFlow's reads a part of a file; that is why it is not
+        # portable.
         types = [tf.string, tf.int32, tf.int32]
         image, label, shape = tf.numpy_function(read, [indices], types, stateful=False)
         for tensor, more in ((image, ()), (label, ()), (shape, (3,))):

@@ -25,11 +25,14 @@ class DemoSource(Source):
         from sklearn import datasets  # here, as only this source needs it and it loads slowly
 
         digits = datasets.load_digits()
+        # A shuffle first, as digits that follow each other were written by the same person.
         order = np.random.RandomState(0).permutation(len(digits.target))
         order = order[np.argsort(digits.target[order], kind="stable")]
+        # Sorted by class, every n-th example is a sample in which all classes have their share.
         slot = np.arange(len(order))
         part = np.where(slot % 5 == 0, "test", np.where(slot % 10 == 1, "val", "train"))
         order = np.sort(order[part == split])  # back to scikit-learn's order: classes are mixed
+        # The digits have 16 levels in steps of 1; uint8 images have 255.
         grey = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
         self.images = np.repeat(grey[..., None], 3, axis=-1)
         self.labels = digits.target[order].astype(np.int32)

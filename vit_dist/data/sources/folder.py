@@ -75,6 +75,7 @@ class FolderSource(base.Source):
                 f"data_dir {str(data_dir)!r} is not a directory; it should hold "
                 "train/<class>/*.jpg or <class>/*.jpg"
             )
+        # Any of them decides: where only val/ is there, what is missing is a split and not a class.
         if any(_is_split(self.data_dir / name) for name in {train_split, split, *SPLITS}):
             files = self._files_of_split_directory()
         else:
@@ -91,6 +92,7 @@ class FolderSource(base.Source):
                 "raise the fraction or open another split"
             )
         self.class_names = base.distinct_names([base.printable(name) for name in self._folders])
+        # One array of text, because a list of a million strings takes several times the memory.
         self.paths = np.array([f"{self._root}/{path}" for path, _ in found])
         self.labels = np.array([label for _, label in found], np.int32)
         self.num_examples = len(found)
@@ -141,6 +143,7 @@ class FolderSource(base.Source):
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._tables is None:
+            # As bytes: TensorFlow would refuse text that is not UTF-8.
             names = [os.fsencode(path) for path in self.paths.tolist()]
             self._tables = base.on_host(
                 lambda: {"path": tf.constant(names), "label": tf.constant(self.labels)}
@@ -160,6 +163,7 @@ class FolderSource(base.Source):
         if paths.is_remote(self.data_dir):
             return None  # one request for each file
         names = self.paths.tolist()
+        # In parts: to hand one file to a thread takes longer than to ask for its size.
         parts = [names[i : i + 1000] for i in range(0, len(names), 1000)]
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
             return checksum(" ".join(sizes) for sizes in pool.map(_sizes, parts))
@@ -206,6 +210,7 @@ def _class_directories(root: epath.Path) -> tuple[str, ...]:
 def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Returns class -> sorted names of its image files."""
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        # Classes in parallel, as listing waits for a network file system or a bucket.
         listed = pool.map(lambda name: sorted(p.name for p in (root / name).iterdir()), names)
     files, ignored = {}, []
     for name, entries in zip(names, listed, strict=True):
@@ -243,6 +248,9 @@ def _part(name: str, files: list[str], split: str, val: float, test: float) -> l
     def rank(file: str) -> bytes:
         return hashlib.sha1(f"{name}/{file}".encode(errors="surrogateescape")).digest()
 
+    # By a hash, so that images which follow each other (a burst of one scene) are spread over
+    # splits,
+    # and a new image moves few of the others.
     ranked = sorted(files, key=rank)
     num_val, num_test = round(val * len(files)), round(test * len(files))
     part = {
@@ -258,6 +266,7 @@ def _check_headers(names: list[str]) -> None:
     total = len(names)
     if total > MAX_HEADERS:
         logging.info("checking the headers of %d of %d images", MAX_HEADERS, total)
+        # The same sample at each start, so that a message does not come and go.
         names = random.Random(0).sample(names, MAX_HEADERS)
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         problems = zip(names, pool.map(_header_problem, names), strict=True)

@@ -78,6 +78,7 @@ def header_problem(header: bytes) -> str | None:
         return None
     for signature, at, kind in _SIGNATURES:
         if header[at:].startswith(signature):
+            # "an AVIF", "an ICO": kinds are spelt out or begin with a vowel.
             article = "an" if kind[0] in "AEI" else "a"
             return f"is {article} {kind} file, which TensorFlow does not decode: convert it"
     return f"is not an image: it begins with {header[:8]!r}"

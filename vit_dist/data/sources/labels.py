@@ -15,7 +15,8 @@ from vit_dist.config.errors import DataError
 # How messages begin, in a graph and in Python.
 OUTSIDE = "its label is"
 NO_SHARES = "the shares of its label sum to"
-# A graph shows the parts in brackets, an eager assertion quoted on lines of their own.
+# What stands between a message's parts: a graph puts them in brackets, an eager assertion on lines
+# of their own, in quotes, and a data service hands them on with spaces.
 _NEXT = r"(?:\] \[|'?\n| )"
 _FOUND = re.compile(rf"{re.escape(OUTSIDE)}{_NEXT}(-?\d+).*?; example{_NEXT}(\d+)", re.S)
 MAX_LABELS = 5000  # looked at to say what the labels' first number is
@@ -29,6 +30,7 @@ def check(label: tf.Tensor, num_classes: int, index: tf.Tensor) -> tf.Tensor:
     The error is tf.errors.InvalidArgumentError, in whose message `find` finds label and example.
     """
     right = (label >= 0) & (label < num_classes)
+    # Texts and tensors, which TensorFlow puts into the message only if the check fails.
     told = [OUTSIDE, label, f"outside of the classes 0 to {num_classes - 1}; example", index]
     with tf.control_dependencies([tf.debugging.Assert(right, told)]):
         return tf.identity(label)
@@ -76,9 +78,13 @@ def advise(
       first_label: The source's option of that name; None if it has none.
       others: Labels of further examples, as the source gives them.
     """
+    # As they are in the files, to find what these count from.
     stored = [x + (first_label or 0) for x in (*others, label)]
     low, high = min(stored), max(stored)
     for first in (0, 1):  # what labels are counted from wherever this was met
+        # Both ends: all labels are possible, and the last class is among them, so that a few labels
+        # of a
+        # set that is right are not taken for one that counts from 1.
         fits = first <= low and high < first + num_classes and high - first >= num_classes - 1
         if not fits or first == (first_label or 0):
             continue
@@ -86,6 +92,7 @@ def advise(
         if first_label is None:
             return f"{text}. Store them counted from 0"
         return f"{text}. Set config.data.first_label={first}"
+    # Whether -1 is stored or becomes of a 0 with first_label=1.
     if -1 in (label, stored[-1]):
         return (
             "-1 stands for a label that is not known, as in test splits whose labels are kept "
@@ -120,6 +127,7 @@ def check_sampled(
     Raises:
       DataError: A label is outside of the classes; names it and says what to do.
     """
+    # What cannot be read is no matter of labels, and is named when it is met.
     known = [label for label in labels if label is not None]
     wrong = [i for i, x in enumerate(labels) if x is not None and problem(x, num_classes)]
     if not wrong or (lenient and len(wrong) <= max(len(known) // 2, 1)):

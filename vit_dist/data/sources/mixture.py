@@ -51,11 +51,13 @@ class MixtureSource(base.Source):
         self.portable = all(source.portable for source in sources)
         self.quotas = np.array(_quotas(weights), np.int64)
         sizes = [source.num_examples for source in sources]
+        # Examples of part i have the numbers firsts[i] to firsts[i + 1].
         self._firsts = np.cumsum([0, *sizes])
         self.num_examples = int(self._firsts[-1])
         self.class_names = tuple(dict.fromkeys(n for s in sources for n in s.class_names))
         self._warn_of_strangers()
         numbers = {name: i for i, name in enumerate(self.class_names)}
+        # A part's own label -> the mixture's.
         self._labels = [[numbers[name] for name in s.class_names] for s in sources]
         self.element_spec = {
             "image": sources[0].element_spec["image"],
@@ -84,14 +86,20 @@ class MixtureSource(base.Source):
             source.prepare()
 
     def place(self, positions: tf.Tensor, *, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
+        # Each block of positions is an epoch of its own to make_order: a permutation of 0..999.
+        # Which part
+        # a position belongs to depends on where its permuted number falls among the quotas.
         block, slot = order.make_order(positions, num_examples=BLOCK, seed=seed)
         ends = np.cumsum(self.quotas)
         which = tf.searchsorted(tf.constant(ends), slot, side="right")
+        # How many earlier positions of the block, in permuted order, are of the same part.
         rank = slot - tf.gather(tf.constant(ends - self.quotas), which)
         position = block * tf.gather(tf.constant(self.quotas), which) + rank
         epoch, index = tf.zeros_like(positions), tf.zeros_like(positions)
         for i, source in enumerate(self.sources):
             own = (seed + (i + 1) * SEED_STEP) % order.MAX_SEED
+            # All parts are asked for all positions, and one answer is taken: without branches in
+            # the graph.
             its_epoch, its_index = source.place(position, seed=own)
             epoch = tf.where(which == i, its_epoch, epoch)
             index = tf.where(which == i, its_index + self._firsts[i], index)
@@ -167,6 +175,7 @@ def _quotas(weights: Sequence[float]) -> list[int]:
         raise ConfigError(f"a mixture needs two or more weights above 0, got {list(weights)}")
     exact = [BLOCK * w / sum(weights) for w in weights]
     quotas = [int(x) for x in exact]
+    # The largest remainders get the positions that rounding down has left.
     by_error = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
     for i in by_error[: BLOCK - sum(quotas)]:
         quotas[i] += 1

@@ -43,9 +43,12 @@ def open_source(source: str, *, split: str, **options) -> Source:
         raise ConfigError(
             f"unknown source {source!r}{_nearest(source, SOURCES)}; known: {sorted(SOURCES)}"
         )
+    # Each default lives in its source's class, so that a key which is None is simply left out.
     given = {key: value for key, value in options.items() if value is not None}
+    # Its options are those of its parts, which are checked as each part is opened.
     if source == "mixture":
         return _open_mixture(split, **given)
+    # A source's arguments are its options: a new one needs no list here.
     signature = inspect.signature(SOURCES[source])
     allowed = [name for name in signature.parameters if name != "split"]
     for option in given:
@@ -72,6 +75,7 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
         )
     opened = []
     for part in parts:
+        # What a part says itself goes before what holds for all.
         own = {k: v for k, v in part.items() if k not in ("source", "weight", "split")}
         kind = SOURCES.get(part["source"])
         known = inspect.signature(kind).parameters if kind else {}

@@ -49,6 +49,7 @@ def open_table(
     Raises:
       DataError: A file has changed since the table was made, or ends within a record.
     """
+    # Named by pattern, so that several sets may lie in one folder.
     path = files[0].parent / f"{checksum([name]):08x}{SUFFIX}"
     sizes = [file_size(file) for file in files]
     if path.exists():
@@ -74,6 +75,7 @@ def _keep(table: Table, path: epath.Path, files: Sequence[epath.Path]) -> None:
     columns = {f"at/{f.name}": starts for f, starts in zip(files, table.offsets, strict=True)}
     sizes = {file.name: size for file, size in zip(files, table.sizes, strict=True)}
     buffer = io.BytesIO()
+    # "at/<file>" holds offsets; names and sizes are JSON, as arrays of Python objects are pickles.
     np.savez(
         buffer,
         allow_pickle=False,
@@ -99,6 +101,7 @@ def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int])
     except (ValueError, KeyError, EOFError, zlib.error) as error:
         raise DataError(f"the index {path} is damaged ({error}): remove it") from error
     found = {file.name: size for file, size in zip(files, sizes, strict=True)}
+    # Both ways: a file may have come or gone, too.
     for name in sorted(set(known) | set(found)):
         if known.get(name) != found.get(name):
             raise DataError(
@@ -119,6 +122,7 @@ def compression_of(file: epath.Path) -> str:
         begin = opened.read(CHUNK)
     for name, bits in WINDOW_BITS.items():
         try:
+            # At most as many bytes as a header has.
             unpacked = zlib.decompressobj(bits).decompress(begin, HEADER)
         except zlib.error:
             continue
@@ -142,10 +146,12 @@ def _scan(path: epath.Path, file) -> np.ndarray:
     starts: list[int] = []
     window, begin = b"", 0
     while offset < size:
+        # The next header is not within what was read last: seek to it, over the data in between.
         if not begin <= offset <= begin + len(window) - HEADER:
             file.seek(offset)
             window, begin = file.read(READ_AHEAD), offset
         header = window[offset - begin : offset - begin + HEADER]
+        # Too short a rest for a header counts as a record that is too long.
         length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else size
         if offset + HEADER + length + FOOTER > size:
             raise DataError(
@@ -176,6 +182,7 @@ def read_unverified(path: epath.Path, offset: int, compression: str = "") -> byt
                 opened.seek(offset)
             header = opened.read(HEADER)
             length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else -1
+            # In a damaged header the length may be anything.
             record = opened.read(length) if 0 <= length <= MAX_RECORD else b""
         except (EOFError, zlib.error) as error:
             raise DataError(f"{path} cannot be unpacked: {error}") from error
@@ -197,6 +204,7 @@ def _scan_packed(path: epath.Path, file, compression: str) -> np.ndarray:
     starts: list[int] = []
     offset = 0
     try:
+        # There is no seeking: all is unpacked, and what is not a header thrown away.
         while header := unpacked.read(HEADER):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else 0
             if _skip(unpacked, length + FOOTER) or len(header) < HEADER:

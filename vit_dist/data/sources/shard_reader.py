@@ -62,6 +62,7 @@ class ShardReader:
           DataError: A shard is damaged.
           OSError: It cannot be read now, e.g. as too many files are open.
         """
+        # Shard -> places in `numbers`: each shard is asked once for all that is wanted of it.
         by_shard: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
             by_shard.setdefault(bisect.bisect_right(self._ends, number), []).append(place)
@@ -75,6 +76,7 @@ class ShardReader:
                 for place, record in zip(places, opened.read(positions), strict=True):
                     found[place] = record
 
+        # Without a thread: most reads outside of batches are of one record.
         if len(by_shard) == 1:
             read_shard(*by_shard)
         else:
@@ -94,6 +96,7 @@ class OpenShard:
         self._reader = array_record_module.ArrayRecordReader(
             os.fsencode(filename), options=OPTIONS, file_reader_buffer_size=BUFFER_BYTES
         )
+        # The library opens a file that is not there without complaint, and fails at the first read.
         if not self._reader.ok():
             self.read([0])  # raises why: there is no other way to learn it
             raise DataError(f"{filename} cannot be opened as an ArrayRecord file")
@@ -146,6 +149,8 @@ class _OpenFiles:
             file = self._files.setdefault(key, _File())
             self._files.move_to_end(key)
             file.users += 1
+            # In the order of their last use, which an OrderedDict keeps as they are moved to its
+            # end.
             idle = [k for k, other in self._files.items() if not other.users]
             self._close(idle[: max(len(self._files) - max_open(), 0)])
         try:
@@ -177,6 +182,7 @@ _OWNERS = itertools.count()
 
 def _explained(error: RuntimeError, filename: str) -> Exception:
     """Returns what the library meant: that the file is damaged, or that the system failed."""
+    # RuntimeError is all that the library raises; its words tell the cause.
     call = _FAILED_CALL.search(str(error))
     number = _NUMBERS.get(call[1].strip()) if call else None
     if number is None:

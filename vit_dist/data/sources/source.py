@@ -185,6 +185,7 @@ def check_labels(source: Source, *, lenient: bool) -> None:
     """Looks at a few examples when a source is opened, by `peek`; see `labels.check_sampled`."""
     indices = source.looked_at()
     found = labels_lib.look_at(lambda index: source.peek(index)[1], indices)
+    # One that cannot be read may be damaged; if none can, the options are wrong.
     if found and all(label is None for label in found):
         source.peek(indices[0])  # raises what is wrong with all of them
     labels_lib.check_sampled(
@@ -201,6 +202,7 @@ def _checksum_of_example(source: Source, index: int) -> int:
         image, label = source.peek(index)
     except (ValueError, FileNotFoundError):
         return 0
+    # Labels may be negative by mistake, and CRC-32 begins with a number of 32 bits.
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
     return zlib.crc32(data, label & 0xFFFFFFFF)
 
@@ -210,6 +212,7 @@ def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
 
     ImageNet has two classes "crane", and whoever looks up a class by name must find one of them.
     """
+    # "crane", "crane" -> "crane (134)", "crane (517)": names that a person recognises.
     counts = collections.Counter(names)
     return tuple(f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names))
 
@@ -244,6 +247,7 @@ def read_records(getitems: Callable[[list[int]], Sequence[bytes]], indices: tf.T
         except ValueError as error:
             raise DataError(f"{CORRUPT}: {error}") from error
 
+    # Not stateful: the same numbers give the same records.
     records = tf.numpy_function(read, [indices], tf.string, stateful=False)
     return tf.ensure_shape(records, indices.shape)
 

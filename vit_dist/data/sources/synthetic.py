@@ -49,6 +49,7 @@ class SyntheticSource(base.Source):
         self.split, self.num_examples = split, num_examples
         self.class_names = tuple(str(i) for i in range(num_classes))
         self.encoded = image_format == "jpeg"
+        # Other images in each split, the same ones at each start.
         random = np.random.default_rng(checksum([split]))
         count = min(NUM_IMAGES, num_examples)
         arrays = [_noise(random, height, width) for _ in range(count)]
@@ -66,6 +67,8 @@ class SyntheticSource(base.Source):
             # Of arrays, TensorFlow would make int32 without the type.
             dtype = self.element_spec["image"].dtype
             self._table = base.on_host(lambda: tf.constant(self._images, dtype))
+        # The label follows from the example's number and not from the image: there is nothing to
+        # learn.
         images = tf.gather(self._table, indices % len(self._images))
         return {"image": images, "label": tf.cast(indices % self.num_classes, tf.int32)}
 
@@ -75,6 +78,7 @@ class SyntheticSource(base.Source):
 
 def _noise(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Coarse noise made smooth, and a little fine noise: it compresses about as photographs do."""
+    # Twelve by sixteen values, enlarged.
     coarse = random.integers(0, 256, (12, 16, 3), np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     fine = random.normal(0, 8, (height, width, 3))

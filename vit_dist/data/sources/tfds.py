@@ -65,15 +65,19 @@ class TfdsSource(base.Source):
         self.builder = _make_builder(name, data_dir, file_format)
         features = self.builder.info.features
         _check_features(name, features)
+        # Before anything else is asked: an unprepared set knows neither its splits nor their sizes.
         self.prepare()
         self._split_info = _split_info(self.builder, split)
         self.num_examples = self._split_info.num_examples
         if not self.num_examples:
             raise DataError(f"split {split!r} of {name!r} is empty")
+        # Which form decides how it can be read; see `follow` for the one that can be read in both
+        # ways.
         self._array_record = self.builder.info.file_format.value == "array_record"
         self.indexable = self._array_record
         self.portable = not self._array_record
         self._files = [epath.Path(f.filename) for f in self._split_info.file_instructions]
+        # Of each file: the number of the example behind its last one.
         self._ends = np.cumsum(self.file_lengths())
         self._remote = any(map(paths.is_remote, self._files))
         if not self.indexable:
@@ -115,9 +119,12 @@ class TfdsSource(base.Source):
                 continue
             with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
                 sizes = pool.map(lambda f: file_size(f) if exists(f) else 0, files)
+            # TFDS notes the bytes of all records of a split; each has 16 bytes of lengths and
+            # checksums more.
             want = split.num_bytes + (HEADER + FOOTER) * split.num_examples
             if sum(sizes) == want:
                 continue
+            # The sum tells that one is wrong, but not which: now their records are counted.
             for file, count in zip(files, split.shard_lengths, strict=True):
                 found = len(scan(file)) if exists(file) else "no"
                 if found != count:
@@ -166,6 +173,7 @@ class TfdsSource(base.Source):
         import tensorflow_datasets as tfds
 
         by_offset = "offset" in record
+        # A record is read here and not in `fetch` where TensorFlow can: in parallel, in the graph.
         serialized = (
             read_record(record["file"], record["offset"]) if by_offset else record["record"]
         )
@@ -183,6 +191,7 @@ class TfdsSource(base.Source):
         if self._array_record:
             return KEYS.load(self._reader.read([index])[0])
         file = int(np.searchsorted(self._ends, index, side="right"))
+        # The example's number within its file, counted from where the split begins in it.
         place = index - (int(self._ends[file]) - self.file_lengths()[file])  # within the file
         if place == 0 and not self._split_info.file_instructions[file].skip:
             return KEYS.load(read_unverified(self._files[file], 0))  # without scanning for it
@@ -213,6 +222,7 @@ class TfdsSource(base.Source):
         return [file.take for file in self._split_info.file_instructions]
 
     def follow(self, order: str) -> None:
+        # A local file can be read either way. From a bucket each record would cost 64 MB.
         if not self._array_record and not self._remote:
             self.indexable = order == base.BY_INDEX
         super().follow(order)  # refuses what is left
@@ -232,11 +242,13 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
     if file_format is not None and file_format not in formats:
         raise ConfigError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
     data_dir = None if data_dir is None else str(paths.expand(data_dir))
+    # As for every other path of a config, "~" is the home folder.
     if not sys.stdout.isatty():
         tfds.disable_progress_bar()  # in a log file each refresh is a line
     try:
         return tfds.builder(name, data_dir=data_dir, try_gcs=False, file_format=file_format)
     except tfds.core.registered.DatasetNotFoundError:
+        # Community data sets would have to be fetched from the network to be listed.
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
         hint = f"; the nearest are {near}" if near else ""
@@ -276,6 +288,7 @@ def _check_network(builder) -> None:
     anything was downloaded before, only TFDS can tell whether it is enough.
     """
     downloads = builder.data_path.parents[1] / "downloads"
+    # Whatever was downloaded before may be enough; only TFDS itself can tell.
     cached = downloads.exists() and any(path.name != "manual" for path in downloads.iterdir())
     missing = [
         url

@@ -67,6 +67,7 @@ class TfrecordSource(base.Source):
         self.split, self.first_label = split, first_label
         self._pattern = files.replace("{split}", split)
         self._remote = paths.is_remote(files)
+        # Sorted by name: the number of an example counts through the files in that order.
         self.files = _matching(self._pattern)
         self.class_names = _class_names(num_classes, class_file)
         self._keys = Keys(image_key, label_key, first_label)
@@ -77,6 +78,7 @@ class TfrecordSource(base.Source):
             lambda count: _check_count(count, expected, self._pattern),
         )
         self.indexable = self._choose_order(stream)
+        # Of each file: the number of its first example, and behind the last file the number of all.
         self._starts = np.cumsum([0, *(len(offsets) for offsets in self._table.offsets)])
         self.num_examples = int(self._starts[-1])
         self._tables: dict[str, tf.Tensor] | None = None
@@ -100,6 +102,7 @@ class TfrecordSource(base.Source):
                 "be found by its number: leave config.data.stream out, unpack them, or convert "
                 "them (python -m vit_dist.convert)"
             )
+        # What was asked for, else what the storage is good at.
         if stream or compressed or (self._remote and stream is None):
             return False
         if self._remote and READ_AHEAD_VARIABLE not in os.environ:
@@ -127,6 +130,8 @@ class TfrecordSource(base.Source):
                 }
             )
         table = self._tables
+        # Only names and offsets are looked up here; each record is read in `decode_record`, in
+        # parallel.
         file = tf.searchsorted(table["start"], indices, side="right") - 1
         return {
             "file": tf.gather(table["file"], file),
@@ -173,6 +178,7 @@ class TfrecordSource(base.Source):
         return np.diff(self._starts).tolist()
 
     def follow(self, order: str) -> None:
+        # Plain files can be read either way, whatever config.data.stream says for a new run.
         if order == base.BY_INDEX and not self._table.compression:
             self.indexable = True
         elif order.startswith(base.STREAMED):
@@ -208,6 +214,7 @@ def _matching(pattern: str) -> list[epath.Path]:
     path = paths.expand(pattern)
     if path.is_file():  # its name may hold brackets, which would be wildcards
         return [path]
+    # Not tf.io.gfile.glob, which takes brackets in the folder's name for wildcards.
     found = path.parent.glob(path.name) if path.parent.is_dir() else []
     files = sorted(
         (f for f in found if not f.name.startswith(".") and not f.name.endswith((SUFFIX, ".tmp"))),
@@ -233,6 +240,7 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = [line for line in lines if line]
     if num_classes == len(lines) > len(names):  # then a blank line is a class without a name
+        # As many lines as classes: an empty one holds the place of a class.
         names = [line or f"class {i}" for i, line in enumerate(lines)]
     elif len(names) < len(lines):
         blank = len(lines) - len(names)
