@@ -7,6 +7,7 @@ changes values and returns the result. Any key can be overridden in the shell:
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
@@ -275,7 +276,24 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
         names = {k.rsplit("_", 1)[0] for k in default if k.rsplit("_", 1)[-1] in UNITS}
         for name in sorted(names):
             _keep_one(section, default, name, prefix, overrides or {})
+    _freeze_lists(config)
     return FrozenConfigDict(config)
+
+
+def _freeze_lists(config: ConfigDict) -> None:
+    """Makes dicts in lists unchangeable, such as data.parts: FrozenConfigDict takes none there."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _freeze_lists(value)
+        elif isinstance(value, list | tuple) and any(map(_is_section, value)):
+            with config.unlocked(), config.ignore_type():
+                config[key] = tuple(
+                    MappingProxyType(dict(x)) if _is_section(x) else x for x in value
+                )
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, Mapping | ConfigDict)
 
 
 def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> None:
@@ -339,7 +357,8 @@ def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
 
 def to_json(config: ConfigDict) -> str:
     """The resolved config as indented JSON, keys sorted."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    # `default` is for what _freeze_lists made.
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=dict)
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

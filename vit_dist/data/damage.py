@@ -277,9 +277,10 @@ def _problems_of_stream(
 ) -> Iterator[tuple[int, str | None]]:
     """As `_problems_by_index`, of the first examples of a stream."""
     with tf.device("CPU:0"):
-        for record in source.stream(seed=None, epoch=0).take(count):
-            index = int(record.pop("index"))
-            yield index, _problem(pipe, index, functools.partial(source.decode_record, record))
+        records = iter(source.stream(seed=None, epoch=0).take(count))
+    for record in records:
+        index = int(record.pop("index"))
+        yield index, _problem(pipe, index, functools.partial(source.decode_record, record))
 
 
 def _explain_label(source: Source, label: int, index: int) -> str:

@@ -124,6 +124,8 @@ def _splits(config: ConfigDict, training: bool, splits: Sequence[str] | None) ->
 def _options(config: ConfigDict) -> dict[str, Any]:
     """The arguments of the config's source, but for the split."""
     options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
+    # Sources know nothing of configs: a dict that a config holds, such as counts, is one again.
+    options = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in options.items()}
     own = options.pop("options")
     if own is not None and not hasattr(own, "items"):
         raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")

@@ -109,6 +109,16 @@ def test_counts_tell_a_cut_before_the_first_opening(tmp_path):
             open_source("tfrecord", split="train", counts={"train": 21}, **options)
 
 
+def test_counts_of_a_config(tmp_path):
+    images.write_tfrecords(tmp_path)
+    data = {"data__files": f"{tmp_path}/{{split}}-*.tfrecord", "data__num_classes": 4}
+    ops = f"decode|{tiny.ANY_SIZE}"
+    data |= {"data__source": "tfrecord", "input__train_ops": ops, "input__eval_ops": ops}
+    check(tiny.without_evaluation(data__counts={"train": 20}, **data))
+    with pytest.raises(ValueError, match="20 examples instead of the 21"):
+        check(tiny.without_evaluation(data__counts={"train": 21}, **data))
+
+
 @pytest.mark.parametrize("counts", [{"val": 3}, {"train": 0}, {"train": "20"}, 20])
 def test_counts_that_say_nothing(tmp_path, counts):
     images.write_tfrecords(tmp_path)

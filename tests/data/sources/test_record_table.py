@@ -72,7 +72,7 @@ def test_a_folder_that_may_only_be_read(tmp_path, monkeypatch, caplog):
     def refused(path, data):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(record_table.paths, "write_whole", refused)
+    monkeypatch.setattr(record_table, "write_whole", refused)
     with caplog.at_level(std_logging.WARNING):
         assert open_records(tmp_path).num_examples == 20
     assert "cannot keep the index" in caplog.text and "next start scans again" in caplog.text

@@ -89,7 +89,9 @@ def test_too_many_open_files(shards):
     """Said, and not called damage: neither by the reader nor by the pipeline."""
     old = resource.getrlimit(resource.RLIMIT_NOFILE)
     ShardReader(shards).read([0])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files(), old[1]))
+    lowest = os.dup(0)  # the number that the next file would get
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, old[1]))
     try:
         with pytest.raises(OSError, match=r"Too many open files.*ulimit -n") as error:
             ShardReader(shards).read([4])

@@ -221,8 +221,9 @@ def _streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
     """Yields image and label of the examples of a stream from number `first` on."""
     with tf.device("CPU:0"):
         ds = source.stream(seed=None, epoch=0).skip(first).map(source.decode_record).prefetch(1)
-        for example in ds.as_numpy_iterator():
-            yield example["image"], int(example["label"])
+        examples = ds.as_numpy_iterator()
+    for example in examples:
+        yield example["image"], int(example["label"])
 
 
 def _png(image: np.ndarray) -> bytes:

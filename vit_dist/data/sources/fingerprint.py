@@ -24,6 +24,11 @@ def checksum(names: Iterable[str]) -> int:
     return crc
 
 
+def printable(name: str) -> str:
+    """Returns the name of a file as it can be printed and stored, where it is not UTF-8."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def sampled(num_examples: int) -> list[int]:
     """Returns the numbers of the examples that a fingerprint looks into: evenly spread, or all."""
     if num_examples <= NUM_SAMPLED:

@@ -15,7 +15,7 @@ from etils import epath
 from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
-from vit_dist.data.sources.fingerprint import checksum
+from vit_dist.data.sources.fingerprint import checksum, printable
 from vit_dist.data.sources.image_files import (
     EXTENSIONS,
     HEADER_BYTES,
@@ -91,7 +91,7 @@ class FolderSource(base.Source):
                 f"{val_fraction} and a test_fraction of {test_fraction} no class is large enough; "
                 "raise the fraction or open another split"
             )
-        self.class_names = base.distinct_names([base.printable(name) for name in self._folders])
+        self.class_names = base.distinct_names([printable(name) for name in self._folders])
         # One array of text, because a list of a million strings takes several times the memory.
         self.paths = np.array([f"{self._root}/{path}" for path, _ in found])
         self.labels = np.array([label for _, label in found], np.int32)

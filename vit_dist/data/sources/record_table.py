@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from vit_dist.config.errors import DataError
-from vit_dist.data.sources.fingerprint import checksum
+from vit_dist.data.sources.fingerprint import checksum, printable
 from vit_dist.storage.errors import FAILURES, cause
 from vit_dist.storage.files import file_size, write_whole
 
@@ -72,7 +72,7 @@ def open_table(
 
 
 def _keep(table: Table, path: epath.Path, files: Sequence[epath.Path]) -> None:
-    columns = {f"at/{f.name}": starts for f, starts in zip(files, table.offsets, strict=True)}
+    columns = {_column(f.name): starts for f, starts in zip(files, table.offsets, strict=True)}
     sizes = {file.name: size for file, size in zip(files, table.sizes, strict=True)}
     buffer = io.BytesIO()
     # "at/<file>" holds offsets; names and sizes are JSON, as arrays of Python objects are pickles.
@@ -91,11 +91,16 @@ def _keep(table: Table, path: epath.Path, files: Sequence[epath.Path]) -> None:
         )
 
 
+def _column(name: str) -> str:
+    """Returns what a table calls the offsets of a file, whose name need not be UTF-8."""
+    return f"at/{printable(name)}"
+
+
 def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int]) -> Table:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             known = json.loads(str(stored["sizes"]))
-            offsets = [stored[f"at/{file.name}"] for file in files if file.name in known]
+            offsets = [stored[_column(file.name)] for file in files if file.name in known]
             # Tables of before compressed files could be read do not say.
             compression = str(stored["compression"]) if "compression" in stored else ""
     except (ValueError, KeyError, EOFError, zlib.error) as error:

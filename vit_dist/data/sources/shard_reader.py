@@ -109,7 +109,10 @@ class OpenShard:
         try:
             return self._reader.read(positions)
         except RuntimeError as error:
-            raise _explained(error, self._filename) from error
+            raise _explained(str(error), self._filename) from error
+        except UnicodeDecodeError as error:  # of a message that quotes such a name
+            text = bytes(error.object).decode(errors="replace")
+            raise _explained(text, self._filename) from error
 
     def close(self) -> None:
         """Closes the file."""
@@ -180,13 +183,13 @@ _OPEN = _OpenFiles()
 _OWNERS = itertools.count()
 
 
-def _explained(error: RuntimeError, filename: str) -> Exception:
+def _explained(message: str, filename: str) -> Exception:
     """Returns what the library meant: that the file is damaged, or that the system failed."""
     # RuntimeError is all that the library raises; its words tell the cause.
-    call = _FAILED_CALL.search(str(error))
+    call = _FAILED_CALL.search(message)
     number = _NUMBERS.get(call[1].strip()) if call else None
     if number is None:
-        return DataError(f"{filename}: {error}")
+        return DataError(f"{filename}: {message}")
     text = os.strerror(number)
     if number in (errno.EMFILE, errno.ENFILE):
         text += f" (this process may open {_soft_limit()}; raise it with ulimit -n)"

@@ -217,11 +217,6 @@ def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names))
 
 
-def printable(name: str) -> str:
-    """Returns the name of a file as it can be printed and stored, where it is not UTF-8."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
 def on_host(make):
     """Returns `make()` as eager tensors in host memory, also while a function is being traced.
 
