@@ -134,9 +134,11 @@ def _run(
     )
     state = make_state(options, strategy)
     origin = restore_or_init(state, options, data, start)
-    del start  # its arrays would take up memory to the end
+    checkpointer = Checkpointer(
+        workdir, keep=options.keep_checkpoints, permit=lock.check, damaged=start.damaged
+    )
+    del start  # what it has open, and tensors of files, would stay to the end
     first, chief = int(state.step.numpy()), is_chief(strategy)
-    checkpointer = Checkpointer(workdir, keep=options.keep_checkpoints, permit=lock.check)
     evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
     with (
         make_writer(workdir, first_step=first, active=chief) as writer,

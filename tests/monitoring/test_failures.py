@@ -10,7 +10,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vit_dist.config.errors import StorageError
 from vit_dist.monitoring import files
-from vit_dist.monitoring import writer as writer_module
 from vit_dist.monitoring.writer import make_writer
 
 
@@ -26,21 +25,21 @@ def log(workdir, *steps, first_step=0):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """The files named become the device that is always full."""
+    """Files whose names begin so become the device that is always full."""
 
-    def fill(module, *, beginning):
+    def fill(beginning):
         def opened(path, mode):
             full = path.name.startswith(beginning)
             return real(epath.Path("/dev/full") if full else path, "wb" if full else mode)
 
         real = files.open_growing
-        monkeypatch.setattr(module, "open_growing", opened)
+        monkeypatch.setattr(files, "open_growing", opened)
 
     return fill
 
 
 def test_rows_on_a_full_disk(tmp_path, full_disk):
-    full_disk(writer_module, beginning="metrics")
+    full_disk("metrics")
     with pytest.raises(StorageError) as error:
         log(tmp_path, 1)
     text = str(error.value)
@@ -51,7 +50,7 @@ def test_rows_on_a_full_disk(tmp_path, full_disk):
 
 def test_closing_does_not_hide_what_ended_the_run(tmp_path, full_disk):
     """The row that the disk did not take fails again when the file is closed."""
-    full_disk(writer_module, beginning="metrics")
+    full_disk("metrics")
     writer = make_writer(tmp_path)
     with pytest.raises(ZeroDivisionError), writer:
         with pytest.raises(StorageError):
@@ -66,18 +65,11 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
 
 
 def test_tensorboard_on_a_full_disk_costs_tensorboard_only(tmp_path, full_disk, caplog):
-    full_disk(files, beginning="events")
+    full_disk("events")
     log(tmp_path, 1, 2, 3)
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
     told = [r.getMessage() for r in caplog.records if "without TensorBoard" in r.getMessage()]
     assert len(told) == 1 and "No space left on device" in told[0]
-
-
-def test_tensorboards_folder_is_a_file(tmp_path, caplog):
-    (tmp_path / "tensorboard").write_text("in the way")
-    log(tmp_path, 1)
-    assert [row["step"] for row in rows_of(tmp_path)] == [1]
-    assert "going on without TensorBoard" in caplog.text
 
 
 def test_a_start_that_fails_leaves_the_metrics(tmp_path):
@@ -88,11 +80,11 @@ def test_a_start_that_fails_leaves_the_metrics(tmp_path):
         with make_writer(tmp_path, first_step=failing_start) as writer:
             writer.text(0, "config", "{}")
         assert (tmp_path / "metrics.jsonl").read_text() == before
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [10, 20, 30]
     log(tmp_path, 15, first_step=10)
     assert [row["step"] for row in rows_of(tmp_path)] == [10, 15]
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [10, 15]
 
 
@@ -114,4 +106,4 @@ def test_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     log("~/run", 1)
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1]
-    assert list((tmp_path / "run" / "tensorboard").glob("*tfevents*"))
+    assert list((tmp_path / "run").glob("*tfevents*"))

@@ -24,7 +24,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from vit_dist.monitoring.files import EventFile, GrowingFile, open_rows
 from vit_dist.paths import expand
 from vit_dist.storage.errors import FAILURES, explain, only_warn
-from vit_dist.storage.files import exists, list_folder, make_folder, write_whole
+from vit_dist.storage.files import exists, make_folder, write_whole
 
 T = TypeVar("T")
 
@@ -152,7 +152,8 @@ def _events_folder(workdir: epath.Path) -> epath.Path:
     TensorBoard takes each folder with events for a run, so a curve goes on only in the same one.
     """
     old = workdir / OLD_TENSORBOARD_DIR
-    return old if any("tfevents" in path.name for path in list_folder(old)) else workdir
+    has_events = old.is_dir() and any("tfevents" in path.name for path in old.iterdir())
+    return old if has_events else workdir
 
 
 class _Rows:

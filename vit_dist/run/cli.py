@@ -202,7 +202,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         return message, USAGE_ERROR
     if isinstance(error, FileNotFoundError) and not error.errno:  # data that our own check misses
         return str(error), USAGE_ERROR
-    explained = storage_errors.explain(error) or _explain_memory(error)
+    explained = _explain_memory(error) or storage_errors.explain(error)
     if explained is not None:
         return str(explained), explained.exit_code
     if isinstance(error, OSError):

@@ -73,6 +73,9 @@ def explain(
     """
     if isinstance(error, UserError):
         return None
+    out = out_of_memory.explain_memory(error, remedy=out_of_memory.TRAINING)
+    if out is not None:
+        return out
     # Before the data and the other hosts: a disk or bucket that fails while images are read is
     # neither a damaged example nor, though TensorFlow may use the same codes, a lost host.
     if storage_errors.kind_of(error) not in (None, *_OF_DATA) or isinstance(error, OSError):
@@ -82,9 +85,8 @@ def explain(
             note="Checkpoints are untouched",
             then="and run again to resume",
         )
-    out = out_of_memory.explain_memory(error, remedy=out_of_memory.TRAINING)
-    if out is not None or not isinstance(error, tf.errors.OpError):
-        return out
+    if not isinstance(error, tf.errors.OpError):
+        return None
     if _ITERATOR.search(error.message or ""):
         return explain_reading(error, reading, data)
     if num_hosts(strategy) > 1 and isinstance(error, _LOST):

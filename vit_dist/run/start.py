@@ -1,6 +1,6 @@
 """Where a run begins: resume > resume_from > init_from > scratch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ class Start(NamedTuple):
     how: str  # resume | resume_from | init_from | scratch
     checkpoint: Checkpoint | None
     origin: Origin | None = None  # of init_from
+    damaged: Collection[str] = ()  # names of checkpoints of the workdir that were passed over
 
 
 def find_start(workdir: str, options: RunOptions) -> Start:
@@ -50,10 +51,11 @@ def find_start(workdir: str, options: RunOptions) -> Start:
       DataError: there are checkpoints, and none is whole.
       StorageError: one cannot be read at the moment.
     """
-    found = Checkpointer(workdir).newest()
+    checkpointer = Checkpointer(workdir)
+    found = checkpointer.newest()
     if found is not None:
         _check_order(found, options.record)
-        return Start("resume", found)
+        return Start("resume", found, damaged=checkpointer.damaged)
     if options.resume_from:
         return Start("resume_from", open_checkpoint(options.resume_from))
     if options.init_from:
@@ -131,6 +133,8 @@ def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: S
         if state.ema is not None:
             for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
                 average.assign(weight)
+        if start.origin.checkpoint is not None:
+            start.origin.checkpoint.close()
         detail("weights from %s:\n%s", start.origin.path, report.full())
         return f"weights from {start.origin.path}\n{report}"
     checkpoint = start.checkpoint
@@ -144,6 +148,7 @@ def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: S
         anew = {name: getattr(state, name).numpy() for name in ("loss_scale", "good_steps")}
         arrays = {**arrays, **anew}
     state.from_arrays(arrays)
+    checkpoint.close()
     verb = "resumed from" if start.how == "resume" else "continuing from"
     return f"{verb} step {checkpoint.step} ({checkpoint.path})"
 

@@ -26,7 +26,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ from vit_dist.training.state_file import StateFile, Sums, write_state
 T = TypeVar("T")
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
-_FOLDER = re.compile(r"\d{9,}")
+_FOLDER, _UNFINISHED = re.compile(r"\d{9,}"), re.compile(r"\d{9,}\.unfinished")
 _LISTINGS = 3  # how often a folder is listed in which a running job removes checkpoints meanwhile
 _UNTOUCHED = "Earlier checkpoints are untouched"
 _ABSENT = (Kind.MISSING, Kind.MISNAMED)  # a folder in the place of a file is no file either
@@ -74,6 +74,11 @@ class Checkpoint:
         assert isinstance(self.arrays, StateFile)
         return self.arrays.below(_weights_prefix(self.arrays))
 
+    def close(self) -> None:
+        """Closes the file of the arrays: one that is pruned takes up room as long as it is open."""
+        if isinstance(self.arrays, StateFile):
+            self.arrays.close()
+
 
 class Checkpointer:
     """Saves in the background into one folder and finds the newest whole checkpoint there.
@@ -84,6 +89,7 @@ class Checkpointer:
       workdir: of the run; checkpoints go into its folder "checkpoints".
       keep: how many of the newest whole ones stay. Damaged ones do not count.
       permit: called before each save; raises if this process may not save any more.
+      damaged: names of folders that were proved damaged when the run looked for its beginning.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Checkpointer:
         *,
         keep: int = 2,
         permit: Callable[[], None] = lambda: None,
+        damaged: Collection[str] = (),
     ):
         if keep < 1:
             raise ConfigError(f"keep_checkpoints must be 1 or more, got {keep}")
@@ -99,7 +106,7 @@ class Checkpointer:
         self._permit = permit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._damaged: set[str] = set()  # names of folders that `newest` proved damaged
+        self.damaged = set(damaged)
 
     def save(self, arrays: Mapping[str, np.ndarray], *, step: int, notes: dict[str, Any]) -> None:
         """Starts to write a checkpoint; waits for the one before.
@@ -133,7 +140,7 @@ class Checkpointer:
         """
         self.wait()
         found, damaged = _newest(self.folder)
-        self._damaged = {path.name for path in damaged}
+        self.damaged = {path.name for path in damaged}
         if found is None and damaged:
             raise DataError(
                 f"{self.folder} holds checkpoints, and none of them is whole: {_reasons(damaged)}. "
@@ -160,7 +167,7 @@ class Checkpointer:
                 )
                 or error
             ) from error
-        self._damaged.discard(path.name)
+        self.damaged.discard(path.name)
         # The new checkpoint is safe; what goes wrong from here on must not end the run.
         with only_warn(f"removing old checkpoints from {self.folder}"):
             self._prune(step)
@@ -174,15 +181,18 @@ class Checkpointer:
         for path in _folders(self.folder):
             if int(path.name) > newest:
                 continue
-            if path.name not in self._damaged and _looks_whole(path):
+            if path.name not in self.damaged and _looks_whole(path):
                 room -= 1
                 if room >= 0:
                     continue
             # Without its manifest the folder is no checkpoint any more, however far this gets.
             (path / MANIFEST).unlink(missing_ok=True)
             files.remove_tree(path)
-            _unfinished(path).unlink(missing_ok=True)
             files.sync_folder(self.folder)
+        for path in files.list_folder(self.folder):
+            # Of saves that were killed, perhaps before they had made their folder.
+            if _UNFINISHED.fullmatch(path.name) and int(path.stem) < newest:
+                path.unlink(missing_ok=True)
 
 
 def _write(
@@ -258,7 +268,11 @@ def _looks_whole(path: epath.Path) -> bool:
     try:
         _, _, sums, _ = _read_manifest(path)
         return files.file_size(path / STATE) == sums.size
-    except (DataError, FileNotFoundError):
+    except DataError:
+        return False
+    except FAILURES as error:
+        if kind_of(error) not in _ABSENT:
+            raise
         return False
 
 

@@ -21,8 +21,9 @@ from contextlib import ExitStack
 import numpy as np
 from etils import epath
 
-from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats.tensors import LazyArray
+from vit_dist.storage.errors import retry
 from vit_dist.storage.files import file_size, write_file
 
 # Bytes read at once while checking. A bucket answers each read with one request of about 0.1 s, so
@@ -114,7 +115,7 @@ class StateFile(Mapping[str, np.ndarray]):
             raise DataError(f"{path} is damaged: it has {self._size} bytes instead of {sums.size}")
         opened = ExitStack()
         self._file = opened.enter_context(self._path.open("rb"))
-        weakref.finalize(self, opened.close)
+        self._finalizer = weakref.finalize(self, opened.close)
         self._entries = self._read_header()
 
     def _read_header(self) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
@@ -130,9 +131,9 @@ class StateFile(Mapping[str, np.ndarray]):
                 dtype, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
                 begin, end = entry["data_offsets"]
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != end - begin:
-                    raise ConfigError(f"{name} is not {shape} {dtype}")
+                    raise ValueError(f"{name} is not {shape} {dtype}")
                 if not 0 <= begin <= end <= self._size - 8 - length:
-                    raise ConfigError(f"{name} lies outside of the file")
+                    raise ValueError(f"{name} lies outside of the file")
                 entries[name] = (dtype, shape, 8 + length + begin)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self._path} is damaged: its header ({error})") from None
@@ -144,6 +145,11 @@ class StateFile(Mapping[str, np.ndarray]):
         return {name: shape for name, (_, shape, _) in self._entries.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._entries:
+            raise KeyError(name)
+        return retry(f"reading {self._path}", functools.partial(self._read, name))
+
+    def _read(self, name: str) -> np.ndarray:
         dtype, shape, offset = self._entries[name]
         array = np.empty(shape, dtype)
         into, done = _bytes_of(array), 0
@@ -151,6 +157,10 @@ class StateFile(Mapping[str, np.ndarray]):
             into[done : done + len(piece)] = piece
             done += len(piece)
         return array
+
+    def close(self) -> None:
+        """Closes the file: nothing can be read any more, and what was removed frees its room."""
+        self._finalizer()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -202,7 +212,11 @@ class StateFile(Mapping[str, np.ndarray]):
             wanted = min(_PIECE, length - begin)
             if wanted <= 0:
                 return
-            piece = self._file.read(wanted)
+            try:
+                piece = self._file.read(wanted)
+            except OSError as error:
+                error.filename = str(self._path)  # which read() does not know
+                raise
             if len(piece) != wanted:
                 raise DataError(f"{self._path} is damaged: it ends early")
             yield piece
