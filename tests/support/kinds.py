@@ -21,6 +21,8 @@ MARKERS = {
     "bucket": "talks to the tests' own bucket",
     "slow": "takes more than two CPU seconds for another reason",
 }
+# Functions of the package that start a process.
+STARTERS = {"hidden"}
 # Functions of the package that build a step of training or evaluation, or end in one. To trace one
 # takes a second; with XLA some more.
 BUILDERS = {
@@ -47,10 +49,10 @@ def kinds_of(functions: Collection[types.FunctionType], fixtures: Collection[str
     kinds = {"bucket"} & set(fixtures)
     for value in _names(functions):
         home = value.__name__ if isinstance(value, types.ModuleType) else _module(value)
-        if home.startswith(("subprocess", "multiprocessing")):
+        ours = getattr(value, "__name__", "") if home.startswith("vit_dist.") else ""
+        if home.startswith(("subprocess", "multiprocessing")) or ours in STARTERS:
             kinds.add("spawns")
-        builds = home.startswith("vit_dist.") and getattr(value, "__name__", "") in BUILDERS
-        if builds or (isinstance(value, str) and value == "jit_compile"):
+        if ours in BUILDERS or (isinstance(value, str) and value == "jit_compile"):
             kinds.add("compiles")
     return kinds
 
