@@ -18,7 +18,6 @@ from vit_dist.storage.files import (
     write_whole,
 )
 
-
 BUCKET = pytest.param("bucket", marks=[pytest.mark.spawns, pytest.mark.bucket])
 
 
