@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-pythons check-newest test-interop lint format bench bench-tpu clean
+.PHONY: help install demo check test seconds test-pythons check-newest test-interop lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ check: $(STAMP) ## lint, and the tests that neither start a process nor compile:
 	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow)' tests && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"
 
-test: $(STAMP) ## run the tests
-	$(PYTEST) tests
+test: $(STAMP) ## run the tests, but those of test-interop
+	$(PYTEST) --ignore-glob='*/test_interop*' tests
+
+seconds: $(STAMP) .venv-interop/.installed ## run all tests and write down how long each takes
+	$(PYTEST) --write-seconds tests
 
 # Both find Pythons by themselves, and give each an environment of its own: .venv-py3.11, .venv-py3.12, ...
 test-pythons: ## run the tests under each supported Python that this machine has

@@ -19,11 +19,16 @@ for variable in ("TF_CONFIG", "KERAS_BACKEND", "TPU_NAME"):
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 
+from tests.support import seconds  # noqa: E402
 from tests.support.bucket import serve_bucket  # noqa: E402
 from tests.support.kinds import MARKERS, Watch, kinds_of  # noqa: E402
 
 WATCH = pytest.StashKey[Watch]()
 HEARD = pytest.StashKey[dict[object, set[str]]]()  # fixture -> what its set-up did
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-seconds", action="store_true", help="of each test: seconds.json")
 
 
 def pytest_configure(config):
@@ -54,12 +59,15 @@ def pytest_collection_modifyitems(items):
         functions = [f for f in functions if isinstance(f, types.FunctionType)]
         for kind in kinds_of(functions, item.fixturenames):
             item.add_marker(kind)
-    # Two processes take file after file, and end together if the long files come first.
-    seconds = collections.Counter()
+    measured = seconds.read()
+    files = collections.Counter()
     for item in items:
-        marks = {mark.name for mark in item.iter_markers()}
-        seconds[item.path] += 0.1 + 2 * len(marks & {"spawns", "compiles"}) + 8 * ("slow" in marks)
-    items.sort(key=lambda item: -seconds[item.path])
+        if seconds.is_slow(*measured.get(seconds.name_of(item.nodeid), (0, 0))):
+            item.add_marker("slow")
+    for name, (_, together) in measured.items():
+        files[name.partition("::")[0]] += together
+    # Two processes take file after file, and end together if the long files come first.
+    items.sort(key=lambda item: -files[item.nodeid.partition("::")[0]])
 
 
 def _fixtures(item):
@@ -84,6 +92,13 @@ def pytest_runtest_call(item):
     for kind in heard - {mark.name for mark in item.iter_markers()}:
         pytest.fail(f"this test {MARKERS[kind]}: write @pytest.mark.{kind} above it", pytrace=False)
     return result
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The process that hands tests out has heard of all of them."""
+    if config.getoption("--write-seconds"):
+        reports = itertools.chain.from_iterable(terminalreporter.stats.values())
+        seconds.write((r.nodeid, r.duration) for r in reports if hasattr(r, "duration"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from tests.support.tiny import make_folder
 from vit_dist.config import finalize
 from vit_dist.config.defaults import changes, to_json
 from vit_dist.config.recipe import TRANSFER_TASKS
+from vit_dist.data.pipeline import check_pipe
 from vit_dist.model.variants import vit_config
 from vit_dist.run.check import check
 
@@ -31,6 +32,22 @@ transfer = module_of("transfer")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_pipe_is_traced_once():
+    """That takes a second where it augments, and the origins of weights share a few pipes."""
+    known = {}
+
+    def once(source, pipe):
+        key = (str(pipe), repr(source.element_spec), source.num_classes)
+        if key not in known:
+            known[key] = check_pipe(source, pipe)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vit_dist.run.check.check_pipe", once)
+        yield
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ docs/design.md says why.
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,8 +77,10 @@ class Module(NamedTuple):
 
     path: Path  # as it is shown
     name: str  # dotted
-    tree: ast.Module
     source: str
+    tree: ast.Module
+    nodes: list[ast.AST]  # of the tree, walked once
+    imports: set[str]  # dotted names, wherever the statement stands
 
     @property
     def room(self) -> str:
@@ -93,14 +95,17 @@ def read_modules(root: Path, folder: str = PACKAGE) -> list[Module]:
         parts = path.relative_to(root).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         source = path.read_text()
-        modules.append(Module(path.relative_to(root), name, ast.parse(source), source))
+        tree = ast.parse(source)
+        nodes = list(ast.walk(tree))
+        shown = path.relative_to(root)
+        modules.append(Module(shown, name, source, tree, nodes, imports_of(nodes)))
     return modules
 
 
-def imports_of(module: Module) -> set[str]:
-    """Dotted names that the module imports, wherever the statement stands."""
+def imports_of(nodes: Iterable[ast.AST]) -> set[str]:
+    """Dotted names that a module's syntax imports."""
     found = set()
-    for node in ast.walk(module.tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -114,7 +119,7 @@ def arrows(modules: list[Module]) -> dict[str, set[str]]:
     known = {module.name for module in modules}
     found = {}
     for module in modules:
-        names = {n for n in imports_of(module) if n.split(".")[0] == PACKAGE}
+        names = {n for n in module.imports if n.split(".")[0] == PACKAGE}
         # `from vit_dist.train import train` imports the module vit_dist.train.
         reached = {n if n in known else n.rpartition(".")[0] for n in names}
         found[module.name] = reached & known - {module.name}
@@ -171,7 +176,7 @@ def check_circles(modules: list[Module]) -> Iterator[str]:
 def check_hidden_imports(modules: list[Module]) -> Iterator[str]:
     """Modules of the package are imported at the top, where a reader sees them."""
     for module in modules:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING":
                 yield f"{module.path}:{node.lineno}: TYPE_CHECKING hides a circle of imports"
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -189,7 +194,7 @@ def check_hidden_imports(modules: list[Module]) -> Iterator[str]:
 def check_config_dicts(modules: list[Module]) -> Iterator[str]:
     """Below run/ no function takes a ConfigDict."""
     for module in modules:
-        libraries = {name.split(".")[0] for name in imports_of(module)}
+        libraries = {name.split(".")[0] for name in module.imports}
         if module.room not in READ_CONFIGS and "ml_collections" in libraries:
             yield f"{module.path}: reads a ConfigDict; take plain arguments"
 
@@ -199,8 +204,8 @@ def check_files_in_model(modules: list[Module]) -> Iterator[str]:
     for module in modules:
         if module.room != "model" or "formats" in module.path.parts:
             continue
-        libraries = {name.split(".")[0] for name in imports_of(module)}
-        names = {node.id for node in ast.walk(module.tree) if isinstance(node, ast.Name)}
+        libraries = {name.split(".")[0] for name in module.imports}
+        names = {node.id for node in module.nodes if isinstance(node, ast.Name)}
         if libraries & FILE_LIBRARIES or "open" in names:
             yield f"{module.path}: reads files; that belongs into model/formats"
 
@@ -212,7 +217,7 @@ def check_nothing_left_undone(modules: list[Module]) -> Iterator[str]:
         for number, line in enumerate(module.source.splitlines(), 1):
             if marks.search(line):
                 yield f"{module.path}:{number}: {line.strip()}"
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             if isinstance(node, ast.ExceptHandler) and all(
                 isinstance(statement, ast.Pass) for statement in node.body
             ):
@@ -222,7 +227,7 @@ def check_nothing_left_undone(modules: list[Module]) -> Iterator[str]:
 def check_imports_of_tests(tests: list[Module]) -> Iterator[str]:
     """A test imports helpers from tests/support, and nothing from another test."""
     for module in tests:
-        names = {name for name in imports_of(module) if name.split(".")[0] == "tests"}
+        names = {name for name in module.imports if name.split(".")[0] == "tests"}
         for name in sorted(n for n in names if not f"{n}.".startswith("tests.support.")):
             yield f"{module.path}: imports {name}; move what both need into tests/support"
 
@@ -230,7 +235,7 @@ def check_imports_of_tests(tests: list[Module]) -> Iterator[str]:
 def check_waits_of_tests(tests: list[Module]) -> Iterator[str]:
     """Tests wait for something, not for a time, and none is expected to fail."""
     for module in tests:
-        for node in ast.walk(module.tree):
+        for node in module.nodes:
             name = getattr(node, "attr", getattr(node, "id", ""))
             if name == "sleep":
                 yield f"{module.path}:{node.lineno}: sleeps; wait_for() of tests/support/waiting.py"

@@ -18,8 +18,10 @@ from vit_dist.storage.files import (
     write_whole,
 )
 
+BUCKET = pytest.param("bucket", marks=[pytest.mark.spawns, pytest.mark.bucket])
 
-@pytest.fixture(params=["local", "bucket"])
+
+@pytest.fixture(params=["local", BUCKET])
 def folder(request, tmp_path):
     return tmp_path if request.param == "local" else request.getfixturevalue("remote")
 

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 
 MARKERS = {
     "spawns": "starts a process",
-    "compiles": "calls XLA, or builds a training step",
+    "compiles": "calls XLA, or builds a training step or an input pipeline",
     "bucket": "talks to the tests' own bucket",
     "slow": "takes more than two CPU seconds for another reason",
 }
-# Functions of the package that build a step of training or evaluation, or end in one. To trace one
-# takes a second; with XLA some more.
+# Functions of the package that start a process.
+STARTERS = {"hidden"}
+# Functions of the package that build a step or an input pipeline, or end in one. To trace one takes
+# a second; with XLA some more.
 BUILDERS = {
     "train",
     "evaluate",
@@ -32,6 +34,11 @@ BUILDERS = {
     "make_gradients",
     "make_update",
     "make_evaluator",
+    "make_train_data",
+    "make_eval_data",
+    "train_data",
+    "eval_data",
+    "stages",
 }
 # https://docs.python.org/3/library/audit_events.html
 STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.system", "os.exec"}
@@ -47,10 +54,10 @@ def kinds_of(functions: Collection[types.FunctionType], fixtures: Collection[str
     kinds = {"bucket"} & set(fixtures)
     for value in _names(functions):
         home = value.__name__ if isinstance(value, types.ModuleType) else _module(value)
-        if home.startswith(("subprocess", "multiprocessing")):
+        ours = getattr(value, "__name__", "") if home.startswith("vit_dist.") else ""
+        if home.startswith(("subprocess", "multiprocessing")) or ours in STARTERS:
             kinds.add("spawns")
-        builds = home.startswith("vit_dist.") and getattr(value, "__name__", "") in BUILDERS
-        if builds or (isinstance(value, str) and value == "jit_compile"):
+        if ours in BUILDERS or (isinstance(value, str) and value == "jit_compile"):
             kinds.add("compiles")
     return kinds
 

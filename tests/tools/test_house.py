@@ -10,16 +10,6 @@ from tools import house
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("rule", house.RULES, ids=lambda rule: rule.__name__)
-def test_the_package_keeps_the_rule(rule):
-    assert list(rule(house.read_modules(ROOT))) == []
-
-
-@pytest.mark.parametrize("rule", house.TEST_RULES, ids=lambda rule: rule.__name__)
-def test_the_tests_keep_the_rule(rule):
-    assert list(rule(house.read_modules(ROOT, "tests"))) == []
-
-
 COMMAND = "def main(): ...\ndef script(): ...\n"
 # rule: (files of a package that breaks it, what the rule says)
 BROKEN = {
@@ -96,7 +86,8 @@ def test_a_test_that_breaks_a_rule_is_named(tmp_path, rule, text, said):
 
 
 def test_exit_code(tmp_path, capsys):
-    assert house.main(ROOT) == 0
+    code = house.main(ROOT)
+    assert code == 0, capsys.readouterr().out
     (tmp_path / "vit_dist").mkdir()
     (tmp_path / "vit_dist" / "misc.py").write_text("")
     assert house.main(tmp_path) == 1
