@@ -163,7 +163,13 @@ def _help_text(command: ModuleType) -> str:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-    return flags.FLAGS(_with_recorded_config(arguments))
+    try:
+        return flags.FLAGS(_with_recorded_config(arguments))
+    except SystemExit as error:  # absl parses without one: a config file has called sys.exit
+        raise ConfigError(
+            f"config file {_config_file()} ended the program with exit code {error.code}: raise a "
+            "ValueError that says what is wrong"
+        ) from error
 
 
 def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
