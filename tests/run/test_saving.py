@@ -87,5 +87,5 @@ def test_nothing_is_saved_while_float16_skips_its_updates(tmp_path, monkeypatch)
     rows = [row for row in tiny.rows(tmp_path) if "train/loss_scale" in row]
     skipped = [0.0, *(row["train/skipped_steps"] for row in rows)]
     bad = [row["step"] for row, a, b in zip(rows, skipped, skipped[1:], strict=False) if b > a]
-    assert 1 in bad and len(bad) < 8  # the scale is halved until it fits
+    assert 0 < len(bad) < 8  # the scale is halved until it fits
     assert steps_saved(tmp_path) == [step for step in range(1, 9) if step not in bad or step == 8]
