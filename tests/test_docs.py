@@ -244,3 +244,15 @@ def test_messages_are_real():
     assert len(quoted) > 20
     for text in quoted:
         assert text in EXTERNAL or any(text in message for message in messages()), text
+
+
+def test_faults_are_shown_by_tests():
+    """Each row of the table of faults: an exit code, and one test (`test_tests_exist` finds it)."""
+    text = (ROOT / "docs" / "faults.md").read_text()
+    rows = re.findall(r"^\| (?!Fault)(.*) \|$", text, re.M)
+    rows = [re.split(r" *\| *", row) for row in rows]
+    assert len(rows) > 50
+    for row in rows:
+        fault, _, code, shown = row
+        assert code in {"", "goes on", "0", "1", "2", "42", "130", "-9"}, fault
+        assert re.fullmatch(r"`tests/[\w/]+\.py::test_\w+`", shown), fault

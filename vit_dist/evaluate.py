@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -85,6 +85,8 @@ def evaluate(
     for name in report.new:
         if name.startswith("head/"):
             raise ConfigError(f"{checkpoint} cannot classify this data: it would need {name}")
+    if report.mapped or report.resized or report.assumed or report.notes:
+        logging.warning("weights from %s\n%s", checkpoint, report)
     judge = Evaluation(options, data, model, strategy)
     results = {}
     for split in data.sources:
