@@ -85,6 +85,8 @@ TIMM = [
     ({"model_args": {"reg_tokens": 4}}, "registers 4, while its tensors have 0"),
     ({"model_args": {"fc_norm": True}}, "norm_after_pool True, while its tensors have False"),
     ({"model_args": {"patch_size": 8}}, "patch_size 8, while its tensors have 4"),
+    ({"model_args": {"init_values": 1e-4}}, "layer_scale 1e-05, while its tensors have None"),
+    ({"qk_norm": True}, "normalised queries and keys"),
     ({"global_pool": "avgmax"}, "it pools by 'avgmax'"),
     ({"model_type": "vit", "architecture": None}, "is of Hugging Face, while its tensors"),
 ]
@@ -348,6 +350,13 @@ def test_what_a_bare_file_does_not_tell_is_said(tmp_path):
     origin = open_origin(str(tmp_path / "gap"))
     with pytest.raises(DataError, match=r"num_heads, gelu\. Set --config\.model\.num_heads"):
         load_model(origin)
+
+
+def test_pooling_that_contradicts_the_tensors(tmp_path):
+    _, config = make(tmp_path, pool="map")
+    save(tmp_path, config | {"global_pool": "avg"})
+    with pytest.raises(DataError, match=r"pools by 'avg', its tensors by attention \(map\)"):
+        open_pretrained(tmp_path)
 
 
 def test_a_part_that_config_json_promises_and_the_file_lacks(tmp_path):

@@ -6,7 +6,7 @@ either, the file is taken for timm's plain ViT, and the load report says so.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vit_dist.config.errors import DataError
@@ -73,8 +73,8 @@ _PLAIN = (
 )
 _POOLS = {"token": "tok", "avg": "gap", "map": "map", "": "none"}
 _GELUS = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh"}
-# The arguments of timm's VisionTransformer by what they mean for reading weights.
-# Each -> the one value that our ViT computes, and what another would mean.
+# The arguments of timm's VisionTransformer (model_args), by what they mean for reading weights.
+# First those of which our ViT computes one value: that value, and what another would mean.
 _FIXED: dict[str, tuple[Any, str]] = {
     "pre_norm": (False, "a LayerNorm before the blocks (CLIP)"),
     "final_norm": (True, "no LayerNorm behind the blocks"),
@@ -88,7 +88,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "norm_layer": ("layernorm", "another norm than LayerNorm with epsilon 1e-6"),
     "head_hidden_size": (None, "a further layer before the head"),
 }
-# Those that shapes tell as well: must agree with them; argument -> key of ViT.
+# Those that shapes tell as well, and that must agree with them: argument -> key of ViT.
 _SHOWN = {
     "patch_size": "patch_size",
     "in_chans": "channels",
@@ -102,7 +102,7 @@ _SHOWN = {
 _READ = ("img_size", "num_heads", "act_layer", "global_pool", "no_embed_class", "norm_epsilon")
 # Those that change nothing in inference, or nothing at a size that patches divide.
 _FREE = re.compile(
-    r"(.*_)?drop(_path|out)?(_rate)?|.*_drop_rate|weight_init|fix_init|num_classes|mlp_ratio|init_values"
+    r"(.*_)?drop(_path|out)?(_rate)?|weight_init|fix_init|num_classes|mlp_ratio|init_values"
     r"|dynamic_img_(size|pad)|strict_img_size|pretrained|checkpoint_path|scriptable|exportable"
 )
 
@@ -168,23 +168,18 @@ def describe(
         return any(n == name or n.endswith(f".{name}") for n in original)
 
     name, args = config.get("architecture"), config.get("model_args") or {}
-    has_map, fc_norm = has("attn_pool.latent"), has("fc_norm.weight")
-    has_cls, known = has("cls_token"), {}
-    assumed = []
+    known: dict[str, Any] = {}
     if name:
         check_architecture(str(name), where)
-        _check_arguments(args, where)
+        # timm itself reads the arguments alone; what stands beside them may be meant as one.
+        _check_arguments({k: v for k, v in config.items() if k in _FIXED} | args, where)
         width = next(t.shape[0] for n, t in original.items() if n.endswith(_STEM))
         known = known_of(str(name), width)
     else:
-        _check_nameless(original, wrapper)
-        assumed = [_PLAIN]
-        # SigLIP's have no cls token; there the GELU may be tanh's.
-        known = {"gelu": "erf" if (has_cls or fc_norm) and not has_map else None}
-    pool = config.get("global_pool", args.get("global_pool"))
-    if pool not in (None, *_POOLS):
-        raise DataError(f"{where} says that it pools by {pool!r}, not by {', '.join(_POOLS)}")
-    by_tensors = "map" if has_map else "tok" if has_cls and not fc_norm else "gap"
+        _check_nameless(has, wrapper)
+        # SigLIP's networks have no cls token; their GELU may be tanh's.
+        certain = (has("cls_token") or has("fc_norm.weight")) and not has("attn_pool.latent")
+        known = {"gelu": "erf" if certain else None}
     act = args.get("act_layer")
     if act is not None and act not in _GELUS:
         raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")
@@ -193,16 +188,34 @@ def describe(
     said = {
         "gelu": _GELUS[act] if act else known.get("gelu"),
         "norm_epsilon": args.get("norm_epsilon", 1e-6),
-        "norm_after_pool": fc_norm,
+        "norm_after_pool": has("fc_norm.weight"),
         "num_heads": args.get("num_heads") or known.get("num_heads"),
-        "pool": _POOLS[pool] if pool is not None else known.get("pool") or by_tensors,
+        "pool": _pooling(config.get("global_pool", args.get("global_pool")), known, has, where),
         "image_size": size or None,
         "prefix_posemb": _prefix_posembs(args, has),
     }
-    shown = {
-        key: args[argument] for argument, key in _SHOWN.items() if args.get(argument) is not None
-    }
-    return said, shown, assumed
+    given = {argument: value for argument, value in args.items() if value is not None}
+    shown = {key: given[argument] for argument, key in _SHOWN.items() if argument in given}
+    if "init_values" in given:
+        shown["layer_scale"] = 1e-5 if given["init_values"] else None
+    return said, shown, [] if name else [_PLAIN]
+
+
+def _pooling(pool: Any, known: Mapping[str, Any], has: Callable[[str], bool], where: str) -> str:
+    """The `pool` of our ViT: what the config says, else the architecture's name, else tensors.
+
+    Raises:
+      DataError: one that our ViT does not have, or that contradicts the tensors.
+    """
+    has_map = has("attn_pool.latent")
+    if pool not in (None, *_POOLS):
+        raise DataError(f"{where} says that it pools by {pool!r}, not by {', '.join(_POOLS)}")
+    if has_map and pool not in (None, "map"):
+        raise DataError(f"{where} says that it pools by {pool!r}, its tensors by attention (map)")
+    if pool is not None:
+        return _POOLS[pool]
+    by_tensors = "tok" if has("cls_token") and not has("fc_norm.weight") else "gap"
+    return "map" if has_map else known.get("pool") or by_tensors
 
 
 def _check_arguments(args: Mapping[str, Any], where: str) -> None:
@@ -219,13 +232,11 @@ def _check_arguments(args: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _check_nameless(original: Mapping[str, LazyArray], wrapper: str) -> None:
+def _check_nameless(has: Callable[[str], bool], wrapper: str) -> None:
     """Raises DataError where the names are as much another network's as a plain ViT's."""
-    has_table = any(name.endswith("pos_embed") for name in original)
-    gammas = any(re.search(r"blocks\.\d+\.gamma_1$", name) for name in original)
     # DeiT III's own files call LayerScale gamma_1 and are wrapped in {"model": ...}. timm calls it
     # ls1.gamma, and gamma_1 in its networks with rotary positions.
-    if gammas and has_table and wrapper != "model":
+    if has("blocks.0.gamma_1") and has("pos_embed") and wrapper != "model":
         raise DataError(
             "its LayerScale is called gamma_1, as in DeiT III's own files and in timm's networks "
             "with rotary positions (vit_*_rope_ape_*), which these tensors do not tell apart. If "
@@ -234,7 +245,7 @@ def _check_nameless(original: Mapping[str, LazyArray], wrapper: str) -> None:
         )
 
 
-def _prefix_posembs(args: Mapping[str, Any], has: Any) -> tuple[str, ...]:
+def _prefix_posembs(args: Mapping[str, Any], has: Callable[[str], bool]) -> tuple[str, ...]:
     """Which tokens before the patches may have positions, most likely first."""
     if args.get("no_embed_class") is not None and not has("dist_token"):
         return ("none",) if args["no_embed_class"] else ("all", "cls")
