@@ -156,6 +156,7 @@ def export(
     if format not in ALL_FORMATS:
         raise ConfigError(f"format {format!r} is unknown; allowed: {', '.join(ALL_FORMATS)}")
     origin = open_origin(checkpoint, image_size=init_image_size, hint=hint)
+    # A run and a file that tells have the last word on how images are scaled.
     if origin.pipe is None and origin.mean is None:
         origin = dataclasses.replace(origin, mean=mean, std=std)
     path = Path(local_path(output, "--output"))
@@ -215,6 +216,7 @@ def load_model(
             + origin.hint({_UNTOLD[key]: "..." for key in missing})
         )
     tensors, source = dict(origin.tensors), dict(network)
+    # Of what the checkpoint says, only the network: its dropout and the like are set to none.
     plain = vit_config("mu/4", image_size=4, num_classes=0)
     network = {k: v for k, v in network.items() if k in plain}
     network |= {k: plain[k] for k in _TRAINING}
@@ -226,6 +228,7 @@ def load_model(
             tensors["pos_embedding"] = sincos2d((height, width), network["width"])[None]
             network["posemb"], source["prefix_posemb"] = "learned", "none"
         network["prefix_posemb"] = prefix_posemb_for(system, {**_DEFAULTS, **network})
+    # Built with new weights, all of which are replaced below.
     model = build_vit(network)
     origin = dataclasses.replace(origin, tensors=tensors, network=source)
     report = origin.fill(model, method=method, ignore=ignore)
@@ -282,7 +285,7 @@ class Served(tf.Module):
         shape = (None, None, model.channels)
         self.takes_files = self._output_of(tf.TensorSpec((), tf.string)) is not None
         resizes = self.takes_files or self._output_of(tf.TensorSpec(shape, tf.uint8)) is not None
-        # Of one image, as arrays; without an op that resizes, of the model's own size alone.
+        # The shape of one image as an array; without an op that resizes it is the model's own.
         self.array_shape = shape if resizes else (*model.image_size, model.channels)
 
     def _output_of(self, spec: tf.TensorSpec) -> tf.TensorShape | None:

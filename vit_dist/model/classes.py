@@ -28,13 +28,16 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
     """
     if not theirs or not ours or list(theirs) == list(ours):
         return ClassMatch()
+    # Twin names cannot be told apart: such lists are the same only if they are equal.
     unique = len(set(theirs)) == len(theirs) and len(set(ours)) == len(ours)
     if unique and set(theirs) == set(ours):
+        # The column of the checkpoint's head for each class, in the order of the data's labels.
         place = {name: i for i, name in enumerate(theirs)}
         return ClassMatch(order=[place[name] for name in ours])
     # Data without names, such as TFRecords without a list of them, calls its classes "0", "1", ...
     if len(theirs) == len(ours) and _numbered(theirs) != _numbered(ours):
         return ClassMatch()
+    # For the message: what the checkpoint does not know says more than what it knows besides.
     missing = [name for name in ours if name not in set(theirs)]
     lost = [name for name in theirs if name not in set(ours)]
     text = f"its {len(theirs)} classes are not the {len(ours)} of the data"

@@ -50,8 +50,11 @@ def config_beside(folder: Path, file: TensorFile, system: str) -> tuple[dict[str
     elif "model_type" in config or "architectures" in config:
         kind = "huggingface"
     if kind is None:  # something else of this name, such as the config of a run
+        # Then what a training script noted in the file, where it is one of PyTorch's.
         return (dict(file.config) if system == "timm" else {}), "its training script"
     _check_types(config)
+    # Also of an .npz, whose names of tensors say what it is: no name of another network stands
+    # beside it by accident.
     if kind == "timm":
         check_architecture(str(config["architecture"]), "config.json")
     if system != "npz" and kind != system:
@@ -101,6 +104,7 @@ def own_note(file: TensorFile) -> dict[str, Any]:
     except ValueError:
         return {}  # another program's text under our key
     keys = ("gelu", "norm_epsilon", "norm_after_pool", "num_heads", "pool", "image_size")
+    # Only what no shape tells; the rest is taken from the tensors as in every file.
     found = {k: parsed[k] for k in keys if isinstance(parsed, dict) and k in parsed}
     if found and "prefix_posemb" in parsed:
         found["prefix_posemb"] = (parsed["prefix_posemb"],)

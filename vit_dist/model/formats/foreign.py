@@ -56,7 +56,7 @@ _BY_MISSING = (
 
 def explain_names(names: Iterable[str]) -> str | None:
     """What a network with tensors of these names has that ours has not; None if unknown."""
-    names = list(names)
+    names = list(names)  # it is searched once for each pattern
     for pattern, meaning in _BY_TENSOR:
         if any(re.search(pattern, name) for name in names):
             return meaning
@@ -81,6 +81,7 @@ def explain_shapes(shapes: Mapping[str, Sequence[int]], *, depth: int, fixed: bo
     biases = [f"encoderblock_0/attention/{name}/bias" for name in ("query", "key", "value")]
     if any(name in shapes for name in biases):
         needed += biases
+    # A ViT lacks none of these; which one is missing says what the network is instead.
     missing = [name for name in needed if name not in shapes]
     for pattern, meaning in _BY_MISSING:
         found = [name for name in missing if re.search(pattern, name)]

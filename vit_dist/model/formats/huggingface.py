@@ -14,6 +14,7 @@ from vit_dist.config.errors import DataError
 from vit_dist.model.formats.mapping import CONV, Rule, norm, pair
 from vit_dist.model.formats.tensors import LazyArray
 
+# The names of transformers' modules; ViT and DINOv2 share some and differ in the rest.
 _BLOCK, _OURS = "encoder.layer.{i}", "encoderblock_{i}"
 _SHARED: list[Rule] = [
     *pair("embeddings.patch_embeddings.projection", "embedding", CONV),
@@ -106,7 +107,7 @@ _FREE = re.compile(
     r"|decoder_.*|mask_ratio|norm_pix_loss|gradient_checkpointing|label_smoothing|name_or_path"
 )
 # What may stand before the names of a plain ViT's tensors where no config.json names the model.
-_PREFIXES = (
+_PREFIXES = (  # of the backbone itself, or of a module that it was wrapped in
     "vit",
     "deit",
     "dinov2",
@@ -153,6 +154,7 @@ def describe(
       DataError: config.json is of a network that computes something else.
     """
     tensors = canonical(original)
+    # A key that config.json lacks has transformers' default; without a config.json nothing has.
     kind = config.get("model_type")
     if config:
         _check_config(config, where)
@@ -222,6 +224,7 @@ def family_of(network: Mapping[str, Any]) -> str:
     Raises:
       DataError: none does; says why.
     """
+    # LayerScale is what tells DINOv2 from ViT and DeiT in transformers.
     registers, scaled = network["registers"], network["layer_scale"] is not None
     positions, pool = network["prefix_posemb"], network["pool"]
     reasons = []

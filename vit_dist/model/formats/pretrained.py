@@ -118,6 +118,7 @@ def _open_shards(path: Path, index: str) -> TensorFile:
     shards = sorted(set(places.values())) if isinstance(places, dict) else []
     if not shards or any(Path(str(name)).name != name for name in shards):
         raise DataError(f"{path / index} is damaged: it names no files beside it{AGAIN}")
+    # Opening all reads their headers alone.
     whole = merge({name: open_tensors(path / name) for name in shards})
     missing = sorted(set(places) - set(whole.tensors))
     if missing:
@@ -131,6 +132,7 @@ def _convert(
     path: Path, system: str, file: TensorFile, folder: Path, image_size: Any
 ) -> Pretrained:
     module = _SYSTEMS[system]
+    # What the files say: config.json, the names of tensors, our own note where we wrote the file.
     config, where = config_beside(folder, file, system)
     canonical = module.canonical(file.tensors)
     shown: dict[str, Any] = {}
@@ -143,6 +145,7 @@ def _convert(
         )
     own = own_note(file)
     said = _agreed(said, own, where)
+    # What the tensors say: those that are left out on purpose, those that rules take, and the rest.
     left_out = [n for n in canonical if module.is_other_part(n, canonical)]
     converted = from_theirs({n: t for n, t in canonical.items() if n not in left_out}, module.RULES)
     network = _network(converted.tensors, said, image_size, converted.rest)
@@ -223,6 +226,7 @@ def _network(
     meaning = explain_shapes(shapes, depth=depth_of(shapes), fixed=said.get("posemb") == "sincos2d")
     if meaning:
         raise DataError(f"no plain ViT: it has {explain_names(names) or meaning}")
+    # From here on there is no doubt that it is a plain ViT; its sizes are those of its tensors.
     kernel, dense = shapes["embedding/kernel"], "encoderblock_0/mlp/dense_0/kernel"
     network: dict[str, Any] = {
         "patch_size": kernel[0],
@@ -265,6 +269,7 @@ def _positions(
     patch = network["patch_size"]
     if "pos_embedding" not in shapes:
         return {"image_size": as_pair(size)} if size else {}
+    # Try each way in which the tokens before the patches may have entries, and see what is left.
     length = shapes["pos_embedding"][1]
     entries = {"cls": int(network["cls_token"]), "none": 0}
     entries["all"] = entries["cls"] + network["registers"]
@@ -285,6 +290,7 @@ def _positions(
     kind = next(k for k in preferred if k in fits)
     if not size:
         rows = columns = math.isqrt(patches[kind])
+    # Without registers both mean the same; "cls" is the usual name for it.
     if kind == "all" and not network["registers"]:
         kind = "cls"
     # Where patches do not divide the images (384 px in patches of 14), a convolution leaves out the

@@ -109,6 +109,7 @@ class _Inert:
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    # The arguments come from the file: nothing is believed before it is checked here and in _check.
     numbers = [offset, *shape, *strides]
     if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor without a proper shape")
@@ -157,6 +158,7 @@ class _Unpickler(pickle.Unpickler):
         return self._inert.setdefault((module, name), type("Inert", (_Inert,), {}))
 
     def persistent_load(self, pid: Any) -> _Storage:
+        # torch.save refers to a storage as ("storage", class, key, device, number of entries).
         tag, kind, key, _, count = pid
         if tag != "storage" or not isinstance(kind, _StorageType) or not isinstance(count, int):
             raise pickle.UnpicklingError("it refers to something that is no tensor's storage")
@@ -171,6 +173,7 @@ def open_torch(path: Path) -> TensorFile:
     """
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
+    # Every member lies in one folder, of whatever name.
     member = next(name for name in sizes if name.endswith("data.pkl"))
     root = member.removesuffix("data.pkl")
     if sizes[member] > _MAX_PICKLE:
@@ -226,6 +229,7 @@ def _config(content: Any) -> dict[str, Any]:
     """What a training script noted of its network, as timm's config.json would say it."""
     if not isinstance(content, Mapping):
         return {}
+    # argparse's Namespace, which is inert here with its state, or a dictionary.
     options = content.get("args")
     options = options.state if isinstance(options, _Inert) else options
     options = options if isinstance(options, Mapping) else {}
@@ -259,6 +263,7 @@ def _check(where: str, tensor: _Tensor, size: int | None) -> None:
 
 def _reader(path: Path, file: str, tensor: _Tensor):
     def read() -> np.ndarray:
+        # A tensor may be any view of its storage, such as a transposed one.
         flat = np.frombuffer(read_member(path, file), _DTYPES[tensor.storage.kind])
         strides = [s * flat.itemsize for s in tensor.strides]
         view = np.lib.stride_tricks.as_strided(
