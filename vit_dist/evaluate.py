@@ -7,12 +7,13 @@ be changed key by key. The config says how the model is built and the images are
 resolution is not the checkpoint's, positions are resampled as config.init_from would.
 """
 
+import re
 from collections.abc import Sequence
 
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,7 @@ from rich.table import Table
 from vit_dist.cluster.meeting import meet
 from vit_dist.cluster.strategy import choose_cluster, make_strategy
 from vit_dist.config.errors import ConfigError
+from vit_dist.model.vit import named_weights
 from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
 from vit_dist.run.facts import evaluation_facts
@@ -82,9 +84,17 @@ def evaluate(
     report = fill(
         model, origin, options.weights, pipes={"eval_ops": options.pipe}, class_names=names
     )
-    for name in report.new:
-        if name.startswith("head/"):
-            raise ConfigError(f"{checkpoint} cannot classify this data: it would need {name}")
+    if report.new:
+        raise ConfigError(f"{checkpoint} cannot classify this data: it would need {report.new[0]}")
+    ignored = options.weights.ignore
+    for name in sorted(set(origin.tensors) - set(named_weights(model))):
+        if not ignored or not re.search(ignored, name):
+            raise ConfigError(
+                f"{checkpoint} has {name}, which the config's model has no place for: what would "
+                "be evaluated is another network. Build it as it was trained (config.model)"
+            )
+    for line in report.remarks():
+        logging.warning("%s: %s", checkpoint, line)
     judge = Evaluation(options, data, model, strategy)
     results = {}
     for split in data.sources:

@@ -25,7 +25,7 @@ from vit_dist.run import cli  # before TensorFlow, whose start-up notices it tur
 # isort: split
 import numpy as np
 import tensorflow as tf
-from absl import flags
+from absl import flags, logging
 
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe, parse
@@ -230,8 +230,12 @@ def load_model(
         network["prefix_posemb"] = prefix_posemb_for(system, {**_DEFAULTS, **network})
     # Built with new weights, all of which are replaced below.
     model = build_vit(network)
+    if "norm_epsilon" not in {**told, **origin.network}:
+        del source["norm_epsilon"]  # the report says that it is assumed
     origin = dataclasses.replace(origin, tensors=tensors, network=source)
     report = origin.fill(model, method=method, ignore=ignore)
+    for line in report.remarks():
+        logging.warning("%s: %s", origin.path, line)
     if report.new:
         # Such as attention pooling that the config names and the file lacks: it would be random.
         raise DataError(f"{origin.path} does not hold all of its network: {report.new[0]}")

@@ -194,6 +194,10 @@ class _Plan:
                 if not name.startswith(_OPTIONAL):
                     raise DataError(f"the checkpoint has no {name}: it is another network")
                 self.report.new.append(f"{name} {want}, which the checkpoint lacks")
+                if name == "pos_embedding":
+                    self.report.notes.append(
+                        "the positions are new, as the checkpoint computes its own (sincos2d)"
+                    )
             elif name == "pos_embedding":
                 self._positions(want)
             elif name == "embedding/kernel":
@@ -216,6 +220,11 @@ class _Plan:
                     "network"
                 )
             self.report.unused.append(f"{name} {tuple(self.arrays[name].shape)}")
+            if name == "pos_embedding":
+                self.report.notes.append(
+                    "the checkpoint's positions are left out, as this model computes its own "
+                    "(sincos2d)"
+                )
         return self.values
 
     def _read(self, name: str) -> np.ndarray:

@@ -22,6 +22,7 @@ from vit_dist.model.formats.tensors import (
     TensorFile,
     as_float,
     check_size,
+    is_floating,
     open_zip,
     read_exactly,
     read_member,
@@ -86,7 +87,10 @@ def _remember_last(file: TensorFile) -> TensorFile:
 
         return reread
 
-    tensors = {n: LazyArray(t.shape, remembering(n, t.read), n) for n, t in file.tensors.items()}
+    tensors = {
+        name: dataclasses.replace(tensor, read=remembering(name, tensor.read), source=name)
+        for name, tensor in file.tensors.items()
+    }
     return dataclasses.replace(file, tensors=tensors)
 
 
@@ -112,7 +116,7 @@ def _open_npz(path: Path) -> TensorFile:
                 array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
                 return as_float(array)
 
-            tensors[name] = LazyArray(shape, read, name)
+            tensors[name] = LazyArray(shape, read, name, is_floating(dtype))
     return TensorFile(tensors, "npz")
 
 
@@ -188,5 +192,6 @@ def _open_safetensors(path: Path) -> TensorFile:
                 f"{path}: {name} is of type {entry['dtype']}, which is not read: save it as "
                 "float32, float16 or bfloat16"
             )
-        tensors[name] = LazyArray(tuple(entry["shape"]), reader(name, entry), name)
+        floating = is_floating(_SAFETENSORS_DTYPES[entry["dtype"]])
+        tensors[name] = LazyArray(tuple(entry["shape"]), reader(name, entry), name, floating)
     return TensorFile(tensors, "safetensors", metadata)

@@ -93,6 +93,9 @@ def explain_shapes(shapes: Mapping[str, Sequence[int]], *, depth: int, fixed: bo
             return f"{_SWIGLU}: its first matrix is twice as wide as the second is high"
         if first != (kernel[3], second[0]) or second[1] != kernel[3]:
             return f"blocks of other widths than its patches: {first} after {kernel}"
-    if "pos_embedding" not in shapes and not fixed:
+    table = shapes.get("pos_embedding")
+    if table is not None and (len(table) != 3 or table[0] != 1 or table[2] != kernel[3]):
+        return f"a table of positions of shape {tuple(table)}, not (1, tokens, {kernel[3]})"
+    if table is None and not fixed:
         return f"no table of positions, so it has {_ROTARY} or computes them in another way"
     return None

@@ -137,13 +137,15 @@ def _convert(
     canonical = module.canonical(file.tensors)
     shown: dict[str, Any] = {}
     assumed: list[str] = []
+    own = own_note(file)
     if system == "npz":
-        said = module.describe(canonical)
+        if "model_type" in config:
+            huggingface.check_config(config, where)
+        said, assumed = module.describe(canonical)
     else:
         said, shown, assumed = module.describe(
-            file.tensors, config, wrapper=file.wrapper, where=where
+            file.tensors, config, wrapper=file.wrapper, where=where, noted=bool(own)
         )
-    own = own_note(file)
     said = _agreed(said, own, where)
     # What the tensors say: those that are left out on purpose, those that rules take, and the rest.
     left_out = [n for n in canonical if module.is_other_part(n, canonical)]
@@ -280,8 +282,9 @@ def _positions(
         fits = {k for k, n in patches.items() if n == rows * columns}
     else:
         fits = {k for k, n in patches.items() if n > 0 and math.isqrt(n) ** 2 == n}
-    if not fits:
-        known = f"images of {size}" if size else "a square grid"
+    grids = {patches[kind] for kind in fits}
+    if len(grids) != 1:
+        known = f"images of {size}" if size else "one square grid"
         raise UnfitError(
             f"its {length} positions are not those of {known}: the size of the images that it was "
             "trained on must be told, (height, width) in pixels",

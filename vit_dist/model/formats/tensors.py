@@ -33,11 +33,14 @@ class LazyArray:
       read: reads the numbers from the file, anew at each call.
       source: name in the file of the tensor that the numbers come from. Several arrays may be cut
         from one, such as q, k and v from a fused matrix; those read in a row cost one reading.
+      floating: whether the file keeps floating-point numbers; integers are steps of a quantised
+        file, whose scale lies elsewhere, or counters.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     source: str = ""
+    floating: bool = True
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
@@ -124,7 +127,10 @@ def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -
 
 def as_float(array: np.ndarray) -> np.ndarray:
     """Floating tensors as float32, others as they are; float32 is not copied."""
+    return array.astype(np.float32, copy=False) if is_floating(array.dtype) else array
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether numbers of this type are floating-point ones."""
     # NumPy does not count bfloat16, which it does not know, among the floating types.
-    if array.dtype == ml_dtypes.bfloat16 or np.issubdtype(array.dtype, np.floating):
-        return array.astype(np.float32, copy=False)
-    return array
+    return dtype == ml_dtypes.bfloat16 or np.issubdtype(dtype, np.floating)

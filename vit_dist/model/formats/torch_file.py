@@ -19,7 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from vit_dist.config.errors import DataError
-from vit_dist.model.formats.tensors import AGAIN, LazyArray, TensorFile, as_float, read_member
+from vit_dist.model.formats.tensors import (
+    AGAIN,
+    LazyArray,
+    TensorFile,
+    as_float,
+    is_floating,
+    read_member,
+)
 
 _MAX_PICKLE = 2**26  # bytes: names and shapes only; a ViT's takes some 10 kB
 _DTYPES = {
@@ -199,7 +206,8 @@ def open_torch(path: Path) -> TensorFile:
     for name, tensor in found.items():
         file = f"{root}data/{tensor.storage.key}"
         _check(f"{path}: {name}", tensor, sizes.get(file))
-        tensors[name] = LazyArray(tensor.shape, _reader(path, file, tensor), name)
+        floating = is_floating(_DTYPES[tensor.storage.kind])
+        tensors[name] = LazyArray(tensor.shape, _reader(path, file, tensor), name, floating)
     return TensorFile(
         tensors, "pth", wrapper=taken, config=_config(content), notes=_notes(content, taken)
     )

@@ -75,6 +75,9 @@ OTHER_PARTS = (
 )
 
 
+_COMPUTED = "positions computed as big_vision's sincos2d, as the file has no table of them"
+
+
 def detect(names: Any) -> bool:
     """Whether these are the names of such a file."""
     return any(f"{prefix}embedding/kernel" in names for prefix in _PREFIXES)
@@ -111,23 +114,25 @@ def is_other_part(name: str, names: Any) -> bool:
     return False
 
 
-def describe(tensors: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """Keys of ViT that such a file tells beyond its shapes; None if unknown.
+def describe(tensors: Mapping[str, LazyArray]) -> tuple[dict[str, Any], list[str]]:
+    """Keys of ViT that such a file tells beyond its shapes, None if unknown; what is assumed.
 
     Args:
       tensors: under canonical names.
     """
     query = tensors.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel")
     has_map = "MAPHead_0/probe" in tensors
-    return {
+    computed = "pos_embedding" not in tensors
+    said = {
         "gelu": "tanh",
         "norm_epsilon": 1e-6,
         "norm_after_pool": False,
         "num_heads": query.shape[1] if query is not None and len(query.shape) == 3 else None,
         # A file without a table of positions computes them, as big_vision does.
-        "posemb": "learned" if "pos_embedding" in tensors else "sincos2d",
+        "posemb": "sincos2d" if computed else "learned",
         "pool": "map" if has_map else "tok" if "cls" in tensors else "gap",
     }
+    return said, [_COMPUTED] if computed else []
 
 
 def refuse(network: Mapping[str, Any], style: str) -> list[str]:
