@@ -162,7 +162,7 @@ def _convert(
         unused=unused,
         unknown=[name for name in converted.rest if name not in unused],
         notes=[*file.notes, *notes, *_size_note(said, network, image_size)],
-        assumed=[] if own else assumed,
+        assumed=[] if own else [*assumed, *_grid_note(system, said, network, image_size)],
         mean=mean,
         std=std,
         class_names=class_names(config, network["num_classes"]),
@@ -299,6 +299,18 @@ def _positions(
     # Where patches do not divide the images (384 px in patches of 14), a convolution leaves out the
     # last rows and columns of pixels: the images that are seen are smaller.
     return {"image_size": (rows * patch, columns * patch), "prefix_posemb": kind}
+
+
+def _grid_note(
+    system: str, said: Mapping[str, Any], network: Mapping[str, Any], asked: Any
+) -> list[str]:
+    """For the report: that a cls token was taken to have no position, where nothing tells."""
+    # A table for a cls token and an oblong grid may have as many entries: 1 + 2 x 4 is 3 x 3.
+    known = asked or said.get("image_size") or "image_size" not in network
+    if system != "timm" or known or not network["cls_token"] or network["prefix_posemb"] != "none":
+        return []
+    rows, columns = (n // network["patch_size"] for n in network["image_size"])
+    return [f"positions of {rows} x {columns} patches, and none of the cls token"]
 
 
 def _size_note(said: Mapping[str, Any], network: Mapping[str, Any], asked: Any) -> list[str]:
