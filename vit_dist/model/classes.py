@@ -13,10 +13,12 @@ class ClassMatch(NamedTuple):
     Attributes:
       order: for each wanted class its number in the checkpoint; None to take them as they are.
       other: why the head cannot be used; "" if it can.
+      assumed: what is taken for granted where the head is used all the same.
     """
 
     order: list[int] | None = None
     other: str = ""
+    assumed: str = ""
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
@@ -36,7 +38,10 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
         return ClassMatch(order=[place[name] for name in ours])
     # Data without names, such as TFRecords without a list of them, calls its classes "0", "1", ...
     if len(theirs) == len(ours) and _numbered(theirs) != _numbered(ours):
-        return ClassMatch()
+        sides = [("the checkpoint's", theirs), ("the data's", ours)]
+        (one, names), (other, _) = sorted(sides, key=lambda side: _numbered(side[1]))
+        text = f"that {one} classes ({_shortened(names)}) are {other} 0, 1, ... in this order"
+        return ClassMatch(assumed=text)
     # For the message: what the checkpoint does not know says more than what it knows besides.
     missing = [name for name in ours if name not in set(theirs)]
     lost = [name for name in theirs if name not in set(ours)]

@@ -89,8 +89,11 @@ def adapt_weights(
     ]
     # First everything is decided by shapes, so that an error leaves the model as it was; then the
     # numbers are read, one tensor at a time.
-    plan = _Plan(model, arrays, source, method, report, match_classes(*classes))
+    match = match_classes(*classes)
+    plan = _Plan(model, arrays, source, method, report, match)
     values = plan.make(ignore)
+    if match.assumed and "head/kernel" in values:
+        report.assumed.append(match.assumed)
     variables = named_weights(model)
     # In the file's order: one that several arrays are cut from (a fused qkv) is then read once.
     for name in sorted(values, key=lambda n: getattr(arrays.get(n), "source", n)):

@@ -10,6 +10,8 @@ from vit_dist.config.defaults import changes
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.sources.fingerprint import compare
+from vit_dist.data.sources.source import Source
+from vit_dist.model.classes import match_classes
 from vit_dist.model.vit import ViT
 from vit_dist.model.weights import LoadReport
 from vit_dist.monitoring.log import detail
@@ -75,6 +77,8 @@ def check_data(start: Start, data: Data) -> None:
     checkpoint, source = start.checkpoint, data.sources["train"]
     if checkpoint is None or start.how == "init_from":
         return
+    if start.how != "resume":
+        _check_classes(checkpoint, source)
     then = checkpoint.notes.get("data")
     if then is None:
         return
@@ -99,6 +103,18 @@ def check_data(start: Start, data: Data) -> None:
             "rather than remove them), or start in another workdir with config.resume_from"
         )
     logging.warning("%s", text)
+
+
+def _check_classes(checkpoint: Checkpoint, source: Source) -> None:
+    """Raises DataError where the head's outputs would come to mean other classes."""
+    names = checkpoint.notes.get("class_names", ())
+    match = match_classes(names, source.class_names)
+    if match.order is not None or (match.other and len(names) == source.num_classes):
+        why = match.other or "its classes are those of the data in another order"
+        raise DataError(
+            f"config.resume_from takes the head of {checkpoint.path} as it is, and {why}: take "
+            "config.init_from, which maps or renews it, or give the classes the same names"
+        )
 
 
 def _check_order(found: Checkpoint, record: Mapping[str, object]) -> None:
