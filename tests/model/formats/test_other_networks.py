@@ -47,9 +47,10 @@ TIMM = [
     ({"architecture": "naflexvit_base_patch16_gap"}, "nothing is known of here"),
     ({"architecture": "deit_base_patch16_18x2_LS"}, "side by side"),
     ({"architecture": "vitamin_small_224"}, "nothing is known of here"),
-    ({"architecture": "cait_s24_224"}, "convolutional|nothing is known"),
-    ({"architecture": "xcit_tiny_12_p8_224"}, "convolutional|nothing is known"),
-    ({"architecture": "resnet50"}, "convolutional|nothing is known"),
+    ({"architecture": "cait_s24_224"}, "class attention"),
+    ({"architecture": "mixer_b16_224"}, "no attention"),
+    ({"architecture": "xcit_tiny_12_p8_224"}, "attention over channels"),
+    ({"architecture": "resnet50"}, "no attention"),
     ({"model_args": {"pre_norm": True}}, r"pre_norm=True: a LayerNorm before the blocks \(CLIP\)"),
     ({"model_args": {"final_norm": False}}, "no LayerNorm behind the blocks"),
     ({"model_args": {"qk_norm": True}}, "normalised queries and keys"),
@@ -269,6 +270,10 @@ def extra(name, *shape):
 
 # Without config.json: tensors of timm's names -> the real reason, at the latest when they are used.
 BARE_TIMM = {
+    "rotary, without biases": (
+        lambda s: without(s, "pos_embed|qkv.bias"),
+        "no table of positions, so it has rotary",
+    ),
     "rotary": (lambda s: without(s, "pos_embed"), "no table of positions, so it has rotary"),
     "rotary, mixed": (extra("rope.freqs", 2, 4), "rotary positions"),
     "DINOv3's own": (

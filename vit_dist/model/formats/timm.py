@@ -290,7 +290,7 @@ def _check_nameless(names: Iterable[str], has: Callable[[str], bool], wrapper: s
     """Raises DataError where the names are as much another network's as a plain ViT's."""
     if explain_names(names):
         return  # it has a tensor that is refused later, for what it is
-    if not any(re.search(r"attn\.qkv\.bias$", name) for name in names):
+    if has("pos_embed") and not any(re.search(r"attn\.qkv\.bias$", name) for name in names):
         raise DataError(
             "its queries, keys and values have no biases, as in timm's networks that normalise "
             "behind attention and MLP (vit_*_rpn_*), which no tensor shows. Put the config.json "
