@@ -195,6 +195,32 @@ def test_config_json_beside_an_npz_is_asked_too(tmp_path):
             open_pretrained(tmp_path)
 
 
+NPZ = {  # what is added to a file of big_vision's -> the real reason
+    "Transformer/rope/freqs": "rotary positions",
+    "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_norm/scale": "qk_norm",
+    "Transformer/encoderblock_0/MlpBlock_0/Dense_2/kernel": "a gated MLP",
+    "conv_root/kernel": "a convolutional network before the patches",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), NPZ.items(), ids=NPZ)
+def test_npz_of_other_networks(tmp_path, name, message):
+    tree = flax_vit.make_tree() | {name: np.ones((3, 3), "f")}
+    np.savez(tmp_path / "weights.npz", **flax_vit.big_vision(tree))
+    with pytest.raises(DataError, match=message):
+        load_model(open_origin(str(tmp_path / "weights.npz")))
+
+
+def test_npz_without_positions(tmp_path):
+    """big_vision computes them, and the report says so; vision_transformer always has a table."""
+    tree = flax_vit.make_tree(positions=0)
+    np.savez(tmp_path / "a.npz", **flax_vit.big_vision(tree))
+    np.savez(tmp_path / "b.npz", **flax_vit.published(tree))
+    assert "sincos2d" in open_pretrained(tmp_path / "a.npz").assumed[0]
+    with pytest.raises(DataError, match="no table of positions"):
+        open_pretrained(tmp_path / "b.npz")
+
+
 def test_nothing_beside_weights_is_imported(tmp_path, monkeypatch):
     """What names modules in a run's config, or a model of one's own at the hub, means nothing."""
     (tmp_path / "evil_beside_weights.py").write_text("raise SystemExit('was run')")

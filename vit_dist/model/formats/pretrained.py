@@ -141,7 +141,7 @@ def _convert(
     if system == "npz":
         if "model_type" in config:
             huggingface.check_config(config, where)
-        said, assumed = module.describe(canonical)
+        said, assumed = module.describe(canonical, file.tensors)
     else:
         said, shown, assumed = module.describe(
             file.tensors, config, wrapper=file.wrapper, where=where, noted=bool(own)

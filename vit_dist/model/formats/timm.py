@@ -66,8 +66,12 @@ OTHER_PARTS = (
     (r"(.*\.)?mask_token$", "the token of masked pretraining"),
     (r"decoder_(embed|pos_embed|blocks|norm|pred)\b", "the decoder of masked pretraining (MAE)"),
     (r"(.*\.)?student\.", "the student of self-distillation"),
-    (r"(.*\.)?(dino_head|ibot_head)\.", "the heads of self-distillation (DINO, iBOT)"),
-    (r"head(_dist)?\.", "both heads of a distilled DeiT, whose mean would be its answer"),
+    (
+        r"(.*\.)?(dino_head|ibot_head|head\.(mlp|last_layer)\d?)\.",
+        "the heads of self-distillation (DINO, iBOT)",
+    ),
+    (r"(head|head_dist)\.\w+$", "both heads of a distilled DeiT, whose mean would be its answer"),
+    (r"(.*\.)?n_averaged$", "how many steps were averaged"),
 )
 _PLAIN = (
     "timm's plain ViT (norms before attention and MLP, epsilon 1e-6, no rotary positions), as no "

@@ -46,6 +46,7 @@ _DTYPES = {
 _WRAPPERS = (
     "state_dict_ema",
     "model_ema",
+    "ema_state_dict",
     "state_dict",
     "model",
     "teacher",
@@ -53,6 +54,8 @@ _WRAPPERS = (
     "module",
     "student",
 )
+# Where they keep their options: timm, DeiT, MAE, DINO; Lightning.
+_OPTIONS = ("args", "hyper_parameters", "hparams")
 _MAX_DEPTH = 4  # of wrappers in each other; a pickle can hold a dictionary that contains itself
 
 
@@ -238,11 +241,11 @@ def _config(content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         return {}
     # argparse's Namespace, which is inert here with its state, or a dictionary.
-    options = content.get("args")
-    options = options.state if isinstance(options, _Inert) else options
+    found = next((content[key] for key in _OPTIONS if key in content), {})
+    options = found.state if isinstance(found, _Inert) else found
     options = options if isinstance(options, Mapping) else {}
     # timm writes "arch"; DeiT, MAE and DINO only keep their command line, with --model or --arch.
-    names = (content.get("arch"), options.get("model"), options.get("arch"))
+    names = (content.get("arch"), *(options.get(key) for key in ("model", "arch", "model_name")))
     name = next((n for n in names if isinstance(n, str) and n), None)
     if name is None:
         return {}
