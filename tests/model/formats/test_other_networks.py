@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 
 from tests.support import flax_vit
 from tests.support.folders import make, save
@@ -475,9 +476,9 @@ def test_a_pooler_that_the_classifier_does_not_read(tmp_path):
     state, config = make(tmp_path / "plain", "huggingface")
     expected = load_model(open_origin(str(tmp_path / "plain")))(images())
     (tmp_path / "pooled").mkdir()
-    pooler = {"vit.pooler.dense.weight": np.ones((32, 32), "f"), "vit.pooler.dense.bias": state[
-        "vit.layernorm.bias"]}  # fmt: skip
-    save(tmp_path / "pooled", config, state | pooler)
+    pooler = {"weight": np.ones((32, 32), "f"), "bias": np.ones(32, "f")}
+    state |= {f"vit.pooler.dense.{name}": array for name, array in pooler.items()}
+    save(tmp_path / "pooled", config, state)
     (tmp_path / "pooled/preprocessor_config.json").write_text("{}")
     origin = open_origin(str(tmp_path / "pooled"))
     np.testing.assert_array_equal(load_model(origin)(images()), expected)
@@ -499,8 +500,9 @@ def test_positions_that_fit_two_grids_are_asked_for(tmp_path):
         assert (network["image_size"], network["prefix_posemb"]) == ((size, size), kind)
 
 
-def test_what_is_assumed_or_left_out_is_said_by_every_command(tmp_path, caplog):
+def test_what_is_assumed_or_left_out_is_said_by_every_command(tmp_path, caplog, monkeypatch):
     """load_model is what export and predict take weights by."""
+    monkeypatch.setattr(absl_logging.get_absl_logger(), "propagate", True)
     state, config = make(tmp_path / "mae", "huggingface")
     state = without(state, "classifier") | {"decoder.decoder_embed.weight": np.ones((8, 32), "f")}
     save(tmp_path / "mae", config | {"model_type": "vit_mae", "architectures": []}, state)
