@@ -7,7 +7,6 @@ be changed key by key. The config says how the model is built and the images are
 resolution is not the checkpoint's, positions are resampled as config.init_from would.
 """
 
-import re
 from collections.abc import Sequence
 
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
@@ -21,12 +20,11 @@ from rich.table import Table
 from vit_dist.cluster.meeting import meet
 from vit_dist.cluster.strategy import choose_cluster, make_strategy
 from vit_dist.config.errors import ConfigError
-from vit_dist.model.vit import named_weights
 from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
 from vit_dist.run.facts import evaluation_facts
 from vit_dist.run.origins import open_origin
-from vit_dist.run.start import fill
+from vit_dist.run.start import fill_whole
 
 
 def define_flags() -> None:
@@ -81,18 +79,8 @@ def evaluate(
         strategy = make_strategy(**devices)
     model = make_model(options.model, strategy)
     names = next(iter(data.sources.values())).class_names
-    report = fill(
-        model, origin, options.weights, pipes={"eval_ops": options.pipe}, class_names=names
-    )
-    if report.new:
-        raise ConfigError(f"{checkpoint} cannot classify this data: it would need {report.new[0]}")
-    ignored = options.weights.ignore
-    for name in sorted(set(origin.tensors) - set(named_weights(model))):
-        if not ignored or not re.search(ignored, name):
-            raise ConfigError(
-                f"{checkpoint} has {name}, which the config's model has no place for: what would "
-                "be evaluated is another network. Build it as it was trained (config.model)"
-            )
+    pipes = {"eval_ops": options.pipe}
+    report = fill_whole(model, origin, options.weights, pipes=pipes, class_names=names)
     for line in report.remarks():
         logging.warning("%s: %s", checkpoint, line)
     judge = Evaluation(options, data, model, strategy)

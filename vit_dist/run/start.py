@@ -1,5 +1,6 @@
 """Where a run begins: resume > resume_from > init_from > scratch."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.sources.fingerprint import compare
 from vit_dist.data.sources.source import Source
 from vit_dist.model.classes import match_classes
-from vit_dist.model.vit import ViT
+from vit_dist.model.vit import ViT, named_weights
 from vit_dist.model.weights import LoadReport
 from vit_dist.monitoring.log import detail
 from vit_dist.run.options import Data, RunOptions, WeightsOptions
@@ -200,6 +201,31 @@ def fill(
     )
     if origin.black_and_white(model.channels) is None:
         report.assumed.append("images scaled as config.input says, which the file does not tell")
+    return report
+
+
+def fill_whole(
+    model: ViT,
+    origin: Origin,
+    options: WeightsOptions,
+    *,
+    pipes: Mapping[str, Pipe],
+    class_names: Sequence[str],
+) -> LoadReport:
+    """As `fill`, for a model that is judged and not trained: no part may be new or left out.
+
+    Raises:
+      ConfigError: see fill; or one is.
+    """
+    report = fill(model, origin, options, pipes=pipes, class_names=class_names)
+    if report.new:
+        raise ConfigError(f"{origin.path} cannot classify this data: it would need {report.new[0]}")
+    for name in sorted(set(origin.tensors) - set(named_weights(model))):
+        if not options.ignore or not re.search(options.ignore, name):
+            raise ConfigError(
+                f"{origin.path} has {name}, which the config's model has no place for: what would "
+                "be evaluated is another network. Build it as it was trained (config.model)"
+            )
     return report
 
 
