@@ -7,6 +7,7 @@ known to change nothing, or changes something that our ViT has too (as of timm 1
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vit_dist.config.errors import DataError
@@ -76,7 +77,8 @@ def explain_architecture(name: str) -> str | None:
     words = name.split("_")
     if {"giant", "dinov2"} <= set(words):
         return "SwiGLU in place of the MLP"
-    known, judged = _FOREIGN_WORDS, words
+    known: Sequence[tuple[str, str]] = _FOREIGN_WORDS
+    judged = words
     if not words[0].startswith(_PLAIN_FAMILIES):
         # Further words mean something else there: the s24 of cait_s24 is no convolution's.
         known, judged = (*_FAMILIES, *_FOREIGN_WORDS), words[:1]
