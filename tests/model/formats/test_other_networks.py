@@ -337,8 +337,10 @@ BARE_TIMM = {
         "side by side",
     ),
     "no biases": (lambda s: without(s, r"attn.proj.bias"), "projections without biases"),
-    "no biases of queries": (
-        lambda s: without(s, "qkv.bias"),
+    "norms behind": (
+        lambda s: (
+            without(s, "qkv.bias") | {f"blocks.0.ls{i}.gamma": np.ones(32, "f") for i in (1, 2)}
+        ),
         r"normalise behind attention and MLP \(vit_\*_rpn_\*\)",
     ),
     "positions by row and column": (

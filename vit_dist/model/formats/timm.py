@@ -294,12 +294,14 @@ def _check_nameless(names: Iterable[str], has: Callable[[str], bool], wrapper: s
     """Raises DataError where the names are as much another network's as a plain ViT's."""
     if explain_names(names):
         return  # it has a tensor that is refused later, for what it is
-    if has("pos_embed") and not any(re.search(r"attn\.qkv\.bias$", name) for name in names):
+    # Of timm's plain networks some have no biases of queries, some have LayerScale, none has both.
+    biased = any(re.search(r"attn\.qkv\.bias$", name) for name in names)
+    if has("pos_embed") and has("blocks.0.ls1.gamma") and not biased:
         raise DataError(
-            "its queries, keys and values have no biases, as in timm's networks that normalise "
-            "behind attention and MLP (vit_*_rpn_*), which no tensor shows. Put the config.json "
-            'that came with it beside it; {"architecture": "vit_base_patch16_224"} if it is a plain'
-            " ViT"
+            "it has LayerScale, and no biases of queries, keys and values, as timm's networks that "
+            "normalise behind attention and MLP (vit_*_rpn_*), which no tensor shows. Put the "
+            'config.json that came with it beside it; {"architecture": "vit_base_patch16_224"} if '
+            "it is a plain ViT"
         )
     # DeiT III's own files call LayerScale gamma_1 and are wrapped in {"model": ...}. timm calls it
     # ls1.gamma, and gamma_1 in its networks with rotary positions.
