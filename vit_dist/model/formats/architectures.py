@@ -7,6 +7,7 @@ known to change nothing, or changes something that our ViT has too (as of timm 1
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vit_dist.config.errors import DataError
@@ -28,6 +29,13 @@ _FOREIGN_WORDS = (
     (r"intern300m", "no LayerNorm behind the blocks"),
     (r"eva", "biases of queries and values, none of keys"),
 )
+# Regex of the first word of names that do not begin as a ViT's -> what they mean.
+_FAMILIES = (
+    (r"cait", "class attention in blocks of their own (CaiT)"),
+    (r"xcit", "attention over channels, not over tokens (XCiT)"),
+    (r"mixer|resmlp|gmlp|(se)?res(net|next)\w*|convnext\w*|efficientnet\w*", "no attention"),
+)
+_PLAIN_FAMILIES = ("vit", "deit", "flexivit", "mae", "dino", "ibot")
 # The sizes of timm's names: width, heads. The heads count only where the width is this one:
 # names are kept when a network is made with other sizes.
 _SIZES = {
@@ -69,12 +77,17 @@ def explain_architecture(name: str) -> str | None:
     words = name.split("_")
     if {"giant", "dinov2"} <= set(words):
         return "SwiGLU in place of the MLP"
-    for word in words:
-        for pattern, meaning in _FOREIGN_WORDS:
+    known: Sequence[tuple[str, str]] = _FOREIGN_WORDS
+    judged = words
+    if not words[0].startswith(_PLAIN_FAMILIES):
+        # Further words mean something else there: the s24 of cait_s24 is no convolution's.
+        known, judged = (*_FAMILIES, *_FOREIGN_WORDS), words[:1]
+    for word in judged:
+        for pattern, meaning in known:
             if re.fullmatch(pattern, word):
                 return meaning
     unknown = [w for w in words if w not in _SIZES and not _PLAIN_WORDS.fullmatch(w)]
-    if unknown or not words[0].startswith(("vit", "deit", "flexivit", "mae", "dino", "ibot")):
+    if unknown or judged != words:
         return f"parts that nothing is known of here ({(unknown or words)[0]!r})"
     return None
 
