@@ -54,6 +54,59 @@ def test_exif_orientation(way, byteorder):
     assert decode(data).shape == PHOTO.shape  # as the reference systems: not turned
 
 
+def turned_file(kind, way):
+    """An image file with that orientation, and the bytes of one that differs in that alone."""
+    exif = Image.Exif()
+    exif[0x0112] = way
+    options = {"jpeg": {"quality": 95}, "webp": {"lossless": True}}.get(kind, {})
+    image = Image.fromarray(PHOTO)
+    return encoded(image, kind, exif=exif, **options), encoded(image, kind, **options)
+
+
+def upright(pixels, way):
+    """Pixels as stored -> as Pillow turns them."""
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = way
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+@pytest.mark.parametrize("way", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_exif_orientation_of_other_kinds(kind, way):
+    data, plain = turned_file(kind, way)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    np.testing.assert_array_equal(decode(data, "decode(exif=True)"), want)
+    np.testing.assert_array_equal(decode(data), decode(plain))
+
+
+def test_exif_behind_the_pixels():
+    """PNG and WebP allow it there; Pillow writes it in front in PNG, and behind in WebP."""
+    data, plain = turned_file("png", 6)
+    at, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    behind = data[:at] + data[end:-12] + data[at:end] + data[-12:]
+    want = upright(decode(plain), 6)
+    np.testing.assert_array_equal(decode(behind, "decode(exif=True)"), want)
+
+
+@pytest.mark.parametrize("dct", ["", ", dct_scaling=True"])
+@pytest.mark.parametrize("way", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_exif_in_the_fused_crop(kind, way, dct):
+    """The window is drawn in the upright image: as if the file had been stored so."""
+    data, _ = turned_file(kind, way)
+    options = f"area_min=60, method='nearest'{dct}"
+    fused = decode(data, f"decode_jpeg_and_inception_crop(9, exif=True, {options})")
+    example = {"image": tf.constant(decode(data, "decode(exif=True)")), "label": tf.constant(0)}
+    example["seed"] = tf.constant([1, 2])
+    # The same position in the pipe, so that the same window is drawn.
+    want = ops.parse("inception_crop(9, area_min=60, method='nearest')").host(example)["image"]
+    if kind == "jpeg":  # a window's chroma may be smoothed otherwise at its border
+        apart = abs(fused.astype(int) - want.numpy())
+        assert np.median(apart) == 0 and apart.mean() < (12 if dct else 2), apart.mean()
+        return
+    np.testing.assert_array_equal(fused, want)
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_no_orientation_and_nonsense_leave_the_image_as_it_is(kind):
     data = encoded(Image.fromarray(PHOTO), kind)

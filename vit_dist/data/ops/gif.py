@@ -43,11 +43,13 @@ def decode(data: tf.Tensor) -> tf.Tensor:
 
     left, top, width, height = tf.unstack(binary.numbers(data, at + 1, 4, tf.uint16))
     across, down = tf.unstack(binary.numbers(data, 6, 2, tf.uint16))
-    below = tf.maximum(down - top - height, 0)
-    right = tf.maximum(across - left - width, 0)
+    down, across = tf.maximum(down, top + height), tf.maximum(across, left + width)
+    usable = down <= binary.MAX_PIXELS // tf.maximum(across, 1)
+    frame = binary.require(frame, usable, "a GIF of {} x {} pixels", across, down)
+    margins = ((top, down - top - height), (left, across - left - width))
     # Around the frame Pillow has the transparent colour, and else colour 0.
     around = tf.cast(tf.maximum(transparent, 0), tf.uint8)
-    pixels = tf.pad(frame, ((top, below), (left, right)), constant_values=around)
+    pixels = tf.pad(frame, tf.where(usable, margins, 0), constant_values=around)
     place = tf.where(own > 0, at + IMAGE_HEADER, SCREEN)
     palette = tf.reshape(binary.read(data, place, tf.where(own > 0, own, shared)), (-1, 3))
     pixels = tf.cast(pixels, tf.int32)
