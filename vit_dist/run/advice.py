@@ -23,8 +23,8 @@ from vit_dist.storage.errors import FAILURES
 _ORIENTATION = 0x0112  # tag of EXIF; 1 is upright, 2 to 8 are turned or mirrored
 _THREADS = 16  # for reading images, which waits rather than computes
 _DECODED = 16  # images that are decoded: a large PNG takes half a second
-# What reading an image raises where it fails; damaged EXIF is a SyntaxError. The pipeline names such
-# an image when it matters.
+# What looking at an image raises where that fails; damaged EXIF is a SyntaxError. It is only
+# logged: the pipeline names such an image when it matters.
 _UNREADABLE = (*FAILURES, ValueError, SyntaxError)
 _SAMPLE = 200  # images whose size is looked at: a second on a disk, and enough for a median
 _UNBALANCED = 10.0  # the largest class over the smallest
@@ -72,33 +72,8 @@ def pixel_warnings(
     found = []
     judged = "val" if "val" in sources else "test"
     for split, key, pipe in (("train", "train_ops", train_pipe), (judged, "eval_ops", eval_pipe)):
-        # {} where no op decodes: then images are arrays, which hold neither.
-        decoding = decoding_of(pipe)
-        ignores_exif = decoding.get("exif", True) is False
-        drops_alpha = decoding.get("background", 0) is None
-        if split not in sources or not (ignores_exif or drops_alpha):
-            continue
-        source = sources[split]
-        with warnings.catch_warnings(), futures.ThreadPoolExecutor(_THREADS) as pool:
-            warnings.simplefilter("ignore")  # Pillow's, of odd EXIF and of large images
-            images = pool.map(lambda i, s=source: _look(s, i), _sample(source))
-            seen = [look for look in images if look is not None]
-        turned = [index for index, way, _ in seen if way]
-        layered = [index for index, _, alpha in seen if alpha]
-        begin, where = f"of {len(seen)} {split} images looked at", f"config.input.{key}"
-        if turned and ignores_exif:
-            found.append(
-                f"{len(turned)} {begin} (such as {source.describe(turned[0])}) are upright only by "
-                f"their EXIF orientation, which {where} does not read: write exif=True into the op "
-                "that decodes, such as decode(exif=True)"
-            )
-        if drops_alpha and any(_is_clear(source, index) for index in layered[:_DECODED]):
-            found.append(
-                f"{len(layered)} {begin} (such as {source.describe(layered[0])}) can be "
-                f"transparent, and {where} takes the colour that is stored there, whatever it is: "
-                "write background=255 into the op that decodes, such as decode(background=255), to "
-                "lay them over white"
-            )
+        if split in sources:
+            found += _pixel_warnings(split, sources[split], f"config.input.{key}", pipe)
     return found
 
 
@@ -169,6 +144,36 @@ def _size(path: str) -> tuple[int, int] | None:
     except _UNREADABLE as error:
         logging.info("%s: size unknown (%s)", path, error)
         return None
+
+
+def _pixel_warnings(split: str, source: Source, key: str, pipe: Pipe) -> list[str]:
+    # {} where no op decodes: then images are arrays, which have neither EXIF nor alpha.
+    decoding = decoding_of(pipe)
+    ignores_exif = decoding.get("exif", True) is False
+    drops_alpha = decoding.get("background", 0) is None
+    if not (ignores_exif or drops_alpha):
+        return []
+    with warnings.catch_warnings(), futures.ThreadPoolExecutor(_THREADS) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, of odd EXIF and of large images
+        looks = pool.map(lambda index: _look(source, index), _sample(source))
+        seen = [look for look in looks if look is not None]
+    turned = [source.describe(index) for index, is_turned, _ in seen if is_turned]
+    layered = [index for index, _, has_alpha in seen if has_alpha]
+    found, begin = [], f"of {len(seen)} {split} images looked at"
+    if turned and ignores_exif:
+        found.append(
+            f"{len(turned)} {begin} (such as {turned[0]}) are upright only by their EXIF "
+            f"orientation, which {key} does not read: write exif=True into the op that decodes, "
+            "such as decode(exif=True)"
+        )
+    if drops_alpha and any(_is_clear(source, index) for index in layered[:_DECODED]):
+        found.append(
+            f"{len(layered)} {begin} (such as {source.describe(layered[0])}) can be transparent, "
+            f"and {key} takes the colour that is stored there, whatever it is: write "
+            "background=255 into the op that decodes, such as decode(background=255), to lay them "
+            "over white"
+        )
+    return found
 
 
 def _sample(source: Source) -> Sequence[int]:

@@ -214,7 +214,7 @@ def test_a_config_with_a_cache_is_checked_and_read(tmp_path):
     ],
 )
 def test_a_cache_decodes_as_the_pipe_does(tmp_path, ops_of_training):
-    """Upright or not, and over the pipe's background: training sees what it sees without a cache."""
+    """Upright or not, over the pipe's background or none: the batches are those without a cache."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(photo(20, 36))
