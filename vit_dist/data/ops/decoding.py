@@ -88,6 +88,7 @@ def decode_jpeg_and_inception_crop(
 
     def crop_jpeg(data, seed):
         shape = tf.image.extract_jpeg_shape(data)
+        way = orientation.of_jpeg(data) if exif else None
         data = jpeg.mark_inverted(data, shape[2])
 
         def decode_window(begin, extent):
@@ -107,11 +108,8 @@ def decode_jpeg_and_inception_crop(
             stored = orientation.stored_window(way, begin, extent, upright[:2])
             return orientation.turn(decode_window(*stored), way)
 
-        if exif:
-            way = orientation.of_jpeg(data)
-            image = tf.cond(way > 1, turned, as_stored)
-        else:
-            image = as_stored()
+        # Most are stored upright, and cost no more than without `exif`.
+        image = as_stored() if way is None else tf.cond(way > 1, turned, as_stored)
         return resize_image(image, size, method, antialias)
 
     def crop_decoded(image, seed):
@@ -124,7 +122,7 @@ def decode_jpeg_and_inception_crop(
         result = tf.cond(
             tf.io.is_jpeg(image),
             lambda: crop_jpeg(image, seed),
-            lambda: crop_decoded(decode_whole(image, **options), seed),
+            lambda: crop_decoded(_decode_other(image, exif, options["background"]), seed),
         )
         return tf.ensure_shape(result, (*size, 3))
 
