@@ -12,6 +12,7 @@ from vit_dist.data.ops import basic as ops
 from vit_dist.data.ops import decoding
 
 PHOTO = peers.photo(33, 47)
+WAYS = range(1, 9)  # orientations of EXIF; 1 is upright
 
 
 def encoded(image, kind, **options):
@@ -27,6 +28,13 @@ def decode(data, text="decode"):
     mapped = next(iter(tf.data.Dataset.from_tensors(example).map(pipe.host)))["image"]
     np.testing.assert_array_equal(eager, mapped)
     return eager
+
+
+def decode_all(files, text):
+    """As `decode`, of several files through a pipe that is traced once."""
+    pipe, rest = ops.parse(text), {"label": 0, "seed": tf.constant([1, 2])}
+    made = tf.data.Dataset.from_tensor_slices(files).map(lambda x: pipe.host({"image": x, **rest}))
+    return [example["image"] for example in made.as_numpy_iterator()]
 
 
 def with_orientation(way, *, byteorder="II", quality=95):
@@ -52,6 +60,86 @@ def test_exif_orientation(way, byteorder):
     want = np.asarray(ImageOps.exif_transpose(plain))
     np.testing.assert_array_equal(decode(data, "decode(exif=True)"), want)
     assert decode(data).shape == PHOTO.shape  # as the reference systems: not turned
+
+
+def turned_file(kind, way, pixels=PHOTO):
+    """An image file with that orientation, and the bytes of one that differs in that alone."""
+    exif = Image.Exif()
+    exif[0x0112] = way
+    options = {"jpeg": {"quality": 95}, "webp": {"lossless": True}}.get(kind, {})
+    image = Image.fromarray(pixels)
+    return encoded(image, kind, exif=exif, **options), encoded(image, kind, **options)
+
+
+def upright(pixels, way):
+    """Pixels as stored -> as Pillow turns them."""
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = way
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_exif_orientation_of_other_kinds(kind):
+    files = [turned_file(kind, way)[0] for way in WAYS]
+    for data, have in zip(files, decode_all(files, "decode(exif=True)"), strict=True):
+        want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+        np.testing.assert_array_equal(have, want)
+    for have in decode_all(files, "decode"):
+        np.testing.assert_array_equal(have, PHOTO)
+
+
+def test_exif_behind_the_pixels():
+    """PNG and WebP allow it there; Pillow writes it in front in PNG, and behind in WebP."""
+    data, plain = turned_file("png", 6)
+    at, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    behind = data[:at] + data[end:-12] + data[at:end] + data[-12:]
+    want = upright(decode(plain), 6)
+    np.testing.assert_array_equal(decode(behind, "decode(exif=True)"), want)
+
+
+def segment(marker, data):
+    """A segment of a JPEG."""
+    return bytes((0xFF, marker)) + (len(data) + 2).to_bytes(2, "big") + data
+
+
+def test_what_stands_before_exif():
+    data = with_orientation(6)
+    at = data.index(b"Exif") - 4
+    parts = [
+        segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"),
+        segment(0xFE, b"a comment"),
+        segment(0xE2, b"ICC_PROFILE\0" + b"x" * 60_000) * 2,
+        b"\xff" * 3,  # filling
+    ]
+    fronts = [b"", *parts, b"".join(parts)]
+    files = [data[:2] + front + data[at:] for front in fronts]
+    want = upright(decode(data), 6)
+    for have in decode_all(files, "decode(exif=True)"):
+        np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dct", "limit"),
+    [
+        ("png", "", 0),
+        ("webp", "", 0),
+        # A window is smoothed otherwise at its border, and rounded to pixels of the smaller image.
+        ("jpeg", "", 1),
+        ("jpeg", ", dct_scaling=True", 12),  # a wrong way is 50 apart and more
+    ],
+)
+def test_exif_in_the_fused_crop(kind, dct, limit):
+    """The window is drawn in the upright image: as if the file had been stored so."""
+    files = [turned_file(kind, way, peers.photo(120, 170))[0] for way in WAYS]
+    options = "24, area_min=60, method='area'"
+    fused = decode_all(files, f"decode_jpeg_and_inception_crop({options}, exif=True{dct})")
+    # The crop stands at the same place of its pipe, so that the same window is drawn.
+    crop = ops.parse(f"inception_crop({options})")
+    for way, image, have in zip(WAYS, decode_all(files, "decode(exif=True)"), fused, strict=True):
+        example = {"image": tf.constant(image), "label": 0, "seed": tf.constant([1, 2])}
+        want = crop.host(example)["image"].numpy()
+        apart = [abs(have - upright(want, other).astype(int)).mean() for other in WAYS]
+        assert np.argmin(apart) == 0 and apart[0] <= limit, (way, apart)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
