@@ -207,6 +207,7 @@ def _is_clear(source: Source, index: int) -> bool:
     """Whether an image is transparent anywhere; the alpha of most screenshots is opaque."""
     try:
         with Image.open(io.BytesIO(source.peek(index)[0])) as image:
-            return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+            least, _ = image.convert("RGBA").getchannel("A").getextrema()
+            return least != 255
     except _UNREADABLE:
         return False
