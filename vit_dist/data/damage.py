@@ -294,7 +294,7 @@ def _problems_of_stream(
 
 
 def _explain_label(source: Source, label: int, index: int) -> str:
-    """Says which example has a label outside of the classes, and what the labels of others suggest."""
+    """Says which example has a label outside of the classes, and what other labels suggest."""
     others: list[int] = []
     if source.indexable:
         # Evenly spread; the step is rounded up, so that these are at most MAX_LABELS.
