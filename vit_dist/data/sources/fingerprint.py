@@ -20,6 +20,7 @@ def checksum(names: Iterable[str]) -> int:
     crc = 0
     for name in names:
         # File names need not be UTF-8: Python keeps such bytes as surrogates.
+        # The newline separates names: "ab", "c" and "a", "bc" have different checksums.
         crc = zlib.crc32(name.encode(errors="surrogateescape") + b"\n", crc)
     return crc
 
@@ -53,10 +54,12 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str],
         pairs = _common(then.get("sample", ()), now.get("sample", ()))
         changed = sum(a != b for a, b in pairs)
         text = f"the contents of {changed} of {len(pairs)} examples looked at have changed"
+        # Most contents differ: another data set. Fewer: some files were mended or recompressed.
         if 2 * changed > len(pairs):
             other.append(f"{text}, under the same names")
         elif changed:
             noticed.append(text)
+        # Weaker than contents: it may differ where no sampled example does.
         elif "sizes" in then and "sizes" in now and then["sizes"] != now["sizes"]:
             noticed.append("some files have other sizes")
     return other, noticed

@@ -49,7 +49,7 @@ class SyntheticSource(base.Source):
         self.split, self.num_examples = split, num_examples
         self.class_names = tuple(str(i) for i in range(num_classes))
         self.encoded = image_format == "jpeg"
-        # Other images in each split, the same ones at each start.
+        # The seed is the split's name: splits differ, and each is the same at every start.
         random = np.random.default_rng(checksum([split]))
         count = min(NUM_IMAGES, num_examples)
         arrays = [_noise(random, height, width) for _ in range(count)]
