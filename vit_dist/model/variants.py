@@ -7,7 +7,7 @@ from vit_dist.config.errors import ConfigError
 from vit_dist.model.memory import POLICIES
 from vit_dist.model.posemb import sincos2d
 
-# Table 2 of arXiv 2106.04560; mu exists for tests, So400m is arXiv 2305.13035's.
+# Sizes of table 2 of arXiv 2106.04560, and So400m of arXiv 2305.13035. mu is for tests and demos.
 SIZES: dict[str, dict[str, int]] = {
     "mu": {"width": 32, "depth": 1, "mlp_dim": 128, "num_heads": 2},
     "Ti": {"width": 192, "depth": 12, "mlp_dim": 768, "num_heads": 3},
@@ -21,15 +21,18 @@ SIZES: dict[str, dict[str, int]] = {
     "G": {"width": 1664, "depth": 48, "mlp_dim": 8192, "num_heads": 16},
     "e": {"width": 1792, "depth": 56, "mlp_dim": 15360, "num_heads": 16},
 }
+# What each of the following values means is told at `ViT`.
 POOLS = ("tok", "gap", "tok_gap", "map", "none")
-CLS_POOLS = ("tok", "tok_gap")  # those that need a cls token
+CLS_POOLS = ("tok", "tok_gap")  # poolings that read a cls token
 PREFIX_POSEMBS = ("cls", "all", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
 SOFTMAXES = ("float32", "compute")
 GROWTHS = ("linear", "constant")
 FORMS = ("matrix", "tensor")
+# Arguments that must be 1 or more; `check_vit` has another list of those that may be 0.
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "channels")
+# config.precision -> Keras's policy. The mixed ones keep variables in float32.
 PRECISIONS = {
     "float32": "float32",
     "bfloat16": "mixed_bfloat16",
@@ -43,6 +46,7 @@ def parse_variant(variant: str) -> dict[str, int]:
     Raises:
       ConfigError: not of the form size/patch, or an unknown size.
     """
+    # No leading zero: a patch of 0 is refused here.
     match = re.fullmatch(r"([A-Za-z0-9]+)/([1-9][0-9]*)", str(variant))
     if not match or match[1] not in SIZES:
         raise ConfigError(
@@ -87,6 +91,7 @@ def check_vit(
     **rest: Any,
 ) -> None:
     """Raises ConfigError for arguments no ViT can have; touches no device."""
+    # `rest` holds the other numbers of a config (depth, registers, dropout, ...).
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
     zeros = ("num_classes", "rep_size", "registers")
     for names, least in ((_POSITIVE, 1), (zeros, 0)):
@@ -94,6 +99,7 @@ def check_vit(
             if sizes[name] < least:
                 raise ConfigError(f"{name} must be {least} or more, got {sizes[name]}")
     height, columns = as_pair(image_size)
+    # Smaller than a patch is named apart, as 0 is a multiple of everything.
     if height % patch_size or columns % patch_size or min(height, columns) < patch_size:
         raise ConfigError(
             f"images of {height}x{columns} cannot be cut into patches of {patch_size}x{patch_size}:"
@@ -111,14 +117,17 @@ def check_vit(
     check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
     if pool in CLS_POOLS and not cls_token:
         raise ConfigError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
+    # The concatenation is as wide as two models, and a LayerNorm of one width does not fit it.
     if pool == "tok_gap" and rest["norm_after_pool"]:
         raise ConfigError("pool 'tok_gap' takes normalised tokens: leave norm_after_pool False")
     if not 0 < norm_epsilon < 1:
         raise ConfigError(f"norm_epsilon must be above 0 and below 1, got {norm_epsilon}")
+    # Below 1, as what is kept is divided by 1 - rate.
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ConfigError(f"{name} is a probability below 1, got {rest[name]}")
     if posemb == "sincos2d":
+        # Raises what is wrong with the width; a table of one patch costs nothing.
         sincos2d((1, 1), width)
     if attention_block is not None:
         _check_attention_block(attention_block, remat=remat, dropout=rest["attention_dropout"])
@@ -127,6 +136,7 @@ def check_vit(
 def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
     if size < 1:
         raise ConfigError(f"attention_block must be 1 or more keys, or None, got {size}")
+    # One of the two would have no effect.
     if remat == "attention":
         raise ConfigError(
             "attention_block already computes the attention again in the backward pass: set remat "
@@ -182,6 +192,7 @@ def vit_config(
       ConfigError: see ViT and parse_variant.
     """
     given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
+    # 0 is given too, and refused below; only None is not.
     sizes = parse_variant(variant) | {k: v for k, v in given.items() if v is not None}
     config: dict[str, Any] = {
         **sizes,
@@ -207,5 +218,6 @@ def vit_config(
         "norm_after_pool": norm_after_pool,
         "channels": channels,
     }
+    # Checked at once, so that a wrong config is refused before a device starts.
     check_vit(**config)
     return config

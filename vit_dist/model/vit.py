@@ -44,16 +44,17 @@ class ViT(keras.Model):
       remat: what a training step computes again in its backward pass, to keep less in memory:
         "none", "attention" (logits, softmax and its product with the values), or "full" (whole
         blocks).
-      attention_block: None, or how many keys attention takes at a time; for many tokens.
+      attention_block: None, or how many keys attention takes at a time, which saves memory where
+        there are many tokens.
       softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
         flax and big_vision have it.
-      form: which of two ways computes the same numbers: "matrix" for CPUs and GPUs, "tensor" for
-        TPUs.
-      cls_token: whether there is one; None: if the pool needs it.
+      form: "matrix" for CPUs and GPUs, "tensor" for TPUs: two ways to compute the same numbers,
+        each the faster one on its devices (see `Linear`).
+      cls_token: whether there is a cls token; None for one exactly if `pool` reads it.
       registers: further learned tokens between the cls token and the patches (arXiv 2309.16588).
       prefix_posemb: which tokens before the patches have an entry in the learned table: "cls",
         "all" or "none" (DeiT III, timm's no_embed_class).
-      norm_epsilon: every LayerNorm's: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
+      norm_epsilon: of every LayerNorm: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
       norm_after_pool: whether the last LayerNorm comes after the pooling (timm's fc_norm), and not
         before it.
       channels: colour channels of the images.
@@ -95,6 +96,8 @@ class ViT(keras.Model):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        # Kept whole: get_config() returns it, for .keras files and to compare with a checkpoint's
+        # network.
         self._config: dict[str, Any] = {
             "image_size": as_pair(image_size),
             "patch_size": patch_size,
@@ -117,6 +120,7 @@ class ViT(keras.Model):
             "attention_block": attention_block,
             "softmax": softmax,
             "form": form,
+            # Resolved here, so that a stored config says what the network has.
             "cls_token": needs_cls(pool) if cls_token is None else cls_token,
             "registers": registers,
             "prefix_posemb": prefix_posemb,
@@ -129,16 +133,19 @@ class ViT(keras.Model):
         self.cls_token: bool = self._config["cls_token"]
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
+        # Rows and columns of patches.
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         self.remat, self.norm_after_pool = remat, norm_after_pool
         self.registers_count = registers
         self.prefix = int(self.cls_token) + registers  # tokens before the patches
-        # How many of them have an entry in the learned table; its other entries are the patches'.
+        # Tokens before the patches that have an entry in the learned table of positions. These
+        # entries come first; one for each patch follows.
         entries = {"cls": int(self.cls_token), "all": self.prefix, "none": 0}
         self.posemb_prefix = entries[prefix_posemb]
         self._make_layers()
 
     def _make_layers(self) -> None:
+        # Each layer gets the model's policy: Keras would give it the global one.
         config, dtype = self._config, self.dtype_policy
         shared = {k: config[k] for k in ("num_heads", "gelu", "norm_epsilon", "form")}
         shared |= {"hidden": config["mlp_dim"], "dtype": dtype}
@@ -147,6 +154,7 @@ class ViT(keras.Model):
         )
         self.drop = Dropout(config["dropout"], name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i, **shared) for i in range(self.depth)]
+        # The last LayerNorm; `features` applies it before the pooling or after.
         self.norm = layer_norm(
             "encoder_norm", dtype, epsilon=config["norm_epsilon"], form=config["form"]
         )
@@ -155,7 +163,8 @@ class ViT(keras.Model):
         self.pre_logits = (
             dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype) if rep_size else None
         )
-        # Logits in float32 under every policy: the loss subtracts large numbers.
+        # Logits are float32 under every policy: a loss subtracts large logits from each other,
+        # which 16 bits round too much.
         classes = self.num_classes
         self.head = dense(classes, name="head", dtype="float32") if classes else None
 
@@ -164,6 +173,7 @@ class ViT(keras.Model):
         # Stochastic depth drops later blocks more often: 0 at the first, the full rate at the last.
         linear = config["drop_path_growth"] == "linear"
         share = index / max(self.depth - 1, 1) if linear else 1.0
+        # Arguments that a block calls as the model does.
         passed_on = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
         return EncoderBlock(
             **shared,
@@ -178,6 +188,8 @@ class ViT(keras.Model):
         return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any = None) -> None:
+        # Everything is built here, without data, so that weights exist before the first call: they
+        # are loaded, sharded and counted then.
         tokens = self.prefix + self.grid[0] * self.grid[1]
         shape = (None, tokens, self.width)
         self.embedding.build((None, *self.image_size, self.channels))
@@ -188,6 +200,7 @@ class ViT(keras.Model):
                 name="registers", shape=(1, self.registers_count, self.width)
             )
         if self.posemb == "learned":
+            # One for each patch, and for those tokens before the patches that have a position.
             entries = tokens - self.prefix + self.posemb_prefix
             self.pos_embedding = self.add_weight(
                 name="pos_embedding", shape=(1, entries, self.width)
@@ -196,7 +209,9 @@ class ViT(keras.Model):
         for layer in parts:
             layer.build(shape)
         if self.map_head:
+            # It sees the patches alone.
             self.map_head.build((None, tokens - self.prefix, self.width))
+        # Width of what the head sees.
         features = 2 * self.width if self.pool == "tok_gap" else self.width
         if self.pre_logits:
             self.pre_logits.build((None, features))
@@ -208,19 +223,23 @@ class ViT(keras.Model):
     def _embed(self, images: tf.Tensor, **mode: Any) -> tf.Tensor:
         """(B, height, width, C) -> (B, N, D): cls token, registers, patches; with positions."""
         x = self.embedding(images)
+        # Tokens before the patches, in the order of the position table.
         parts = [self.cls] if self.cls_token else []
         parts += [self.registers] if self.registers_count else []
         prefix = tf.concat([tf.cast(part, x.dtype) for part in parts], axis=1) if parts else None
         if self.posemb == "sincos2d":
+            # Computed in NumPy: a constant of the graph, which no checkpoint holds.
             x = x + tf.constant(sincos2d(self.grid, self.width), x.dtype)
         else:
             table, entries = tf.cast(self.pos_embedding, x.dtype), self.posemb_prefix
+            # Before tokens are put in front, so that entry i belongs to patch i.
             x = x + table[:, entries:]
             if entries:
                 # Tokens before the patches that have no entry get a position of zeros.
                 rest = ((0, 0), (0, self.prefix - entries), (0, 0))
                 prefix = prefix + tf.pad(table[:, :entries], rest)
         if prefix is not None:
+            # The same tokens for each example: their variables have a batch axis of 1.
             x = tf.concat([tf.tile(prefix, (tf.shape(x)[0], 1, 1)), x], axis=1)
         return self.drop(x, **mode)
 
@@ -245,6 +264,7 @@ class ViT(keras.Model):
         Raises:
           ConfigError: images of another size or number of channels than the model's.
         """
+        # Static shapes: this runs while tracing, and costs a step nothing.
         if tuple(images.shape[1:]) != (*self.image_size, self.channels):
             raise ConfigError(
                 f"this model takes images of {(*self.image_size, self.channels)}, "
@@ -253,8 +273,10 @@ class ViT(keras.Model):
         mode = {"training": training, "seed": seed}
         x = self._embed(tf.cast(images, self.compute_dtype), **mode)
         for block in self.blocks:
+            # A forward pass alone keeps nothing, so only training has something to save.
             recompute = training and self.remat == "full"
             x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
+        # The mean of normalised tokens is not the normalised mean, so this order changes logits.
         x = self.norm(self._pool(x)) if self.norm_after_pool else self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
 
@@ -282,6 +304,7 @@ class ViT(keras.Model):
         x = self._embed(tf.cast(images, self.compute_dtype))
         out: dict[str, list[tf.Tensor]] = {"tokens": [], "attention": []}
         for block in self.blocks:
+            # Asked for its weights, a block takes the plain attention, not the blockwise one.
             x, weights = block(x, return_weights=True)
             out["tokens"].append(x)
             out["attention"].append(weights)
@@ -327,7 +350,9 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
       seed, head_bias, posemb_stddev: see build_vit.
     """
     init = keras.initializers
-    rules = (  # (regex of the name, seed -> initializer); the first that matches counts
+    # (regex of the name, seed -> initializer). The first that matches counts, so special cases
+    # stand before the general ones: LayerScale's gamma before gamma, the MLP's biases before bias.
+    rules = (
         (r"layer_scale_\d/gamma$", None),  # keeps the constant it was made with
         (r"head/kernel$|cls$|beta$", lambda _: init.Zeros()),
         (r"^head/bias$", lambda _: init.Constant(head_bias)),
@@ -343,6 +368,7 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
         make = next(make for pattern, make in rules if re.search(pattern, name))
         if make is None:
             continue
+        # A seed for each variable, 31 bits, from its name: see `build_vit`.
         draw = zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
         with tf.device("CPU:0"):  # the same numbers whatever accelerator there is
             variable.assign(np.asarray(make(draw)(variable.shape)))
@@ -350,12 +376,15 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
 
 def named_weights(model: keras.Model) -> dict[str, keras.Variable]:
     """The model's variables by name, such as "encoderblock_0/attention/query/kernel"."""
+    # A path begins with the name of the model, which files and configs shall not depend on.
     return {v.path.split("/", 1)[-1]: v for v in model.weights}
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of the variables that build_vit would make, by name; touches no device."""
-    with tf.Graph().as_default():  # of which nothing is ever run
+    # In a graph variables are only nodes, and nothing of this graph is ever run: so no device
+    # starts.
+    with tf.Graph().as_default():
         model = ViT(**config, name="vit")
         model.build()
     return {name: tuple(v.shape) for name, v in named_weights(model).items()}
