@@ -39,10 +39,12 @@ def open_tensors(path: Path) -> TensorFile:
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}")
+    # The first bytes tell the kind; extensions are often wrong (.bin, .pt).
     with path.open("rb") as file:
         head = file.read(16)
     if not head:
         raise DataError(f"{path} is damaged: it is empty{AGAIN}")
+    # A zip file: NumPy's and PyTorch's both are, and differ in the names of their members.
     if head[:4] == b"PK\x03\x04":
         with open_zip(path) as archive:
             names = archive.namelist()
@@ -54,8 +56,10 @@ def open_tensors(path: Path) -> TensorFile:
             f"{path} is a zip file without arrays (it holds e.g. {names[:1]}): name a .npz, or "
             "what torch.save wrote"
         )
+    # safetensors: 8 bytes with the length of a JSON header, then the header.
     if head[8:9] == b"{" and path.stat().st_size > int.from_bytes(head[:8], "little"):
         return _remember_last(_open_safetensors(path))
+    # The first opcode of a pickle.
     if head[:1] == b"\x80":
         raise DataError(
             f"{path} is a pickle, which could run any code and is not opened. A PyTorch file of "
@@ -83,6 +87,7 @@ def _remember_last(file: TensorFile) -> TensorFile:
 
         return reread
 
+    # Shapes stay as they are: only reading goes through the memory of the last tensor.
     tensors = {n: LazyArray(t.shape, remembering(n, t.read), n) for n, t in file.tensors.items()}
     return dataclasses.replace(file, tensors=tensors)
 
@@ -103,8 +108,10 @@ def _open_npz(path: Path) -> TensorFile:
             shape, dtype, fortran, start = _npy_header(path, archive, info)
             name = info.filename.removesuffix(".npy")
 
+            # As defaults, because the loop's variables have changed when this is called.
             def read(info=info, shape=shape, dtype=dtype, fortran=fortran, start=start):
                 data = read_member(path, info.filename)[start:]
+                # Fortran order: the first axis counts fastest.
                 array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
                 return as_float(array)
 
@@ -118,6 +125,8 @@ def _npy_header(
     where = f"{path}: {info.filename}"
     try:
         with archive.open(info) as member:
+            # NumPy's own functions for the header, which never unpickle. max_header_size bounds
+            # what they parse.
             version = np.lib.format.read_magic(member)
             read = {
                 (1, 0): np.lib.format.read_array_header_1_0,
@@ -157,6 +166,7 @@ def _open_safetensors(path: Path) -> TensorFile:
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
+    # Text for people and programs, kept in `metadata`; all other entries are tensors.
     header.pop("__metadata__", None)
 
     def reader(name: str, entry: Mapping[str, Any]) -> Callable[[], np.ndarray]:
@@ -165,6 +175,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         def read() -> np.ndarray:
             try:
                 with path.open("rb") as raw:
+                    # Offsets count from the end of the header.
                     raw.seek(8 + length + begin)
                     data = read_exactly(raw, end - begin)
             except (EOFError, OSError) as error:

@@ -16,8 +16,8 @@ import numpy as np
 
 from vit_dist.config.errors import DataError
 
-# Weights hardly compress: a file that grows more than this much is no checkpoint. The slack is for
-# zero tensors, such as the head kernels of the old ImageNet-21k files (67 MB of zeros).
+# Weights hardly compress: a file that unpacks to more than so many times its size is no checkpoint.
+# SLACK (bytes) is for tensors of zeros, such as the heads of the old ImageNet-21k files (67 MB).
 MAX_GROWTH = 20
 SLACK = 2**28
 AGAIN = "; fetch or copy it again"  # what to do about a damaged file
@@ -40,6 +40,7 @@ class LazyArray:
     source: str = ""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # NumPy calls this for np.asarray(lazy); nothing is kept, so each call reads.
         return np.asarray(self.read(), dtype)
 
 
@@ -74,6 +75,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
+    # As the directory at the end of the zip file says: nothing is unpacked yet.
     size = sum(info.file_size for info in archive.infolist())
     limit = MAX_GROWTH * path.stat().st_size + SLACK
     if size > limit:
@@ -96,6 +98,7 @@ def read_member(path: Path, name: str) -> memoryview:
             return read_exactly(member, archive.getinfo(name).file_size)
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
         raise DataError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
+    # What a decompressor raises depends on the method that a member was packed by.
     except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
         raise DataError(f"{path}: {name} cannot be read ({error}){AGAIN}") from error
 
@@ -105,6 +108,7 @@ def read_exactly(file: IO[bytes], size: int) -> memoryview:
 
     A heap would keep it, in pieces between tensors that stay: a tenth of a large file in the end.
     """
+    # An anonymous mapping is a piece of memory of its own, which the system gets back at once.
     data = memoryview(mmap.mmap(-1, size) if size >= _CHUNK else bytearray(size))
     for start in range(0, size, _CHUNK):
         part = data[start : start + _CHUNK]
@@ -116,12 +120,14 @@ def read_exactly(file: IO[bytes], size: int) -> memoryview:
 def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     """Raises DataError unless `size` bytes are what the shape needs."""
     needed = math.prod(shape) * dtype.itemsize
+    # The product of two negative sizes would be positive.
     if min(shape, default=0) < 0 or needed != size:
         raise DataError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes{AGAIN}")
 
 
 def as_float(array: np.ndarray) -> np.ndarray:
     """Floating tensors as float32, others as they are; float32 is not copied."""
+    # NumPy does not count bfloat16, a type of ml_dtypes, among the floating types.
     if array.dtype == ml_dtypes.bfloat16 or np.issubdtype(array.dtype, np.floating):
         return array.astype(np.float32, copy=False)
     return array

@@ -107,6 +107,7 @@ class _Inert:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
+    # Arguments come from the pickle, so that none can be trusted to be of the right type.
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     numbers = [offset, *shape, *strides]
@@ -124,7 +125,7 @@ def _dictionary(*factory: Any) -> dict[Any, Any]:
 
 
 class _Function(NamedTuple):
-    """A function that a pickle may call and not change: it has no attributes to set."""
+    """A function that a pickle may call but not change: a NamedTuple has no attributes to set."""
 
     run: Callable[..., Any]
 
@@ -132,6 +133,7 @@ class _Function(NamedTuple):
         return self.run(*args)
 
 
+# (module, name) in a pickle -> what is called in its place. Nothing here imports torch.
 _KNOWN = {
     ("collections", "OrderedDict"): _Function(collections.OrderedDict),
     ("collections", "defaultdict"): _Function(_dictionary),
@@ -157,6 +159,8 @@ class _Unpickler(pickle.Unpickler):
         return self._inert.setdefault((module, name), type("Inert", (_Inert,), {}))
 
     def persistent_load(self, pid: Any) -> _Storage:
+        # torch's reference to a storage: ("storage", class, member of the zip file, device,
+        # entries).
         tag, kind, key, _, count = pid
         if tag != "storage" or not isinstance(kind, _StorageType) or not isinstance(count, int):
             raise pickle.UnpicklingError("it refers to something that is no tensor's storage")
@@ -171,6 +175,7 @@ def open_torch(path: Path) -> TensorFile:
     """
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
+    # All members lie in one folder, whose name is that of the file when it was saved.
     member = next(name for name in sizes if name.endswith("data.pkl"))
     root = member.removesuffix("data.pkl")
     if sizes[member] > _MAX_PICKLE:
@@ -206,7 +211,8 @@ def _find_tensors(content: Any, depth: int = 0) -> tuple[dict[str, _Tensor], str
     """The tensors of a state dict, and the key under which it was, "" for none."""
     if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
         return {}, ""
-    # Wrappers first: beside one there may be single tensors, such as the number of the epoch.
+    # Wrappers come first: a dictionary with a state dict may also hold single tensors, such as the
+    # number of the epoch.
     for key in _WRAPPERS:
         found, _ = _find_tensors(content.get(key), depth + 1)
         if found:
@@ -218,6 +224,7 @@ def _notes(content: Any, taken: str) -> list[str]:
     """For the report: which of several sets of weights was taken."""
     if not taken:
         return []
+    # At the outermost level, where `taken` was chosen.
     others = [k for k in _WRAPPERS if k != taken and _find_tensors(content.get(k), 1)[0]]
     return [f"the file's {taken!r} is taken, not its {' and '.join(others)}"] if others else []
 
@@ -227,6 +234,7 @@ def _config(content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         return {}
     options = content.get("args")
+    # argparse's Namespace is a placeholder here, and its attributes are the placeholder's state.
     options = options.state if isinstance(options, _Inert) else options
     options = options if isinstance(options, Mapping) else {}
     # timm writes "arch"; DeiT, MAE and DINO only keep their command line, with --model or --arch.
@@ -261,6 +269,7 @@ def _reader(path: Path, file: str, tensor: _Tensor):
     def read() -> np.ndarray:
         flat = np.frombuffer(read_member(path, file), _DTYPES[tensor.storage.kind])
         strides = [s * flat.itemsize for s in tensor.strides]
+        # Safe, as _check has compared the largest index with the storage.
         view = np.lib.stride_tricks.as_strided(
             flat[tensor.offset :], tensor.shape, strides, writeable=False
         )
