@@ -4,7 +4,7 @@ A service is one dispatcher with one worker. Element number i of this host's dat
 service i % N: service k is sent a dataset of the elements k, k + N, k + 2N, ... alone. So the order
 does not depend on which service is fast. As an element is a function of seed and number, a service
 that was restarted is sent a dataset of the elements that are still missing. Each element carries
-its number, and one that does not come in turn is refused.
+its number, and an element out of turn is refused.
 """
 
 import itertools

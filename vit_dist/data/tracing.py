@@ -37,8 +37,8 @@ def deviceless_graph() -> Iterator[None]:
     """A context in which ops become nodes of a graph that no device ever sees.
 
     Branches and loops of TensorFlow 2's control flow are functions, and making a function
-    initialises the devices. Those of TensorFlow 1 are plain nodes. The only public switch between
-    the two is global to the process, and is put back in the end.
+    initialises the devices. TensorFlow 1's control flow is plain nodes. The only public switch
+    between the two is global to the process, and is put back in the end.
     """
     # Remembered, as a caller may have switched to TensorFlow 1's control flow itself.
     enabled = tf.compat.v1.control_flow_v2_enabled()

@@ -12,7 +12,7 @@ POLICIES = ("none", "attention", "full")
 
 
 def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """Returns `function`, of which a backward pass finds only the arguments in memory.
+    """Returns a function that computes `function` and keeps only the arguments for its gradient.
 
     The backward pass computes everything between arguments and output again (Chen et al., arXiv
     1604.06174).
@@ -54,7 +54,7 @@ def _after(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
 
 
 def rematerialized_layer(layer: keras.layers.Layer, x: tf.Tensor, **options: object) -> tf.Tensor:
-    """layer(x, **options), of which the backward pass keeps x alone; the weights get gradients."""
+    """layer(x, **options), keeping x alone for the backward pass; the weights get gradients."""
     # A custom gradient returns gradients for its arguments alone, so the weights become arguments.
     # In the StatelessScope the layer reads `values` in place of its variables.
     weights = layer.weights

@@ -286,7 +286,7 @@ class ViT(keras.Model):
         Args:
           images: (B, height, width, channels), floating, scaled to [-1, 1] or by mean and std.
           training: whether dropout and stochastic depth act.
-          seed: int32 (2,); required when they do. The same seed gives the same masks.
+          seed: int32 (2,); required where they act. The same seed gives the same masks.
 
         Returns:
           float32 (B, C), (B, N, C) for pool "none"; without a head, the features.

@@ -58,7 +58,8 @@ def adapt_weights(
         (FlexiViT's pseudo-inverse).
       unused: names, in the file, of what is known to be no part of a ViT; for the report.
       unknown: names, in the file, of tensors that nothing accounts for: an error.
-      ignore: regex; `unknown` tensors and those without a place here that match are unused instead.
+      ignore: regex of names; an `unknown` tensor, or one that has no place here, is reported as
+        unused if it matches, and is no error.
       classes: names of the classes in the order of the checkpoint's head, and in the order wanted;
         () where a side does not know. The same names in another order reorder the head; other
         names make it new.
@@ -328,7 +329,7 @@ def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
 
 
 def _entries(total: int, cls: int) -> tuple[int, int]:
-    """Of `total` entries before the patches: those of cls tokens (`cls` at most), and the rest."""
+    """Divides `total` entries before the patches: the cls token's (at most `cls`), and the rest."""
     return min(total, cls), total - min(total, cls)
 
 

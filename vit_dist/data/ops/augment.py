@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Whose arithmetic to follow, and what is the same for all layers of a policy.
+    """Which system's arithmetic to follow, and the settings that all layers of a policy share.
 
     Attributes:
       reference: Whether to follow the TPU reference models, rather than Pillow.

@@ -2,8 +2,8 @@
 
 What TensorFlow's own decoders get wrong is mended by reading the file's header here. A Python
 function would be shorter, but neither the hosts of a TPU pod nor the workers of a data service can
-call one. All of it is part of every input pipeline's graph, which takes TensorFlow half a
-millisecond a node to make, so that few nodes count for more here than they do elsewhere.
+call one. This code becomes part of every input pipeline's graph, and a graph takes TensorFlow half
+a millisecond a node to make: so it is written to need few nodes.
 """
 
 import functools
@@ -61,8 +61,8 @@ def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Ten
 def one_node(output: tf.TensorSpec) -> Callable[[Callable], Callable[[tf.Tensor], tf.Tensor]]:
     """Makes a function of a file's bytes, () string -> `output`, one node of graphs that call it.
 
-    A graph visits every node of a branch, also of one that is not taken: what the rare kinds of
-    files need would cost each JPEG a tenth of its time. Such a function is traced once in a
+    A graph visits every node of a branch, even of a branch that is not taken: the nodes for rare
+    kinds of files would cost each JPEG a tenth of its time. The function is traced once in a
     process, and not at all where only shapes are asked for.
     """
 

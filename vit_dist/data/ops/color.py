@@ -212,7 +212,8 @@ def _smooth_reference(pixels: tf.Tensor) -> tf.Tensor:
     """Returns the weighted means of 3 x 3 pixels, (H - 2, W - 2, 3) int32, truncated.
 
     As TensorFlow's depthwise convolution sums on x86: row by row in float32, each product and each
-    sum rounded. Where the exact mean is an integer, that often falls short of it.
+    sum rounded. Where the exact mean is an integer, the sum is often a little less, and truncation
+    makes one level less of it.
     """
     height, width, _ = pixels.shape
     values = tf.cast(pixels, tf.float32)

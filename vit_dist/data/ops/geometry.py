@@ -102,8 +102,8 @@ def warp_nearest(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
 def warp_smooth(image: tf.Tensor, transform: tf.Tensor, fill, taps: int) -> tf.Tensor:
     """Warps as Pillow does, bilinearly (`taps` is 2) or bicubically (4), and truncates.
 
-    Each output pixel is a weighted sum of taps x taps input pixels; those beyond the border are
-    the border's.
+    Each output pixel is a weighted sum of taps x taps input pixels; in place of pixels beyond the
+    border, the border's are taken.
     """
     height, width, _ = image.shape
     a, b, c, d, e, f = tf.unstack(transform)

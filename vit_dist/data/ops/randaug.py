@@ -44,7 +44,8 @@ def randaug(n=2, m=10, form="reference"):
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         height, width, _ = image.shape
-        # Each operation twice, for both signs; those without a sign are the same twice.
+        # Each operation twice, once for each sign. Operations that have no sign are listed twice as
+        # well, so that all are drawn equally often.
         choices = [
             reference_layer(name, m, sign, height, width, form)
             for name in REFERENCE_OPS
@@ -233,7 +234,7 @@ def _timm_level(words: tf.Tensor, options: dict) -> tf.Tensor:
 
 
 def _parse_timm(spec: str) -> dict:
-    """Returns the parts of "rand-m9-mstd0.5-inc1" by name; ValueError if it is none such."""
+    """Returns the parts of "rand-m9-mstd0.5-inc1" by name; ValueError for another form."""
     head, *parts = spec.split("-") if isinstance(spec, str) else ("",)
     # timm's defaults.
     options = {"m": 10.0, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10.0, "inc": False}

@@ -2,8 +2,8 @@
 
 A fingerprint knows the number of the examples, the names of classes and files, the order in which
 they are read, the sizes of local files, and the contents of a few examples. It knows no path: a
-copy elsewhere has the same one. It cannot see that an example outside of the sample was replaced by
-another of the same size, nor, in a bucket, of any size.
+copy elsewhere has the same fingerprint. It cannot see that an example outside of the sample was
+replaced by another of the same size, nor, in a bucket, of any size.
 """
 
 import zlib
@@ -45,7 +45,8 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str],
 
     Returns:
       Lines that say why the data is another set, or in another order; and lines that say what is
-      noticeable, but may be a few files that were repaired. No line: the same, as far as seen.
+      noticeable, but may be a few files that were repaired. Without any line the data is taken for
+      the same.
     """
     both = [key for key in DECIDING if key in then and key in now]
     other = [f"{key}: {then[key]} -> {now[key]}" for key in both if then[key] != now[key]]

@@ -23,7 +23,7 @@ SEED_STEP = 0x9E3779B97F4A7C15 % order.MAX_SEED
 
 
 class MixtureSource(base.Source):
-    """Several sources as one. An example's number is its own plus the sizes of those before.
+    """Several sources as one; an example's number counts through them in their order.
 
     Classes are joined by name, in the order in which the sources bring them: two sources that both
     have a class "cat" share it. Of every 1000 positions each source has its weight's share, at
@@ -72,7 +72,7 @@ class MixtureSource(base.Source):
         return f"mixture of {', '.join(shares)}"
 
     def _warn_of_strangers(self) -> None:
-        """Warns of names that may not be meant, such as numbers beside words."""
+        """Warns of a source that shares no class with the others, as where numbers meet words."""
         for source in self.sources:
             others = {n for s in self.sources if s is not source for n in s.class_names}
             if others.isdisjoint(source.class_names):

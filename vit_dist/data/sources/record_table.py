@@ -140,7 +140,7 @@ def compression_of(file: epath.Path) -> str:
 
 
 def scan(path: epath.Path, compression: str = "") -> np.ndarray:
-    """Returns the offsets of all records, int64; those in the unpacked file if it is compressed.
+    """Returns the offsets of all records, int64: in the unpacked file, if it is compressed.
 
     Raises:
       DataError: The file ends within a record, or cannot be unpacked.

@@ -179,7 +179,7 @@ def _read_shard(shard: dict[str, tf.Tensor], compression: str) -> tf.data.Datase
 
 
 def _shuffled(columns: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Reorders the first axis; unlike Dataset.shuffle it does not heed tf.random.set_seed."""
+    """Reorders the first axis; unlike Dataset.shuffle, it does not depend on tf.random.set_seed."""
     count = tf.shape(next(iter(columns.values())))[0]
     order = tf.random.experimental.stateless_shuffle(tf.range(count), tf.cast(seed, tf.int32))
     return {key: tf.gather(value, order) for key, value in columns.items()}

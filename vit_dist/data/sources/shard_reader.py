@@ -140,7 +140,7 @@ class _File:
 
 
 class _OpenFiles:
-    """All shards that are open in this process; those used longest ago are closed for others."""
+    """All shards that are open in this process; for more, the longest unused are closed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

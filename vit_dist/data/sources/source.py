@@ -161,7 +161,7 @@ class Source(abc.ABC):
         return {**found, "sample": self.sample(), **({} if sizes is None else {"sizes": sizes})}
 
     def names(self) -> Iterable[str]:
-        """What each example is called, as far as it has a name, and nothing of where it lies."""
+        """Returns the names of examples, as far as they have some, without the data's folder."""
         return ()
 
     def sizes(self) -> int | None:
@@ -216,7 +216,7 @@ def _checksum_of_example(source: Source, index: int) -> int:
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of classes, those that occur twice with their class number behind them.
+    """Returns the names of classes; a name that occurs twice gets its class number behind it.
 
     ImageNet has two classes "crane", and whoever looks up a class by name must find one of them.
     """

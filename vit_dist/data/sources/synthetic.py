@@ -18,11 +18,11 @@ class SyntheticSource(base.Source):
     """Smooth coloured noise: 64 images over and over, whose labels say nothing about them.
 
     Args:
-      split: Any; a part of its own seed.
+      split: Any name; it seeds the images.
       num_examples: How many to claim; 1,281,167 as in ImageNet by default.
       num_classes: Labels are example number % num_classes.
       height: Of the images, in pixels; 375 x 500 is usual in ImageNet.
-      width: Likewise.
+      width: Of the images, in pixels.
       image_format: "jpeg", to be decoded as real images are (about 40 kB each), or "array".
 
     Raises:

@@ -35,7 +35,7 @@ def open_tensors(path: Path) -> TensorFile:
     """Opens a file of tensors, whatever its extension says.
 
     Raises:
-      DataError: no such file, none of the kinds, damaged, cut, or not safe to open.
+      DataError: no such file, a file of another kind, damaged, cut, or not safe to open.
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}")

@@ -78,7 +78,7 @@ OTHER_PARTS = (
 
 
 def detect(names: Any) -> bool:
-    """Whether these are the names of such a file."""
+    """Whether these names are those of a ViT in vision_transformer or big_vision."""
     return any(f"{prefix}embedding/kernel" in names for prefix in _PREFIXES)
 
 
@@ -110,7 +110,7 @@ def _canonical_name(name: str) -> str:
 
 
 def is_other_part(name: str, names: Any) -> bool:
-    """Whether a tensor with a place in our ViT shall be left out all the same: none here."""
+    """Whether to leave out a tensor although our ViT has a place for it: never in these files."""
     return False
 
 
