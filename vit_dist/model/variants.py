@@ -94,6 +94,7 @@ def check_vit(
     # `rest` holds the other numbers of a config (depth, registers, dropout, ...).
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
     zeros = ("num_classes", "rep_size", "registers")
+    # By name, so that the message can say which argument it is.
     for names, least in ((_POSITIVE, 1), (zeros, 0)):
         for name in names:
             if sizes[name] < least:
@@ -198,6 +199,7 @@ def vit_config(
         **sizes,
         "image_size": image_size,
         "rep_size": sizes["width"] if rep_size == -1 else rep_size,
+        # Resolved here too, because check_vit compares it with the pool.
         "cls_token": needs_cls(pool) if cls_token is None else cls_token,
         "num_classes": num_classes,
         "pool": pool,

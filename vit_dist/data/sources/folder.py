@@ -70,6 +70,7 @@ class FolderSource(base.Source):
     ):
         self.split, self._train_split = split, train_split
         self.data_dir = paths.expand(data_dir)
+        # Before anything is listed, as the message can say what the folder should hold.
         if not self.data_dir.is_dir():
             raise ConfigError(
                 f"data_dir {str(data_dir)!r} is not a directory; it should hold "
@@ -216,6 +217,7 @@ def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         # In parallel, as listing a class waits for a network file system or a bucket.
         listed = pool.map(lambda name: sorted(p.name for p in (root / name).iterdir()), names)
+    # A class without images is an error; other files beside images are only named in the log.
     files, ignored = {}, []
     for name, entries in zip(names, listed, strict=True):
         entries = [entry for entry in entries if not entry.startswith(".")]
@@ -278,6 +280,7 @@ def _check_headers(names: list[str]) -> None:
         found = [f"image file {name!r} {problem}" for name, problem in problems if problem]
     if not found:
         return
+    # One file fits the line of the error; several get a list.
     if len(found) == 1:
         raise DataError(f"{found[0]}; replace it or remove it")
     shown = "".join(f"\n  {line}" for line in found[:MAX_NAMED])

@@ -51,6 +51,7 @@ class SyntheticSource(base.Source):
         self.encoded = image_format == "jpeg"
         # The seed is the split's name: splits differ, and each is the same at every start.
         random = np.random.default_rng(checksum([split]))
+        # Example i shows image i % count.
         count = min(NUM_IMAGES, num_examples)
         arrays = [_noise(random, height, width) for _ in range(count)]
         jpegs = [encode(Image.fromarray(x), "JPEG") for x in arrays] if self.encoded else []

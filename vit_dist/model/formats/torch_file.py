@@ -174,14 +174,17 @@ def open_torch(path: Path) -> TensorFile:
       DataError: it is damaged, or holds no tensors by name.
     """
     with zipfile.ZipFile(path) as archive:
+        # As the zip file's directory says; nothing is unpacked yet.
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     # All members lie in one folder, whose name is that of the file when it was saved.
     member = next(name for name in sizes if name.endswith("data.pkl"))
     root = member.removesuffix("data.pkl")
+    # Before it is read, as the unpickler's memory grows with it.
     if sizes[member] > _MAX_PICKLE:
         raise DataError(
             f"{path}: {member} has {sizes[member]:,} bytes, which no checkpoint needs{AGAIN}"
         )
+    # Written by newer versions of torch; the storages below are read as little-endian.
     order = f"{root}byteorder"
     if order in sizes and bytes(read_member(path, order)).strip() != b"little":
         raise DataError(f"{path} was written on a big-endian machine; save it on another")
@@ -244,6 +247,7 @@ def _config(content: Any) -> dict[str, Any]:
         return {}
     config: dict[str, Any] = {"architecture": name}
     if isinstance(options.get("model_kwargs"), Mapping):
+        # timm's --model-kwargs and --gp, as its train.py stores them.
         config["model_args"] = dict(options["model_kwargs"])
     if isinstance(options.get("gp"), str):
         config["global_pool"] = options["gp"]
