@@ -1,4 +1,4 @@
-"""Ops that decode: whole images or, of a JPEG, a window at a fraction of its size."""
+"""Ops that decode images: as a whole or, of a JPEG, only a window, at a fraction of the size."""
 
 import functools
 
@@ -86,13 +86,17 @@ def decode_jpeg_and_inception_crop(
     options = _check_decoding(exif=exif, background=background)
 
     def crop_jpeg(data, seed):
+        # (height, width, channels) as stored, from the header: nothing is decoded yet.
         shape = tf.image.extract_jpeg_shape(data)
         way = orientation.find(data) if exif else None
         data = jpeg.mark_inverted(data, shape[2])
         if way is None:
+            # Rows and columns alone, as a JPEG's decoder takes them.
             begin, extent = (x[:2] for x in _crop_window(shape, area, seed))
             stored = begin, extent
         else:
+            # The window is drawn in the image as a person sees it, so that its aspect ratio is
+            # right, and then looked up in the image as stored.
             upright = tf.concat([orientation.swap_sides(way, shape[:2]), shape[2:]], axis=0)
             begin, extent = (x[:2] for x in _crop_window(upright, area, seed))
             stored = orientation.stored_window(way, begin, extent, upright[:2])
@@ -101,6 +105,8 @@ def decode_jpeg_and_inception_crop(
             window = _scaled_window(*stored, shape[:2], ratio)
             return tf.image.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
 
+        # The ratio depends on the window's size, not the image's: the window must not get smaller
+        # than `size`.
         image = _at_ratio(extent, size, at) if dct_scaling else at(1)
         image = image if way is None else orientation.turn(image, way)
         return resize_image(image, size, method, antialias)
@@ -111,6 +117,7 @@ def decode_jpeg_and_inception_crop(
 
     def crop(image, seed):
         if image.dtype != tf.string:
+            # An array that a source or a cache has decoded already.
             return tf.ensure_shape(crop_decoded(_three(image), seed), (*size, 3))
         result = tf.cond(
             tf.io.is_jpeg(image),
@@ -156,6 +163,7 @@ def decoding_of(pipe: Pipe) -> dict:
     """
     for step in pipe.steps:
         if step.op.make in (decode, decode_jpeg_and_inception_crop):
+            # Ops may lack an argument: only `decode` has min_side.
             given = {key: step.arguments.get(key) for key in ("exif", "min_side", "background")}
             return _check_decoding(**given)
     return {}
@@ -192,19 +200,21 @@ def _decode_jpeg(data: tf.Tensor, min_side: int | None) -> tf.Tensor:
 
 def _decode_other(data: tf.Tensor, background: Color | None) -> tf.Tensor:
     """Returns the pixels, (H, W, 3) uint8, of a file that is no JPEG."""
+    # Alpha of a PNG matters only where there is a background to lay it over.
     mended = _MENDED if background is None else {**_MENDED, b"\x89PNG": png.decode}
     begin = tf.strings.substr(data, 0, 4)
     needs_care = tf.reduce_any(tf.equal(begin, list(mended)))
     needs_care |= tf.equal(tf.strings.substr(data, 0, 2), b"BM")
 
     def plain() -> tf.Tensor:
-        # PNG, and what is no image at all, which TensorFlow refuses.
+        # A PNG; or bytes that are no image, which TensorFlow refuses with a message.
         return tf.io.decode_image(data, channels=3, expand_animations=False)
 
     return tf.cond(needs_care, lambda: _careful(background)(data), plain)
 
 
-# How files begin that TensorFlow alone does not read as it should -> what does.
+# First four bytes of files that TensorFlow does not read as it should -> the function that does.
+# BMP has only two, and is looked for apart.
 _MENDED = {b"GIF8": gif.decode, b"RIFF": webp.decode}
 
 
@@ -215,6 +225,7 @@ def _careful(background: Color | None):
 
     @binary.one_node(tf.TensorSpec((None, None, 3), tf.uint8))
     def decode_kind(data: tf.Tensor) -> tf.Tensor:
+        # 0 where none matches, which is BMP; else the number of the kind, from 1.
         matches = tf.equal(tf.strings.substr(data, 0, 4), list(kinds))
         number = tf.reduce_sum(tf.where(matches, tf.range(1, len(kinds) + 1), 0))
         functions = (bmp.decode, *kinds.values())
@@ -228,9 +239,11 @@ def _lay_over(pixels: tf.Tensor, background: Color | None) -> tf.Tensor:
     """Returns (H, W, 3) uint8 of pixels with alpha, (H, W, 4) uint8, over a colour; None drops."""
     if background is None:
         return pixels[..., :3]
+    # 255 * 255 + 128 fits 16 bits.
     own, alpha = (tf.cast(x, tf.uint16) for x in (pixels[..., :3], pixels[..., 3:]))
     mixed = own * alpha + tf.constant(background, tf.uint16) * (255 - alpha)
-    # Divided by 255 and rounded, in 16 bits: as Pillow does it.
+    # Divides by 255 and rounds without a division, as Pillow does: with y = x + 128, it is
+    # (y + y / 256) / 256.
     mixed += 128
     mixed += tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16))
     return tf.cast(tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16)), tf.uint8)
@@ -243,6 +256,8 @@ def _three(image: tf.Tensor) -> tf.Tensor:
 
 def _crop_window(shape: tf.Tensor, area: tuple[float, float], seed: tf.Tensor):
     """Returns begin (3,) and extent (3,) int32 of a window as tf.slice takes them; depth is all."""
+    # No bounding boxes are given, so that the whole image counts as the object, and no share of it
+    # must be in the window: any place is allowed.
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros((0, 0, 4), tf.float32),
@@ -263,7 +278,9 @@ def _area_range(area_min: float, area_max: float) -> tuple[float, float]:
 
 def _at_ratio(shape, size, decode):
     """Returns `decode(r)` for the largest r of RATIOS with `shape` at least r times `size`."""
+    # How many times `size` goes into the smaller direction.
     times = tf.reduce_min(shape // size)
+    # How many of the ratios 2, 4, 8 are not too large: the place of the largest one in RATIOS.
     which = tf.reduce_sum(tf.cast(times >= RATIOS[1:], tf.int32))
     return switch(which, [lambda ratio=ratio: decode(ratio) for ratio in RATIOS])
 
@@ -271,7 +288,9 @@ def _at_ratio(shape, size, decode):
 def _scaled_window(begin, extent, shape, ratio: int) -> tf.Tensor:
     """Returns (top, left, height, width) in pixels of an image that is decoded at 1 / `ratio`."""
     if ratio > 1:
-        shape = (shape + ratio - 1) // ratio  # as libjpeg rounds
+        # libjpeg rounds the size of a scaled image up. The window is rounded to the nearest pixel
+        # and kept inside.
+        shape = (shape + ratio - 1) // ratio
         extent = (extent + ratio // 2) // ratio
         begin = tf.minimum((begin + ratio // 2) // ratio, shape - extent)
     return tf.concat((begin, extent), 0)
