@@ -47,14 +47,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Marks the tests, and puts them in order; Muon is tested if Keras has the one we mean."""
-    from vit_dist.training.update_rules import HAS_MUON
-
-    skip = pytest.mark.skip(reason="this Keras has another Muon, or none")
+    """Marks the tests, and puts them in order."""
     for item in items:
         params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if not HAS_MUON and "muon" in params:
-            item.add_marker(skip)
         functions = [item.function, *(f.func for f in _fixtures(item)), *params]
         functions = [f for f in functions if isinstance(f, types.FunctionType)]
         for kind in kinds_of(functions, item.fixturenames):

@@ -164,16 +164,21 @@ def test_files_are_classified_by_a_run_on_arrays(digits, tmp_path):
         assert prediction.classes == [str(row.argmax())]
         np.testing.assert_allclose(prediction.probabilities, row.max(), rtol=1e-5)
     Image.new("RGB", (20, 16)).save(tmp_path / "large.png")
-    if resized:
-        assert len(list(predict(str(workdir), [str(tmp_path / "large.png")]))) == 1
-    else:
-        with pytest.raises(DataError, match="16 x 20 pixels; this run takes images of 8 x 8 as"):
-            list(predict(str(workdir), [str(tmp_path / "large.png")]))
+    arguments = [f"--checkpoint={workdir}", f"--images={tmp_path}/*.png"]
+    code, text = processes.call(
+        processes.main, "vit_dist.predict", *arguments, log=tmp_path / "log"
+    )
+    # The image of another size is named, and the others are classified all the same.
+    assert all(f"{tmp_path}/{i}.png\t" in text for i in range(len(images))), text
+    assert code == (0 if resized else 1) and "Traceback" not in text
+    assert (f"{tmp_path}/large.png\t" in text) is resized
+    reason = "the image is 16 x 20 pixels; this run takes images of 8 x 8 as they are"
+    assert (reason in text) is not resized and ("error: 1 images" in text) is not resized
 
 
 def bare_file(path):
     """A file of timm's without config.json, whose heads and positions nothing tells."""
-    model = tiny_vit(pool="tok", num_classes=3, image_size=(16, 8))
+    model = tiny_vit(pool="tok", num_classes=3, image_size=(24, 8))
     write_pretrained(path, "timm", arrays_of(model), model.get_config(), mean=[0.5], std=[0.5])
     state = safetensors.numpy.load_file(path)
     safetensors.numpy.save_file(state | {"unknown_part.bias": np.ones(3, "f")}, path)
@@ -185,9 +190,9 @@ def test_what_a_file_does_not_tell_is_asked_for_by_the_command_at_hand(tmp_path)
     path = str(tmp_path / "a.safetensors")
     model = bare_file(Path(path))
     output = str(tmp_path / "out")
-    with pytest.raises(DataError, match=r"9 positions .*\. Say --init_image_size=\.\.\.$"):
+    with pytest.raises(DataError, match=r"13 positions .*\. Say --init_image_size=\.\.\.$"):
         export(path, "timm", output)
-    sized = {"init_image_size": (16, 8)}
+    sized = {"init_image_size": (24, 8)}
     with pytest.raises(DataError, match=r"not tell num_heads\. Say --num_heads=\.\.\.$"):
         export(path, "timm", output, **sized)
     with pytest.raises(DataError, match=r"unknown_part.*Say --ignore='unknown_part"):
@@ -197,11 +202,11 @@ def test_what_a_file_does_not_tell_is_asked_for_by_the_command_at_hand(tmp_path)
         export(path, "timm", output, **told)
     export(path, "timm", output, **told, mean=[0.5], std=[0.5])
     again = open_origin(output)
-    assert again.network["image_size"] == (16, 8) and again.network["num_heads"] == 2
+    assert again.network["image_size"] == (24, 8) and again.network["num_heads"] == 2
     for name, array in arrays_of(model).items():
         np.testing.assert_array_equal(np.asarray(again.tensors[name]), array)
     lacking = rf"Say --init_image_size=\.\.\. to python -m vit_dist.export --checkpoint={path} "
-    Image.new("RGB", (8, 16)).save(tmp_path / "image.png")
+    Image.new("RGB", (8, 24)).save(tmp_path / "image.png")
     with pytest.raises(DataError, match=lacking):
         list(predict(path, [str(tmp_path)]))
 
@@ -304,7 +309,7 @@ def test_weights_of_a_bucket_are_copied_and_removed_again(tmp_path, remote):
     assert not copies[0].exists()
     with pytest.raises(ValueError, match="there is no"):
         open_origin(f"{remote}/missing.npz")
-    with pytest.raises(ValueError, match=r"ftp://a/b.npz: only local paths, hf:// and"):
+    with pytest.raises(ValueError, match=r"ftp://a/b.npz: local paths, gs:// and hf:// work"):
         open_origin("ftp://a/b.npz")
 
 

@@ -77,6 +77,8 @@ def test_the_op_does_what_it_says(folder):
     [
         ({"imports": ("no_such_module",)}, "'no_such_module', which is no module here.*PYTHONPATH"),
         ({"imports": ("my-ops",)}, "must be a list of modules"),
+        ({"imports": ("../my_ops",)}, "must be a list of modules"),
+        ({"imports": ("/runs/my_ops.py",)}, "must be a list of modules"),
         ({"imports": 3}, "must be a list of modules"),
         ({"data__options": {"pixel": 12}}, "takes no option 'pixel', did you mean 'pixels'"),
         ({"data__options": 3}, "config.data.options must be a dict"),

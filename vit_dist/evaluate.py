@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
 
 # isort: split
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +24,7 @@ from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
 from vit_dist.run.facts import evaluation_facts
 from vit_dist.run.origins import open_origin
-from vit_dist.run.start import fill
+from vit_dist.run.start import fill_whole
 
 
 def define_flags() -> None:
@@ -79,12 +79,10 @@ def evaluate(
         strategy = make_strategy(**devices)
     model = make_model(options.model, strategy)
     names = next(iter(data.sources.values())).class_names
-    report = fill(
-        model, origin, options.weights, pipes={"eval_ops": options.pipe}, class_names=names
-    )
-    for name in report.new:
-        if name.startswith("head/"):
-            raise ConfigError(f"{checkpoint} cannot classify this data: it would need {name}")
+    pipes = {"eval_ops": options.pipe}
+    report = fill_whole(model, origin, options.weights, pipes=pipes, class_names=names)
+    for line in report.remarks():
+        logging.warning("%s: %s", checkpoint, line)
     judge = Evaluation(options, data, model, strategy)
     results = {}
     for split in data.sources:

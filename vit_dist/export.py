@@ -25,7 +25,7 @@ from vit_dist.run import cli  # before TensorFlow, whose start-up notices it tur
 # isort: split
 import numpy as np
 import tensorflow as tf
-from absl import flags
+from absl import flags, logging
 
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe, parse
@@ -156,6 +156,7 @@ def export(
     if format not in ALL_FORMATS:
         raise ConfigError(f"format {format!r} is unknown; allowed: {', '.join(ALL_FORMATS)}")
     origin = open_origin(checkpoint, image_size=init_image_size, hint=hint)
+    # A run and a file that tells have the last word on how images are scaled.
     if origin.pipe is None and origin.mean is None:
         origin = dataclasses.replace(origin, mean=mean, std=std)
     path = Path(local_path(output, "--output"))
@@ -215,6 +216,7 @@ def load_model(
             + origin.hint({_UNTOLD[key]: "..." for key in missing})
         )
     tensors, source = dict(origin.tensors), dict(network)
+    # Of what the checkpoint says, only the network: its dropout and the like are set to none.
     plain = vit_config("mu/4", image_size=4, num_classes=0)
     network = {k: v for k, v in network.items() if k in plain}
     network |= {k: plain[k] for k in _TRAINING}
@@ -226,9 +228,14 @@ def load_model(
             tensors["pos_embedding"] = sincos2d((height, width), network["width"])[None]
             network["posemb"], source["prefix_posemb"] = "learned", "none"
         network["prefix_posemb"] = prefix_posemb_for(system, {**_DEFAULTS, **network})
+    # Built with new weights, all of which are replaced below.
     model = build_vit(network)
+    if "norm_epsilon" not in {**told, **origin.network}:
+        del source["norm_epsilon"]  # the report says that it is assumed
     origin = dataclasses.replace(origin, tensors=tensors, network=source)
     report = origin.fill(model, method=method, ignore=ignore)
+    for line in report.remarks():
+        logging.warning("%s: %s", origin.path, line)
     if report.new:
         # Such as attention pooling that the config names and the file lacks: it would be random.
         raise DataError(f"{origin.path} does not hold all of its network: {report.new[0]}")
@@ -282,7 +289,7 @@ class Served(tf.Module):
         shape = (None, None, model.channels)
         self.takes_files = self._output_of(tf.TensorSpec((), tf.string)) is not None
         resizes = self.takes_files or self._output_of(tf.TensorSpec(shape, tf.uint8)) is not None
-        # Of one image, as arrays; without an op that resizes, of the model's own size alone.
+        # The shape of one image as an array; without an op that resizes it is the model's own.
         self.array_shape = shape if resizes else (*model.image_size, model.channels)
 
     def _output_of(self, spec: tf.TensorSpec) -> tf.TensorShape | None:

@@ -13,8 +13,12 @@ def is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
 
 
-def expand(path: epath.PathLike) -> epath.Path:
+def expand(path: epath.PathLike, *, allowed: str = "local paths and gs://") -> epath.Path:
     """The path as all code uses it: "~" and "~user" of a local one stand for the home folder.
+
+    Args:
+      path: as a user gave it.
+      allowed: what a message names as the kinds of paths that work.
 
     Raises:
       ConfigError: it begins with a scheme that nothing here reads.
@@ -22,7 +26,7 @@ def expand(path: epath.PathLike) -> epath.Path:
     try:
         path = epath.Path(path)
     except KeyError:
-        raise ConfigError(f"{path}: local paths and gs:// work; copy the files to either") from None
+        raise ConfigError(f"{path}: {allowed} work; copy the files to one of them") from None
     return path if is_remote(path) else path.expanduser()
 
 

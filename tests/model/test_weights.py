@@ -254,6 +254,12 @@ def test_a_head_is_mapped_by_the_names_of_its_classes(theirs, ours, expected):
         assert not report.mapped and not report.new
 
 
+def test_classes_that_only_one_side_names_are_assumed_aloud():
+    arrays, config = trained()
+    report = adapt_weights(vit(), arrays, source=config, classes=("abcde", "01234"))
+    assert not report.new and "assumed: that the checkpoint's classes ('a', 'b'" in str(report)
+
+
 def test_the_same_image_gets_the_same_class_after_mapping():
     """Logits by name, not by number, are what a reordering must keep."""
     names, wanted = ["ant", "bee", "cat", "dog", "elk"], ["elk", "ant", "dog", "bee", "cat"]
@@ -283,7 +289,14 @@ def test_lines_for_the_report():
 
 def test_classes_of_both_sides_are_compared_as_they_are():
     assert match_classes(("a", "b"), ["b", "a"]).order == [1, 0]
-    assert match_classes(("a", "b"), ["0", "1"]) == match_classes((), ["x"])  # no names
+    match = match_classes(("a", "b"), ["0", "1"])  # no names
+    assert match.order is None and not match.other
+    assert match.assumed == (
+        "that the checkpoint's classes ('a', 'b') are the data's 0, 1, ... in this order"
+    )
+    assert match_classes(("0", "1"), ["a", "b"]).assumed == (
+        "that the data's classes ('a', 'b') are the checkpoint's 0, 1, ... in this order"
+    )
     assert match_classes(("0", "1", "10"), ["0", "10", "1"]).order == [0, 2, 1]
     assert match_classes(("a", "b"), ["a", "b"]) == match_classes((), ["x"])
 

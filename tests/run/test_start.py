@@ -1,5 +1,7 @@
 """Where a run begins: resumed to the bit, continued, with another's weights, or from scratch."""
 
+import types
+
 import numpy as np
 import pytest
 from absl import logging
@@ -19,9 +21,10 @@ from vit_dist.data.pipeline import train_indices
 from vit_dist.run.build import make_state
 from vit_dist.run.check import check
 from vit_dist.run.input import train_data
-from vit_dist.run.start import Start, find_start, restore_or_init
+from vit_dist.run.options import Data
+from vit_dist.run.start import Start, check_data, find_start, restore_or_init
 from vit_dist.train import train
-from vit_dist.training.checkpoint import Checkpoint, Checkpointer
+from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoint
 from vit_dist.training.state import INITIAL_LOSS_SCALE
 
 
@@ -174,6 +177,27 @@ def adapted(trained, tmp_path_factory):
     weights = {"init_from": str(trained), "optimizer__learning_rate": 0.0}
     config = of_folder(folder, image_size=16, model__pool="tok", **weights)
     return workdir, train(config, str(workdir))
+
+
+def test_resume_from_takes_no_head_of_other_classes(adapted, tmp_path):
+    """Its outputs would come to mean other classes; init_from maps them, or makes a new head."""
+    folder = make_folder(tmp_path / "images")
+    for split in ("train", "val"):
+        (folder / split / "cats").rename(folder / split / "eels")
+    config = of_folder(
+        folder, image_size=16, model__pool="tok", resume_from=str(adapted[0]), total_steps=3
+    )
+    with pytest.raises(ValueError, match=r"\('eels' is not in it\).*config.init_from"):
+        train(config, str(tmp_path / "run"))
+
+
+def test_resume_from_takes_no_head_of_classes_in_another_order(adapted):
+    found = open_checkpoint(str(adapted[0]))
+    start = Start("resume_from", found)
+    assert found.notes["class_names"] == ["cats", "dogs"]
+    source = types.SimpleNamespace(class_names=("dogs", "cats"), num_classes=2)
+    with pytest.raises(ValueError, match=r"in another order: take config\.init_from"):
+        check_data(start, Data({"train": source}, {}))
 
 
 def test_init_from_adapts_to_size_classes_and_pooling(trained, adapted):

@@ -299,9 +299,3 @@ def test_what_decays_in_a_vit(name):
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer({}, OptimizerOptions(**options))
-
-
-def test_muon_needs_a_keras_that_has_it(monkeypatch):
-    monkeypatch.setattr("vit_dist.training.update_rules.HAS_MUON", False)
-    with pytest.raises(ValueError, match="'muon' needs a newer Keras than the"):
-        make_optimizer({}, OptimizerOptions(name="muon"))

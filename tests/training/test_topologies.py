@@ -27,7 +27,6 @@ from tests.support.stepping import (
 from vit_dist.training.optimizer import NAMES
 from vit_dist.training.sharding import Remote
 from vit_dist.training.state import INITIAL_LOSS_SCALE
-from vit_dist.training.update_rules import HAS_MUON
 
 STEPS = 3
 
@@ -60,10 +59,9 @@ def test_replicas_and_micro_batches(name, replicas, accumulation):
 
 
 # What two workers run: every optimizer, some with their state cut up, and gradients in 16 bits.
-HERE = [name for name in NAMES if name != "muon" or HAS_MUON]
 IN_PARTS = ("adamw", "lamb", "adafactor_vit")
 SHARDED, BFLOAT16, FLOAT16 = "sharded ", "bfloat16 gradients", "float16"
-RUNS = (*HERE, *(SHARDED + name for name in IN_PARTS), BFLOAT16, FLOAT16)
+RUNS = (*NAMES, *(SHARDED + name for name in IN_PARTS), BFLOAT16, FLOAT16)
 OVERFLOW = 1  # the step at which it overflows, on the second worker alone
 
 

@@ -13,10 +13,12 @@ class ClassMatch(NamedTuple):
     Attributes:
       order: for each wanted class its number in the checkpoint; None to take them as they are.
       other: why the head cannot be used; "" if it can.
+      assumed: what is taken for granted where the head is used all the same.
     """
 
     order: list[int] | None = None
     other: str = ""
+    assumed: str = ""
 
 
 def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
@@ -29,15 +31,20 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
     # Nothing to compare, or nothing differs: the head is taken as it is.
     if not theirs or not ours or list(theirs) == list(ours):
         return ClassMatch()
-    # A name that occurs twice does not tell which of two outputs it means.
+    # Twin names cannot be told apart: such lists are the same only if they are equal.
     unique = len(set(theirs)) == len(theirs) and len(set(ours)) == len(ours)
     if unique and set(theirs) == set(ours):
+        # The column of the checkpoint's head for each class, in the order of the data's labels.
         place = {name: i for i, name in enumerate(theirs)}
         return ClassMatch(order=[place[name] for name in ours])
     # Data without names, such as TFRecords without a class file, calls its classes "0", "1", ...
     # Where only one side has such numbers, names say nothing, and the order is trusted.
     if len(theirs) == len(ours) and _numbered(theirs) != _numbered(ours):
-        return ClassMatch()
+        sides = [("the checkpoint's", theirs), ("the data's", ours)]
+        (one, names), (other, _) = sorted(sides, key=lambda side: _numbered(side[1]))
+        text = f"that {one} classes ({_shortened(names)}) are {other} 0, 1, ... in this order"
+        return ClassMatch(assumed=text)
+    # For the message: what the checkpoint does not know says more than what it knows besides.
     missing = [name for name in ours if name not in set(theirs)]
     lost = [name for name in theirs if name not in set(ours)]
     text = f"its {len(theirs)} classes are not the {len(ours)} of the data"

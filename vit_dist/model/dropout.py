@@ -53,11 +53,11 @@ class _Masked(keras.layers.Layer):
             return x
         if seed is None:
             raise ConfigError(f"{self.path}: training with rate {self.rate} needs call(seed=...)")
-        # All layers get the same seed from the step; from here on it is this layer's own.
+        # Without the layer's number, layers of the same shape would get the same mask.
         seed = tf.random.experimental.stateless_fold_in(seed, self._salt, alg=RNG)
         shape = self.mask_shape(tf.shape(x), x.shape.rank)
         draw = tf.random.stateless_uniform(shape, seed, alg=RNG)
-        # Scaled in training ("inverted"), so that inference needs no factor.
+        # Scaled by 1 / (1 - rate), so that the expected value is x: nothing changes at inference.
         keep = tf.cast(draw >= self.rate, x.dtype) / tf.cast(1.0 - self.rate, x.dtype)
         return x * keep
 
@@ -70,5 +70,5 @@ class DropPath(_Masked):
     """Stochastic depth (Huang et al. 2016): drops a whole branch, example by example."""
 
     def mask_shape(self, shape: tf.Tensor, rank: int) -> tf.Tensor:
-        # (B, 1, 1, ...): one draw for each example.
+        # (B, 1, 1, ...): one draw for each example, whose branch is kept or dropped as a whole.
         return tf.concat([shape[:1], tf.ones((rank - 1,), tf.int32)], 0)

@@ -46,6 +46,7 @@ class LayerScale(keras.layers.Layer):
         self.gamma = self.add_weight(
             name="gamma",
             shape=(input_shape[-1],),
+            # Small, so that a deep network begins near the identity.
             initializer=keras.initializers.Constant(self.init_value),
         )
 
@@ -80,8 +81,7 @@ class PatchEmbedding(keras.layers.Layer):
         # Static numbers: ViT checks that patches divide the image.
         rows, columns = height // p, width // q
         if self.form == "tensor":
-            # Within call() Keras casts a variable that is read to the compute dtype. tf.nn.conv2d
-            # needs tensors.
+            # Stride = kernel: the windows of the convolution are the patches.
             kernel, bias = (tf.convert_to_tensor(v) for v in (self.kernel, self.bias))
             # Stride = kernel and no padding: each pixel is in one patch, as images are multiples of
             # it.
@@ -131,7 +131,7 @@ class Mlp(keras.layers.Layer):
         self.drop_1.build(input_shape)
 
     def call(self, x: tf.Tensor, training: bool = False, seed: tf.Tensor | None = None):
-        x = gelu(self.dense_0(x), self.gelu)
+        x = gelu(self.dense_0(x), self.gelu)  # (B, N, M)
         x = self.drop_0(x, training=training, seed=seed)
         return self.drop_1(self.dense_1(x), training=training, seed=seed)
 
@@ -193,7 +193,7 @@ class EncoderBlock(keras.layers.Layer):
         self.drop = Dropout(dropout, name="dropout", dtype=dtype)
         self.norm_1 = layer_norm("norm_1", epsilon=norm_epsilon, **shared)
         self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", **shared)
-        # Empty without LayerScale, so that no variables are made for it.
+        # One LayerScale and one stochastic depth for each of the two branches.
         self.scales: list[LayerScale] = []
         if layer_scale is not None:
             self.scales = [
@@ -227,7 +227,7 @@ class EncoderBlock(keras.layers.Layer):
         mode = {"training": training, "seed": seed}
         # Pre-LN: the LayerNorm is in the branch, and x itself is never normalised.
         y = self.attention(self.norm_0(x), return_weights=return_weights, **mode)
-        # A pair only if the weights were asked for.
+        # Weights are only made where they are asked for: (B, H, N, N) is the largest tensor here.
         y, weights = y if return_weights else (y, None)
         x = x + self._branch(self.drop(y, **mode), 0, **mode)
         x = x + self._branch(self.mlp(self.norm_1(x), **mode), 1, **mode)
@@ -274,7 +274,7 @@ class MapHead(keras.layers.Layer):
             layer.build(input_shape)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        # One query for each example; all examples share the probe.
+        # One query for each image of the batch.
         probe = tf.tile(tf.cast(self.probe, x.dtype), (tf.shape(x)[0], 1, 1))
         y = self.attention(probe, x)
         return (y + self.mlp(self.norm(y)))[:, 0]  # (B, 1, D) -> (B, D)

@@ -27,9 +27,14 @@ class LoadReport:
                 parts = "" if kind in _SHOWN else f" ({_parts(texts)})"
                 counts.append(f"{len(texts)} {kind}{parts}")
         lines = [", ".join(counts)]
-        for kind in _SHOWN:
-            lines += [f"{_TITLES[kind]}: {text}" for text in _collapsed(getattr(self, kind))]
-        return "\n".join(lines)
+        return "\n".join(lines + self._lines(_SHOWN))
+
+    def _lines(self, kinds: Sequence[str]) -> list[str]:
+        return [f"{_TITLES[k]}: {text}" for k in kinds for text in _collapsed(getattr(self, k))]
+
+    def remarks(self) -> list[str]:
+        """Lines on what a user should know even where all tensors were taken."""
+        return self._lines(_REMARKS)
 
     def full(self) -> str:
         """Every tensor, one a line: for a log."""
@@ -48,6 +53,7 @@ _TITLES = {
     "notes": "note",
 }
 _SHOWN = ("mapped", "resized", "assumed", "notes")  # line by line in the summary too
+_REMARKS = ("mapped", "assumed", "notes")
 
 
 def _parts(lines: Sequence[str], most: int = 4) -> str:

@@ -25,7 +25,7 @@ def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tenso
     @tf.custom_gradient
     def run(x: tf.Tensor, *others: tf.Tensor):
         def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
-            # One input that waits for `upstream` is enough: all that follows from x waits with it.
+            # One input that waits for the gradient is enough: all that is computed depends on it.
             inputs = [_after(x, upstream), *others]
             # Only the arguments are watched: variables must get their gradients as arguments, see
             # rematerialized_layer.
@@ -86,13 +86,15 @@ def blockwise_attention(
     """
     num_keys = key.shape[2]
     num_blocks = -(-num_keys // block_size)
-    # Added to the logits: -inf for the padding behind the last key, which so gets a weight of 0.
+    # Keys are cut into whole blocks, the last one padded.
+    # -inf added to the logits of padding, so that its weight is exp(-inf) = 0.
     index = tf.reshape(tf.range(num_blocks * block_size), (num_blocks, block_size))
     bias = tf.where(index < num_keys, 0.0, float("-inf"))
 
     @tf.custom_gradient
     def attend(query: tf.Tensor, key: tf.Tensor, value: tf.Tensor):
         keys, values = (_split(x, num_blocks, block_size) for x in (key, value))
+        # What the backward pass finds in memory: the arguments, y and one number for each row.
         y, lse = _forwards(query, keys, values, bias)
 
         def gradient(upstream: tf.Tensor):
@@ -118,6 +120,7 @@ def _forwards(query: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, bias: tf.Ten
 
     def body(i: tf.Tensor, peak: tf.Tensor, total: tf.Tensor, y: tf.Tensor):
         logits = _logits(query, keys[i], bias[i])
+        # The peak is subtracted before exp, so that no weight overflows; it may grow with a block.
         higher = tf.maximum(peak, tf.reduce_max(logits, -1, keepdims=True))
         # What was summed relative to the old peak is rescaled to the new one.
         weights, shrink = tf.exp(logits - higher), tf.exp(peak - higher)
@@ -146,12 +149,12 @@ def _backwards(query, keys, values, bias, y, lse, upstream):
         d_value = tf.matmul(tf.cast(weights, values.dtype), upstream, transpose_a=True)
         d_weights = tf.cast(tf.matmul(upstream, values[i], transpose_b=True), tf.float32)
         d_logits = tf.cast(weights * (d_weights - mean), keys.dtype)
-        # A query meets every block, so its gradient is a sum over them, in float32. A key is in one
-        # block alone.
+        # Sums over blocks are float32: in 16 bits small terms would be lost one after the other.
         d_query += tf.cast(tf.matmul(d_logits, keys[i]), tf.float32)
         d_key = tf.matmul(d_logits, query, transpose_a=True)
         return i + 1, d_query, d_keys.write(i, d_key), d_values.write(i, d_value)
 
+    # Each block's gradients are written where they belong; only the queries' are summed.
     count = keys.shape[0]
     arrays = [tf.TensorArray(x.dtype, count) for x in (keys, values)]
     start = (0, tf.zeros_like(query, tf.float32), *arrays)

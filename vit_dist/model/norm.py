@@ -42,10 +42,10 @@ def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -
 
     Meant for x of 16 bits: what cancellation costs in float32 is below the rounding of x itself.
     """
-    # Sums over the width in 16 bits would lose most of their digits.
+    # Both means come from one reading of x: E[(x - mean)^2] would need the mean first.
     wide = tf.cast(x, tf.float32)
     mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
     square = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
-    # Rounding can make the difference a little negative, whose root would be NaN.
+    # Rounding can make the difference slightly negative, of which rsqrt would be NaN.
     scale = tf.math.rsqrt(tf.maximum(square - tf.square(mean), 0.0) + epsilon) * gamma
     return tf.cast((wide - mean) * scale + beta, x.dtype)

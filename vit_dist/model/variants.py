@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
     "G": {"width": 1664, "depth": 48, "mlp_dim": 8192, "num_heads": 16},
     "e": {"width": 1792, "depth": 56, "mlp_dim": 15360, "num_heads": 16},
 }
-# What each of the following values means is told at `ViT`.
+# What the arguments of ViT that are names may be; ViT says what they mean.
 POOLS = ("tok", "gap", "tok_gap", "map", "none")
 CLS_POOLS = ("tok", "tok_gap")  # poolings that read a cls token
 PREFIX_POSEMBS = ("cls", "all", "none")
@@ -30,9 +30,9 @@ GELUS = ("tanh", "erf")
 SOFTMAXES = ("float32", "compute")
 GROWTHS = ("linear", "constant")
 FORMS = ("matrix", "tensor")
-# Arguments that must be 1 or more; `check_vit` has another list of those that may be 0.
+# Arguments of ViT that must be 1 or more.
 _POSITIVE = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "channels")
-# config.precision -> Keras's policy. The mixed ones keep variables in float32.
+# Precision of activations -> Keras's dtype policy; variables are float32 under each of them.
 PRECISIONS = {
     "float32": "float32",
     "bfloat16": "mixed_bfloat16",
@@ -91,7 +91,7 @@ def check_vit(
     **rest: Any,
 ) -> None:
     """Raises ConfigError for arguments no ViT can have; touches no device."""
-    # `rest` holds the other numbers of a config (depth, registers, dropout, ...).
+    # Counts first: the checks below divide by them.
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
     zeros = ("num_classes", "rep_size", "registers")
     # By name, so that the message can say which argument it is.
@@ -128,8 +128,7 @@ def check_vit(
         if not 0 <= rest[name] < 1:
             raise ConfigError(f"{name} is a probability below 1, got {rest[name]}")
     if posemb == "sincos2d":
-        # Raises what is wrong with the width; a table of one patch costs nothing.
-        sincos2d((1, 1), width)
+        sincos2d((1, 1), width)  # raises for a width that it cannot have
     if attention_block is not None:
         _check_attention_block(attention_block, remat=remat, dropout=rest["attention_dropout"])
 
@@ -137,7 +136,7 @@ def check_vit(
 def _check_attention_block(size: int, *, remat: str, dropout: float) -> None:
     if size < 1:
         raise ConfigError(f"attention_block must be 1 or more keys, or None, got {size}")
-    # One of the two would have no effect.
+    # Blockwise attention never has all weights in memory: nothing to recompute, nothing to drop.
     if remat == "attention":
         raise ConfigError(
             "attention_block already computes the attention again in the backward pass: set remat "
@@ -192,6 +191,7 @@ def vit_config(
     Raises:
       ConfigError: see ViT and parse_variant.
     """
+    # The variant's sizes, but for those that are given.
     given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
     # 0 is given too, and refused below; only None is not.
     sizes = parse_variant(variant) | {k: v for k, v in given.items() if v is not None}

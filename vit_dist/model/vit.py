@@ -96,8 +96,7 @@ class ViT(keras.Model):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        # Kept whole: get_config() returns it, for .keras files and to compare with a checkpoint's
-        # network.
+        # What get_config gives to .keras files, checkpoints and all that loads weights.
         self._config: dict[str, Any] = {
             "image_size": as_pair(image_size),
             "patch_size": patch_size,
@@ -147,6 +146,8 @@ class ViT(keras.Model):
     def _make_layers(self) -> None:
         # Each layer gets the model's policy: Keras would give it the global one.
         config, dtype = self._config, self.dtype_policy
+        # What a block and the attention pooling have in common. Keras does not pass a model's
+        # dtype policy on to its layers, so each is given it.
         shared = {k: config[k] for k in ("num_heads", "gelu", "norm_epsilon", "form")}
         shared |= {"hidden": config["mlp_dim"], "dtype": dtype}
         self.embedding = PatchEmbedding(
@@ -163,8 +164,8 @@ class ViT(keras.Model):
         self.pre_logits = (
             dense(rep_size, activation="tanh", name="pre_logits", dtype=dtype) if rep_size else None
         )
-        # Logits are float32 under every policy: a loss subtracts large logits from each other,
-        # which 16 bits round too much.
+        # Logits in float32 under every policy: the loss subtracts large numbers from each other,
+        # and in 16 bits their difference would have few digits left.
         classes = self.num_classes
         self.head = dense(classes, name="head", dtype="float32") if classes else None
 
@@ -188,8 +189,8 @@ class ViT(keras.Model):
         return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any = None) -> None:
-        # Everything is built here, without data, so that weights exist before the first call: they
-        # are loaded, sharded and counted then.
+        # All shapes are known from the arguments, so nothing waits for a first batch; layers are
+        # built by hand, as Keras would trace `call` to find them.
         tokens = self.prefix + self.grid[0] * self.grid[1]
         shape = (None, tokens, self.width)
         self.embedding.build((None, *self.image_size, self.channels))
@@ -209,7 +210,7 @@ class ViT(keras.Model):
         for layer in parts:
             layer.build(shape)
         if self.map_head:
-            # It sees the patches alone.
+            # It sees the patches alone, as in big_vision and timm.
             self.map_head.build((None, tokens - self.prefix, self.width))
         # Width of what the head sees.
         features = 2 * self.width if self.pool == "tok_gap" else self.width
@@ -223,14 +224,16 @@ class ViT(keras.Model):
     def _embed(self, images: tf.Tensor, **mode: Any) -> tf.Tensor:
         """(B, height, width, C) -> (B, N, D): cls token, registers, patches; with positions."""
         x = self.embedding(images)
-        # Tokens before the patches, in the order of the position table.
+        # The tokens before the patches, (1, prefix, D): the same for each image, so their positions
+        # are added before they are repeated B times.
         parts = [self.cls] if self.cls_token else []
         parts += [self.registers] if self.registers_count else []
         prefix = tf.concat([tf.cast(part, x.dtype) for part in parts], axis=1) if parts else None
         if self.posemb == "sincos2d":
-            # Computed in NumPy: a constant of the graph, which no checkpoint holds.
+            # A constant of the graph, and no variable: it is computed anew for every grid.
             x = x + tf.constant(sincos2d(self.grid, self.width), x.dtype)
         else:
+            # The first `entries` rows are of tokens before the patches, the others of patches.
             table, entries = tf.cast(self.pos_embedding, x.dtype), self.posemb_prefix
             # Before tokens are put in front, so that entry i belongs to patch i.
             x = x + table[:, entries:]
@@ -273,7 +276,7 @@ class ViT(keras.Model):
         mode = {"training": training, "seed": seed}
         x = self._embed(tf.cast(images, self.compute_dtype), **mode)
         for block in self.blocks:
-            # A forward pass alone keeps nothing, so only training has something to save.
+            # Evaluation has no backward pass that could compute anything again.
             recompute = training and self.remat == "full"
             x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
         # The mean of normalised tokens is not the normalised mean, so this order changes logits.
@@ -336,6 +339,7 @@ def build_vit(
       ConfigError: unknown precision, or a network that ViT refuses.
     """
     check_choice("precision", precision, tuple(PRECISIONS))
+    # Its name begins the path of every variable; named_weights takes it off again.
     model = ViT(**{**config, "form": form}, dtype=PRECISIONS[precision], name="vit")
     model.build()
     initialize(model, seed=seed, head_bias=head_bias, posemb_stddev=posemb_stddev)
@@ -368,7 +372,7 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
         make = next(make for pattern, make in rules if re.search(pattern, name))
         if make is None:
             continue
-        # A seed for each variable, 31 bits, from its name: see `build_vit`.
+        # A 31-bit seed of its own for each variable, from a hash that is the same in every process.
         draw = zlib.crc32(f"{seed}/{name}".encode()) & 0x7FFFFFFF
         with tf.device("CPU:0"):  # the same numbers whatever accelerator there is
             variable.assign(np.asarray(make(draw)(variable.shape)))

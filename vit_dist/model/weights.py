@@ -71,6 +71,7 @@ def adapt_weights(
       DataError: shapes that no setting mends.
     """
     _check_network(model, source, arrays, patch_method)
+    # Tensors in the file that no rule has read: another network's, until the user says otherwise.
     names = [n for n in unknown if not _matches(ignore, n)]
     if names:
         meaning = explain_names(names)
@@ -91,8 +92,13 @@ def adapt_weights(
             if source.get(key) is None
         ),
     ]
-    plan = _Plan(model, arrays, source, method, report, match_classes(*classes))
+    # First everything is decided by shapes, so that an error leaves the model as it was; then the
+    # numbers are read, one tensor at a time.
+    match = match_classes(*classes)
+    plan = _Plan(model, arrays, source, method, report, match)
     values = plan.make(ignore)
+    if match.assumed and "head/kernel" in values:
+        report.assumed.append(match.assumed)
     variables = named_weights(model)
     # Arrays that are cut from one tensor of the file (a fused qkv) are read one after the other, so
     # that the tensor is read once: see containers.open_tensors.
@@ -123,8 +129,7 @@ def _check_network(
         same = have == mine[key] or (key == "norm_epsilon" and _near(have, mine[key]))
         if have is not None and not same:
             differs(key, have)
-    # Tensors tell whether there is LayerScale. Its initial value does not matter once gammas are
-    # loaded; 1e-5 stands for any.
+    # LayerScale is trained: only whether there is one must agree, not its initial value.
     scaled = "encoderblock_0/layer_scale_0/gamma" in arrays
     if scaled != (mine["layer_scale"] is not None):
         differs("layer_scale", 1e-5 if scaled else None)
@@ -195,12 +200,17 @@ class _Plan:
     def make(self, ignore: str) -> dict[str, Callable[[], np.ndarray]]:
         """Variable's name -> a function that reads its value; others keep their initial values."""
         variables = named_weights(self.model)
+        # Every variable of the model: taken, changed, or left as it is.
         for name, variable in variables.items():
             want = tuple(variable.shape)
             if name not in self.arrays:
                 if not name.startswith(_OPTIONAL):
                     raise DataError(f"the checkpoint has no {name}: it is another network")
                 self.report.new.append(f"{name} {want}, which the checkpoint lacks")
+                if name == "pos_embedding":
+                    self.report.notes.append(
+                        "the positions are new, as the checkpoint computes its own (sincos2d)"
+                    )
             elif name == "pos_embedding":
                 self._positions(want)
             elif name == "embedding/kernel":
@@ -215,7 +225,7 @@ class _Plan:
                 self._reordered(name, want)
             else:
                 self._take(name, want)
-        # What the checkpoint has and this model lacks.
+        # Every tensor of the checkpoint that is left: of a part that the model does without.
         for name in sorted(set(self.arrays) - set(variables)):
             if not name.startswith(_OPTIONAL) and not _matches(ignore, name):
                 raise DataError(
@@ -223,6 +233,11 @@ class _Plan:
                     "network"
                 )
             self.report.unused.append(f"{name} {tuple(self.arrays[name].shape)}")
+            if name == "pos_embedding":
+                self.report.notes.append(
+                    "the checkpoint's positions are left out, as this model computes its own "
+                    "(sincos2d)"
+                )
         return self.values
 
     def _read(self, name: str) -> np.ndarray:
@@ -233,6 +248,7 @@ class _Plan:
         folded = self._lost_positions(name)
         if have == want:
             if folded is not None:
+                # token + position is what the network saw: now it is in the token.
                 self.values[name] = lambda: self._read(name) + folded()
                 self.report.resized.append(f"{name} {want}, with its position added")
             else:
@@ -279,6 +295,7 @@ class _Plan:
             return
 
         def resampled() -> np.ndarray:
+            # Entries of tokens before the patches have no place in the grid: they stay apart.
             table = self._read("pos_embedding")
             # Only the entries of patches lie on a grid. The other entries are kept, cut, or filled
             # up.

@@ -140,10 +140,13 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
       ConfigError: a path of a kind that is not read.
       DataError: nothing there, or nothing that can be used; says what to do.
     """
+    # A folder with checkpoints, or one that holds no weights of others, is taken for a run: the
+    # message of what is not there then speaks of runs.
     if not path.startswith(_HUB):
-        folder = expand(path)
+        folder = expand(path, allowed="local paths, gs:// and hf://")
         if is_checkpoint(folder) or not _has_weights(folder):
             return dataclasses.replace(_of_run(str(folder)), hint=hint)
+    # Files are read piece by piece, many times: remote ones are copied to this machine first.
     download = None
     if path.startswith(_HUB):
         local = _from_hub(path)

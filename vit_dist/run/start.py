@@ -1,5 +1,6 @@
 """Where a run begins: resume > resume_from > init_from > scratch."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,9 @@ from vit_dist.config.defaults import changes
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.sources.fingerprint import compare
-from vit_dist.model.vit import ViT
+from vit_dist.data.sources.source import Source
+from vit_dist.model.classes import match_classes
+from vit_dist.model.vit import ViT, named_weights
 from vit_dist.model.weights import LoadReport
 from vit_dist.monitoring.log import detail
 from vit_dist.run.options import Data, RunOptions, WeightsOptions
@@ -75,6 +78,8 @@ def check_data(start: Start, data: Data) -> None:
     checkpoint, source = start.checkpoint, data.sources["train"]
     if checkpoint is None or start.how == "init_from":
         return
+    if start.how != "resume":
+        _check_classes(checkpoint, source)
     then = checkpoint.notes.get("data")
     if then is None:
         return
@@ -99,6 +104,18 @@ def check_data(start: Start, data: Data) -> None:
             "rather than remove them), or start in another workdir with config.resume_from"
         )
     logging.warning("%s", text)
+
+
+def _check_classes(checkpoint: Checkpoint, source: Source) -> None:
+    """Raises DataError where the head's outputs would come to mean other classes."""
+    names = checkpoint.notes.get("class_names", ())
+    match = match_classes(names, source.class_names)
+    if match.order is not None or (match.other and len(names) == source.num_classes):
+        why = match.other or "its classes are those of the data in another order"
+        raise DataError(
+            f"config.resume_from takes the head of {checkpoint.path} as it is, and {why}: take "
+            "config.init_from, which maps or renews it, or give the classes the same names"
+        )
 
 
 def _check_order(found: Checkpoint, record: Mapping[str, object]) -> None:
@@ -184,6 +201,31 @@ def fill(
     )
     if origin.black_and_white(model.channels) is None:
         report.assumed.append("images scaled as config.input says, which the file does not tell")
+    return report
+
+
+def fill_whole(
+    model: ViT,
+    origin: Origin,
+    options: WeightsOptions,
+    *,
+    pipes: Mapping[str, Pipe],
+    class_names: Sequence[str],
+) -> LoadReport:
+    """As `fill`, for a model that is judged and not trained: no part may be new or left out.
+
+    Raises:
+      ConfigError: see fill; or one is.
+    """
+    report = fill(model, origin, options, pipes=pipes, class_names=class_names)
+    if report.new:
+        raise ConfigError(f"{origin.path} cannot classify this data: it would need {report.new[0]}")
+    for name in sorted(set(origin.tensors) - set(named_weights(model))):
+        if not options.ignore or not re.search(options.ignore, name):
+            raise ConfigError(
+                f"{origin.path} has {name}, which the config's model has no place for: what would "
+                "be evaluated is another network. Build it as it was trained (config.model)"
+            )
     return report
 
 

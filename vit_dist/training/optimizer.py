@@ -205,11 +205,6 @@ class OptimizerOptions:
             if value not in allowed:
                 what = "optimizer" if key == "name" else f"optimizer.{key}"
                 raise ConfigError(f"{what} {value!r} is unknown; allowed: {', '.join(allowed)}")
-        if self.name == "muon" and not update_rules.HAS_MUON:
-            raise ConfigError(
-                f"optimizer 'muon' needs a newer Keras than the {keras.__version__} here: "
-                "pip install --upgrade keras (3.13 or later)"
-            )
         check_rules("decay_multipliers", self.decay_multipliers)
         check_rules("lr_multipliers", self.lr_multipliers)
         for key in ("beta_1", "beta_2", "momentum"):

@@ -5,7 +5,6 @@ with the rounded one that it stored, as optax does. Weight decay is applied by t
 for LAMB, whose trust ratio includes it.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -262,9 +261,5 @@ def _rms(x: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_mean(tf.square(x)))
 
 
-# Keras 3.12 and older have a Muon of other constants, without this scaling.
-HAS_MUON = "rms_rate" in inspect.signature(getattr(keras.optimizers, "Muon", object)).parameters
-if HAS_MUON:
-
-    class Muon(_Rule, keras.optimizers.Muon):
-        """Muon (Jordan et al. 2024) scaled as in arXiv 2502.16982; AdamW for all but matrices."""
+class Muon(_Rule, keras.optimizers.Muon):
+    """Muon (Jordan et al. 2024) scaled as in arXiv 2502.16982; AdamW for all but matrices."""

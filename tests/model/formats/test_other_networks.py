@@ -3,50 +3,21 @@
 test_interop_zoo.py does the same with the networks that timm and transformers make.
 """
 
-import json
+import logging
 import re
+import sys
 
 import numpy as np
 import pytest
-import safetensors.numpy
+from absl import logging as absl_logging
 
-from tests.support.networks import arrays_of, randomize
+from tests.support import flax_vit
+from tests.support.folders import make, save
 from vit_dist.config.errors import DataError
 from vit_dist.export import load_model
 from vit_dist.model.formats.architectures import explain_architecture, known_of
 from vit_dist.model.formats.pretrained import open_pretrained
-from vit_dist.model.formats.writing import write_pretrained
-from vit_dist.model.variants import vit_config
-from vit_dist.model.vit import build_vit
 from vit_dist.run.origins import open_origin
-
-HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
-
-
-def make(folder, system="timm", *, note=False, **options):
-    """Writes a folder of timm's or Hugging Face's with a tiny ViT; note: with our own note in it.
-
-    Returns:
-      The state dict, and the config.json.
-    """
-    options = {"image_size": 8, "num_classes": 3, "pool": "tok", "gelu": "erf", **options}
-    model = randomize(build_vit(vit_config("mu/4", **options)))
-    write_pretrained(folder, system, arrays_of(model), model.get_config(), **HALF)
-    state = safetensors.numpy.load_file(folder / "model.safetensors")
-    if not note:
-        safetensors.numpy.save_file(state, folder / "model.safetensors")
-    return state, json.loads((folder / "config.json").read_text())
-
-
-def save(folder, config, state=None):
-    """Writes what is given; config None removes config.json."""
-    path = folder / "config.json"
-    path.unlink(missing_ok=True)
-    if config is not None:
-        path.write_text(json.dumps(config))
-    if state is not None:
-        safetensors.numpy.save_file(state, folder / "model.safetensors")
-
 
 # What timm's config.json says -> the real reason.
 TIMM = [
@@ -67,8 +38,20 @@ TIMM = [
     ({"architecture": "aimv2_large_patch14_224"}, "RMSNorm"),
     ({"architecture": "vit_intern300m_patch14_448"}, "no LayerNorm behind the blocks"),
     ({"architecture": "vit_base_patch16_newest_224"}, r"nothing is known of here \('newest'\)"),
-    ({"architecture": "xcit_tiny_12_p8_224"}, "convolutional|nothing is known"),
-    ({"architecture": "resnet50"}, "convolutional|nothing is known"),
+    ({"architecture": "vit_base_patch16_clip_224.openai"}, r"\(CLIP\)"),
+    ({"architecture": "vit_base_patch16_xp_224"}, "side by side"),
+    ({"architecture": "vit_base_mci_224"}, "convolutional network before the patches"),
+    ({"architecture": "eva_giant_patch14_224"}, "biases of queries and values, none of keys"),
+    ({"architecture": "beitv2_base_patch16_224"}, "relative positions"),
+    ({"architecture": "samvit_base_patch16"}, "relative positions"),
+    ({"architecture": "vit_7b_patch16_dinov3"}, "rotary positions"),
+    ({"architecture": "naflexvit_base_patch16_gap"}, "nothing is known of here"),
+    ({"architecture": "deit_base_patch16_18x2_LS"}, "side by side"),
+    ({"architecture": "vitamin_small_224"}, "nothing is known of here"),
+    ({"architecture": "cait_s24_224"}, "class attention"),
+    ({"architecture": "mixer_b16_224"}, "no attention"),
+    ({"architecture": "xcit_tiny_12_p8_224"}, "attention over channels"),
+    ({"architecture": "resnet50"}, "no attention"),
     ({"model_args": {"pre_norm": True}}, r"pre_norm=True: a LayerNorm before the blocks \(CLIP\)"),
     ({"model_args": {"final_norm": False}}, "no LayerNorm behind the blocks"),
     ({"model_args": {"qk_norm": True}}, "normalised queries and keys"),
@@ -85,7 +68,17 @@ TIMM = [
     ({"model_args": {"reg_tokens": 4}}, "registers 4, while its tensors have 0"),
     ({"model_args": {"fc_norm": True}}, "norm_after_pool True, while its tensors have False"),
     ({"model_args": {"patch_size": 8}}, "patch_size 8, while its tensors have 4"),
+    ({"model_args": {"init_values": 1e-4}}, "layer_scale 1e-05, while its tensors have None"),
+    ({"qk_norm": True}, "normalised queries and keys"),
     ({"global_pool": "avgmax"}, "it pools by 'avgmax'"),
+    ({"global_pool": "avg"}, "says global_pool 'avg' and 'token'"),
+    ({"pretrained_cfg": {"global_pool": "avg"}}, "says global_pool 'avg' and 'token'"),
+    ({"act_layer": "quick_gelu"}, "act_layer='quick_gelu' beside model_args"),
+    ({"num_heads": 4}, "num_heads=4 beside model_args, where timm does not read it"),
+    (
+        {"model_args": {"dynamic_img_pad": True, "img_size": [10, 9]}},
+        r"images of \(10, 9\) are padded to whole patches of 4 pixels",
+    ),
     ({"model_type": "vit", "architecture": None}, "is of Hugging Face, while its tensors"),
 ]
 
@@ -114,7 +107,12 @@ HUGGINGFACE = [
     ({"model_type": "siglip_vision_model"}, "read its weights as timm's vit_.*siglip"),
     ({"model_type": "yolos"}, "detection tokens"),
     ({"model_type": "audio-spectrogram-transformer"}, "patches that overlap"),
+    ({"model_type": "vit-hybrid"}, "convolutional"),
     ({"model_type": "vit_hybrid"}, "convolutional"),
+    ({"model_type": "videomae"}, "patches of videos"),
+    ({"model_type": "vitpose_backbone"}, "nothing is known of here"),
+    ({"model_type": "dinov2"}, "'dinov2', while its tensors are named as those of ViT"),
+    ({"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map"),
     ({"model_type": "anything"}, "nothing is known of here.*Plain ViTs are vit, deit"),
     ({"model_type": None}, "model_type None"),
     ({"architectures": ["MyViT"]}, "names the class 'MyViT'"),
@@ -148,7 +146,7 @@ def test_what_config_json_of_hugging_face_says(tmp_path, said, message, note):
     ("system", "said", "expected"),
     [
         ("timm", {"model_args": {"act_layer": "gelu_tanh"}}, {"gelu": "tanh"}),
-        ("timm", {"global_pool": "avg"}, {"pool": "gap"}),
+        ("timm", {"global_pool": "avg", "model_args": {"global_pool": "avg"}}, {"pool": "gap"}),
         ("huggingface", {"hidden_act": "gelu_new"}, {"gelu": "tanh"}),
         ("huggingface", {"layer_norm_eps": 1e-5}, {"norm_epsilon": 1e-5}),
         ("huggingface", {"num_attention_heads": 4}, {"num_heads": 4}),
@@ -167,6 +165,71 @@ def test_settings_that_leave_no_tensor_are_taken(tmp_path, system, said, expecte
     save(tmp_path, config)
     network = open_pretrained(tmp_path).network
     assert {key: network[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("system", "said", "message"),
+    [
+        ("timm", {"model_args": {"act_layer": "quick_gelu"}}, "activation 'quick_gelu', not GELU"),
+        ("timm", {"model_args": {"qk_norm": True}}, "normalised queries and keys"),
+        ("timm", {"hidden_act": "quick_gelu"}, "is of Hugging Face, while its tensors"),
+        ("huggingface", {"hidden_act": "quick_gelu"}, "model_type None"),
+        ("huggingface", {"num_attention_heads": 4}, "model_type None"),
+    ],
+)
+def test_settings_without_the_name_of_their_network(tmp_path, system, said, message):
+    """A config.json that lost its first line is still one."""
+    make(tmp_path, system)
+    save(tmp_path, said)
+    with pytest.raises(DataError, match=message):
+        open_pretrained(tmp_path)
+
+
+def test_config_json_beside_an_npz_is_asked_too(tmp_path):
+    np.savez(tmp_path / "weights.npz", **flax_vit.published(flax_vit.make_tree()))
+    for config, message in (
+        ({"architecture": "vit_small_patch16_rope_224"}, "rotary positions"),
+        ({"model_type": "dinov3_vit"}, "rotary positions"),
+    ):
+        save(tmp_path, config)
+        with pytest.raises(DataError, match=message):
+            open_pretrained(tmp_path)
+
+
+NPZ = {  # what is added to a file of big_vision's -> the real reason
+    "Transformer/rope/freqs": "rotary positions",
+    "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query_norm/scale": "qk_norm",
+    "Transformer/encoderblock_0/MlpBlock_0/Dense_2/kernel": "a gated MLP",
+    "conv_root/kernel": "a convolutional network before the patches",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), NPZ.items(), ids=NPZ)
+def test_npz_of_other_networks(tmp_path, name, message):
+    tree = flax_vit.make_tree() | {name: np.ones((3, 3), "f")}
+    np.savez(tmp_path / "weights.npz", **flax_vit.big_vision(tree))
+    with pytest.raises(DataError, match=message):
+        load_model(open_origin(str(tmp_path / "weights.npz")))
+
+
+def test_npz_without_positions(tmp_path):
+    """big_vision computes them, and the report says so; vision_transformer always has a table."""
+    tree = flax_vit.make_tree(positions=0)
+    np.savez(tmp_path / "a.npz", **flax_vit.big_vision(tree))
+    np.savez(tmp_path / "b.npz", **flax_vit.published(tree))
+    assert "sincos2d" in open_pretrained(tmp_path / "a.npz").assumed[0]
+    with pytest.raises(DataError, match="no table of positions"):
+        open_pretrained(tmp_path / "b.npz")
+
+
+def test_nothing_beside_weights_is_imported(tmp_path, monkeypatch):
+    """What names modules in a run's config, or a model of one's own at the hub, means nothing."""
+    (tmp_path / "evil_beside_weights.py").write_text("raise SystemExit('was run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make(tmp_path)
+    save(tmp_path, {"imports": ["evil_beside_weights"], "input": {"eval_ops": "evil()"}})
+    load_model(open_origin(str(tmp_path)), num_heads=2)
+    assert "evil_beside_weights" not in sys.modules
 
 
 def test_a_config_json_that_contradicts_our_own_note(tmp_path):
@@ -234,6 +297,10 @@ def extra(name, *shape):
 
 # Without config.json: tensors of timm's names -> the real reason, at the latest when they are used.
 BARE_TIMM = {
+    "rotary, without biases": (
+        lambda s: without(s, "pos_embed|qkv.bias"),
+        "no table of positions, so it has rotary",
+    ),
     "rotary": (lambda s: without(s, "pos_embed"), "no table of positions, so it has rotary"),
     "rotary, mixed": (extra("rope.freqs", 2, 4), "rotary positions"),
     "DINOv3's own": (
@@ -270,6 +337,18 @@ BARE_TIMM = {
         "side by side",
     ),
     "no biases": (lambda s: without(s, r"attn.proj.bias"), "projections without biases"),
+    "no biases of queries": (
+        lambda s: without(s, "qkv.bias"),
+        r"normalise behind attention and MLP \(vit_\*_rpn_\*\)",
+    ),
+    "positions by row and column": (
+        lambda s: s | {"pos_embed": np.ones((1, 2, 2, 32), "f")},
+        r"a table of positions of shape \(1, 2, 2, 32\)",
+    ),
+    "quantised": (
+        lambda s: s | {"blocks.0.mlp.fc1.weight": np.ones((64, 32), np.int8)},
+        "blocks.0.mlp.fc1.weight holds integers, as in a quantised file",
+    ),
     "windows": (
         lambda s: renamed(s, r"^blocks\.", "layers.0.blocks."),
         "stages of several widths",
@@ -293,6 +372,10 @@ BARE_HUGGINGFACE = {
         "biases of queries and values, none of keys",
     ),
     "keys": (lambda s: without(s, "key.bias"), "biases of some of query, key and value alone"),
+    "two families' names": (
+        lambda s: renamed(s, r"intermediate\.dense", "mlp.fc1"),
+        "some of its blocks' tensors are named as ViT's, some as DINOv2's",
+    ),
     "YOLOS": (extra("vit.embeddings.detection_tokens", 1, 5, 32), "detection tokens"),
     "other model": (lambda s: renamed(s, "^vit", "dpt"), "are those of 'dpt', of which nothing"),
     "CLIP": (
@@ -350,9 +433,18 @@ def test_what_a_bare_file_does_not_tell_is_said(tmp_path):
         load_model(origin)
 
 
+def test_pooling_that_contradicts_the_tensors(tmp_path):
+    _, config = make(tmp_path, pool="map")
+    config["model_args"]["global_pool"] = "avg"
+    save(tmp_path, config | {"global_pool": "avg"})
+    with pytest.raises(DataError, match=r"pools by 'avg', its tensors by attention \(map\)"):
+        open_pretrained(tmp_path)
+
+
 def test_a_part_that_config_json_promises_and_the_file_lacks(tmp_path):
     """Attention pooling would otherwise be random."""
     _, config = make(tmp_path, pool="gap")
+    config["model_args"]["global_pool"] = "map"
     save(tmp_path, config | {"global_pool": "map"})
     with pytest.raises(DataError, match="does not hold all of its network: map_head/"):
         load_model(open_origin(str(tmp_path)))
@@ -377,6 +469,55 @@ def test_encoders_of_hugging_face_that_are_plain_vits(tmp_path):
         model = load_model(origin)
         assert model.head is None and set(origin.unused) == set(parts) and not origin.unknown
         assert len(origin.notes) == 1 and origin.notes[0].startswith("left out: ")
+
+
+def test_a_pooler_that_the_classifier_does_not_read(tmp_path):
+    """transformers' classifier takes the cls token; a pooler may still lie in the file."""
+    state, config = make(tmp_path / "plain", "huggingface")
+    expected = load_model(open_origin(str(tmp_path / "plain")))(images())
+    (tmp_path / "pooled").mkdir()
+    pooler = {"weight": np.ones((32, 32), "f"), "bias": np.ones(32, "f")}
+    state |= {f"vit.pooler.dense.{name}": array for name, array in pooler.items()}
+    save(tmp_path / "pooled", config, state)
+    (tmp_path / "pooled/preprocessor_config.json").write_text("{}")
+    origin = open_origin(str(tmp_path / "pooled"))
+    np.testing.assert_array_equal(load_model(origin)(images()), expected)
+    assert origin.notes == ["left out: the pooler, which the classifier does not read"]
+
+
+def images():
+    return np.random.default_rng(2).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+
+
+def test_positions_that_fit_two_grids_are_asked_for(tmp_path):
+    """9 entries: of 5 tokens and 2 x 2 patches, or of 3 x 3 patches alone."""
+    make(tmp_path, registers=4, prefix_posemb="all")
+    save(tmp_path, None)
+    with pytest.raises(DataError, match="its 9 positions are not those of one square grid"):
+        open_pretrained(tmp_path)
+    for size, kind in ((8, "all"), (12, "none")):
+        network = open_pretrained(tmp_path, image_size=size).network
+        assert (network["image_size"], network["prefix_posemb"]) == ((size, size), kind)
+
+
+def test_what_is_assumed_or_left_out_is_said_by_every_command(tmp_path, caplog, monkeypatch):
+    """load_model is what export and predict take weights by."""
+    monkeypatch.setattr(absl_logging.get_absl_logger(), "propagate", True)
+    state, config = make(tmp_path / "mae", "huggingface")
+    state = without(state, "classifier") | {"decoder.decoder_embed.weight": np.ones((8, 32), "f")}
+    save(tmp_path / "mae", config | {"model_type": "vit_mae", "architectures": []}, state)
+    make(tmp_path / "bare")
+    save(tmp_path / "bare", None)
+    with caplog.at_level(logging.WARNING):
+        load_model(open_origin(str(tmp_path / "mae")))
+        load_model(open_origin(str(tmp_path / "bare")), num_heads=2)
+        np.savez(tmp_path / "fixed.npz", **flax_vit.big_vision(flax_vit.make_tree(positions=0)))
+        load_model(open_origin(str(tmp_path / "fixed.npz")), image_size=12)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3, said
+    assert "mae: note: left out: the decoder of masked pretraining" in said[0]
+    assert "bare: assumed: timm's plain ViT" in said[1]
+    assert "fixed.npz: assumed: positions computed as big_vision's sincos2d" in said[2]
 
 
 def test_i_jepa_takes_the_mean_over_patches(tmp_path):

@@ -98,6 +98,7 @@ def test_the_architecture_of_a_training_file_is_asked(tmp_path, name, message):
     for content in (
         {"arch": name, "state_dict": state},
         {"model": state, "args": argparse.Namespace(model=name)},
+        {"state_dict": state, "hyper_parameters": {"model_name": name}},
     ):
         with pytest.raises(DataError, match=f"training script names .*{name}.*: .*{message}"):
             open_pretrained(written(tmp_path, content))
@@ -183,6 +184,19 @@ def dino(state):
     return content, ["the file's 'teacher' is taken, not its student", HEADS_LEFT]
 
 
+def dino_as_published(state):
+    """DINO's own wrapper calls its head "head", as a classifier is called elsewhere."""
+    head = {"head.mlp.0.weight": np.ones((4, 4), "f"), "head.last_layer.weight_v": np.ones(4, "f")}
+    return {"teacher": {**prefixed(without_head(state), "backbone."), **head}}, [HEADS_LEFT]
+
+
+def averaged(state):
+    """torch's AveragedModel counts its steps."""
+    return {
+        "state_dict": {"n_averaged": np.ones((), "f"), **prefixed(without_head(state), "m.")}
+    }, ["left out: how many steps were averaged"]
+
+
 def mae(state):
     decoder = {
         "mask_token": np.ones((1, 1, 8), "f"),
@@ -198,7 +212,9 @@ def mae(state):
     ]
 
 
-@pytest.mark.parametrize("wrap", [dinov2_teacher, dinov2_fsdp, dino, mae])
+@pytest.mark.parametrize(
+    "wrap", [dinov2_teacher, dinov2_fsdp, dino, dino_as_published, averaged, mae]
+)
 def test_the_encoder_of_self_supervised_training(tmp_path, wrap):
     model, state, _ = make(tmp_path, depth=4)
     content, notes = wrap(state)
@@ -208,6 +224,16 @@ def test_the_encoder_of_self_supervised_training(tmp_path, wrap):
     report = str(open_origin(str(path)).fill(model))
     assert all(f"note: {line}" in report for line in notes)
     assert "2 new (head)" in report
+
+
+def test_a_head_of_several_layers_is_not_dropped_in_silence(tmp_path):
+    """MAE's linear probes have a BatchNorm before the classifier."""
+    _, state, _ = make(tmp_path)
+    probe = {"head.0.running_mean": np.ones(32, "f"), "head.1.weight": np.ones((3, 32), "f")}
+    origin = open_origin(str(written(tmp_path, {"model": {**without_head(state), **probe}})))
+    assert set(origin.unknown) == set(probe)
+    with pytest.raises(DataError, match="a head of several layers, such as a BatchNorm"):
+        load_model(origin, num_heads=2)
 
 
 def test_both_heads_of_a_distilled_deit_are_left_out(tmp_path):

@@ -28,8 +28,15 @@ _FOREIGN_WORDS = (
     (r"intern300m", "no LayerNorm behind the blocks"),
     (r"eva", "biases of queries and values, none of keys"),
 )
-# Word for a size in timm's names -> width and number of heads. The heads are believed only where
-# the file's width is the one listed: a network that was made with another width keeps its name.
+# Regex of the first word of names that do not begin as a ViT's -> what they mean.
+_FAMILIES = (
+    (r"cait", "class attention in blocks of their own (CaiT)"),
+    (r"xcit", "attention over channels, not over tokens (XCiT)"),
+    (r"mixer|resmlp|gmlp|(se)?res(net|next)\w*|convnext\w*|efficientnet\w*", "no attention"),
+)
+_PLAIN_FAMILIES = ("vit", "deit", "flexivit", "mae", "dino", "ibot")
+# The sizes of timm's names: width, heads. The heads count only where the width is this one:
+# names are kept when a network is made with other sizes.
 _SIZES = {
     "wee": (256, 4),
     "xsmall": (256, 4),
@@ -70,13 +77,17 @@ def explain_architecture(name: str) -> str | None:
     # Each of these words alone is plain: it is DINOv2's giant that has another MLP.
     if {"giant", "dinov2"} <= set(words):
         return "SwiGLU in place of the MLP"
-    for word in words:
-        for pattern, meaning in _FOREIGN_WORDS:
+    known, judged = _FOREIGN_WORDS, words
+    if not words[0].startswith(_PLAIN_FAMILIES):
+        # Further words mean something else there: the s24 of cait_s24 is no convolution's.
+        known, judged = (*_FAMILIES, *_FOREIGN_WORDS), words[:1]
+    for word in judged:
+        for pattern, meaning in known:
             if re.fullmatch(pattern, word):
                 return meaning
     # A word of which nothing is known may stand for other arithmetic, so the network is refused.
     unknown = [w for w in words if w not in _SIZES and not _PLAIN_WORDS.fullmatch(w)]
-    if unknown or not words[0].startswith(("vit", "deit", "flexivit", "mae", "dino", "ibot")):
+    if unknown or judged != words:
         return f"parts that nothing is known of here ({(unknown or words)[0]!r})"
     return None
 

@@ -21,6 +21,15 @@ _TITLES = {
 }
 
 
+# Keys of a config.json -> whose it is. One that lost the name of its network still has settings.
+_KINDS = (
+    (("architecture",), "timm"),
+    (("model_type", "architectures"), "huggingface"),
+    (("model_args", "pretrained_cfg"), "timm"),
+    (("hidden_act", "hidden_size", "num_attention_heads", "layer_norm_eps"), "huggingface"),
+)
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The dictionary in a file; {} where there is no file, or no dictionary in it.
 
@@ -44,15 +53,14 @@ def config_beside(folder: Path, file: TensorFile, system: str) -> tuple[dict[str
       DataError: config.json is damaged, or of another network than the tensors.
     """
     config = read_json(folder, "config.json")
-    kind = None
-    if "architecture" in config:
-        kind = "timm"
-    elif "model_type" in config or "architectures" in config:
-        kind = "huggingface"
+    kind = next((kind for keys, kind in _KINDS if any(key in config for key in keys)), None)
     if kind is None:  # something else of this name, such as the config of a run
+        # Then what a training script noted in the file, where it is one of PyTorch's.
         return (dict(file.config) if system == "timm" else {}), "its training script"
     _check_types(config)
-    if kind == "timm":
+    # Also of an .npz, whose names of tensors say what it is: no name of another network stands
+    # beside it by accident.
+    if config.get("architecture"):
         check_architecture(str(config["architecture"]), "config.json")
     if system != "npz" and kind != system:
         raise DataError(
@@ -101,6 +109,7 @@ def own_note(file: TensorFile) -> dict[str, Any]:
     except ValueError:
         return {}  # another program's text under our key
     keys = ("gelu", "norm_epsilon", "norm_after_pool", "num_heads", "pool", "image_size")
+    # Only what no shape tells; the rest is taken from the tensors as in every file.
     found = {k: parsed[k] for k in keys if isinstance(parsed, dict) and k in parsed}
     if found and "prefix_posemb" in parsed:
         found["prefix_posemb"] = (parsed["prefix_posemb"],)

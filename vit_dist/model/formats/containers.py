@@ -22,6 +22,7 @@ from vit_dist.model.formats.tensors import (
     TensorFile,
     as_float,
     check_size,
+    is_floating,
     open_zip,
     read_exactly,
     read_member,
@@ -39,7 +40,8 @@ def open_tensors(path: Path) -> TensorFile:
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}")
-    # The first bytes tell the kind; extensions are often wrong (.bin, .pt).
+    # The first bytes tell what it is: .npz and PyTorch's files are zip files, of which the members
+    # tell; a safetensors file begins with the length of a JSON header.
     with path.open("rb") as file:
         head = file.read(16)
     if not head:
@@ -59,8 +61,7 @@ def open_tensors(path: Path) -> TensorFile:
     # safetensors: 8 bytes with the length of a JSON header, then the header.
     if head[8:9] == b"{" and path.stat().st_size > int.from_bytes(head[:8], "little"):
         return _remember_last(_open_safetensors(path))
-    # The first opcode of a pickle.
-    if head[:1] == b"\x80":
+    if head[:1] == b"\x80":  # the opcode PROTO
         raise DataError(
             f"{path} is a pickle, which could run any code and is not opened. A PyTorch file of "
             "before version 1.6: where you trust it, save it again with torch.save(torch.load("
@@ -76,6 +77,7 @@ def _remember_last(file: TensorFile) -> TensorFile:
 
     A fused matrix is asked for once for each array that is cut from it.
     """
+    # At most one tensor: several would add up to the file.
     last: dict[str, np.ndarray] = {}
 
     def remembering(name: str, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
@@ -87,8 +89,10 @@ def _remember_last(file: TensorFile) -> TensorFile:
 
         return reread
 
-    # Shapes stay as they are: only reading goes through the memory of the last tensor.
-    tensors = {n: LazyArray(t.shape, remembering(n, t.read), n) for n, t in file.tensors.items()}
+    tensors = {
+        name: dataclasses.replace(tensor, read=remembering(name, tensor.read), source=name)
+        for name, tensor in file.tensors.items()
+    }
     return dataclasses.replace(file, tensors=tensors)
 
 
@@ -108,14 +112,14 @@ def _open_npz(path: Path) -> TensorFile:
             shape, dtype, fortran, start = _npy_header(path, archive, info)
             name = info.filename.removesuffix(".npy")
 
-            # As defaults, because the loop's variables have changed when this is called.
+            # Bound as defaults: a closure would see the values of the loop's last turn.
             def read(info=info, shape=shape, dtype=dtype, fortran=fortran, start=start):
                 data = read_member(path, info.filename)[start:]
                 # Fortran order: the first axis counts fastest.
                 array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
                 return as_float(array)
 
-            tensors[name] = LazyArray(shape, read, name)
+            tensors[name] = LazyArray(shape, read, name, is_floating(dtype))
     return TensorFile(tensors, "npz")
 
 
@@ -136,6 +140,7 @@ def _npy_header(
             start = member.tell()
     except Exception as error:  # whatever a damaged file makes zipfile, zlib and NumPy raise
         raise DataError(f"{where} is damaged or was cut ({error}){AGAIN}") from error
+    # An array of objects is a pickle inside of the .npy.
     if dtype.hasobject:
         raise DataError(
             f"{where} holds pickled objects, which could run any code; not opened. Where you trust "
@@ -163,6 +168,8 @@ def _open_safetensors(path: Path) -> TensorFile:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
+    # The library has checked the header; it is parsed again because it does not tell where in the
+    # file each tensor lies.
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
@@ -170,7 +177,7 @@ def _open_safetensors(path: Path) -> TensorFile:
     header.pop("__metadata__", None)
 
     def reader(name: str, entry: Mapping[str, Any]) -> Callable[[], np.ndarray]:
-        begin, end = entry["data_offsets"]
+        begin, end = entry["data_offsets"]  # counted from the end of the header
 
         def read() -> np.ndarray:
             try:
@@ -192,5 +199,6 @@ def _open_safetensors(path: Path) -> TensorFile:
                 f"{path}: {name} is of type {entry['dtype']}, which is not read: save it as "
                 "float32, float16 or bfloat16"
             )
-        tensors[name] = LazyArray(tuple(entry["shape"]), reader(name, entry), name)
+        floating = is_floating(_SAFETENSORS_DTYPES[entry["dtype"]])
+        tensors[name] = LazyArray(tuple(entry["shape"]), reader(name, entry), name, floating)
     return TensorFile(tensors, "safetensors", metadata)

@@ -23,16 +23,18 @@ _BY_TENSOR = (
     (r"pre_layrnorm|embeddings\.class_embedding|\bclass_embedding$", f"{_BEFORE}, and other names"),
     (r"head\.probe|embeddings\.patch_embedding\.weight", f"SigLIP: {_TOWER}"),
     (r"detection_tokens|mid_position_embeddings", "detection tokens (YOLOS)"),
-    (r"(^|\.)rope|\.freqs|periods$|storage_tokens|(^|\.)layer\.\d+\.attention\.[qkvo]_", _ROTARY),
+    (r"(^|[./])rope|\.freqs|periods$|storage_tokens|(^|\.)layer\.\d+\.attention\.[qkvo]_", _ROTARY),
     (r"relative_position|rel_pos", _RELATIVE),
     (r"patch_embed\.backbone|embeddings\.backbone|patch_embeddings\.backbone", _HYBRID),
     (r"conv_root|root_block|^stem\.|patch_embed\.conv|patch_embed\.proj\.\d", _HYBRID),
-    (r"[qk]_norm\.", "normalised queries and keys (qk_norm)"),
+    (r"[qk]_norm\.|(query|key)_norm/", "normalised queries and keys (qk_norm)"),
     (r"attn\.norm\.|mlp\.norm\.", "LayerNorms inside of attention and MLP (BEiT-3, EVA-02)"),
     (r"\.attns\.\d|attn_out_proj|mlp_out_proj", _PARALLEL),
     (r"\.w12\.|weights_in\.|\.fc1_g\.|\.mlp\.w[123]\.|gate_proj", _SWIGLU),
     (r"norm_pre\.|ln_pre\.", _BEFORE),
     (r"[qv]_bias$|lambda_[12]$", "biases of queries and values, none of keys (BEiT, EVA)"),
+    (r"(^|\.)head\.\d+\.", "a head of several layers, such as a BatchNorm in it (MAE's probes)"),
+    (r"MlpBlock_\d+/Dense_2/", "a gated MLP"),
     (r"^layers\.\d+\.blocks|^stages\.", "stages of several widths (Swin and others)"),
 )
 # Tensors that every block has. Biases of query, key and value are checked apart, as a ViT may do
@@ -57,7 +59,7 @@ _BY_MISSING = (
 
 def explain_names(names: Iterable[str]) -> str | None:
     """What a network with tensors of these names has that ours has not; None if unknown."""
-    names = list(names)
+    names = list(names)  # it is searched once for each pattern
     for pattern, meaning in _BY_TENSOR:
         if any(re.search(pattern, name) for name in names):
             return meaning
@@ -84,6 +86,7 @@ def explain_shapes(shapes: Mapping[str, Sequence[int]], *, depth: int, fixed: bo
     biases = [f"encoderblock_0/attention/{name}/bias" for name in ("query", "key", "value")]
     if any(name in shapes for name in biases):
         needed += biases
+    # A ViT lacks none of these; which one is missing says what the network is instead.
     missing = [name for name in needed if name not in shapes]
     for pattern, meaning in _BY_MISSING:
         found = [name for name in missing if re.search(pattern, name)]
@@ -96,6 +99,9 @@ def explain_shapes(shapes: Mapping[str, Sequence[int]], *, depth: int, fixed: bo
             return f"{_SWIGLU}: its first matrix is twice as wide as the second is high"
         if first != (kernel[3], second[0]) or second[1] != kernel[3]:
             return f"blocks of other widths than its patches: {first} after {kernel}"
-    if "pos_embedding" not in shapes and not fixed:
+    table = shapes.get("pos_embedding")
+    if table is not None and (len(table) != 3 or table[0] != 1 or table[2] != kernel[3]):
+        return f"a table of positions of shape {tuple(table)}, not (1, tokens, {kernel[3]})"
+    if table is None and not fixed:
         return f"no table of positions, so it has {_ROTARY} or computes them in another way"
     return None

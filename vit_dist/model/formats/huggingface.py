@@ -5,7 +5,7 @@ preprocessor_config.json tells how images are scaled.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from vit_dist.config.errors import DataError
 from vit_dist.model.formats.mapping import CONV, Rule, norm, pair
 from vit_dist.model.formats.tensors import LazyArray
 
+# The names of transformers' modules; ViT and DINOv2 share some and differ in the rest.
 _BLOCK, _OURS = "encoder.layer.{i}", "encoderblock_{i}"
 _SHARED: list[Rule] = [
     *pair("embeddings.patch_embeddings.projection", "embedding", CONV),
@@ -53,6 +54,7 @@ OTHER_PARTS = (
         r"(cls|distillation)_classifier\.",
         "both heads of a distilled DeiT, whose mean would be its answer",
     ),
+    (r"pooler\.", "the pooler, which the classifier does not read"),
 )
 _GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 # model_type -> its default of layer_norm_eps; other keys that are missing have the same for all.
@@ -74,10 +76,16 @@ _OTHER_TYPES = (
     (r"beit|data2vec-vision|sam.*|swin.*|vitdet", "relative positions, or keys without biases"),
     (r"siglip.*", "other names; read its weights as timm's vit_*_siglip_*, or big_vision's .npz"),
     (r".*clip.*|altclip|align.*", "a LayerNorm before the blocks (CLIP)"),
+    (r"videomae|vivit|timesformer|vjepa.*", "patches of videos"),
     (r"yolos", "detection tokens and positions in its middle"),
-    (r"vit_hybrid|dpt|bit", "a convolutional network before the patches, or heads of its own"),
+    (r"vit[-_]hybrid|dpt|bit", "a convolutional network before the patches, or heads of its own"),
     (r"audio-spectrogram-transformer", "patches that overlap"),
 )
+# Names of a block's parts that only one of the two families of networks has.
+_FAMILIES = {
+    "ViT": re.compile(r"layernorm_(before|after)|intermediate\.dense|\d\.output\.dense"),
+    "DINOv2": re.compile(r"\.norm[12]\.|\.mlp\.fc[12]\.|layer_scale[12]"),
+}
 # Keys of config.json -> the one value that our ViT computes, and what another would mean.
 _FIXED: dict[str, tuple[Any, str]] = {
     "use_swiglu_ffn": (False, "SwiGLU in place of the MLP"),
@@ -106,7 +114,7 @@ _FREE = re.compile(
     r"|decoder_.*|mask_ratio|norm_pix_loss|gradient_checkpointing|label_smoothing|name_or_path"
 )
 # What may stand before the names of a plain ViT's tensors where no config.json names the model.
-_PREFIXES = (
+_PREFIXES = (  # of the backbone itself, or of a module that it was wrapped in
     "vit",
     "deit",
     "dinov2",
@@ -140,12 +148,24 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 def is_other_part(name: str, names: Any) -> bool:
-    """Whether a tensor with a place in our ViT shall be left out all the same: none here."""
-    return False
+    """Whether a tensor with a place in our ViT shall be left out all the same.
+
+    Args:
+      name: canonical.
+      names: all that the file holds.
+    """
+    # transformers' classifiers read the normalised token itself, beside a pooler too.
+    heads = ("classifier.weight", "cls_classifier.weight")
+    return name.startswith("pooler.") and any(head in names for head in heads)
 
 
 def describe(
-    original: Mapping[str, LazyArray], config: Mapping[str, Any], *, wrapper: str, where: str
+    original: Mapping[str, LazyArray],
+    config: Mapping[str, Any],
+    *,
+    wrapper: str,
+    where: str,
+    noted: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """What the file and config.json say beyond shapes: see timm.describe, which takes the same.
 
@@ -153,11 +173,13 @@ def describe(
       DataError: config.json is of a network that computes something else.
     """
     tensors = canonical(original)
+    # A key that config.json lacks has transformers' default; without a config.json nothing has.
     kind = config.get("model_type")
     if config:
-        _check_config(config, where)
-    else:
+        check_config(config, where)
+    elif not noted:
         _check_prefix(original)
+    _check_family(tensors, kind, where)
     act = config.get("hidden_act", "gelu" if config else None)
     if act not in (None, *_GELUS):
         raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")
@@ -180,7 +202,7 @@ def describe(
     return said, shown, []
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
+def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raises DataError if config.json is not of a network that computes what our ViT does."""
     kind = config.get("model_type")
     if kind not in _EPSILONS:
@@ -205,6 +227,26 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             )
 
 
+def _check_family(names: Iterable[str], kind: str | None, where: str) -> None:
+    """Raises DataError where the blocks are not named as those of one network, that of the config.
+
+    ViT's blocks (and DeiT's, MAE's, ...) and DINOv2's have other names for the same parts.
+    """
+    blocks = [name for name in names if name.startswith("encoder.layer.")]
+    found = {family for name in blocks for family, parts in _FAMILIES.items() if parts.search(name)}
+    if len(found) > 1:
+        raise DataError(
+            "some of its blocks' tensors are named as ViT's, some as DINOv2's: it is another "
+            "network, of which nothing is known here"
+        )
+    said = "DINOv2" if (kind or "").startswith("dinov2") else "ViT"
+    if kind and found and said not in found:
+        raise DataError(
+            f"{where} names the model_type {kind!r}, while its tensors are named as those of "
+            f"{found.pop()}: put the file where its own config.json is"
+        )
+
+
 def _check_prefix(names: Any) -> None:
     """Raises DataError if the names begin with another model's, such as dpt. or swin."""
     prefix = next(name for name in names if name.endswith(_STEM)).removesuffix(_STEM)
@@ -222,6 +264,7 @@ def family_of(network: Mapping[str, Any]) -> str:
     Raises:
       DataError: none does; says why.
     """
+    # LayerScale is what tells DINOv2 from ViT and DeiT in transformers.
     registers, scaled = network["registers"], network["layer_scale"] is not None
     positions, pool = network["prefix_posemb"], network["pool"]
     reasons = []

@@ -158,6 +158,11 @@ def _expand(rules: Sequence[Rule], has: Callable[[str], bool], side: str):
 
 def _lazy(name: str, tensor: LazyArray, transform: Transform, index: int) -> LazyArray:
     """Part `index` of what the transform makes of a tensor, its shape now, its numbers later."""
+    if not tensor.floating:
+        raise DataError(
+            f"{name} holds integers, as in a quantised file, whose numbers mean something only "
+            "together with their scales: save it as float32, float16 or bfloat16"
+        )
     try:
         # To learn the shape without reading: the transform of a view of one number that is as large
         # as the tensor and takes no memory.
@@ -175,7 +180,8 @@ def _lazy(name: str, tensor: LazyArray, transform: Transform, index: int) -> Laz
 
 def stacked(tensor: LazyArray, block: int) -> LazyArray:
     """The tensor of one block, of one with a leading axis for all of them (flax's nn.scan)."""
-    return LazyArray(tensor.shape[1:], lambda: np.asarray(tensor)[block], tensor.source)
+    shape = tensor.shape[1:]
+    return LazyArray(shape, lambda: np.asarray(tensor)[block], tensor.source, tensor.floating)
 
 
 def depth_of(names: Any) -> int:

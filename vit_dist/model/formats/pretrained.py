@@ -118,6 +118,7 @@ def _open_shards(path: Path, index: str) -> TensorFile:
     shards = sorted(set(places.values())) if isinstance(places, dict) else []
     if not shards or any(Path(str(name)).name != name for name in shards):
         raise DataError(f"{path / index} is damaged: it names no files beside it{AGAIN}")
+    # Opening all reads their headers alone.
     whole = merge({name: open_tensors(path / name) for name in shards})
     missing = sorted(set(places) - set(whole.tensors))
     if missing:
@@ -131,18 +132,22 @@ def _convert(
     path: Path, system: str, file: TensorFile, folder: Path, image_size: Any
 ) -> Pretrained:
     module = _SYSTEMS[system]
+    # What the files say: config.json, the names of tensors, our own note where we wrote the file.
     config, where = config_beside(folder, file, system)
     canonical = module.canonical(file.tensors)
     shown: dict[str, Any] = {}
     assumed: list[str] = []
+    own = own_note(file)
     if system == "npz":
-        said = module.describe(canonical)
+        if "model_type" in config:
+            huggingface.check_config(config, where)
+        said, assumed = module.describe(canonical, file.tensors)
     else:
         said, shown, assumed = module.describe(
-            file.tensors, config, wrapper=file.wrapper, where=where
+            file.tensors, config, wrapper=file.wrapper, where=where, noted=bool(own)
         )
-    own = own_note(file)
     said = _agreed(said, own, where)
+    # What the tensors say: those that are left out on purpose, those that rules take, and the rest.
     left_out = [n for n in canonical if module.is_other_part(n, canonical)]
     converted = from_theirs({n: t for n, t in canonical.items() if n not in left_out}, module.RULES)
     network = _network(converted.tensors, said, image_size, converted.rest)
@@ -157,7 +162,7 @@ def _convert(
         unused=unused,
         unknown=[name for name in converted.rest if name not in unused],
         notes=[*file.notes, *notes, *_size_note(said, network, image_size)],
-        assumed=[] if own else assumed,
+        assumed=[] if own else [*assumed, *_grid_note(system, said, network, image_size)],
         mean=mean,
         std=std,
         class_names=class_names(config, network["num_classes"]),
@@ -223,6 +228,7 @@ def _network(
     meaning = explain_shapes(shapes, depth=depth_of(shapes), fixed=said.get("posemb") == "sincos2d")
     if meaning:
         raise DataError(f"no plain ViT: it has {explain_names(names) or meaning}")
+    # From here on there is no doubt that it is a plain ViT; its sizes are those of its tensors.
     kernel, dense = shapes["embedding/kernel"], "encoderblock_0/mlp/dense_0/kernel"
     network: dict[str, Any] = {
         "patch_size": kernel[0],
@@ -265,6 +271,7 @@ def _positions(
     patch = network["patch_size"]
     if "pos_embedding" not in shapes:
         return {"image_size": as_pair(size)} if size else {}
+    # Try each way in which the tokens before the patches may have entries, and see what is left.
     length = shapes["pos_embedding"][1]
     entries = {"cls": int(network["cls_token"]), "none": 0}
     entries["all"] = entries["cls"] + network["registers"]
@@ -275,8 +282,9 @@ def _positions(
         fits = {k for k, n in patches.items() if n == rows * columns}
     else:
         fits = {k for k, n in patches.items() if n > 0 and math.isqrt(n) ** 2 == n}
-    if not fits:
-        known = f"images of {size}" if size else "a square grid"
+    grids = {patches[kind] for kind in fits}
+    if len(grids) != 1:
+        known = f"images of {size}" if size else "one square grid"
         raise UnfitError(
             f"its {length} positions are not those of {known}: the size of the images that it was "
             "trained on must be told, (height, width) in pixels",
@@ -285,11 +293,24 @@ def _positions(
     kind = next(k for k in preferred if k in fits)
     if not size:
         rows = columns = math.isqrt(patches[kind])
+    # Without registers both mean the same; "cls" is the usual name for it.
     if kind == "all" and not network["registers"]:
         kind = "cls"
     # Where patches do not divide the images (384 px in patches of 14), a convolution leaves out the
     # last rows and columns of pixels: the images that are seen are smaller.
     return {"image_size": (rows * patch, columns * patch), "prefix_posemb": kind}
+
+
+def _grid_note(
+    system: str, said: Mapping[str, Any], network: Mapping[str, Any], asked: Any
+) -> list[str]:
+    """For the report: that a cls token was taken to have no position, where nothing tells."""
+    # A table for a cls token and an oblong grid may have as many entries: 1 + 2 x 4 is 3 x 3.
+    known = asked or said.get("image_size") or "image_size" not in network
+    if system != "timm" or known or not network["cls_token"] or network["prefix_posemb"] != "none":
+        return []
+    rows, columns = (n // network["patch_size"] for n in network["image_size"])
+    return [f"positions of {rows} x {columns} patches, and none of the cls token"]
 
 
 def _size_note(said: Mapping[str, Any], network: Mapping[str, Any], asked: Any) -> list[str]:

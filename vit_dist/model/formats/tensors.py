@@ -33,11 +33,14 @@ class LazyArray:
       read: reads the numbers from the file, anew at each call.
       source: name in the file of the tensor that the numbers come from. Several arrays may be cut
         from one, such as q, k and v from a fused matrix; those read in a row cost one reading.
+      floating: whether the file keeps floating-point numbers; integers are steps of a quantised
+        file, whose scale lies elsewhere, or counters.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     source: str = ""
+    floating: bool = True
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # NumPy calls this for np.asarray(lazy); nothing is kept, so each call reads.
@@ -75,7 +78,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{path} is damaged or was cut: {error}{AGAIN}") from None
-    # As the directory at the end of the zip file says: nothing is unpacked yet.
+    # As the directory at the end of the file claims; no more than that is unpacked later.
     size = sum(info.file_size for info in archive.infolist())
     limit = MAX_GROWTH * path.stat().st_size + SLACK
     if size > limit:
@@ -108,7 +111,7 @@ def read_exactly(file: IO[bytes], size: int) -> memoryview:
 
     A heap would keep it, in pieces between tensors that stay: a tenth of a large file in the end.
     """
-    # An anonymous mapping is a piece of memory of its own, which the system gets back at once.
+    # An anonymous map for large tensors, as the docstring says; small ones are cheaper on the heap.
     data = memoryview(mmap.mmap(-1, size) if size >= _CHUNK else bytearray(size))
     for start in range(0, size, _CHUNK):
         part = data[start : start + _CHUNK]
@@ -127,7 +130,10 @@ def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -
 
 def as_float(array: np.ndarray) -> np.ndarray:
     """Floating tensors as float32, others as they are; float32 is not copied."""
-    # NumPy does not count bfloat16, a type of ml_dtypes, among the floating types.
-    if array.dtype == ml_dtypes.bfloat16 or np.issubdtype(array.dtype, np.floating):
-        return array.astype(np.float32, copy=False)
-    return array
+    return array.astype(np.float32, copy=False) if is_floating(array.dtype) else array
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether numbers of this type are floating-point ones."""
+    # NumPy does not count bfloat16, which it does not know, among the floating types.
+    return dtype == ml_dtypes.bfloat16 or np.issubdtype(dtype, np.floating)

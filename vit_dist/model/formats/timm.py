@@ -6,13 +6,15 @@ either, the file is taken for timm's plain ViT, and the load report says so.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vit_dist.config.errors import DataError
 from vit_dist.model.formats.architectures import check_architecture, known_of
+from vit_dist.model.formats.foreign import explain_names
 from vit_dist.model.formats.mapping import CONV, KV, QKV, Rule, norm, pair
 from vit_dist.model.formats.tensors import LazyArray
+from vit_dist.model.variants import as_pair
 
 _BLOCK, _OURS = "blocks.{i}", "encoderblock_{i}"
 _PROJECTIONS = ("query", "key", "value")
@@ -64,17 +66,22 @@ OTHER_PARTS = (
     (r"(.*\.)?mask_token$", "the token of masked pretraining"),
     (r"decoder_(embed|pos_embed|blocks|norm|pred)\b", "the decoder of masked pretraining (MAE)"),
     (r"(.*\.)?student\.", "the student of self-distillation"),
-    (r"(.*\.)?(dino_head|ibot_head)\.", "the heads of self-distillation (DINO, iBOT)"),
-    (r"head(_dist)?\.", "both heads of a distilled DeiT, whose mean would be its answer"),
+    (
+        r"(.*\.)?(dino_head|ibot_head|head\.(mlp|last_layer)\d?)\.",
+        "the heads of self-distillation (DINO, iBOT)",
+    ),
+    (r"(head|head_dist)\.\w+$", "both heads of a distilled DeiT, whose mean would be its answer"),
+    (r"(.*\.)?n_averaged$", "how many steps were averaged"),
 )
 _PLAIN = (
     "timm's plain ViT (norms before attention and MLP, epsilon 1e-6, no rotary positions), as no "
     "config.json beside the file names the architecture"
 )
+_OVER_PATCHES = "attention pooling over the patches alone, not over the tokens before them"
 _POOLS = {"token": "tok", "avg": "gap", "map": "map", "": "none"}
 _GELUS = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh"}
-# The arguments of timm's VisionTransformer by what they mean for reading weights.
-# Each -> the one value that our ViT computes, and what another would mean.
+# The arguments of timm's VisionTransformer (model_args), by what they mean for reading weights.
+# First those of which our ViT computes one value: that value, and what another would mean.
 _FIXED: dict[str, tuple[Any, str]] = {
     "pre_norm": (False, "a LayerNorm before the blocks (CLIP)"),
     "final_norm": (True, "no LayerNorm behind the blocks"),
@@ -88,7 +95,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "norm_layer": ("layernorm", "another norm than LayerNorm with epsilon 1e-6"),
     "head_hidden_size": (None, "a further layer before the head"),
 }
-# Those that shapes tell as well: must agree with them; argument -> key of ViT.
+# Those that shapes tell as well, and that must agree with them: argument -> key of ViT.
 _SHOWN = {
     "patch_size": "patch_size",
     "in_chans": "channels",
@@ -102,7 +109,7 @@ _SHOWN = {
 _READ = ("img_size", "num_heads", "act_layer", "global_pool", "no_embed_class", "norm_epsilon")
 # Those that change nothing in inference, or nothing at a size that patches divide.
 _FREE = re.compile(
-    r"(.*_)?drop(_path|out)?(_rate)?|.*_drop_rate|weight_init|fix_init|num_classes|mlp_ratio|init_values"
+    r"(.*_)?drop(_path|out)?(_rate)?|weight_init|fix_init|num_classes|mlp_ratio|init_values"
     r"|dynamic_img_(size|pad)|strict_img_size|pretrained|checkpoint_path|scriptable|exportable"
 )
 
@@ -146,7 +153,12 @@ def is_other_part(name: str, names: Any) -> bool:
 
 
 def describe(
-    original: Mapping[str, LazyArray], config: Mapping[str, Any], *, wrapper: str, where: str
+    original: Mapping[str, LazyArray],
+    config: Mapping[str, Any],
+    *,
+    wrapper: str,
+    where: str,
+    noted: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """What the file, and timm's config.json, say beyond shapes.
 
@@ -155,6 +167,7 @@ def describe(
       config: the parsed config.json, or what stands for it; {} for neither.
       wrapper: see TensorFile.
       where: what messages call the config.
+      noted: whether the file carries our own note of its network.
 
     Returns:
       keys of ViT -> values, None if unknown; keys of ViT -> what the config says of what shapes
@@ -168,46 +181,104 @@ def describe(
         return any(n == name or n.endswith(f".{name}") for n in original)
 
     name, args = config.get("architecture"), config.get("model_args") or {}
-    has_map, fc_norm = has("attn_pool.latent"), has("fc_norm.weight")
-    has_cls, known = has("cls_token"), {}
-    assumed = []
+    _check_arguments(config, args, where)
+    stem = next(t.shape for n, t in original.items() if n.endswith(_STEM))
+    known: dict[str, Any] = {}
     if name:
         check_architecture(str(name), where)
-        _check_arguments(args, where)
-        width = next(t.shape[0] for n, t in original.items() if n.endswith(_STEM))
-        known = known_of(str(name), width)
+        known = known_of(str(name), stem[0])
     else:
-        _check_nameless(original, wrapper)
-        assumed = [_PLAIN]
-        # SigLIP's have no cls token; there the GELU may be tanh's.
-        known = {"gelu": "erf" if (has_cls or fc_norm) and not has_map else None}
-    pool = config.get("global_pool", args.get("global_pool"))
-    if pool not in (None, *_POOLS):
-        raise DataError(f"{where} says that it pools by {pool!r}, not by {', '.join(_POOLS)}")
-    by_tensors = "map" if has_map else "tok" if has_cls and not fc_norm else "gap"
+        if not noted:
+            _check_nameless(original, has, wrapper)
+        # SigLIP's networks have no cls token; their GELU may be tanh's.
+        certain = (has("cls_token") or has("fc_norm.weight")) and not has("attn_pool.latent")
+        known = {"gelu": "erf" if certain else None}
     act = args.get("act_layer")
     if act is not None and act not in _GELUS:
         raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")
-    input_size = (config.get("pretrained_cfg") or {}).get("input_size")  # channels, height, width
-    size = args.get("img_size") or (input_size[1:] if isinstance(input_size, list) else None)
+    size = _image_size(config, args, stem[-1], where)
     said = {
         "gelu": _GELUS[act] if act else known.get("gelu"),
         "norm_epsilon": args.get("norm_epsilon", 1e-6),
-        "norm_after_pool": fc_norm,
+        "norm_after_pool": has("fc_norm.weight"),
         "num_heads": args.get("num_heads") or known.get("num_heads"),
-        "pool": _POOLS[pool] if pool is not None else known.get("pool") or by_tensors,
-        "image_size": size or None,
+        "pool": _pooling((args, config.get("pretrained_cfg") or {}, config), known, has, where),
+        "image_size": size,
         "prefix_posemb": _prefix_posembs(args, has),
     }
-    shown = {
-        key: args[argument] for argument, key in _SHOWN.items() if args.get(argument) is not None
-    }
-    return said, shown, assumed
+    given = {argument: value for argument, value in args.items() if value is not None}
+    shown = {key: given[argument] for argument, key in _SHOWN.items() if argument in given}
+    if "init_values" in given:
+        shown["layer_scale"] = 1e-5 if given["init_values"] else None
+    prefix = has("cls_token") or has("reg_token")
+    over_patches = [_OVER_PATCHES] if has("attn_pool.latent") and prefix else []
+    return said, shown, [] if name else [_PLAIN, *over_patches]
 
 
-def _check_arguments(args: Mapping[str, Any], where: str) -> None:
+def _image_size(config: Mapping[str, Any], args: Mapping[str, Any], patch: int, where: str) -> Any:
+    """In pixels, of the images that it was made for; None if the config does not tell.
+
+    Raises:
+      DataError: the network pads images, where ours leaves out what is no whole patch.
+    """
+    shape = (config.get("pretrained_cfg") or {}).get("input_size")  # channels, height, width
+    size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
+    if args.get("dynamic_img_pad") and size and any(n % patch for n in as_pair(size)):
+        raise DataError(
+            f"{where} has dynamic_img_pad=True: images of {as_pair(size)} are padded to whole "
+            f"patches of {patch} pixels, where a plain ViT leaves the rest out"
+        )
+    return size or None
+
+
+def _pooling(
+    sayings: Sequence[Mapping[str, Any]],
+    known: Mapping[str, Any],
+    has: Callable[[str], bool],
+    where: str,
+) -> str:
+    """The `pool` of our ViT: what the config says, else the architecture's name, else tensors.
+
+    Args:
+      sayings: the parts of the config that may say it; they must agree.
+      known: see architectures.known_of.
+      has: whether the file has a tensor of a name.
+      where: see describe.
+
+    Raises:
+      DataError: one that our ViT does not have, or that contradicts the tensors.
+    """
+    has_map = has("attn_pool.latent")
+    pools = sorted({s["global_pool"] for s in sayings if s.get("global_pool") is not None})
+    for pool in pools:
+        if pool not in _POOLS:
+            raise DataError(f"{where} says that it pools by {pool!r}, not by {', '.join(_POOLS)}")
+        if has_map and pool != "map":
+            raise DataError(
+                f"{where} says that it pools by {pool!r}, its tensors by attention (map)"
+            )
+    if len(pools) > 1:
+        raise DataError(
+            f"{where} says global_pool {' and '.join(map(repr, pools))}: correct it to the "
+            "one that the network was trained with"
+        )
+    if pools:
+        return _POOLS[pools[0]]
+    by_tensors = "tok" if has("cls_token") and not has("fc_norm.weight") else "gap"
+    return "map" if has_map else known.get("pool") or by_tensors
+
+
+def _check_arguments(config: Mapping[str, Any], args: Mapping[str, Any], where: str) -> None:
     """Raises DataError for arguments with which timm's network computes something else."""
-    for key, value in args.items():
+    # timm reads model_args alone; what stands beside them may be meant as one of them.
+    beside = {k: v for k, v in config.items() if k in _FIXED}
+    for key in ("act_layer", "num_heads", "norm_epsilon"):
+        if config.get(key) not in (None, args.get(key)):
+            raise DataError(
+                f"{where} has {key}={config[key]!r} beside model_args, where timm does not read "
+                "it: move it into model_args, or take it out"
+            )
+    for key, value in (beside | dict(args)).items():
         if key in _FIXED:
             allowed, meaning = _FIXED[key]
             if value not in (allowed, None):
@@ -219,13 +290,20 @@ def _check_arguments(args: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _check_nameless(original: Mapping[str, LazyArray], wrapper: str) -> None:
+def _check_nameless(names: Iterable[str], has: Callable[[str], bool], wrapper: str) -> None:
     """Raises DataError where the names are as much another network's as a plain ViT's."""
-    has_table = any(name.endswith("pos_embed") for name in original)
-    gammas = any(re.search(r"blocks\.\d+\.gamma_1$", name) for name in original)
+    if explain_names(names):
+        return  # it has a tensor that is refused later, for what it is
+    if has("pos_embed") and not any(re.search(r"attn\.qkv\.bias$", name) for name in names):
+        raise DataError(
+            "its queries, keys and values have no biases, as in timm's networks that normalise "
+            "behind attention and MLP (vit_*_rpn_*), which no tensor shows. Put the config.json "
+            'that came with it beside it; {"architecture": "vit_base_patch16_224"} if it is a plain'
+            " ViT"
+        )
     # DeiT III's own files call LayerScale gamma_1 and are wrapped in {"model": ...}. timm calls it
     # ls1.gamma, and gamma_1 in its networks with rotary positions.
-    if gammas and has_table and wrapper != "model":
+    if has("blocks.0.gamma_1") and has("pos_embed") and wrapper != "model":
         raise DataError(
             "its LayerScale is called gamma_1, as in DeiT III's own files and in timm's networks "
             "with rotary positions (vit_*_rope_ape_*), which these tensors do not tell apart. If "
@@ -234,7 +312,7 @@ def _check_nameless(original: Mapping[str, LazyArray], wrapper: str) -> None:
         )
 
 
-def _prefix_posembs(args: Mapping[str, Any], has: Any) -> tuple[str, ...]:
+def _prefix_posembs(args: Mapping[str, Any], has: Callable[[str], bool]) -> tuple[str, ...]:
     """Which tokens before the patches may have positions, most likely first."""
     if args.get("no_embed_class") is not None and not has("dist_token"):
         return ("none",) if args["no_embed_class"] else ("all", "cls")

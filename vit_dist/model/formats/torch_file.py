@@ -19,7 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from vit_dist.config.errors import DataError
-from vit_dist.model.formats.tensors import AGAIN, LazyArray, TensorFile, as_float, read_member
+from vit_dist.model.formats.tensors import (
+    AGAIN,
+    LazyArray,
+    TensorFile,
+    as_float,
+    is_floating,
+    read_member,
+)
 
 _MAX_PICKLE = 2**26  # bytes: names and shapes only; a ViT's takes some 10 kB
 _DTYPES = {
@@ -39,6 +46,7 @@ _DTYPES = {
 _WRAPPERS = (
     "state_dict_ema",
     "model_ema",
+    "ema_state_dict",
     "state_dict",
     "model",
     "teacher",
@@ -46,6 +54,8 @@ _WRAPPERS = (
     "module",
     "student",
 )
+# Where they keep their options: timm, DeiT, MAE, DINO; Lightning.
+_OPTIONS = ("args", "hyper_parameters", "hparams")
 _MAX_DEPTH = 4  # of wrappers in each other; a pickle can hold a dictionary that contains itself
 
 
@@ -110,6 +120,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
     # Arguments come from the pickle, so that none can be trusted to be of the right type.
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
+    # The arguments come from the file: nothing is believed before it is checked here and in _check.
     numbers = [offset, *shape, *strides]
     if len(shape) != len(strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise pickle.UnpicklingError("a tensor without a proper shape")
@@ -159,8 +170,7 @@ class _Unpickler(pickle.Unpickler):
         return self._inert.setdefault((module, name), type("Inert", (_Inert,), {}))
 
     def persistent_load(self, pid: Any) -> _Storage:
-        # torch's reference to a storage: ("storage", class, member of the zip file, device,
-        # entries).
+        # torch.save refers to a storage as ("storage", class, key, device, number of entries).
         tag, kind, key, _, count = pid
         if tag != "storage" or not isinstance(kind, _StorageType) or not isinstance(count, int):
             raise pickle.UnpicklingError("it refers to something that is no tensor's storage")
@@ -176,7 +186,7 @@ def open_torch(path: Path) -> TensorFile:
     with zipfile.ZipFile(path) as archive:
         # As the zip file's directory says; nothing is unpacked yet.
         sizes = {info.filename: info.file_size for info in archive.infolist()}
-    # All members lie in one folder, whose name is that of the file when it was saved.
+    # Every member lies in one folder, of whatever name.
     member = next(name for name in sizes if name.endswith("data.pkl"))
     root = member.removesuffix("data.pkl")
     # Before it is read, as the unpickler's memory grows with it.
@@ -204,7 +214,8 @@ def open_torch(path: Path) -> TensorFile:
     for name, tensor in found.items():
         file = f"{root}data/{tensor.storage.key}"
         _check(f"{path}: {name}", tensor, sizes.get(file))
-        tensors[name] = LazyArray(tensor.shape, _reader(path, file, tensor), name)
+        floating = is_floating(_DTYPES[tensor.storage.kind])
+        tensors[name] = LazyArray(tensor.shape, _reader(path, file, tensor), name, floating)
     return TensorFile(
         tensors, "pth", wrapper=taken, config=_config(content), notes=_notes(content, taken)
     )
@@ -236,12 +247,12 @@ def _config(content: Any) -> dict[str, Any]:
     """What a training script noted of its network, as timm's config.json would say it."""
     if not isinstance(content, Mapping):
         return {}
-    options = content.get("args")
-    # argparse's Namespace is a placeholder here, and its attributes are the placeholder's state.
-    options = options.state if isinstance(options, _Inert) else options
+    # argparse's Namespace, which is inert here with its state, or a dictionary.
+    found = next((content[key] for key in _OPTIONS if key in content), {})
+    options = found.state if isinstance(found, _Inert) else found
     options = options if isinstance(options, Mapping) else {}
     # timm writes "arch"; DeiT, MAE and DINO only keep their command line, with --model or --arch.
-    names = (content.get("arch"), options.get("model"), options.get("arch"))
+    names = (content.get("arch"), *(options.get(key) for key in ("model", "arch", "model_name")))
     name = next((n for n in names if isinstance(n, str) and n), None)
     if name is None:
         return {}
@@ -271,6 +282,7 @@ def _check(where: str, tensor: _Tensor, size: int | None) -> None:
 
 def _reader(path: Path, file: str, tensor: _Tensor):
     def read() -> np.ndarray:
+        # A tensor may be any view of its storage, such as a transposed one.
         flat = np.frombuffer(read_member(path, file), _DTYPES[tensor.storage.kind])
         strides = [s * flat.itemsize for s in tensor.strides]
         # Safe, as _check has compared the largest index with the storage.

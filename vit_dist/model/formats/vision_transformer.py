@@ -7,7 +7,7 @@ LayerNorm's epsilon is 1e-6; images are scaled to [-1, 1].
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,9 @@ OTHER_PARTS = (
 )
 
 
+_COMPUTED = "positions computed as big_vision's sincos2d, as the file has no table of them"
+
+
 def detect(names: Any) -> bool:
     """Whether these names are those of a ViT in vision_transformer or big_vision."""
     return any(f"{prefix}embedding/kernel" in names for prefix in _PREFIXES)
@@ -114,24 +117,31 @@ def is_other_part(name: str, names: Any) -> bool:
     return False
 
 
-def describe(tensors: Mapping[str, LazyArray]) -> dict[str, Any]:
-    """Keys of ViT that such a file tells beyond its shapes; None if unknown.
+def describe(
+    tensors: Mapping[str, LazyArray], original: Iterable[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Keys of ViT that such a file tells beyond its shapes, None if unknown; what is assumed.
 
     Args:
       tensors: under canonical names.
+      original: the file's own names.
     """
     # flax keeps the heads as an axis: the kernel is (D, H, K).
     query = tensors.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel")
     has_map = "MAPHead_0/probe" in tensors
-    return {
+    # A file of big_vision's, all under params/, may have no table: it computes positions then.
+    # vision_transformer's networks have one, and what lacks it is another network.
+    lacking = "pos_embedding" not in tensors
+    computed = lacking and any(name.startswith("params/") for name in original)
+    said = {
         "gelu": "tanh",
         "norm_epsilon": 1e-6,
         "norm_after_pool": False,
         "num_heads": query.shape[1] if query is not None and len(query.shape) == 3 else None,
-        # A file without a table of positions computes them, as big_vision does.
-        "posemb": "learned" if "pos_embedding" in tensors else "sincos2d",
+        "posemb": "sincos2d" if computed else None if lacking else "learned",
         "pool": "map" if has_map else "tok" if "cls" in tensors else "gap",
     }
+    return said, [_COMPUTED] if computed else []
 
 
 def refuse(network: Mapping[str, Any], style: str) -> list[str]:

@@ -72,6 +72,7 @@ def write_pretrained(
     """
     style = {"npz": "npz", "big_vision": "big_vision"}.get(system)
     heads = network["num_heads"]
+    # Formats that are one file tell nothing of the network: it must be what their readers take.
     if style:
         _refuse(system, npz.refuse(network, style))
         # These files say nothing of images: both systems scale them to [-1, 1].
@@ -82,6 +83,7 @@ def write_pretrained(
     if system == "timm":
         _refuse(system, timm.refuse(network))
         written = to_theirs(arrays, timm.RULES, num_heads=heads)
+        # The same LayerNorm has another name in timm where it stands behind the pooling.
         if network["norm_after_pool"]:
             written = {_fc_norm(name): array for name, array in written.items()}
         configs = {"config.json": timm.to_config(network, mean=mean, std=std, labels=class_names)}
@@ -121,7 +123,7 @@ def _write_safetensors(
     configs: Mapping[str, Any],
 ) -> list[Path]:
     metadata = {"format": "pt", METADATA: json.dumps(dict(network), default=str)}
-    # A single file has no config beside it; its metadata tells us what it is, but no other system.
+    # A file named .safetensors is written alone: with our note in it, and no config.json beside.
     alone = path.suffix == ".safetensors"
     file = path if alone else path / "model.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
