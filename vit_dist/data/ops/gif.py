@@ -18,6 +18,7 @@ TABLE, INTERLACED, TRANSPARENT = 0x80, 0x40, 0x01  # bits of the flags
 _TABLE_BYTES = [3 << (flags % 8 + 1) if flags & TABLE else 0 for flags in range(256)]
 _PALETTE = bytes(value for number in range(256) for value in (number,) * 3)
 _AFTER_SIZE = bytes((TABLE | 7, 0, 0)) + _PALETTE + bytes((IMAGE, 0, 0, 0, 0))
+_TOO_LARGE = "a GIF of {} x {} pixels, which is more than is read: save its image as PNG"
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
@@ -45,11 +46,12 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     across, down = tf.unstack(binary.numbers(data, 6, 2, tf.uint16))
     down, across = tf.maximum(down, top + height), tf.maximum(across, left + width)
     usable = down <= binary.MAX_PIXELS // tf.maximum(across, 1)
-    frame = binary.require(frame, usable, "a GIF of {} x {} pixels", across, down)
-    margins = ((top, down - top - height), (left, across - left - width))
+    frame = binary.require(frame, usable, _TOO_LARGE, across, down)
+    # Where the file is a constant, TensorFlow may pad when it optimises the graph, before the check.
+    margins = tf.where(usable, ((top, down - top - height), (left, across - left - width)), 0)
     # Around the frame Pillow has the transparent colour, and else colour 0.
     around = tf.cast(tf.maximum(transparent, 0), tf.uint8)
-    pixels = tf.pad(frame, tf.where(usable, margins, 0), constant_values=around)
+    pixels = tf.pad(frame, margins, constant_values=around)
     place = tf.where(own > 0, at + IMAGE_HEADER, SCREEN)
     palette = tf.reshape(binary.read(data, place, tf.where(own > 0, own, shared)), (-1, 3))
     pixels = tf.cast(pixels, tf.int32)
