@@ -47,7 +47,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     down, across = tf.maximum(down, top + height), tf.maximum(across, left + width)
     usable = down <= binary.MAX_PIXELS // tf.maximum(across, 1)
     frame = binary.require(frame, usable, _TOO_LARGE, across, down)
-    # Where the file is a constant, TensorFlow may pad when it optimises the graph, before the check.
+    # Of a constant file TensorFlow may pad when it optimises the graph: before the check.
     margins = tf.where(usable, ((top, down - top - height), (left, across - left - width)), 0)
     # Around the frame Pillow has the transparent colour, and else colour 0.
     around = tf.cast(tf.maximum(transparent, 0), tf.uint8)
