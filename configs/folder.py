@@ -7,8 +7,9 @@ The size of the model may stand behind the file: --config configs/folder.py:S/16
 
 Hardware: one GPU; a CPU will do for a look.
 
-Light augmentation, cosine schedule, moving average. A ViT trained from scratch wants many images
-(tens of thousands and more); with fewer, fine-tune a pretrained one: --config.init_from=RUN.
+Photos are turned upright as their EXIF orientation says, and what is transparent is laid over
+white. Light augmentation, cosine schedule, moving average. A ViT trained from scratch wants many
+images (tens of thousands and more); with fewer, fine-tune a pretrained one: --config.init_from=RUN.
 """
 
 from vit_dist.config import get_defaults
@@ -26,9 +27,12 @@ def get_config(arg: str = "Ti/16"):
     config.input.batch_size = 128
     config.input.eval_batch_size = 128
     config.input.train_ops = (
-        "decode_jpeg_and_inception_crop(size, area_min=20)|flip_lr|value_range(-1, 1)"
+        "decode_jpeg_and_inception_crop(size, area_min=20, exif=True, background=255)|flip_lr"
+        "|value_range(-1, 1)"
     )
-    config.input.eval_ops = "decode|resize(size, antialias=True)|value_range(-1, 1)"
+    config.input.eval_ops = (
+        "decode(exif=True, background=255)|resize(size, antialias=True)|value_range(-1, 1)"
+    )
 
     config.model.variant = arg
     config.model.dropout = 0.1

@@ -25,15 +25,19 @@ huggingface (ViT), ours. What still differs, init_from refuses with the flags to
 | `linear`             | ours: the head alone trains       | 256, SGD, 0.1, 50 epochs        |
 | `folder`             | ours: a small set of one's own    | 32, AdamW, 1e-4, 30 epochs      |
 
-The default is big_vision, and folder where dataset is. deit and deit3 are for ImageNet, from the
-same weights at a lower resolution (`weights=deit`, `deit3`): their rates are too low for a new
-head. Their numbers are those of the README of facebookresearch/deit, as in configs/deit.py and
-deit3.py, which count steps as the reference does and train on all of ImageNet.
+The default is big_vision, and folder where dataset is. Of a folder, photos are turned upright as
+their EXIF orientation says, and what is transparent is laid over white, whatever the recipe. deit
+and deit3 are for ImageNet, from the same weights at a lower resolution (`weights=deit`, `deit3`):
+their rates are too low for a new head. Their numbers are those of the README of
+facebookresearch/deit, as in configs/deit.py and deit3.py, which count steps as the reference does
+and train on all of ImageNet.
 
 Hardware: as for configs/finetune_384.py; `folder` with Ti/16 or S/16 is for one GPU or patience.
 Published, not run here (big_vision, B/32 of AugReg at 384): ImageNet 83.27, CIFAR-10 98.55,
 CIFAR-100 91.35, Pets 93.78, Flowers 99.43 %. Measured here: nothing but that it trains.
 """
+
+import re
 
 from vit_dist.config import get_defaults
 from vit_dist.config.recipe import (
@@ -92,7 +96,18 @@ def get_config(arg=None):
     else:
         _set_pipes(config, arg, scale)
         _set_recipe(config, recipe, arg.dataset)
+    if arg.dataset == "folder":
+        for key in ("train_ops", "eval_ops"):
+            config.input[key] = _of_photos(config.input[key])
     return config
+
+
+def _of_photos(ops):
+    """Images of one's own are turned upright, and laid over white where they are transparent."""
+    options = "exif=True, background=255"
+    fused = "decode_jpeg_and_inception_crop(size, "
+    ops = ops.replace(fused, f"{fused}{options}, ")
+    return re.sub(r"^decode\|", f"decode({options})|", ops)
 
 
 def _set_pipes(config, arg, scale):

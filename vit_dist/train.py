@@ -31,7 +31,7 @@ from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.writer import Writer, make_writer, was_written
 from vit_dist.paths import expand
-from vit_dist.run.advice import average_warnings, data_warnings
+from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.check import check, check_parts
@@ -467,7 +467,10 @@ def _announce(
         kind=device_kind(strategy),
         num_replicas=strategy.num_replicas_in_sync,
     )
-    warnings += data_warnings(dict(data.sources), options.image_size) if chief else []
+    if chief:
+        pipes = {"train_pipe": options.input.pipe, "eval_pipe": options.evaluation.pipe}
+        warnings += data_warnings(dict(data.sources), options.image_size)
+        warnings += pixel_warnings(data.sources, **pipes)
     for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:
         note(f"warning: {line}")
     for line in origin.splitlines():

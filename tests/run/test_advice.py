@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_dist.run.advice import average_warnings, data_warnings
+from tests.support.odd_images import encoded
+from vit_dist.data.ops.pipe import parse
+from vit_dist.data.sources.open import open_source
+from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 
 
 @dataclasses.dataclass
@@ -60,6 +63,60 @@ def test_sources_that_do_not_tell_are_left_alone():
         class_names = ("a",)
 
     assert data_warnings({"train": Stream(), "val": Stream()}, (32, 32)) == []
+
+
+PHOTO = Image.fromarray(np.full((20, 30, 3), 99, np.uint8))
+ON_ITS_SIDE = Image.Exif()
+ON_ITS_SIDE[0x0112] = 6
+CLEAR, OPAQUE = PHOTO.copy(), PHOTO.copy()
+CLEAR.putalpha(Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30)))
+OPAQUE.putalpha(255)
+# Name of a kind of file -> its bytes, and which of the warnings it deserves.
+KINDS = {
+    "plain.jpg": (encoded(PHOTO, "jpeg"), ""),
+    "turned.jpg": (encoded(PHOTO, "jpeg", exif=ON_ITS_SIDE), "EXIF"),
+    "turned.png": (encoded(PHOTO, "png", exif=ON_ITS_SIDE), "EXIF"),
+    "turned.webp": (encoded(PHOTO, "webp", exif=ON_ITS_SIDE), "EXIF"),
+    "clear.png": (encoded(CLEAR, "png"), "transparent"),
+    "clear.webp": (encoded(CLEAR, "webp"), "transparent"),
+    "palette.png": (encoded(PHOTO.quantize(4), "png", transparency=0), "transparent"),
+    "clear.gif": (encoded(PHOTO.quantize(4), "gif", transparency=0), "transparent"),
+    "opaque.png": (encoded(OPAQUE, "png"), ""),
+    "damaged.png": (b"\x89PNG\r\n\x1a\n" + b"x" * 90, ""),
+    "damaged.jpg": (encoded(PHOTO, "jpeg", exif=b"Exif\0\0nonsense"), ""),
+}
+CAREFUL = "exif=True, background=255"
+
+
+def folder_of(root, name):
+    for split in ("train", "val"):
+        (root / split / "a").mkdir(parents=True)
+        (root / split / "a" / name).write_bytes(KINDS[name][0])
+        (root / split / "a" / "plain.jpg").write_bytes(KINDS["plain.jpg"][0])
+    return {s: open_source("folder", split=s, data_dir=str(root)) for s in ("train", "val")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_pipes_leave_out_of_images(tmp_path, name):
+    sources, kind = folder_of(tmp_path, name), KINDS[name][1]
+    fused, plain = "decode_jpeg_and_inception_crop(8{})|value_range", "decode{}|resize(8)"
+    drops = {"train_pipe": parse(fused.format("")), "eval_pipe": parse(plain.format(""))}
+    found = pixel_warnings(sources, **drops)
+    assert len(found) == (2 if kind else 0), found
+    for line, split, key in zip(found, ("train", "val"), ("train_ops", "eval_ops"), strict=False):
+        assert line.startswith(f"1 of 2 {split} images looked at")
+        assert kind in line and f"config.input.{key}" in line and name in line
+    careful = {
+        "train_pipe": parse(fused.format(f", {CAREFUL}")),
+        "eval_pipe": parse(plain.format(f"({CAREFUL})")),
+    }
+    assert pixel_warnings(sources, **careful) == []
+
+
+def test_arrays_have_no_pixels_to_leave_out():
+    sources = {"train": open_source("demo", split="train")}
+    pipe = parse("value_range")
+    assert pixel_warnings(sources, train_pipe=pipe, eval_pipe=pipe) == []
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def of_folder(folder, *, total_steps=2, **changed):
     ops = f"decode|{ANY_SIZE}"
     data = {"data__source": "folder", "data__data_dir": str(folder), "data__test_split": ""}
     pipes = {"input__train_ops": ops, "input__eval_ops": ops}
-    return make(**data, **pipes, total_steps=total_steps, **changed)
+    return make(**{**data, **pipes, "total_steps": total_steps, **changed})
 
 
 def rows(workdir):

@@ -4,7 +4,10 @@ None of it is a mistake, which would end the run. With each of these a run goes 
 with a poor accuracy, or one that tells little.
 """
 
-from collections.abc import Sequence
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,17 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
+from vit_dist.data.ops.decoding import decoding_of
+from vit_dist.data.ops.pipe import Pipe
+from vit_dist.data.sources.source import Source
+from vit_dist.storage.errors import FAILURES
+
+_ORIENTATION = 0x0112  # tag of EXIF; 1 is upright, 2 to 8 are turned or mirrored
+_THREADS = 16  # for reading images, which waits rather than computes
+_DECODED = 16  # images that are decoded: a large PNG takes half a second
+# What looking at an image raises where that fails; damaged EXIF is a SyntaxError. It is only
+# logged: the pipeline names such an image when it matters.
+_UNREADABLE = (*FAILURES, ValueError, SyntaxError)
 _SAMPLE = 200  # images whose size is looked at: a second on a disk, and enough for a median
 _UNBALANCED = 10.0  # the largest class over the smallest
 _FEW = 20  # images of a class
@@ -43,6 +57,23 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
     paths = getattr(train, "paths", None)
     if paths is not None and len(paths):
         found += _size_warnings([str(path) for path in paths], image_size)
+    return found
+
+
+def pixel_warnings(
+    sources: Mapping[str, Source], *, train_pipe: Pipe, eval_pipe: Pipe
+) -> list[str]:
+    """What the pipes leave out of images: reads some images of train, and of val or else test.
+
+    Returns:
+      A line for each pipe and kind: an EXIF orientation that is not read, so that a photo lies on
+      its side, and transparency that is dropped. Both are what the reference systems do.
+    """
+    found = []
+    judged = "val" if "val" in sources else "test"
+    for split, key, pipe in (("train", "train_ops", train_pipe), (judged, "eval_ops", eval_pipe)):
+        if split in sources:
+            found += _pixel_warnings(split, sources[split], f"config.input.{key}", pipe)
     return found
 
 
@@ -110,6 +141,72 @@ def _size(path: str) -> tuple[int, int] | None:
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
             return image.height, image.width
-    except (OSError, ValueError) as error:  # the pipeline will name it when it matters
+    except _UNREADABLE as error:
         logging.info("%s: size unknown (%s)", path, error)
         return None
+
+
+def _pixel_warnings(split: str, source: Source, key: str, pipe: Pipe) -> list[str]:
+    # {} where no op decodes: then images are arrays, which have neither EXIF nor alpha.
+    decoding = decoding_of(pipe)
+    ignores_exif = decoding.get("exif", True) is False
+    drops_alpha = decoding.get("background", 0) is None
+    if not (ignores_exif or drops_alpha):
+        return []
+    with warnings.catch_warnings(), futures.ThreadPoolExecutor(_THREADS) as pool:
+        warnings.simplefilter("ignore")  # Pillow's, of odd EXIF and of large images
+        looks = pool.map(lambda index: _look(source, index), _sample(source))
+        seen = [look for look in looks if look is not None]
+    turned = [source.describe(index) for index, is_turned, _ in seen if is_turned]
+    layered = [index for index, _, has_alpha in seen if has_alpha]
+    found, begin = [], f"of {len(seen)} {split} images looked at"
+    if turned and ignores_exif:
+        found.append(
+            f"{len(turned)} {begin} (such as {turned[0]}) are upright only by their EXIF "
+            f"orientation, which {key} does not read: write exif=True into the op that decodes, "
+            "such as decode(exif=True)"
+        )
+    if drops_alpha and any(_is_clear(source, index) for index in layered[:_DECODED]):
+        found.append(
+            f"{len(layered)} {begin} (such as {source.describe(layered[0])}) can be transparent, "
+            f"and {key} takes the colour that is stored there, whatever it is: write "
+            "background=255 into the op that decodes, such as decode(background=255), to lay them "
+            "over white"
+        )
+    return found
+
+
+def _sample(source: Source) -> Sequence[int]:
+    """Returns the numbers of examples to look at."""
+    if getattr(source, "paths", None) is None:
+        return source.looked_at()  # few: by number they may be slow to read
+    return range(0, source.num_examples, max(source.num_examples // _SAMPLE, 1))
+
+
+def _look(source: Source, index: int) -> tuple[int, bool, bool] | None:
+    """Returns the example's number, whether EXIF turns it, and whether it has an alpha channel.
+
+    Reads the header alone. None for an image that is an array, or cannot be read.
+    """
+    try:
+        data, _ = source.peek(index)
+        if not isinstance(data, bytes):
+            return None
+        with Image.open(io.BytesIO(data)) as image:
+            # Not `image.getexif()`, which decodes a whole PNG and reads XMP, as no op here does.
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            turned = exif.get(_ORIENTATION, 1) in range(2, 9)
+            return index, turned, image.has_transparency_data
+    except _UNREADABLE as error:
+        logging.info("%s: not looked at (%s)", source.describe(index), error)
+        return None
+
+
+def _is_clear(source: Source, index: int) -> bool:
+    """Whether an image is transparent anywhere; the alpha of most screenshots is opaque."""
+    try:
+        with Image.open(io.BytesIO(source.peek(index)[0])) as image:
+            return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    except _UNREADABLE:
+        return False

@@ -54,6 +54,81 @@ def test_exif_orientation(way, byteorder):
     assert decode(data).shape == PHOTO.shape  # as the reference systems: not turned
 
 
+def turned_file(kind, way, pixels=PHOTO):
+    """An image file with that orientation, and the bytes of one that differs in that alone."""
+    exif = Image.Exif()
+    exif[0x0112] = way
+    options = {"jpeg": {"quality": 95}, "webp": {"lossless": True}}.get(kind, {})
+    image = Image.fromarray(pixels)
+    return encoded(image, kind, exif=exif, **options), encoded(image, kind, **options)
+
+
+def upright(pixels, way):
+    """Pixels as stored -> as Pillow turns them."""
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = way
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+@pytest.mark.parametrize("way", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_exif_orientation_of_other_kinds(kind, way):
+    data, plain = turned_file(kind, way)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    np.testing.assert_array_equal(decode(data, "decode(exif=True)"), want)
+    np.testing.assert_array_equal(decode(data), decode(plain))
+
+
+def test_exif_behind_the_pixels():
+    """PNG and WebP allow it there; Pillow writes it in front in PNG, and behind in WebP."""
+    data, plain = turned_file("png", 6)
+    at, end = data.index(b"eXIf") - 4, data.index(b"IDAT") - 4
+    behind = data[:at] + data[end:-12] + data[at:end] + data[-12:]
+    want = upright(decode(plain), 6)
+    np.testing.assert_array_equal(decode(behind, "decode(exif=True)"), want)
+
+
+def segment(marker, data):
+    """A segment of a JPEG."""
+    return bytes((0xFF, marker)) + (len(data) + 2).to_bytes(2, "big") + data
+
+
+@pytest.mark.parametrize("before", ["nothing", "JFIF", "a comment", "a profile", "filling", "all"])
+def test_what_stands_before_exif(before):
+    data = with_orientation(6)
+    at, jfif = data.index(b"Exif") - 4, segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0")
+    parts = {
+        "JFIF": jfif,
+        "a comment": segment(0xFE, b"by hand"),
+        "a profile": segment(0xE2, b"ICC_PROFILE\0" + b"x" * 60_000) * 2,
+        "filling": b"\xff" * 3,
+    }
+    front = b"".join(parts.values()) if before == "all" else parts.get(before, b"")
+    made = data[:2] + front + data[at:]
+    want = upright(decode(data), 6)
+    np.testing.assert_array_equal(decode(made, "decode(exif=True)"), want)
+
+
+@pytest.mark.parametrize("dct", ["", ", dct_scaling=True"])
+@pytest.mark.parametrize("way", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_exif_in_the_fused_crop(kind, way, dct):
+    """The window is drawn in the upright image: as if the file had been stored so."""
+    data, _ = turned_file(kind, way, peers.photo(120, 170))
+    options = "area_min=60, method='area'"
+    fused = decode(data, f"decode_jpeg_and_inception_crop(24, exif=True, {options}{dct})")
+    example = {"image": tf.constant(decode(data, "decode(exif=True)")), "label": tf.constant(0)}
+    example["seed"] = tf.constant([1, 2])
+    # The op stands at the same place of its pipe, so that the same window is drawn.
+    want = ops.parse(f"inception_crop(24, {options})").host(example)["image"].numpy()
+    if kind != "jpeg":
+        np.testing.assert_array_equal(fused, want)
+        return
+    # A window is rounded to whole pixels of a smaller image, and smoothed otherwise at its border.
+    apart = [abs(fused - upright(want, other).astype(int)).mean() for other in range(1, 9)]
+    assert np.argmin(apart) == 0 and apart[0] < (8 if dct else 1), apart
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_no_orientation_and_nonsense_leave_the_image_as_it_is(kind):
     data = encoded(Image.fromarray(PHOTO), kind)

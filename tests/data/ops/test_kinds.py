@@ -25,6 +25,7 @@ SEE_THROUGH = PHOTO.copy()
 SEE_THROUGH.putalpha(Image.fromarray(RAMP))
 MIRRORED = PHOTO.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 DEEP = RANDOM.integers(0, 65536, (33, 47))
+GIF = encoded(PHOTO.quantize(16), "gif")
 # IFAST of TensorFlow against ISLOW of Pillow: another rounding of the inverse DCT.
 JPEG_LARGEST, JPEG_MEAN = 24, 2.0
 
@@ -239,6 +240,11 @@ def test_a_transparent_grey_of_few_bits(depth):
     np.testing.assert_array_equal(have, np.repeat(want[..., None], 3, axis=2))
 
 
+def with_size(data, width, height):
+    """A BMP whose header says so."""
+    return data[:18] + width.to_bytes(4, "little") + height.to_bytes(4, "little") + data[26:]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -247,6 +253,8 @@ def test_a_transparent_grey_of_few_bits(depth):
         ("a new header", bmp(DEEP, 16, header=200), "header of 200 bytes.*save it as PNG"),
         ("cut off", bmp(DEEP, 16)[:900], "a BMP that is cut off: [0-9]+ bytes are missing"),
         ("no size", bmp(np.zeros((0, 4), int), 8) + b"\0" * 20, "4 x 0 pixels"),
+        ("a huge BMP", with_size(bmp(DEEP, 16), 60_000, 50_000), "60000 x 50000 pixels.*as PNG"),
+        ("a huge screen", on_screen(GIF, (60_000, 50_000)), "a GIF of 60000 x 50000 pixels, which"),
         ("no frame", encoded(PHOTO.quantize(4), "gif")[:25] + b";" * 20, "a GIF without an image"),
     ],
 )

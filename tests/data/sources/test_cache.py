@@ -6,9 +6,11 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from tests.support import images, tiny
 from tests.support.images import PIPE
+from tests.support.peers import photo
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
@@ -200,3 +202,39 @@ def test_a_config_with_a_cache_is_checked_and_read(tmp_path):
     _, data = check(tiny.of_folder(folder, input__cache="decoded", data__val_split=""))
     assert isinstance(data.sources["train"], CachedSource)
     assert data.sources["train"].read(tf.constant(3, tf.int64))["image"].shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize(
+    "ops_of_training",
+    [
+        "decode(exif=True, background=255)|resize(16)",
+        "decode|resize(16)",
+        "decode(exif=True, min_side=8)|resize(16)",
+        "decode_jpeg_and_inception_crop(16, area_min=50, exif=True, background=7)",
+    ],
+)
+def test_a_cache_decodes_as_the_pipe_does(tmp_path, ops_of_training):
+    """Upright or not, over the pipe's background or none: the batches are those without a cache."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(photo(20, 36))
+    clear = image.copy()
+    clear.putalpha(Image.fromarray(photo(20, 36)[..., 0]))
+    for i in range(8):
+        folder = tmp_path / "train" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        # The window of a JPEG is decoded a little otherwise than the whole of it.
+        kinds = ("png", "webp") if "crop" in ops_of_training else ("png", "webp", "jpg")
+        kind = kinds[i % len(kinds)]
+        (image if kind == "jpg" else clear).save(folder / f"{i}.{kind}", exif=exif, lossless=True)
+    made = {}
+    for form in ("off", *cache.FORMS):
+        keys = {"input__train_ops": f"{ops_of_training}|value_range(-1, 1)", "image_size": 16}
+        config = tiny.of_folder(tmp_path, input__cache=form, data__val_split="", **keys)
+        options, data = check(config)
+        ds = pipeline.make_train_data(
+            data.sources["train"], options.input.pipe, batch_size=8, seed=1, num_threads=1
+        )
+        (made[form],) = ds.take(1).as_numpy_iterator()
+    for form in cache.FORMS:
+        np.testing.assert_array_equal(made[form]["image"], made["off"]["image"])

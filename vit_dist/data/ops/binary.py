@@ -13,6 +13,8 @@ import tensorflow as tf
 
 from vit_dist.data.tracing import is_deviceless
 
+# Of an image. Pillow refuses more than 2.7 times as many; a damaged header may say anything.
+MAX_PIXELS = 1 << 26
 PIXELS = tf.TensorSpec((None, None, 4), tf.uint8)  # red, green, blue, alpha
 
 
@@ -43,10 +45,10 @@ def has(data: tf.Tensor, at: int, text: bytes) -> tf.Tensor:
 
 
 def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Tensor) -> tf.Tensor:
-    """Returns `data`, for what needs `condition`; InvalidArgumentError where that does not hold.
+    """Returns `data` for what needs `condition`; InvalidArgumentError where that does not hold.
 
     Args:
-      data: () string; only what is computed from the tensor returned waits for the check.
+      data: Any tensor; only what is computed from the one returned waits for the check.
       condition: () bool.
       message: What is wrong, with "{}" for each of `values`.
       *values: () int32 each.

@@ -26,7 +26,6 @@ KINDS = (
 # Pillow reads that).
 RAW_MASKS = (0x7C00, 0x03E0, 0x001F, 0)
 BYTE_MASKS = (0xFF0000, 0x00FF00, 0x0000FF, 0xFF000000)
-MAX_PIXELS = 1 << 26  # of an image; a damaged header may say anything
 _UNKNOWN = (
     "a BMP that is not read (header of {} bytes, {} bits a pixel, compression {}, {} x {} pixels): "
     "open it in an image program and save it as PNG"
@@ -92,7 +91,7 @@ def _read_header(data: tf.Tensor) -> tuple[tf.Tensor, _Header, tf.Tensor]:
     known &= tf.reduce_any(tf.equal(size, HEADERS))
     # In floating point: the product of a damaged header's numbers may exceed 31 bits.
     area = tf.cast(width, tf.float32) * tf.cast(tf.abs(height), tf.float32)
-    known &= (width > 0) & (area > 0) & (area <= MAX_PIXELS)
+    known &= (width > 0) & (area > 0) & (area <= binary.MAX_PIXELS)
     data = binary.require(data, known, _UNKNOWN, size, bits, compression, width, height)
     stride = (width * bits + 31) // 32 * 4
     # What is compressed may have any length; the search for its end ends with the data.
@@ -220,7 +219,8 @@ def _run_lengths(stream: tf.Tensor, header: _Header) -> tf.Tensor:
     half = tf.where(tf.equal(k % 2, 0), byte // 16, byte % 16)
     number = tf.where(rle4, half, byte)
     # What lies outside goes to a place behind the last pixel.
-    width, area = header.width, header.width * header.height
+    # TensorFlow may evaluate this before the checks of the header, where the file is a constant.
+    width, area = header.width, tf.minimum(header.width * header.height, binary.MAX_PIXELS)
     inside = (x + k < width) & (y < header.height)
     place = tf.where(inside, y * width + x + k, area)
     empty = tf.zeros([area + 1], tf.int32)

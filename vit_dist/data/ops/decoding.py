@@ -19,6 +19,7 @@ from vit_dist.data.ops.pipe import Pipe, op, switch
 # Aspect ratios (width / height) of Inception's crop, as in GoogLeNet (arXiv 1409.4842, section 6).
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 RATIOS = (1, 2, 4, 8)  # libjpeg decodes at 1 / each of these
+GIF, WEBP, PNG = b"GIF8", b"RIFF", b"\x89PNG"  # how files begin
 
 Color = tuple[int, int, int]
 
@@ -88,27 +89,28 @@ def decode_jpeg_and_inception_crop(
     def crop_jpeg(data, seed):
         # (height, width, channels) as stored, from the header: nothing is decoded yet.
         shape = tf.image.extract_jpeg_shape(data)
-        way = orientation.find(data) if exif else None
+        way = orientation.of_jpeg(data) if exif else None
         data = jpeg.mark_inverted(data, shape[2])
-        if way is None:
-            # Rows and columns alone, as a JPEG's decoder takes them.
+
+        def decode_window(begin, extent):
+            def at(ratio):
+                window = _scaled_window(begin, extent, shape[:2], ratio)
+                return tf.image.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
+
+            return _at_ratio(extent, size, at) if dct_scaling else at(1)
+
+        def as_stored():
             begin, extent = (x[:2] for x in _crop_window(shape, area, seed))
-            stored = begin, extent
-        else:
-            # The window is drawn in the image as a person sees it, so that its aspect ratio is
-            # right, and then looked up in the image as stored.
+            return decode_window(begin, extent)
+
+        def turned():
             upright = tf.concat([orientation.swap_sides(way, shape[:2]), shape[2:]], axis=0)
             begin, extent = (x[:2] for x in _crop_window(upright, area, seed))
             stored = orientation.stored_window(way, begin, extent, upright[:2])
+            return orientation.turn(decode_window(*stored), way)
 
-        def at(ratio):
-            window = _scaled_window(*stored, shape[:2], ratio)
-            return tf.image.decode_and_crop_jpeg(data, window, channels=3, ratio=ratio)
-
-        # The ratio depends on the window's size, not the image's: the window must not get smaller
-        # than `size`.
-        image = _at_ratio(extent, size, at) if dct_scaling else at(1)
-        image = image if way is None else orientation.turn(image, way)
+        # Most are stored upright, and cost no more than without `exif`.
+        image = as_stored() if way is None else tf.cond(way > 1, turned, as_stored)
         return resize_image(image, size, method, antialias)
 
     def crop_decoded(image, seed):
@@ -122,7 +124,7 @@ def decode_jpeg_and_inception_crop(
         result = tf.cond(
             tf.io.is_jpeg(image),
             lambda: crop_jpeg(image, seed),
-            lambda: crop_decoded(decode_whole(image, **options), seed),
+            lambda: crop_decoded(_decode_other(image, exif, options["background"]), seed),
         )
         return tf.ensure_shape(result, (*size, 3))
 
@@ -148,12 +150,11 @@ def decode_whole(
     Raises:
       InvalidArgumentError: It is no image, damaged, or a kind that is not read.
     """
-    pixels = tf.cond(
+    return tf.cond(
         tf.io.is_jpeg(data),
-        lambda: _decode_jpeg(data, min_side),
-        lambda: _decode_other(data, background),
+        lambda: _decode_jpeg(data, exif, min_side),
+        lambda: _decode_other(data, exif, background),
     )
-    return orientation.turn(pixels, orientation.find(data)) if exif else pixels
 
 
 def decoding_of(pipe: Pipe) -> dict:
@@ -186,53 +187,56 @@ def _check_decoding(*, exif=False, min_side=None, background=None) -> dict:
     return {"exif": exif, "min_side": min_side, "background": background}
 
 
-def _decode_jpeg(data: tf.Tensor, min_side: int | None) -> tf.Tensor:
+def _decode_jpeg(data: tf.Tensor, exif: bool, min_side: int | None) -> tf.Tensor:
     shape = tf.image.extract_jpeg_shape(data)
     data = jpeg.mark_inverted(data, shape[2])
-    if min_side is None:
-        return tf.io.decode_jpeg(data, channels=3)
-    return _at_ratio(
-        shape[:2],
-        (min_side, min_side),
-        lambda ratio: tf.io.decode_jpeg(data, channels=3, ratio=ratio),
-    )
+
+    def at(ratio):
+        return tf.io.decode_jpeg(data, channels=3, ratio=ratio)
+
+    pixels = at(1) if min_side is None else _at_ratio(shape[:2], (min_side, min_side), at)
+    return orientation.turn(pixels, orientation.of_jpeg(data)) if exif else pixels
 
 
-def _decode_other(data: tf.Tensor, background: Color | None) -> tf.Tensor:
+def _decode_other(data: tf.Tensor, exif: bool, background: Color | None) -> tf.Tensor:
     """Returns the pixels, (H, W, 3) uint8, of a file that is no JPEG."""
-    # Alpha of a PNG matters only where there is a background to lay it over.
-    mended = _MENDED if background is None else {**_MENDED, b"\x89PNG": png.decode}
     begin = tf.strings.substr(data, 0, 4)
-    needs_care = tf.reduce_any(tf.equal(begin, list(mended)))
-    needs_care |= tf.equal(tf.strings.substr(data, 0, 2), b"BM")
+    is_bmp = tf.equal(tf.strings.substr(begin, 0, 2), b"BM")
 
     def plain() -> tf.Tensor:
         # A PNG; or bytes that are no image, which TensorFlow refuses with a message.
         return tf.io.decode_image(data, channels=3, expand_animations=False)
 
-    return tf.cond(needs_care, lambda: _careful(background)(data), plain)
+    if not exif and background is None:
+        is_mended = is_bmp | tf.reduce_any(tf.equal(begin, (GIF, WEBP)))
+        return tf.cond(is_mended, lambda: _decode_mended(data)[..., :3], plain)
+    is_known = is_bmp | tf.reduce_any(tf.equal(begin, (GIF, WEBP, PNG)))
+    return tf.cond(is_known, lambda: _decoder(exif, background)(data), plain)
 
 
-# First four bytes of files that TensorFlow does not read as it should -> the function that does.
-# BMP has only two, and is looked for apart.
-_MENDED = {b"GIF8": gif.decode, b"RIFF": webp.decode}
+@binary.one_node(binary.PIXELS)
+def _decode_mended(data: tf.Tensor) -> tf.Tensor:
+    """Returns (H, W, 4) uint8 of what TensorFlow alone does not read as it should."""
+    matches = tf.equal(tf.strings.substr(data, 0, 4), (GIF, WEBP))
+    number = tf.reduce_sum(tf.where(matches, (1, 2), 0))
+    functions = (bmp.decode, gif.decode, webp.decode)
+    return switch(number, [functools.partial(function, data) for function in functions])
 
 
 @functools.cache
-def _careful(background: Color | None):
-    """Returns a function of a file's bytes, () string, to pixels (H, W, 3) uint8: all but JPEG."""
-    kinds = {**_MENDED, b"\x89PNG": png.decode} if background is not None else _MENDED
+def _decoder(exif: bool, background: Color | None):
+    """Returns a function of the bytes of a PNG, BMP, GIF or WebP, () string -> (H, W, 3) uint8."""
 
     @binary.one_node(tf.TensorSpec((None, None, 3), tf.uint8))
-    def decode_kind(data: tf.Tensor) -> tf.Tensor:
-        # 0 where none matches, which is BMP; else the number of the kind, from 1.
-        matches = tf.equal(tf.strings.substr(data, 0, 4), list(kinds))
-        number = tf.reduce_sum(tf.where(matches, tf.range(1, len(kinds) + 1), 0))
-        functions = (bmp.decode, *kinds.values())
-        branches = [functools.partial(function, data) for function in functions]
-        return _lay_over(switch(number, branches), background)
+    def decode_other(data: tf.Tensor) -> tf.Tensor:
+        pixels = tf.cond(
+            binary.has(data, 0, PNG), lambda: png.decode(data), lambda: _decode_mended(data)
+        )
+        if exif:
+            pixels = orientation.turn(pixels, orientation.of_other(data))
+        return _lay_over(pixels, background)
 
-    return decode_kind
+    return decode_other
 
 
 def _lay_over(pixels: tf.Tensor, background: Color | None) -> tf.Tensor:

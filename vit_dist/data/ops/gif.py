@@ -22,6 +22,7 @@ _PALETTE = bytes(value for number in range(256) for value in (number,) * 3)
 # What follows the screen's size in the new file: flags with 256 colours, background, aspect ratio,
 # palette, and the frame's header up to its size.
 _AFTER_SIZE = bytes((TABLE | 7, 0, 0)) + _PALETTE + bytes((IMAGE, 0, 0, 0, 0))
+_TOO_LARGE = "a GIF of {} x {} pixels, which is more than is read: save its image as PNG"
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
@@ -48,11 +49,14 @@ def decode(data: tf.Tensor) -> tf.Tensor:
 
     left, top, width, height = tf.unstack(binary.numbers(data, at + 1, 4, tf.uint16))
     across, down = tf.unstack(binary.numbers(data, 6, 2, tf.uint16))
-    below = tf.maximum(down - top - height, 0)
-    right = tf.maximum(across - left - width, 0)
+    down, across = tf.maximum(down, top + height), tf.maximum(across, left + width)
+    usable = down <= binary.MAX_PIXELS // tf.maximum(across, 1)
+    frame = binary.require(frame, usable, _TOO_LARGE, across, down)
+    # Of a constant file TensorFlow may pad when it optimises the graph: before the check.
+    margins = tf.where(usable, ((top, down - top - height), (left, across - left - width)), 0)
     # Around the frame Pillow has the transparent colour, and else colour 0.
     around = tf.cast(tf.maximum(transparent, 0), tf.uint8)
-    pixels = tf.pad(frame, ((top, below), (left, right)), constant_values=around)
+    pixels = tf.pad(frame, margins, constant_values=around)
     place = tf.where(own > 0, at + IMAGE_HEADER, SCREEN)
     palette = tf.reshape(binary.read(data, place, tf.where(own > 0, own, shared)), (-1, 3))
     pixels = tf.cast(pixels, tf.int32)

@@ -13,19 +13,17 @@ SHORT, LONG = 3, 4  # types of numbers, of 2 and 4 bytes
 ENTRY = 12  # bytes of one entry of a directory: tag, type, count, value
 
 
-def find(data: tf.Tensor) -> tf.Tensor:
-    """Returns the orientation, 1 to 8, that a file's bytes, () string, give; 1 if they do not.
-
-    Looked for in JPEG, PNG and WebP; BMP and GIF hold no EXIF.
-    """
+def of_jpeg(data: tf.Tensor) -> tf.Tensor:
+    """Returns the orientation, () int32 of 1 to 8, that a JPEG's bytes give; 1 if they do not."""
     return tf.cond(
-        tf.io.is_jpeg(data), lambda: _read(data, *jpeg.find_exif(data)), lambda: _of_other(data)
+        jpeg.may_have_exif(data),
+        lambda: _read(_cut(data, *jpeg.find_exif(data))),
+        lambda: tf.constant(1),
     )
 
 
-@binary.one_node(tf.TensorSpec((), tf.int32))
-def _of_other(data: tf.Tensor) -> tf.Tensor:
-    """Returns what `find` does, for files that are no JPEG."""
+def of_other(data: tf.Tensor) -> tf.Tensor:
+    """As `of_jpeg`, of PNG and WebP; BMP and GIF hold no EXIF."""
     nothing = tf.constant(0), tf.constant(0)
     # Where EXIF lies: a chunk of its own in both formats.
     place = tf.cond(
@@ -35,15 +33,20 @@ def _of_other(data: tf.Tensor) -> tf.Tensor:
             binary.has(data, 0, b"RIFF"), lambda: webp.find(data, b"EXIF"), lambda: nothing
         ),
     )
-    return _read(data, *place)
+    return _read(_cut(data, *place))
 
 
-def _read(data: tf.Tensor, at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """Returns the orientation in `count` bytes of EXIF, which is a TIFF file without pixels."""
-    # PNG and WebP need no name before it, but some programs write one.
+def _cut(data: tf.Tensor, at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+    """Returns `count` bytes of EXIF from place `at` on, without the name that JPEG needs."""
+    # PNG and WebP need none, but some programs write it.
     name = tf.strings.substr(data, at, len(jpeg.EXIF_NAME))
     skipped = tf.where(tf.equal(name, jpeg.EXIF_NAME), len(jpeg.EXIF_NAME), 0)
-    exif = tf.strings.substr(data, at + skipped, tf.maximum(count - skipped, 0))
+    return tf.strings.substr(data, at + skipped, tf.maximum(count - skipped, 0))
+
+
+@binary.one_node(tf.TensorSpec((), tf.int32))
+def _read(exif: tf.Tensor) -> tf.Tensor:
+    """Returns the orientation in bytes of EXIF, which is a TIFF file without pixels."""
     little = tf.equal(tf.strings.substr(exif, 0, 1), b"I")  # Intel's order of bytes or Motorola's
 
     def words(at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -78,9 +81,13 @@ def _read(data: tf.Tensor, at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
 
 def turn(image: tf.Tensor, way: tf.Tensor) -> tf.Tensor:
     """Returns an image, (H, W, C) or (W, H, C), the right way up, from `way` () int32, 1 to 8."""
-    # Transposed first, mirrored then; stored_window goes the other way.
-    image = tf.cond(way >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
-    return tf.raw_ops.Reverse(tensor=image, dims=tf.concat([_mirrors(way), [False]], axis=0))
+
+    def turned() -> tf.Tensor:
+        upright = tf.cond(way >= 5, lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+        return tf.raw_ops.Reverse(tensor=upright, dims=tf.concat([_mirrors(way), [False]], axis=0))
+
+    # Reverse copies the image even where nothing is to be mirrored.
+    return tf.cond(way > 1, turned, lambda: image)
 
 
 def stored_window(
