@@ -83,8 +83,6 @@ class PatchEmbedding(keras.layers.Layer):
         if self.form == "tensor":
             # Stride = kernel: the windows of the convolution are the patches.
             kernel, bias = (tf.convert_to_tensor(v) for v in (self.kernel, self.bias))
-            # Stride = kernel and no padding: each pixel is in one patch, as images are multiples of
-            # it.
             x = tf.nn.conv2d(images, kernel, (p, q), "VALID") + bias
             return tf.reshape(x, (-1, rows * columns, self.width))
         # (B, height, width, C) -> (B, rows, p, columns, q, C) -> (B, rows, columns, p, q, C): then

@@ -144,7 +144,6 @@ class ViT(keras.Model):
         self._make_layers()
 
     def _make_layers(self) -> None:
-        # Each layer gets the model's policy: Keras would give it the global one.
         config, dtype = self._config, self.dtype_policy
         # What a block and the attention pooling have in common. Keras does not pass a model's
         # dtype policy on to its layers, so each is given it.

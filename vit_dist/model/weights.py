@@ -297,8 +297,6 @@ class _Plan:
         def resampled() -> np.ndarray:
             # Entries of tokens before the patches have no place in the grid: they stay apart.
             table = self._read("pos_embedding")
-            # Only the entries of patches lie on a grid. The other entries are kept, cut, or filled
-            # up.
             cls, registers, patches = np.split(table, (self.theirs[0], prefix), axis=1)
             patches = resize_posemb(
                 patches, old_grid=old_grid, new_grid=new_grid, method=self.method

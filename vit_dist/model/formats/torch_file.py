@@ -117,7 +117,6 @@ class _Inert:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    # Arguments come from the pickle, so that none can be trusted to be of the right type.
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
     # The arguments come from the file: nothing is believed before it is checked here and in _check.
