@@ -105,6 +105,7 @@ def from_theirs(tensors: Mapping[str, LazyArray], rules: Sequence[Rule]) -> Conv
     used = set()
     for rule, block in _expand(rules, lambda name: name in tensors, "theirs"):
         theirs = rule.theirs.format(i=block)
+        # Names that no rule takes are the caller's to judge.
         used.add(theirs)
         for k, name in enumerate(rule.ours):
             found[name.format(i=block)] = _lazy(theirs, tensors[theirs], rule.transform, k)
@@ -127,9 +128,13 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
     for rule, block in _expand(rules, lambda name: name in arrays, "ours"):
         names = [name.format(i=block) for name in rule.ours]
         if used.issuperset(names):
-            continue  # several systems' names in one table: the first that fits is written
+            # One table may list several names for the same variables, as of ViT and DINOv2 in
+            # transformers: the first is written.
+            continue
         parts = [np.asarray(arrays[name]) for name in names]
         theirs = rule.transform.join(parts, num_heads)
+        # A transpose is a view; files need its numbers in order. ascontiguousarray makes a scalar
+        # an array of one number, so the shape is set again.
         written[rule.theirs.format(i=block)] = np.ascontiguousarray(theirs).reshape(theirs.shape)
         used.update(names)
     rest = sorted(set(arrays) - used)
@@ -149,6 +154,7 @@ def _expand(rules: Sequence[Rule], has: Callable[[str], bool], side: str):
     for rule in rules:
         names = (rule.theirs,) if side == "theirs" else rule.ours
         block = 0
+        # Blocks are numbered from 0 without gaps: the first that is missing ends the search.
         while all(has(name.format(i=block)) for name in names):
             yield rule, block
             block += 1
