@@ -330,7 +330,7 @@ def message_of(error: Exception) -> str:
     # Names of nodes go: "{{node a/b}} Invalid PNG data [[{{...}}]] [Op:IteratorGetNext]" becomes
     # "Invalid PNG data".
     text = re.sub(r"{{.*?}}\s*|\s*\[Op:.*|\s*\[\[.*", "", text)
-    # How those lines begin that are headings or traceback; the first other line says what is wrong.
+    # Beginnings of lines that are headings or traceback; the first other line says what is wrong.
     around = (" ", "\t", "<stack traces", "Detected at node", "Graph execution error")
     lines = [x for x in text.split("\n") if x.strip() and not x.startswith(around)]
     text = re.sub(r"^\w+Error: ", "", lines[0]) if lines else type(error).__name__

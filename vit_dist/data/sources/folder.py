@@ -147,8 +147,7 @@ class FolderSource(base.Source):
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._tables is None:
-            # fsencode gives the bytes of a name back that is not UTF-8; TensorFlow refuses such
-            # text.
+            # Names need not be UTF-8, which TensorFlow refuses as text: fsencode gives their bytes.
             names = [os.fsencode(path) for path in self.paths.tolist()]
             self._tables = base.on_host(
                 lambda: {"path": tf.constant(names), "label": tf.constant(self.labels)}
