@@ -132,6 +132,7 @@ def convert(
         raise ConfigError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
     out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
+    # Shards are numbered by it, so another number of examples per shard is another plan.
     plan = {**_plan_of(source), "examples_per_shard": examples_per_shard}
     _check_plan(out / PLAN, plan)
     num_shards = -(-source.num_examples // examples_per_shard)

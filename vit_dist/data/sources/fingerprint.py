@@ -48,6 +48,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str],
       noticeable, but may be a few files that were repaired. Without any line the data is taken for
       the same.
     """
+    # A key that only one of them has cannot differ.
     both = [key for key in DECIDING if key in then and key in now]
     other = [f"{key}: {then[key]} -> {now[key]}" for key in both if then[key] != now[key]]
     noticed = []

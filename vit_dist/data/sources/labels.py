@@ -151,5 +151,6 @@ def look_at(load: Callable[[int], int], indices: Sequence[int]) -> list[int | No
         except (ValueError, FileNotFoundError):
             return None
 
+    # In parallel, as each waits for a disk or a network.
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(one, indices))

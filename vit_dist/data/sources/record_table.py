@@ -67,6 +67,8 @@ def open_table(
             logging.log_every_n_seconds(
                 logging.INFO, "indexed %d of %d files", 10, len(offsets), len(files)
             )
+    # With the sizes from before the scan: a file that grew meanwhile is noticed at the next
+    # opening.
     table = Table(offsets, sizes, compression)
     check(sum(map(len, offsets)))  # before a table of wrong numbers is kept
     _keep(table, path, files)
@@ -162,6 +164,7 @@ def _scan(path: epath.Path, file) -> np.ndarray:
         header = window[offset - begin : offset - begin + HEADER]
         # A rest that is too short for a header is treated as a record that is too long.
         length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else size
+        # A damaged length leads beyond the end, like a file that was cut.
         if offset + HEADER + length + FOOTER > size:
             raise DataError(
                 f"file {path} ends within its record {len(starts)} (at byte {offset} of {size})"
@@ -216,6 +219,7 @@ def _scan_packed(path: epath.Path, file, compression: str) -> np.ndarray:
         # Seeking is impossible: all is unpacked, and everything but the headers is dropped.
         while header := unpacked.read(HEADER):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else 0
+            # What _skip could not read, or a header that is too short, is missing at the end.
             if _skip(unpacked, length + FOOTER) or len(header) < HEADER:
                 raise EOFError("it ends within a record")
             starts.append(offset)

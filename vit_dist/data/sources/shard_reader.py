@@ -160,6 +160,7 @@ class _OpenFiles:
             file.users += 1
             # Those not in use now, longest unused first: move_to_end keeps the order of last use.
             idle = [k for k, other in self._files.items() if not other.users]
+            # Fewer than are too many, if the others are in use: then more stay open for a while.
             self._close(idle[: max(len(self._files) - max_open(), 0)])
         try:
             # Outside of the common lock, so that other files can be borrowed while this one is

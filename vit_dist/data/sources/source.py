@@ -149,6 +149,7 @@ class Source(abc.ABC):
         # The order is asked for each time, as `follow` may change it; the rest is computed once.
         return {**self._contents, "order": self.order}
 
+    # Cached, as it reads files, and several parts of a run ask for it.
     @functools.cached_property
     def _contents(self) -> dict[str, Any]:
         found: dict[str, Any] = {

@@ -194,9 +194,11 @@ class TfrecordSource(base.Source):
 
     def names(self) -> list[str]:
         counts = zip(self.files, self.file_lengths(), strict=True)
+        # With the count of each file: files of one name may hold other examples.
         return [f"{file.name} {count}" for file, count in counts]
 
     def sizes(self) -> int:
+        # Known from the table, so that it costs nothing in a bucket either.
         return checksum(map(str, self._table.sizes))
 
     def looked_at(self) -> list[int]:
@@ -265,6 +267,7 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
 def _count_of(split: str, counts: Mapping[str, int] | None) -> int | None:
     if counts is None:
         return None
+    # None, for a split without a number, is refused below.
     count = counts.get(split) if isinstance(counts, Mapping) else None
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(
