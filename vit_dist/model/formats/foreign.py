@@ -61,6 +61,7 @@ def explain_names(names: Iterable[str]) -> str | None:
     """What a network with tensors of these names has that ours has not; None if unknown."""
     names = list(names)  # it is searched once for each pattern
     for pattern, meaning in _BY_TENSOR:
+        # One tensor is enough: no plain ViT has any of these names.
         if any(re.search(pattern, name) for name in names):
             return meaning
     return None

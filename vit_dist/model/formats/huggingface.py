@@ -255,6 +255,7 @@ def _check_family(names: Iterable[str], kind: str | None, where: str) -> None:
 
 def _check_prefix(names: Any) -> None:
     """Raises DataError if the names begin with another model's, such as dpt. or swin."""
+    # What stands before the patch embedding's name, such as "dinov2." or "model.backbone.".
     prefix = next(name for name in names if name.endswith(_STEM)).removesuffix(_STEM)
     for part in prefix.split(".")[:-1]:
         if part not in _PREFIXES:
@@ -355,6 +356,7 @@ def to_config(network: Mapping[str, Any], *, labels: Any) -> dict[str, Any]:
         "id2label": {str(i): name for i, name in enumerate(labels)},
         "label2id": {name: i for i, name in enumerate(labels)},
     }
+    # DINOv2 says the MLP's width in widths of the model, ViT in numbers.
     if family.startswith("dinov2"):
         config |= {"mlp_ratio": network["mlp_dim"] // network["width"], "use_swiglu_ffn": False}
         config |= {"num_register_tokens": network["registers"]} if network["registers"] else {}

@@ -43,6 +43,7 @@ def _fused(count: int) -> Transform:
 
 
 # Shapes, the other system's <-> ours: D width, H heads, K = D / H, C channels, (p, q) a patch.
+# Each pair is (split, join), two functions that undo each other; `heads` is H.
 SAME = Transform(lambda a: [a], lambda parts, heads: parts[0])
 LINEAR = Transform(lambda a: [a.T], lambda parts, heads: parts[0].T)  # (out, in) <-> (in, out)
 CONV = Transform(  # (D, C, p, q) <-> (p, q, C, D)
@@ -137,6 +138,7 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
         # an array of one number, so the shape is set again.
         written[rule.theirs.format(i=block)] = np.ascontiguousarray(theirs).reshape(theirs.shape)
         used.update(names)
+    # A variable that is not written would be missing in the file without a word.
     rest = sorted(set(arrays) - used)
     if rest:
         raise DataError(f"the format has no place for {', '.join(rest[:5])}")
@@ -193,5 +195,6 @@ def stacked(tensor: LazyArray, block: int) -> LazyArray:
 def depth_of(names: Any) -> int:
     """Number of blocks among names of ours."""
     prefix = "encoderblock_"
+    # Without any block the largest number is -1, and the depth 0.
     blocks = [n.split("/")[0].removeprefix(prefix) for n in names if n.startswith(prefix)]
     return 1 + max(map(int, blocks), default=-1)

@@ -74,6 +74,7 @@ def open_pretrained(path: Path, *, image_size: int | tuple[int, int] | None = No
       UnfitError: the size of its images must be told.
     """
     folder, file = _open(path)
+    # Systems are told apart by the name of the patch embedding's kernel.
     system = next((name for name, s in _SYSTEMS.items() if s.detect(file.tensors)), None)
     if system is None:
         meaning = explain_names(file.tensors)
@@ -235,6 +236,7 @@ def _network(
     if meaning:
         raise DataError(f"no plain ViT: it has {explain_names(names) or meaning}")
     # From here on there is no doubt that it is a plain ViT; its sizes are those of its tensors.
+    # (0, 0) stands for the shape of a layer that is not there.
     kernel, dense = shapes["embedding/kernel"], "encoderblock_0/mlp/dense_0/kernel"
     network: dict[str, Any] = {
         "patch_size": kernel[0],

@@ -122,6 +122,7 @@ def read_exactly(file: IO[bytes], size: int) -> memoryview:
 
 def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     """Raises DataError unless `size` bytes are what the shape needs."""
+    # Python's integers do not overflow, whatever shape a damaged file claims.
     needed = math.prod(shape) * dtype.itemsize
     # The product of two negative sizes would be positive.
     if min(shape, default=0) < 0 or needed != size:
