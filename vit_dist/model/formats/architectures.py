@@ -7,6 +7,7 @@ word is known to change nothing, or changes something that our ViT has too (as o
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vit_dist.config.errors import DataError
@@ -77,7 +78,8 @@ def explain_architecture(name: str) -> str | None:
     # Each of these words alone is plain: it is DINOv2's giant that has another MLP.
     if {"giant", "dinov2"} <= set(words):
         return "SwiGLU in place of the MLP"
-    known, judged = _FOREIGN_WORDS, words
+    known: Sequence[tuple[str, str]] = _FOREIGN_WORDS
+    judged = words
     if not words[0].startswith(_PLAIN_FAMILIES):
         # Further words mean something else there: the s24 of cait_s24 is no convolution's.
         known, judged = (*_FAMILIES, *_FOREIGN_WORDS), words[:1]

@@ -233,7 +233,7 @@ def _image_size(config: Mapping[str, Any], args: Mapping[str, Any], patch: int, 
       DataError: the network pads images, where ours leaves out what is no whole patch.
     """
     shape = (config.get("pretrained_cfg") or {}).get("input_size")  # channels, height, width
-    size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
+    size: Any = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
     if args.get("dynamic_img_pad") and size and any(n % patch for n in as_pair(size)):
         raise DataError(
             f"{where} has dynamic_img_pad=True: images of {as_pair(size)} are padded to whole "

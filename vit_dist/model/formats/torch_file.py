@@ -247,7 +247,7 @@ def _config(content: Any) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         return {}
     # argparse's Namespace, which is inert here with its state, or a dictionary.
-    found = next((content[key] for key in _OPTIONS if key in content), {})
+    found: Any = next((content[key] for key in _OPTIONS if key in content), {})
     options = found.state if isinstance(found, _Inert) else found
     options = options if isinstance(options, Mapping) else {}
     # timm writes "arch"; DeiT, MAE and DINO only keep their command line, with --model or --arch.
