@@ -30,10 +30,11 @@ MAX_SECONDS = 60.0  # of looking for further damaged examples, once one is found
 MAX_NAMED = 100  # damaged examples that are named, so that a long run does not flood its log
 MIN_BAD = 2  # examples of an epoch that may be masked whatever share of a small set they are
 
-# The key under which a record carries its position, which `Damage` counts by.
+# The key of a record that holds its position in the run; `Damage` counts by it.
 POSITION = "position"
 
-# What the data can be blamed for; a network or a memory that fails would be masked wrongly.
+# Errors that the data is to blame for. Others, such as a network that fails or memory that runs
+# out, must stop the run: masking would hide them.
 DATA_ERRORS = (
     tf.errors.NotFoundError,
     tf.errors.InvalidArgumentError,
@@ -55,9 +56,11 @@ class Damage:
     def __init__(self, source: Source, *, max_share: float = 1.0):
         self._source, self._max_share = source, max_share
         self._lock = threading.Lock()
-        # By position: batches are made ahead, and the first of them once more for a preview.
+        # Keyed by position, so that each example is counted once, although the first batch is made
+        # a second time for a preview.
         self._reasons: dict[int, str] = {}
-        # Examples that the log has named; the same one is masked again in each epoch.
+        # Numbers of the examples that the log has named; a damaged one is masked again in each
+        # epoch.
         self._seen: set[int] = set()
 
     def add(self, position: int, index: int, error: Exception) -> None:
@@ -71,6 +74,7 @@ class Damage:
         reason = reason_of(error)
         with self._lock:
             self._reasons[position] = reason
+            # Checked and noted under one lock: two threads may meet the same example.
             new = index not in self._seen and len(self._seen) < MAX_NAMED
             self._seen.add(index)
         if new:
@@ -84,6 +88,7 @@ class Damage:
         its number of steps times the global batch size.
         """
         with self._lock:
+            # Counted under the lock, because the pipeline's threads go on adding.
             return dict(
                 collections.Counter(
                     reason
@@ -93,7 +98,7 @@ class Damage:
             )
 
     def check_share(self, masked: int, *, seen: int, repeats: int = 1) -> None:
-        """As the function `check_share`, for this source and its limit."""
+        """Calls the function `check_share` with the size of this source and this limit."""
         check_share(
             masked,
             seen=seen,
@@ -148,6 +153,7 @@ def masking(
         # Traced here, for a whole chunk and for one example: in the threads of tf.data, tracing
         # would race with that of the training step.
         function = tf.function(make_chunk, autograph=False)
+        # Every chunk has as many records (pipeline._chunk), so two traces are enough.
         size = inputs["index"].shape[0]
         whole, single = (
             function.get_concrete_function(
@@ -159,6 +165,7 @@ def masking(
     # tf.data calls this from its own threads, in which no device is chosen yet.
     def call(concrete, chunk: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with tf.device("CPU:0"):
+            # With the dtype named: strings arrive as numpy arrays of objects, which do not tell it.
             made = concrete(**{k: tf.constant(v, inputs[k].dtype) for k, v in chunk.items()})
         return {k: v.numpy() for k, v in made.items()}
 
@@ -169,12 +176,14 @@ def masking(
             # Padding of an evaluation repeats an example, which counts where it stands itself.
             if chunk.get("mask", np.ones(1))[0]:
                 damage.add(int(chunk[POSITION][0]), int(chunk["index"][0]), error)
-            # Zeros, and for strings that a pipe keeps, such as paths, the empty one.
+            # The example becomes zeros, and empty strings where the pipe keeps strings such as
+            # paths.
             empty = {k: b"" if s.dtype == tf.string else 0 for k, s in outputs.items()}
             zeros = {
                 k: np.full((1, *s.shape), empty[k], s.dtype.as_numpy_dtype)
                 for k, s in outputs.items()
             }
+            # Number, epoch and seed are known also of an example that cannot be read.
             return {**zeros, **{k: chunk[k] for k in POSITION_SPEC if k in outputs}}
 
     def attempt(*values: np.ndarray) -> list[np.ndarray]:
@@ -182,14 +191,14 @@ def masking(
         try:
             made = call(whole, chunk)
         except DATA_ERRORS:
-            # Which of them failed is not known: all are made once more, one by one.
+            # The error does not say which example of the chunk failed, so each is made once more,
+            # alone.
             ones = [one({k: v[i : i + 1] for k, v in chunk.items()}) for i in range(size)]
             made = {k: np.concatenate([example[k] for example in ones]) for k in outputs}
         return [made[k] for k in outputs]
 
     def guarded(chunk: Tensors) -> Tensors:
-        # Not stateful: the result depends on its inputs alone, so tf.data may prefetch and
-        # parallelise.
+        # Not stateful: the result depends on the inputs alone, so tf.data may call it in parallel.
         made = tf.numpy_function(
             attempt, [chunk[k] for k in inputs], [s.dtype for s in outputs.values()], stateful=False
         )
@@ -228,12 +237,13 @@ def explain_data_error(
     found = labels.find(error.message or "")
     if found is not None:
         return _explain_label(source, *found)
+    # Storage that was cut damages many examples at once; the source names the file.
     damage = source.find_damage()
     if damage is not None:
         return damage
     count = min(max_examples, source.num_examples)
     if source.indexable:
-        # Those that were being read first, each once.
+        # The examples that were being read when it failed come first; each is looked at once.
         candidates = list(dict.fromkeys([*(int(i) for i in indices), *range(count)]))
         lines = _damaged(source, _problems_by_index(source, pipe, candidates))
     else:
@@ -275,7 +285,7 @@ def _problems_by_index(
 def _problems_of_stream(
     source: Source, pipe: Pipe | None, count: int
 ) -> Iterator[tuple[int, str | None]]:
-    """As `_problems_by_index`, of the first examples of a stream."""
+    """Yields number and problem, as `_problems_by_index`, of a stream's first `count` examples."""
     with tf.device("CPU:0"):
         records = iter(source.stream(seed=None, epoch=0).take(count))
     for record in records:
@@ -284,9 +294,10 @@ def _problems_of_stream(
 
 
 def _explain_label(source: Source, label: int, index: int) -> str:
-    """Says which example has a label outside of the classes, and what others suggest to do."""
+    """Says which example has a label outside of the classes, and what other labels suggest."""
     others: list[int] = []
     if source.indexable:
+        # Evenly spread; the step is rounded up, so that these are at most MAX_LABELS.
         indices = range(0, source.num_examples, -(-source.num_examples // labels.MAX_LABELS))
         # One label tells nothing about the others: whether all count from 1, say.
         looked = labels.look_at(lambda i: source.peek(i)[1], indices)
@@ -304,6 +315,8 @@ def _explain_label(source: Source, label: int, index: int) -> str:
 def reason_of(error: Exception) -> str:
     """Returns "missing", "corrupt" (how it is stored), "mislabelled", or "undecodable"."""
     text = str(error)
+    # NotFoundError comes where TensorFlow reads the file. What Python reads fails with another
+    # type, and with MISSING, CORRUPT or ENDED in its text.
     if isinstance(error, tf.errors.NotFoundError) or MISSING in text:
         return "missing"
     if isinstance(error, tf.errors.DataLossError) or CORRUPT in text or ENDED in text:
@@ -314,12 +327,14 @@ def reason_of(error: Exception) -> str:
 def message_of(error: Exception) -> str:
     """Returns the one line of TensorFlow's message that says what is wrong."""
     text = (error.message if isinstance(error, tf.errors.OpError) else None) or str(error)
-    # "{{node a/b}} Invalid PNG data [[{{...}}]] [Op:IteratorGetNext]" -> "Invalid PNG data"
-    text = re.sub(r"{{.*?}}\s*|\s*\[Op:.*|\s*\[\[.*", "", text)  # names of nodes
-    # Lines of tracebacks and headings that surround the one line which says something.
+    # Names of nodes go: "{{node a/b}} Invalid PNG data [[{{...}}]] [Op:IteratorGetNext]" becomes
+    # "Invalid PNG data".
+    text = re.sub(r"{{.*?}}\s*|\s*\[Op:.*|\s*\[\[.*", "", text)
+    # Beginnings of lines that are headings or traceback; the first other line says what is wrong.
     around = (" ", "\t", "<stack traces", "Detected at node", "Graph execution error")
     lines = [x for x in text.split("\n") if x.strip() and not x.startswith(around)]
     text = re.sub(r"^\w+Error: ", "", lines[0]) if lines else type(error).__name__
+    # A failed tf.debugging.Assert lists its values: "assertion failed: [its label is] [7] [...]".
     failed = re.search(r"assertion failed: \[(.*)\]", text)
     if failed:
         text = failed[1].replace("] [", " ")

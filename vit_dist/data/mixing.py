@@ -12,7 +12,8 @@ weight of 1.
 
 The partner of an example is the one before it, cyclically, within a group of `group_size`
 neighbours of the global batch. Any fixed pairing is as good as another, since the order of the data
-is a random permutation. Groups of 2 pair as timm does, which flips the batch, up to its order.
+is a random permutation. Groups of 2 are mutual pairs, as in timm, which flips the batch and so
+pairs its first example with its last.
 """
 
 import dataclasses
@@ -50,14 +51,17 @@ class Mixing:
           batch_size: Of the global batch, a multiple of `group_size`.
           size: (height, width) of the images in pixels.
         """
+        # How many neighbours share one draw.
         repeats = {"batch": batch_size, "pair": self.group_size, "elem": 1}[self.mode]
         count = batch_size // repeats
-        # Order and augmentation fold in the number of an epoch, which is never -1: so the numbers
-        # drawn here are others than theirs.
+        # Order and augmentation fold the number of an epoch into this seed, which is never -1: so
+        # their random numbers and these are independent.
         key = tf.random.fold_in(tf.constant(order.seed_words(seed), tf.int32), -1)
-        # For chances, mixup's lambda, CutMix's, and the rows and columns of the boxes' middles.
+        # One key each for: the two chances, mixup's lambda, CutMix's lambda, and row and column of
+        # the boxes' middles.
         keys = tf.random.split(tf.random.fold_in(key, tf.cast(step, tf.int32)), 5)
         chance = tf.random.stateless_uniform((2, count), keys[0], dtype=tf.float64)
+        # CutMix's share of all mixing, by whether mixup and CutMix are on.
         switch = {(True, True): self.switch_probability, (False, True): 1.0}
         share = switch.get((self.mixup_alpha > 0, self.cutmix_alpha > 0), 0.0)
         mixup = _mixup_rows(_beta(keys[1], self.mixup_alpha, count), self.fold_lambda)
@@ -66,6 +70,8 @@ class Mixing:
             for k, n in zip(tf.unstack(keys[3:]), size, strict=True)
         ]
         cutmix = cutmix_rows(_beta(keys[2], self.cutmix_alpha, count), *center, size=size)
+        # All are drawn and one is chosen for each, so an example's numbers do not depend on what
+        # was chosen for another.
         rows = tf.where((chance[0] < share)[:, None], cutmix, mixup)
         rows = tf.where((chance[1] < self.probability)[:, None], rows, tf.constant(IDENTITY))
         return tf.repeat(rows, repeats, axis=0)
@@ -81,6 +87,8 @@ class Mixing:
         """Returns images (B, H, W, C), float, mixed as rows (B, 6) say."""
         # Each number of the rows as (B, 1, 1), to go with all pixels of its image.
         weight, top, bottom, left, right = (x[:, None, None] for x in tf.unstack(rows, axis=1)[1:])
+        # Pixels are counted in float32 whatever the images' dtype: bfloat16 holds no odd number
+        # above 256.
         y = tf.range(images.shape[1], dtype=tf.float32)[None, :, None]
         x = tf.range(images.shape[2], dtype=tf.float32)[None, None, :]
         inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
@@ -94,6 +102,8 @@ class Mixing:
 
     def _partner(self, x: tf.Tensor) -> tf.Tensor:
         """Returns, at each example's place in `x` (B, ...), its partner's entry."""
+        # Rolled by one within each group: example i gets the entry of i - 1, the first that of the
+        # last.
         groups = tf.reshape(x, (-1, self.group_size, *x.shape[1:]))
         return tf.reshape(tf.roll(groups, 1, axis=1), x.shape)
 
@@ -115,14 +125,15 @@ def make_mixing(
       cutmix_alpha: lambda ~ Beta(alpha, alpha) of CutMix; 0 for no CutMix.
       probability: Of mixing at all.
       switch_probability: Of CutMix rather than mixup, where both alphas are positive.
-      mode: Which examples share the numbers drawn: all of the "batch", those of a "pair" (group),
-        or none: each "elem"ent has its own.
+      mode: Which examples share the numbers drawn: "batch" all of a batch, "pair" those of a group,
+        "elem" none, so that each example has its own.
       group_size: How many neighbours in the batch make a group, within which partners are found.
       fold_lambda: Whether mixup takes max(lambda, 1 - lambda), as big_vision does.
 
     Raises:
       ConfigError: A value out of its range; names it and the range.
     """
+    # Written so that NaN, for which each comparison is false, is refused too.
     for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
         if not 0 <= alpha < float("inf"):
             raise ConfigError(f"mixing.{name} must be 0 (none) or more, got {alpha}")
@@ -163,13 +174,16 @@ def cutmix_rows(
       center_x: (n,) int32 in [0, width).
       size: (height, width).
     """
+    # The box has 1 - lambda of the area, and so the square root of that of each side.
     ratio = tf.sqrt(1 - share)
     ends = []
     for length, center in zip(size, (center_y, center_x), strict=True):
-        # Truncated first and halved then, as both do: an odd length loses a pixel.
+        # Truncated first and halved then, as in the paper's code and in timm: an odd length loses a
+        # pixel.
         half = tf.cast(length * ratio, tf.int32) // 2
         ends += [tf.clip_by_value(center + side * half, 0, length) for side in (-1, 1)]
     top, bottom, left, right = ends
+    # Of the box as clipped, which is what the example really gives away.
     area = tf.cast((bottom - top) * (right - left), tf.float64)
     own = 1 - area / (size[0] * size[1])
     rows = [own, tf.ones_like(own), *ends]
@@ -189,5 +203,5 @@ def _beta(key: tf.Tensor, alpha: float, count: int) -> tf.Tensor:
     x, y = tf.unstack(
         tf.random.stateless_gamma((2, count), key, tf.constant(alpha, tf.float64), dtype=tf.float64)
     )
-    # Both round to 0 only for an alpha around 0.01, where Beta is all but 0 or 1.
+    # x and y both underflow to 0 only for alphas of about 0.01, whose Beta is nearly always 0 or 1.
     return tf.where(x + y > 0, x / (x + y), 1.0)

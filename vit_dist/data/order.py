@@ -88,5 +88,6 @@ def _epoch_seed(epoch: tf.Tensor, seed: int) -> tf.Tensor:
 
 def _per_epoch(function, epoch: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:
     """Maps (B,) epochs, calling `function` once for each distinct one."""
+    # Positions of one call are neighbours: mostly one or two epochs, and not one for each of B.
     distinct, place = tf.unique(epoch)
     return tf.gather(tf.map_fn(function, distinct, fn_output_signature=spec), place)

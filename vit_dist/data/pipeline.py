@@ -27,8 +27,8 @@ from vit_dist.data.sources.source import Source
 MAX_CHUNK = 32
 # Keys to tensors, each with a leading axis for the examples of a chunk or batch.
 Tensors = dict[str, tf.Tensor]
-# (k, n): of the elements, number k and every n-th after it. k may be a tensor: a data service is
-# sent one graph for all k.
+# (k, n): keep elements k, k + n, k + 2n, ... only. k may be a tensor: a data service is sent one
+# graph for all k.
 Part = tuple[tf.Tensor | int, int]
 ALL: Part = (0, 1)
 
@@ -89,6 +89,7 @@ def make_train_data(
     """
     spec = _check(source, pipe, batch_size, num_replicas, local_replicas)
     _check_training(source, seed, first_step, repeats)
+    # Only here, as it may download: wrong arguments fail before any data is touched.
     source.prepare()
     # Positions become records (what to read, and the seed), records become chunks of preprocessed
     # examples, and chunks are joined to batches.
@@ -105,9 +106,11 @@ def make_train_data(
         # A stream must be read from the beginning of its epoch, the records of other hosts too.
         records = _local_chunks(_train_stream(source, seed, first_position), cut)
         records = records.map(lambda p, record: _add_train_seeds(source, p, record, seed))
+    # take(-1) keeps all; a preview needs the chunks of its one element and no more.
     records = records.take(-1 if only is None else kept // _chunk(kept))
     make_chunk = _chunk_maker(source, pipe, _with_mask(spec, damage), labels_sum_to_one)
     ds = _batches(make_chunk, records, kept, spec, num_threads, damage)
+    # Rows are drawn for whole batches, so this comes after chunks are joined.
     if mixing is not None:
         ds = _with_rows(ds, mixing, cut, seed, tuple(spec["image"].shape[:2]))
     return finish(ds, num_threads, prefetch, damage)
@@ -138,16 +141,19 @@ def make_eval_data(
     spec["mask"] = MASK_SPEC
     source.prepare()
     per_replica = batch_size // num_replicas
+    # Rounded up: what is missing in the last global batch is padding.
     num_steps = -(-source.num_examples // batch_size)
     cut = _Cut(batch_size, per_replica, per_replica, 0, local_replicas, ALL)
     if source.indexable:
-        # Beyond the last example, positions are padding: the example is there again, with a mask of
-        # 0.
+        # Positions beyond the last example are padding. They read that example again, and
+        # _add_eval_seeds gives them a mask of 0.
         num_chunks = num_steps * len(local_replicas) * per_replica // _chunk(per_replica)
         last = source.num_examples - 1
         records = _positions(cut).take(num_chunks)
         records = records.map(lambda p: _add_eval_seeds(source, p, {"index": tf.minimum(p, last)}))
     else:
+        # A stream cannot be asked for its last record without reading all of it, so its first one,
+        # read a second time, is the padding.
         stream = source.stream(seed=None, epoch=0)
         padding = stream.take(1).repeat(num_steps * batch_size - source.num_examples)
         records = _local_chunks(stream.concatenate(padding).enumerate(), cut)
@@ -181,6 +187,7 @@ def check_pipe(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
     """
     spec = output_spec(source, pipe)
     shape = spec["label"].shape if "label" in spec else tf.TensorShape(())
+    # Labels are class numbers (rank 0) until an op such as onehot makes rows of them.
     if shape.rank != 0 and shape != (source.num_classes,):
         raise ConfigError(
             f"pipe {str(pipe)!r} makes labels of shape {tuple(shape)}, and {source} has "
@@ -200,6 +207,7 @@ def _check(
     if not local or local.step != 1 or local.start < 0 or local.stop > num_replicas:
         raise ConfigError(f"local_replicas={local} must be a range within {num_replicas} replicas")
     spec = check_pipe(source, pipe)
+    # This entry tells what the device op will make of the image; no batch carries it.
     del spec["device_image"]
     return spec
 
@@ -209,6 +217,7 @@ def _check_training(source: Source, seed: int, first_step: int, repeats: int) ->
         raise ConfigError(f"repeats={repeats} must be at least 1")
     if repeats > 1 and not source.indexable:
         raise ConfigError(f"repeats={repeats} must be 1: {source} is streamed")
+    # order.seed_words splits a seed into two numbers of 31 bits.
     if not 0 <= seed < order.MAX_SEED:
         raise ConfigError(f"seed={seed} must be in [0, 2**62)")
     if first_step < 0:
@@ -217,6 +226,7 @@ def _check_training(source: Source, seed: int, first_step: int, repeats: int) ->
 
 def _chunk(count: int) -> int:
     """Returns how many examples are handled at a time: the largest divisor up to MAX_CHUNK."""
+    # A divisor, so that every chunk has the same static shape and batches hold whole chunks.
     return max(n for n in range(1, MAX_CHUNK + 1) if count % n == 0)
 
 
@@ -267,6 +277,8 @@ def _local_chunks(stream: tf.data.Dataset, cut: _Cut) -> tf.data.Dataset:
         mine = (element >= begin) & ((element - begin) % stride == 0)
         return (replica >= cut.local.start) & (replica < cut.local.stop) & mine
 
+    # drop_remainder drops nothing, as streams are endless or padded to whole batches; it makes the
+    # shapes static.
     return stream.filter(is_local).batch(_chunk(cut.kept), drop_remainder=True)
 
 
@@ -285,9 +297,11 @@ def train_records(
     Returns:
       "index" and "epoch", (B,) int64, and "seed", (B, 2) int32.
     """
+    # `slots` are the positions of a run without repeats: all copies of an example share one.
     slots, copy = order.repeat_in_batch(positions, batch_size=batch_size, repeats=repeats)
     epoch, index = source.place(slots, seed=seed)
-    # Copies are augmented as the same example is in successive epochs.
+    # A copy gets the seed that its example would have in another epoch, so copies are augmented
+    # differently.
     seeds = order.example_seeds(epoch * repeats + copy, index, seed=seed)
     return {"index": index, "epoch": epoch, "seed": seeds}
 
@@ -302,7 +316,8 @@ def _add_eval_seeds(source: Source, positions: tf.Tensor, records: Tensors) -> T
 
 def _train_stream(source: Source, seed: int, first: int) -> tf.data.Dataset:
     """Yields (position, record) from position `first` on, over all epochs."""
-    # Of the first epoch what was trained on before is skipped; later epochs are read whole.
+    # In the first epoch the records that were trained on before are skipped; later epochs are read
+    # whole.
     first_epoch, skip = divmod(first, source.num_examples)
     words = tf.constant(order.seed_words(seed), tf.int32)
 
@@ -337,6 +352,7 @@ def _batches(
         make_chunk = masking(make_chunk, records.element_spec, spec, damage)
 
     def join(chunks: Tensors) -> Tensors:
+        # (chunks, examples of a chunk, ...) -> (examples of the batch, ...), with a static shape.
         return {key: tf.reshape(chunks[key], (count, *spec[key].shape)) for key in spec}
 
     # The map may make chunks out of order; `finish` asks for them in order.
@@ -355,9 +371,9 @@ def _chunk_maker(
     def make_example(record: Tensors) -> Tensors:
         index = record["index"]
         place = {key: record[key] for key in POSITION_SPEC}
+        # Only what the source itself put into the record is handed back to it.
         own = {key: value for key, value in record.items() if key not in (*place, "mask", POSITION)}
-        # What is wrong with a label is found before the image is decoded, whatever the pipe does to
-        # it.
+        # Labels are checked before the image is decoded, and before an op of the pipe changes them.
         example = source.decode_record(own)
         if source.element_spec["label"].shape.rank == 0:
             label = labels.check(example["label"], source.num_classes, index)
@@ -365,14 +381,15 @@ def _chunk_maker(
         made = pipe.host_each({**example, **place})
         if labels_sum_to_one and "label" in made and made["label"].shape.rank == 1:
             made = {**made, "label": labels.check_shares(made["label"], index)}
+        # An evaluation's record has a mask already, which is 0 for padding.
         mask = {"mask": record.get("mask", tf.constant(1.0))} if "mask" in spec else {}
         return {**made, **mask}
 
     def make_chunk(chunk: Tensors) -> Tensors:
         if source.indexable:
             chunk = {**chunk, **source.fetch(chunk["index"])}
-        # Ops that XLA compiles run on the whole chunk, after the loop over examples; they need
-        # seeds.
+        # host_each makes one example at a time in this loop; the pipe's compiled ops follow on the
+        # whole chunk at once, and draw from the "seed" that each example then still carries.
         each = {**spec, "seed": POSITION_SPEC["seed"]} if pipe.compiled_tail else spec
         # One example at a time: chunks are made in parallel already.
         examples = tf.map_fn(make_example, chunk, parallel_iterations=1, fn_output_signature=each)
@@ -395,6 +412,7 @@ def _with_rows(
         start = (cut.local.start + element % len(cut.local)) * cut.per_replica
         rows = tf.ensure_shape(rows[start : start + cut.kept], (cut.kept, 6))
         if "mask" in batch:
+            # Only damaged examples have a mask of 0 here; training has no padding.
             rows = mixing.spare_masked(rows, batch["mask"])
         return {**batch, "mix": rows}
 

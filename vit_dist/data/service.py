@@ -4,7 +4,7 @@ A service is one dispatcher with one worker. Element number i of this host's dat
 service i % N: service k is sent a dataset of the elements k, k + N, k + 2N, ... alone. So the order
 does not depend on which service is fast. As an element is a function of seed and number, a service
 that was restarted is sent a dataset of the elements that are still missing. Each element carries
-its number, and one that does not come in turn is refused.
+its number, and an element out of turn is refused.
 """
 
 import itertools
@@ -24,10 +24,11 @@ from vit_dist.data.damage import message_of
 from vit_dist.data.pipeline import finish
 
 SERVICE = "data service"  # how messages name one
-# Seconds between two looks at a service that sends nothing, and until one that does not answer is
-# taken to be gone.
+# Seconds between two looks at a service that sends nothing; also how long a service may take to
+# accept a connection before it counts as gone.
 POLL = 1.0
 
+# (k, n) -> the dataset of elements k, k + n, ...; see `from_services`.
 Make = Callable[[tuple[tf.Tensor, int]], tf.data.Dataset]
 
 
@@ -48,9 +49,11 @@ def serve(host: str, port: int, worker_port: int = 0) -> list[Any]:
             pass
     library = tf.data.experimental.service
     try:
+        # Both are returned: a server ends when Python no longer holds its object.
         dispatcher = library.DispatchServer(library.DispatcherConfig(port=port))
         config = library.WorkerConfig(
             dispatcher_address=f"localhost:{port}",
+            # TensorFlow puts in the port that the worker got.
             worker_address=f"{host}:%port%",
             port=worker_port,
         )
@@ -67,6 +70,7 @@ def parse_addresses(text: str) -> list[str]:
     """
     found = [part.strip() for part in text.split(",")] if text.strip() else []
     for address in found:
+        # From the right, as an IPv6 address has colons of its own: [::1]:5000.
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
             raise DataError(f"{address!r} is no address: give host:port,host:port,...")
@@ -96,7 +100,8 @@ def from_services(
     known: dict[str, Any] = {}
 
     def build(begin: tf.Tensor) -> tf.Tensor:
-        # Numbered by the service, from 0 at its first element: that is how a lost one shows.
+        # The service numbers its elements, from 0 at its first one, so that the host can see when
+        # one is lost.
         ds = make((begin, count)).enumerate()
         known["spec"] = ds.element_spec
         return tf.data.experimental.to_variant(ds)
@@ -107,8 +112,8 @@ def from_services(
         function = function.get_concrete_function(tf.TensorSpec((), tf.int64))
 
     def ask(address: str, begin: int) -> tf.data.Dataset:
-        # from_variant gives the dataset object back to Python; it is not iterated over here, but
-        # sent.
+        # from_variant makes a dataset of the variant tensor again. It is not iterated over here;
+        # distribute() below sends its graph to the service.
         ds = tf.data.experimental.from_variant(
             function(tf.constant(begin, tf.int64)), known["spec"]
         )
@@ -136,8 +141,8 @@ def from_services(
                 client.end()
 
     ds = tf.data.Dataset.from_generator(elements, output_signature=known["spec"][1])
-    # Two threads of its own: the generator blocks one while it waits for a service, and the reading
-    # from that service runs on TensorFlow's common threads.
+    # A private pool of two threads: the generator blocks one of them while it waits for a service.
+    # The reading from services needs TensorFlow's common threads, which so stay free.
     return finish(ds, 2, prefetch, None)
 
 
@@ -159,15 +164,18 @@ class _Client:
 
     def _look(self) -> None:
         """Asks the service for all elements from the next one on, if it answers."""
-        # It does not even accept a connection. A thread cannot be interrupted: it is left behind.
+        # Tried before a thread is started: a thread that reads from a service which is gone is
+        # never done, and cannot be interrupted either.
         if not _answers(self._address):
             if not self._looking:
                 logging.warning("lost %s %s, looking for it", SERVICE, self._address)
             self._looking = True
             return
         self._looking = False
+        # One element waits here: services and `finish` prefetch already.
         self._results, self._ended = queue.Queue(maxsize=1), threading.Event()
         arguments = (self._results, self._ended, self._number)
+        # Daemon, as a thread that is stuck in a read must not keep the process from ending.
         threading.Thread(target=self._read, args=arguments, daemon=True).start()
 
     def end(self) -> None:
@@ -176,7 +184,8 @@ class _Client:
         self._results = None
 
     def _read(self, results: queue.Queue, ended: threading.Event, number: int) -> None:
-        # With a timeout, so that a thread whose results nobody takes any more comes to an end.
+        # With a timeout, so that a thread whose results are no longer taken sees `ended` and
+        # returns.
         def put(result: Any) -> None:
             while not ended.is_set():
                 try:
@@ -187,6 +196,7 @@ class _Client:
         try:
             with tf.device("CPU:0"):
                 for i, element in self._ask(self._address, number).as_numpy_iterator():
+                    # i counts the service's own elements; the host's numbers are `stride` apart.
                     put((number + int(i) * self._stride, element))
                     if ended.is_set():
                         return
@@ -200,7 +210,7 @@ class _Client:
           TimeoutError: None came for `timeout` seconds.
           DataError: The service fails to make it, or sent another one.
         """
-        # Of this element alone: a service that sends one in time is well.
+        # Counted anew for each element: a service that is slow but sends in time is not given up.
         deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
             if self._results is None:
@@ -211,6 +221,8 @@ class _Client:
                     continue
                 result = self._results.get(timeout=POLL)
             except queue.Empty:
+                # Nothing came for POLL seconds. A service that still accepts connections is only
+                # slow; else its thread is given up, and the next round looks for the service again.
                 if not _answers(self._address):
                     self.end()
                 continue
@@ -232,8 +244,9 @@ class _Client:
         """Asks once more, as a restarted service fails once: it has forgotten what it was asked.
 
         Raises:
-          ValueError: It has failed at this element before.
+          DataError: It has failed at this element before.
         """
+        # Twice at one element: then the element itself is the cause, not a restart.
         if self._failed == self._number:
             raise DataError(f"{SERVICE} {self._address} failed: {message_of(error)}") from error
         logging.warning("%s %s: %s; asking again", SERVICE, self._address, message_of(error))
@@ -251,12 +264,14 @@ def _answers(address: str) -> bool:
 
 
 def find_failure(error: tf.errors.OpError) -> Exception | None:
-    """Returns what iterating over `from_services` met, out of the error that TensorFlow made of it.
+    """Returns the error that `from_services` raised, found in the error that TensorFlow made of it.
 
     Returns:
       ConnectionError for a service that is gone, ValueError for one that fails; None for an error
       that has nothing to do with services.
     """
+    # from_generator passes on a Python error as text with a traceback, in which the error itself
+    # reads "TimeoutError: data service host:port ..." or "DataError: data service ...".
     lines = [line for line in (error.message or "").splitlines() if f"Error: {SERVICE} " in line]
     if not lines:
         return None

@@ -91,9 +91,9 @@ class Attention(keras.layers.Layer):
         """(B, H, N, K), twice (B, H, N', K) -> (B, H, N, K), and the weights (B, H, N, N')."""
         logits = tf.matmul(query, key, transpose_b=True)
         logits = tf.cast(logits, "float32" if self.softmax == "float32" else value.dtype)
-        # The plain softmax where the faster form below does not fit: in float16, values summed over
-        # many tokens would overflow before the division; and a TPU's compiler already keeps the row
-        # sums and divides again where it needs to.
+        # The plain softmax where the faster form below does not fit. In float16, values summed over
+        # many tokens would overflow before the division. On a TPU nothing is gained: its compiler
+        # keeps the row sums by itself, and divides again where it needs to.
         if value.dtype == tf.float16 or self.form == "tensor":
             weights = tf.nn.softmax(logits)
             dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
@@ -116,11 +116,13 @@ class Attention(keras.layers.Layer):
         return_weights: bool = False,
     ):
         """(B, N, D), context (B, N', D) -> (B, N, D), and the weights (B, H, N, N') if asked."""
+        # Without a context this is self-attention; a MapHead's queries come from its probe.
         context = x if context is None else context
         query = self._split(self.query, x)
         key, value = self._split(self.key, context), self._split(self.value, context)
         # Scaling the queries by 1 / sqrt(K) costs N * K products a head; the logits would cost N^2.
         query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
+        # The blockwise form never holds all weights, so it cannot return them.
         if self.block_size and not return_weights:
             y = blockwise_attention(query, key, value, block_size=self.block_size)
         elif self.recompute and training:

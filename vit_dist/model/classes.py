@@ -28,6 +28,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
       theirs: of the checkpoint, in the order of its head; () if unknown.
       ours: of the data, in the order of its labels; () if unknown.
     """
+    # Nothing to compare, or nothing differs: the head is taken as it is.
     if not theirs or not ours or list(theirs) == list(ours):
         return ClassMatch()
     # Twin names cannot be told apart: such lists are the same only if they are equal.
@@ -36,7 +37,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
         # The column of the checkpoint's head for each class, in the order of the data's labels.
         place = {name: i for i, name in enumerate(theirs)}
         return ClassMatch(order=[place[name] for name in ours])
-    # Data without names, such as TFRecords without a list of them, calls its classes "0", "1", ...
+    # Data without names, such as TFRecords without a class file, calls its classes "0", "1", ...
+    # Where only one side has such numbers, names say nothing, and the order is trusted.
     if len(theirs) == len(ours) and _numbered(theirs) != _numbered(ours):
         sides = [("the checkpoint's", theirs), ("the data's", ours)]
         (one, names), (other, _) = sorted(sides, key=lambda side: _numbered(side[1]))
@@ -46,6 +48,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
     missing = [name for name in ours if name not in set(theirs)]
     lost = [name for name in theirs if name not in set(ours)]
     text = f"its {len(theirs)} classes are not the {len(ours)} of the data"
+    # One cause is named, the likeliest first.
     if missing:
         text += f" ({_shortened(missing)} {'is' if len(missing) == 1 else 'are'} not in it)"
     elif lost:

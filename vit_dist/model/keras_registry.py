@@ -31,6 +31,7 @@ class _StandIn:
 def _register(keras: ModuleType) -> None:
     # Importing the model's module registers the class itself, in the stand-in's place.
     if _MODULE not in sys.modules:
+        # Under the name "vit_dist>ViT", which .keras files hold.
         keras.saving.register_keras_serializable("vit_dist", _CLASS)(_StandIn)
 
 
@@ -40,9 +41,13 @@ class _KerasFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != "keras":
             return None
-        sys.meta_path.remove(self)  # so that the search below is that of the other finders
+        # Out of the list, so that the search below asks the other finders; and needed only once.
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
+            # Classes can be registered only once Keras has been executed, for which Python has no
+            # hook: so the function that executes the module is replaced by one that registers
+            # afterwards.
             execute = spec.loader.exec_module
 
             def execute_and_register(module: ModuleType) -> None:
@@ -58,4 +63,5 @@ def register_when_keras_is_there() -> None:
     if "keras" in sys.modules:
         _register(sys.modules["keras"])
     else:
+        # First, as the finder that finds `keras` ends the search.
         sys.meta_path.insert(0, _KerasFinder())

@@ -24,9 +24,9 @@ def gelu(x: tf.Tensor, kind: str) -> tf.Tensor:
       x: any shape, floating.
       kind: "erf" or "tanh".
     """
-    # tf.nn.gelu computes the exact one by erfc, which keeps relative precision for very negative x,
-    # where 1 + erf(x) cancels: 16 bits need that. In float32 the error of cancelling is below 1e-7,
-    # and erf takes XLA half the time of erfc (4 % of a step of Ti/16).
+    # tf.nn.gelu computes the exact GELU by erfc, which keeps relative precision for very negative
+    # x, where 1 + erf(x) cancels: 16 bits need that. In float32 the error of cancelling is below
+    # 1e-7, and XLA takes half as long for erf as for erfc (4 % of a step of Ti/16).
     if kind == "tanh" or x.dtype != tf.float32:
         return tf.nn.gelu(x, approximate=kind == "tanh")
     return 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5))
@@ -70,6 +70,7 @@ class PatchEmbedding(keras.layers.Layer):
         return {**super().get_config(), "width": self.width, "patch": self.patch, "form": self.form}
 
     def build(self, input_shape: Any) -> None:
+        # Initial values come from vit.initialize, which overwrites Keras's.
         self.kernel = self.add_weight(
             name="kernel", shape=(*self.patch, input_shape[-1], self.width)
         )
@@ -77,6 +78,7 @@ class PatchEmbedding(keras.layers.Layer):
 
     def call(self, images: tf.Tensor) -> tf.Tensor:
         (p, q), (height, width, channels) = self.patch, images.shape[1:]
+        # Static numbers: ViT checks that patches divide the image.
         rows, columns = height // p, width // q
         if self.form == "tensor":
             # Stride = kernel: the windows of the convolution are the patches.
@@ -87,6 +89,7 @@ class PatchEmbedding(keras.layers.Layer):
         # one patch's p * q * C numbers lie in the order of the kernel's first three axes.
         x = tf.reshape(images, (-1, rows, p, columns, q, channels))
         x = tf.transpose(x, (0, 1, 3, 2, 4, 5))
+        # (p, q, C, D) -> (p * q * C, D).
         kernel = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.width))
         x = tf.matmul(tf.reshape(x, (-1, p * q * channels)), kernel)
         x = x + tf.convert_to_tensor(self.bias)
@@ -108,6 +111,7 @@ class Mlp(keras.layers.Layer):
         super().__init__(**kwargs)
         self._config = {"hidden": hidden, "gelu": gelu, "dropout": dropout, "form": form}
         self.hidden, self.gelu, self.form = hidden, gelu, form
+        # Two layers, as each has a mask of its own, by the layer's path.
         self.drop_0 = Dropout(dropout, name="dropout_0", dtype=self.dtype_policy)
         self.drop_1 = Dropout(dropout, name="dropout_1", dtype=self.dtype_policy)
 
@@ -116,6 +120,7 @@ class Mlp(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         shared: dict[str, Any] = {"form": self.form, "dtype": self.dtype_policy}
+        # Made here and not in __init__, because the width of the second follows from the input.
         self.dense_0 = Linear(self.hidden, name="dense_0", **shared)
         self.dense_1 = Linear(input_shape[-1], name="dense_1", **shared)
         self.dense_0.build(input_shape)
@@ -198,6 +203,7 @@ class EncoderBlock(keras.layers.Layer):
         return {**super().get_config(), **self._config}
 
     def build(self, input_shape: Any) -> None:
+        # Built here, so that weights can be loaded before the first call.
         parts: list[Any] = [self.norm_0, self.attention, self.drop, self.norm_1, self.mlp]
         for layer in (*parts, *self.scales, *self.paths):
             layer.build(input_shape)
@@ -215,7 +221,9 @@ class EncoderBlock(keras.layers.Layer):
         return_weights: bool = False,
     ):
         """(B, N, D) -> (B, N, D), and the attention weights (B, H, N, N) if asked."""
+        # One seed for all layers: each mixes its own path into it (see `Dropout`).
         mode = {"training": training, "seed": seed}
+        # Pre-LN: the LayerNorm is in the branch, and x itself is never normalised.
         y = self.attention(self.norm_0(x), return_weights=return_weights, **mode)
         # Weights are only made where they are asked for: (B, H, N, N) is the largest tensor here.
         y, weights = y if return_weights else (y, None)
@@ -259,6 +267,7 @@ class MapHead(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         self.probe = self.add_weight(name="probe", shape=(1, 1, input_shape[-1]))
+        # (B, N, D) serves for the probe too: layers read the width from it alone.
         for layer in (self.attention, self.norm, self.mlp):
             layer.build(input_shape)
 

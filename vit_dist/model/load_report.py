@@ -23,6 +23,7 @@ class LoadReport:
         for kind in ("resized", "mapped", "new", "unused"):
             texts = getattr(self, kind)
             if texts:
+                # Kinds that are listed in full below need no parts here.
                 parts = "" if kind in _SHOWN else f" ({_parts(texts)})"
                 counts.append(f"{len(texts)} {kind}{parts}")
         lines = [", ".join(counts)]
@@ -57,6 +58,7 @@ _REMARKS = ("mapped", "assumed", "notes")
 
 def _parts(lines: Sequence[str], most: int = 4) -> str:
     """The parts of a network that tensors belong to: "head/kernel (64, 5)" is of "head"."""
+    # Each part once, in the order of the network.
     names = list(dict.fromkeys(_part(line) for line in lines))
     return ", ".join(names[:most] + ["..."] * (len(names) > most))
 
@@ -65,6 +67,7 @@ def _collapsed(lines: Sequence[str]) -> list[str]:
     """More than a dozen lines by parts: "24 tensors encoderblock_0..."."""
     if len(lines) <= 12:
         return list(lines)
+    # A deep network has hundreds of tensors that met the same fate.
     groups: dict[str, int] = {}
     for line in lines:
         groups[_part(line)] = groups.get(_part(line), 0) + 1
@@ -72,4 +75,5 @@ def _collapsed(lines: Sequence[str]) -> list[str]:
 
 
 def _part(line: str) -> str:
+    # Our names have slashes, PyTorch's dots; a space comes before a shape.
     return re.split(r"[/. ]", line)[0]

@@ -12,7 +12,7 @@ POLICIES = ("none", "attention", "full")
 
 
 def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
-    """Returns `function`, of which a backward pass finds only the arguments in memory.
+    """Returns a function that computes `function` and keeps only the arguments for its gradient.
 
     The backward pass computes everything between arguments and output again (Chen et al., arXiv
     1604.06174).
@@ -27,6 +27,8 @@ def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tenso
         def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
             # One input that waits for the gradient is enough: all that is computed depends on it.
             inputs = [_after(x, upstream), *others]
+            # Only the arguments are watched: variables must get their gradients as arguments, see
+            # rematerialized_layer.
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(inputs)
                 y = function(*inputs)
@@ -52,10 +54,10 @@ def _after(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
 
 
 def rematerialized_layer(layer: keras.layers.Layer, x: tf.Tensor, **options: object) -> tf.Tensor:
-    """layer(x, **options), of which the backward pass keeps x alone; the weights get gradients."""
+    """layer(x, **options), keeping x alone for the backward pass; the weights get gradients."""
+    # A custom gradient returns gradients for its arguments alone, so the weights become arguments.
+    # In the StatelessScope the layer reads `values` in place of its variables.
     weights = layer.weights
-    # A custom gradient returns gradients for its arguments, so the weights must be arguments.
-    # Within the StatelessScope the layer reads `values` in place of its own variables.
 
     def call(x: tf.Tensor, *values: tf.Tensor) -> tf.Tensor:
         mapping = list(zip(weights, values, strict=True))
@@ -96,6 +98,7 @@ def blockwise_attention(
         y, lse = _forwards(query, keys, values, bias)
 
         def gradient(upstream: tf.Tensor):
+            # Kept for it from the forward pass: the inputs, the output and one number for each row.
             d_query, *others = _backwards(query, keys, values, bias, y, lse, upstream)
             return (tf.cast(d_query, query.dtype), *(_join(x, num_keys) for x in others))
 
@@ -127,8 +130,10 @@ def _forwards(query: tf.Tensor, keys: tf.Tensor, values: tf.Tensor, bias: tf.Ten
 
     zero = tf.zeros_like(query, tf.float32)
     column = tf.zeros_like(query[..., :1], tf.float32)
+    # At first no logit is known: a peak of -inf, for which shrink is exp(-inf) = 0.
     start = (0, column - float("inf"), column, zero)
     _, peak, total, y = _loop(keys.shape[0], body, start)
+    # Log of the sum of exp(logit), from what is relative to the peak.
     return y / total, peak + tf.math.log(total)
 
 
@@ -165,6 +170,7 @@ def _split(x: tf.Tensor, num_blocks: int, block_size: int) -> tf.Tensor:
     """(B, H, M, K) -> (n, B, H, m, K), padded with zeros."""
     padding = num_blocks * block_size - x.shape[2]
     x = tf.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    # M becomes (n, m); the axis of blocks then goes to the front, where a loop indexes it.
     x = tf.reshape(x, (-1, x.shape[1], num_blocks, block_size, x.shape[3]))
     return tf.transpose(x, (2, 0, 1, 3, 4))
 
@@ -173,4 +179,5 @@ def _join(x: tf.Tensor, num_keys: int) -> tf.Tensor:
     """(n, B, H, m, K) -> (B, H, M, K)."""
     blocks, _, heads, size, width = x.shape
     x = tf.reshape(tf.transpose(x, (1, 2, 0, 3, 4)), (-1, heads, blocks * size, width))
+    # The padding of _split goes again.
     return x[:, :, :num_keys]

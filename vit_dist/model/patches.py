@@ -8,8 +8,8 @@ def resize_kernel(kernel: np.ndarray, patch_size: int) -> np.ndarray:
     """FlexiViT's pseudo-inverse resize (arXiv 2212.08013, equation 4).
 
     With B the matrix of a bilinear (half-pixel, no antialiasing) resize of a patch, the new kernel
-    is pinv(B^T) w: on patches resized by B it gives what the old one gives on those before.
-    Exactly so where patches grow; nearest in the mean over white noise where they shrink.
+    is pinv(B^T) w. On a patch resized by B it gives what the old kernel w gives on the patch: the
+    same where patches grow; where they shrink, the nearest in the mean over white noise.
 
     Args:
       kernel: float (p, q, C, D).
@@ -32,8 +32,9 @@ def resize_kernel(kernel: np.ndarray, patch_size: int) -> np.ndarray:
 def change_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """The kernel for another number of input channels, as timm does it.
 
-    One channel gets the sum over the old ones, so that a grey image gives what it gave repeated
-    over them; several get the old ones over and over, scaled to keep the size of the result.
+    One channel gets the sum over the old channels, so that a grey image gives what it gave when it
+    was repeated over them. Several channels get the old ones in turn, scaled by old / new so that
+    the result keeps its size.
 
     Args:
       kernel: float (p, q, C, D).

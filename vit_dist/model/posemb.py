@@ -34,8 +34,8 @@ def sincos2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0
 
 
 def _align_corners(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    # The first and last entries keep their places, as in vision_transformer's
-    # scipy.ndimage.zoom(order=1); tf.image.resize always aligns pixel centres instead.
+    # The first and last entries keep their places, as in vision_transformer, which calls
+    # scipy.ndimage.zoom(order=1). tf.image.resize cannot do that: it aligns the centres of pixels.
     resized = tf.raw_ops.ResizeBilinear(images=table[None], size=grid, align_corners=True)
     return resized[0].numpy()
 
@@ -47,8 +47,8 @@ def _half_pixel(
 
 
 def _torch_bicubic(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    # Not tf.image.resize's cubic: that has a = -0.5 and renormalises at edges, which puts values
-    # of N(0, 1) off by up to 0.4. Both axes are separable: one matrix of weights for each.
+    # Not tf.image.resize's cubic, which has a = -0.5 and renormalises at edges: values of N(0, 1)
+    # would be off by up to 0.4. The resize is separable: one matrix of weights for each axis.
     rows, columns = (_cubic_weights(old, new) for old, new in zip(table.shape, grid, strict=False))
     return np.einsum("ri,cj,ijd->rcd", rows, columns, table).astype(np.float32)
 

@@ -7,7 +7,7 @@ from vit_dist.config.errors import ConfigError
 from vit_dist.model.memory import POLICIES
 from vit_dist.model.posemb import sincos2d
 
-# Table 2 of arXiv 2106.04560; mu exists for tests, So400m is arXiv 2305.13035's.
+# Sizes of table 2 of arXiv 2106.04560, and So400m of arXiv 2305.13035. mu is for tests and demos.
 SIZES: dict[str, dict[str, int]] = {
     "mu": {"width": 32, "depth": 1, "mlp_dim": 128, "num_heads": 2},
     "Ti": {"width": 192, "depth": 12, "mlp_dim": 768, "num_heads": 3},
@@ -23,7 +23,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 # What the arguments of ViT that are names may be; ViT says what they mean.
 POOLS = ("tok", "gap", "tok_gap", "map", "none")
-CLS_POOLS = ("tok", "tok_gap")  # those that need a cls token
+CLS_POOLS = ("tok", "tok_gap")  # poolings that read a cls token
 PREFIX_POSEMBS = ("cls", "all", "none")
 POSEMBS = ("learned", "sincos2d")
 GELUS = ("tanh", "erf")
@@ -46,6 +46,7 @@ def parse_variant(variant: str) -> dict[str, int]:
     Raises:
       ConfigError: not of the form size/patch, or an unknown size.
     """
+    # No leading zero: a patch of 0 is refused here.
     match = re.fullmatch(r"([A-Za-z0-9]+)/([1-9][0-9]*)", str(variant))
     if not match or match[1] not in SIZES:
         raise ConfigError(
@@ -93,11 +94,13 @@ def check_vit(
     # Counts first: the checks below divide by them.
     sizes = {"patch_size": patch_size, "width": width, "num_heads": num_heads, **rest}
     zeros = ("num_classes", "rep_size", "registers")
+    # By name, so that the message can say which argument it is.
     for names, least in ((_POSITIVE, 1), (zeros, 0)):
         for name in names:
             if sizes[name] < least:
                 raise ConfigError(f"{name} must be {least} or more, got {sizes[name]}")
     height, columns = as_pair(image_size)
+    # Smaller than a patch is named apart, as 0 is a multiple of everything.
     if height % patch_size or columns % patch_size or min(height, columns) < patch_size:
         raise ConfigError(
             f"images of {height}x{columns} cannot be cut into patches of {patch_size}x{patch_size}:"
@@ -115,10 +118,12 @@ def check_vit(
     check_choice("prefix_posemb", prefix_posemb, PREFIX_POSEMBS)
     if pool in CLS_POOLS and not cls_token:
         raise ConfigError(f"pool {pool!r} needs a cls token: leave model.cls_token at None")
+    # The concatenation is as wide as two models, and a LayerNorm of one width does not fit it.
     if pool == "tok_gap" and rest["norm_after_pool"]:
         raise ConfigError("pool 'tok_gap' takes normalised tokens: leave norm_after_pool False")
     if not 0 < norm_epsilon < 1:
         raise ConfigError(f"norm_epsilon must be above 0 and below 1, got {norm_epsilon}")
+    # Below 1, as what is kept is divided by 1 - rate.
     for name in ("dropout", "attention_dropout", "drop_path"):
         if not 0 <= rest[name] < 1:
             raise ConfigError(f"{name} is a probability below 1, got {rest[name]}")
@@ -188,11 +193,13 @@ def vit_config(
     """
     # The variant's sizes, but for those that are given.
     given = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
+    # 0 is given too, and refused below; only None is not.
     sizes = parse_variant(variant) | {k: v for k, v in given.items() if v is not None}
     config: dict[str, Any] = {
         **sizes,
         "image_size": image_size,
         "rep_size": sizes["width"] if rep_size == -1 else rep_size,
+        # Resolved here too, because check_vit compares it with the pool.
         "cls_token": needs_cls(pool) if cls_token is None else cls_token,
         "num_classes": num_classes,
         "pool": pool,
@@ -213,5 +220,6 @@ def vit_config(
         "norm_after_pool": norm_after_pool,
         "channels": channels,
     }
+    # Checked at once, so that a wrong config is refused before a device starts.
     check_vit(**config)
     return config

@@ -44,16 +44,17 @@ class ViT(keras.Model):
       remat: what a training step computes again in its backward pass, to keep less in memory:
         "none", "attention" (logits, softmax and its product with the values), or "full" (whole
         blocks).
-      attention_block: None, or how many keys attention takes at a time; for many tokens.
+      attention_block: None, or how many keys attention takes at a time, which saves memory where
+        there are many tokens.
       softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
         flax and big_vision have it.
-      form: which of two ways computes the same numbers: "matrix" for CPUs and GPUs, "tensor" for
-        TPUs.
-      cls_token: whether there is one; None: if the pool needs it.
+      form: "matrix" for CPUs and GPUs, "tensor" for TPUs: two ways to compute the same numbers,
+        each the faster one on its devices (see `Linear`).
+      cls_token: whether there is a cls token; None for one exactly if `pool` reads it.
       registers: further learned tokens between the cls token and the patches (arXiv 2309.16588).
       prefix_posemb: which tokens before the patches have an entry in the learned table: "cls",
         "all" or "none" (DeiT III, timm's no_embed_class).
-      norm_epsilon: every LayerNorm's: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
+      norm_epsilon: of every LayerNorm: 1e-6 in most systems, 1e-12 in Hugging Face's ViT.
       norm_after_pool: whether the last LayerNorm comes after the pooling (timm's fc_norm), and not
         before it.
       channels: colour channels of the images.
@@ -118,6 +119,7 @@ class ViT(keras.Model):
             "attention_block": attention_block,
             "softmax": softmax,
             "form": form,
+            # Resolved here, so that a stored config says what the network has.
             "cls_token": needs_cls(pool) if cls_token is None else cls_token,
             "registers": registers,
             "prefix_posemb": prefix_posemb,
@@ -130,11 +132,13 @@ class ViT(keras.Model):
         self.cls_token: bool = self._config["cls_token"]
         self.pool, self.posemb, self.width, self.depth = pool, posemb, width, depth
         self.num_classes, self.patch_size, self.channels = num_classes, patch_size, channels
+        # Rows and columns of patches.
         self.grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         self.remat, self.norm_after_pool = remat, norm_after_pool
         self.registers_count = registers
         self.prefix = int(self.cls_token) + registers  # tokens before the patches
-        # How many of them have an entry in the learned table; its other entries are the patches'.
+        # Tokens before the patches that have an entry in the learned table of positions. These
+        # entries come first; one for each patch follows.
         entries = {"cls": int(self.cls_token), "all": self.prefix, "none": 0}
         self.posemb_prefix = entries[prefix_posemb]
         self._make_layers()
@@ -150,6 +154,7 @@ class ViT(keras.Model):
         )
         self.drop = Dropout(config["dropout"], name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i, **shared) for i in range(self.depth)]
+        # The last LayerNorm; `features` applies it before the pooling or after.
         self.norm = layer_norm(
             "encoder_norm", dtype, epsilon=config["norm_epsilon"], form=config["form"]
         )
@@ -168,6 +173,7 @@ class ViT(keras.Model):
         # Stochastic depth drops later blocks more often: 0 at the first, the full rate at the last.
         linear = config["drop_path_growth"] == "linear"
         share = index / max(self.depth - 1, 1) if linear else 1.0
+        # Arguments that a block calls as the model does.
         passed_on = ("qkv_bias", "dropout", "attention_dropout", "layer_scale", "softmax")
         return EncoderBlock(
             **shared,
@@ -194,6 +200,7 @@ class ViT(keras.Model):
                 name="registers", shape=(1, self.registers_count, self.width)
             )
         if self.posemb == "learned":
+            # One for each patch, and for those tokens before the patches that have a position.
             entries = tokens - self.prefix + self.posemb_prefix
             self.pos_embedding = self.add_weight(
                 name="pos_embedding", shape=(1, entries, self.width)
@@ -204,6 +211,7 @@ class ViT(keras.Model):
         if self.map_head:
             # It sees the patches alone, as in big_vision and timm.
             self.map_head.build((None, tokens - self.prefix, self.width))
+        # Width of what the head sees.
         features = 2 * self.width if self.pool == "tok_gap" else self.width
         if self.pre_logits:
             self.pre_logits.build((None, features))
@@ -226,12 +234,14 @@ class ViT(keras.Model):
         else:
             # The first `entries` rows are of tokens before the patches, the others of patches.
             table, entries = tf.cast(self.pos_embedding, x.dtype), self.posemb_prefix
+            # Before tokens are put in front, so that entry i belongs to patch i.
             x = x + table[:, entries:]
             if entries:
                 # Tokens before the patches that have no entry get a position of zeros.
                 rest = ((0, 0), (0, self.prefix - entries), (0, 0))
                 prefix = prefix + tf.pad(table[:, :entries], rest)
         if prefix is not None:
+            # The same tokens for each example: their variables have a batch axis of 1.
             x = tf.concat([tf.tile(prefix, (tf.shape(x)[0], 1, 1)), x], axis=1)
         return self.drop(x, **mode)
 
@@ -256,6 +266,7 @@ class ViT(keras.Model):
         Raises:
           ConfigError: images of another size or number of channels than the model's.
         """
+        # Static shapes: this runs while tracing, and costs a step nothing.
         if tuple(images.shape[1:]) != (*self.image_size, self.channels):
             raise ConfigError(
                 f"this model takes images of {(*self.image_size, self.channels)}, "
@@ -267,6 +278,7 @@ class ViT(keras.Model):
             # Evaluation has no backward pass that could compute anything again.
             recompute = training and self.remat == "full"
             x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
+        # The mean of normalised tokens is not the normalised mean, so this order changes logits.
         x = self.norm(self._pool(x)) if self.norm_after_pool else self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
 
@@ -276,7 +288,7 @@ class ViT(keras.Model):
         Args:
           images: (B, height, width, channels), floating, scaled to [-1, 1] or by mean and std.
           training: whether dropout and stochastic depth act.
-          seed: int32 (2,); required when they do. The same seed gives the same masks.
+          seed: int32 (2,); required where they act. The same seed gives the same masks.
 
         Returns:
           float32 (B, C), (B, N, C) for pool "none"; without a head, the features.
@@ -294,6 +306,7 @@ class ViT(keras.Model):
         x = self._embed(tf.cast(images, self.compute_dtype))
         out: dict[str, list[tf.Tensor]] = {"tokens": [], "attention": []}
         for block in self.blocks:
+            # Asked for its weights, a block takes the plain attention, not the blockwise one.
             x, weights = block(x, return_weights=True)
             out["tokens"].append(x)
             out["attention"].append(weights)
@@ -340,7 +353,9 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
       seed, head_bias, posemb_stddev: see build_vit.
     """
     init = keras.initializers
-    rules = (  # (regex of the name, seed -> initializer); the first that matches counts
+    # (regex of the name, seed -> initializer). The first that matches counts, so special cases
+    # stand before the general ones: LayerScale's gamma before gamma, the MLP's biases before bias.
+    rules = (
         (r"layer_scale_\d/gamma$", None),  # keeps the constant it was made with
         (r"head/kernel$|cls$|beta$", lambda _: init.Zeros()),
         (r"^head/bias$", lambda _: init.Constant(head_bias)),
@@ -364,12 +379,15 @@ def initialize(model: ViT, *, seed: int, head_bias: float, posemb_stddev: float)
 
 def named_weights(model: keras.Model) -> dict[str, keras.Variable]:
     """The model's variables by name, such as "encoderblock_0/attention/query/kernel"."""
+    # A path begins with the name of the model, which files and configs shall not depend on.
     return {v.path.split("/", 1)[-1]: v for v in model.weights}
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of the variables that build_vit would make, by name; touches no device."""
-    with tf.Graph().as_default():  # of which nothing is ever run
+    # In a graph variables are only nodes, and nothing of this graph is ever run: so no device
+    # starts.
+    with tf.Graph().as_default():
         model = ViT(**config, name="vit")
         model.build()
     return {name: tuple(v.shape) for name, v in named_weights(model).items()}

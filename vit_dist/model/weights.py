@@ -18,11 +18,14 @@ from vit_dist.model.unfit import UnfitError
 from vit_dist.model.vit import ViT, named_weights
 
 PATCH_METHODS = ("refuse", "pinv")
-# What may be absent from a checkpoint, or be of no use here, when pooling or task change.
+# Beginnings of the names of tensors that a checkpoint may lack, or have without a use here, where
+# pooling or task differ.
 _OPTIONAL = ("head/", "pre_logits/", "map_head/", "cls", "registers", "pos_embedding")
-# What must be equal, where both sides know it. Shapes tell some of it; one message tells all.
+# Keys of ViT's config that must be equal where both sides know them. Shapes would show some of the
+# differences, one at a time; compared here, one message names all.
 _NETWORK = ("width", "depth", "mlp_dim", "num_heads", "gelu", "norm_epsilon", "qkv_bias")
-_UNTOLD = ("num_heads", "gelu", "norm_epsilon")  # what a file may not tell
+# Keys whose value no shape shows: where the file does not tell, the config's is assumed.
+_UNTOLD = ("num_heads", "gelu", "norm_epsilon")
 
 
 def adapt_weights(
@@ -41,9 +44,10 @@ def adapt_weights(
 ) -> LoadReport:
     """Loads the weights of another ViT, resampling its positions to this one's grid.
 
-    A head for other classes, or on other features, stays as this model has it (recipes: zeros). A
-    fixed sincos2d table is this model's own, computed for its grid. A position that a token before
-    the patches loses is added to the token itself: the network computes the same.
+    A head for other classes, or on other features, keeps this model's initial values (zeros in the
+    recipes). A fixed sincos2d table is computed for this model's grid, and not loaded. If a token
+    before the patches has a position in the checkpoint and none here, the position is added to the
+    token itself: the network computes the same.
 
     Args:
       model: takes the weights; nothing is changed if an error is raised.
@@ -54,7 +58,8 @@ def adapt_weights(
         (FlexiViT's pseudo-inverse).
       unused: names, in the file, of what is known to be no part of a ViT; for the report.
       unknown: names, in the file, of tensors that nothing accounts for: an error.
-      ignore: regex; `unknown` tensors and those without a place here that match are unused instead.
+      ignore: regex of names; an `unknown` tensor, or one that has no place here, is reported as
+        unused if it matches, and is no error.
       classes: names of the classes in the order of the checkpoint's head, and in the order wanted;
         () where a side does not know. The same names in another order reorder the head; other
         names make it new.
@@ -95,7 +100,8 @@ def adapt_weights(
     if match.assumed and "head/kernel" in values:
         report.assumed.append(match.assumed)
     variables = named_weights(model)
-    # In the file's order: one that several arrays are cut from (a fused qkv) is then read once.
+    # Arrays that are cut from one tensor of the file (a fused qkv) are read one after the other, so
+    # that the tensor is read once: see containers.open_tensors.
     for name in sorted(values, key=lambda n: getattr(arrays.get(n), "source", n)):
         variables[name].assign(values[name]())
     return report
@@ -119,6 +125,7 @@ def _check_network(
 
     for key in _NETWORK:
         have = source.get(key)
+        # Exact but for epsilon, which a file may have stored in float32.
         same = have == mine[key] or (key == "norm_epsilon" and _near(have, mine[key]))
         if have is not None and not same:
             differs(key, have)
@@ -133,7 +140,8 @@ def _check_network(
             "resample the kernel)"
         )
         settings["patch_method"] = "pinv"
-    # Where the last LayerNorm stands matters to a mean of tokens; of one token it is the same.
+    # Pooling by one token commutes with the LayerNorm, so only for "gap" and "map" its place
+    # matters. With different poolings there is nothing to compare.
     pools = {source.get("pool"), mine["pool"]}
     after = source.get("norm_after_pool")
     if len(pools) == 1 and pools <= {"gap", "map"} and after not in (None, mine["norm_after_pool"]):
@@ -173,22 +181,24 @@ class _Plan:
         registers = arrays["registers"].shape[1] if "registers" in arrays else 0
         entries = {"cls": int("cls" in arrays), "none": 0}
         entries["all"] = entries["cls"] + registers
-        # How many entries the checkpoint's table of positions ("theirs") and the model's ("ours")
-        # have for the cls token, and for registers.
+        # Entries before the patches in the table of positions, (for the cls token, for registers),
+        # of the checkpoint ("theirs") and of this model ("ours").
         self.theirs, self.ours = (0, 0), (0, 0)
         if "pos_embedding" in arrays:
             self.theirs = _entries(entries[source.get("prefix_posemb", "cls")], entries["cls"])
         if model.posemb == "learned":
             self.ours = _entries(model.posemb_prefix, int(model.cls_token))
-        # A head means nothing on other features than it has learnt on.
+        # Which key makes the head's input differ from what the checkpoint's head has learnt on; ""
+        # for none. Such a head is not loaded.
         self.other_features = ""
         if _shape(arrays, "pre_logits/kernel") != _shape(named_weights(model), "pre_logits/kernel"):
             self.other_features = "model.rep_size"
+        # A pool that is not known is taken to be this model's.
         elif source.get("pool", self.mine["pool"]) != self.mine["pool"]:
             self.other_features = "model.pool"
 
     def make(self, ignore: str) -> dict[str, Callable[[], np.ndarray]]:
-        """By name the value, still to be read; what is left out keeps its initial value."""
+        """Variable's name -> a function that reads its value; others keep their initial values."""
         variables = named_weights(self.model)
         # Every variable of the model: taken, changed, or left as it is.
         for name, variable in variables.items():
@@ -250,20 +260,25 @@ class _Plan:
             raise DataError(f"{name} is {have} in the checkpoint and {want} here: another network")
 
     def _reordered(self, name: str, want: tuple[int, ...]) -> None:
-        """A head whose classes are the ones wanted, in another order: its last axis counts them."""
+        """Takes a head that has the wanted classes in another order."""
         have, order = tuple(self.arrays[name].shape), self.classes.order
         if have != want:
             self._take(name, want)
             return
+        # Outputs are the last axis, of kernel (D, C) and bias (C,).
         self.values[name] = lambda: self._read(name)[..., order]
         self.report.mapped.append(f"{name} {want}, its classes by name in the order of the data")
 
     def _lost_positions(self, name: str) -> Callable[[], np.ndarray] | None:
-        """Reads a token's entries in the checkpoint's table, if the model's has none for it."""
+        """Returns how to read the positions of tokens `name` for which this model has none.
+
+        None where `name` is no token before the patches, or keeps its positions.
+        """
         index = ("cls", "registers").index(name) if name in ("cls", "registers") else -1
         if index < 0 or not self.theirs[index] or self.ours[index]:
             return None
-        begin = index * self.theirs[0]  # registers follow the cls token
+        # The table begins with the cls token's entry, if any; registers follow.
+        begin = index * self.theirs[0]
         return lambda: self._read("pos_embedding")[:, begin : begin + self.theirs[index]]
 
     def _positions(self, want: tuple[int, ...]) -> None:
@@ -304,6 +319,8 @@ class _Plan:
 
         def changed() -> np.ndarray:
             kernel = self._read(name)
+            # Channels first: they are summed or repeated pixel by pixel, whatever the size of a
+            # patch.
             if have[2] != want[2]:
                 kernel = change_channels(kernel, want[2])
             return resize_kernel(kernel, want[0]) if have[:2] != want[:2] else kernel
@@ -327,7 +344,7 @@ def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
 
 
 def _entries(total: int, cls: int) -> tuple[int, int]:
-    """Of `total` entries before the patches: those of cls tokens (`cls` at most), and the rest."""
+    """Divides `total` entries before the patches: the cls token's (at most `cls`), and the rest."""
     return min(total, cls), total - min(total, cls)
 
 

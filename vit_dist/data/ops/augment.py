@@ -16,7 +16,7 @@ import tensorflow as tf
 from vit_dist.data.ops import color, geometry
 from vit_dist.data.tracing import switch
 
-# What a layer does. Which of its other entries matter depends on that.
+# What a layer does. It depends on the action which of the layer's other entries are used.
 ACTIONS = (
     "table",  # looks each value up in the layer's table
     "warp",  # moves pixels by the layer's matrix
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """Whose arithmetic to follow, and what is the same for all layers of a policy.
+    """Which system's arithmetic to follow, and the settings that all layers of a policy share.
 
     Attributes:
       reference: Whether to follow the TPU reference models, rather than Pillow.
@@ -62,7 +62,7 @@ class _State(NamedTuple):
 
     image: tf.Tensor  # (H, W, 3) uint8
     table: tf.Tensor  # (3, 256) int32, one for each channel
-    pending: tf.Tensor  # () int32: 0 no table waits, 1 the same for all channels, 2 three
+    pending: tf.Tensor  # () int32: 0 no table waits, 1 one for all channels, 2 one for each
 
 
 def layer(action: str, *, table=None, matrix=None, factor=1.0) -> Layer:
@@ -82,11 +82,13 @@ def nothing() -> Layer:
 
 def pick(layers: Sequence[Layer], index: tf.Tensor) -> Layer:
     """Returns `layers[index]`, each entry with the axes of `index` (int32) in front."""
+    # All layers are stacked entry by entry, so that one gather with a drawn number picks a layer.
     return Layer(*(tf.gather(_stack(entries), index) for entries in zip(*layers, strict=True)))
 
 
 def keep_if(condition: tf.Tensor, chosen: Layer) -> Layer:
     """Returns `chosen` where `condition`, else `nothing()`."""
+    # Not tf.where: a Layer has entries of different shapes.
     return pick([nothing(), chosen], tf.cast(condition, tf.int32))
 
 
@@ -122,7 +124,7 @@ def augment(
       layers: What to do; each entry has a leading axis of n layers.
       style: Whose arithmetic, and colours and sizes.
       words: (n, 2) uint32, random: the middles of cutouts. None where none can occur.
-      actions: The actions that can occur; XLA compiles no others.
+      actions: The actions that can occur, by default all but "blur"; XLA compiles no others.
 
     Returns:
       The image after all layers, (H, W, 3) uint8.
@@ -131,6 +133,7 @@ def augment(
     words = tf.zeros((count, 2), tf.uint32) if words is None else words
 
     def step(i, *state):
+        # i is a tensor, as this is traced once for all layers.
         one = Layer(*(entry[i] for entry in layers))
         return (i + 1, *_apply(_State(*state), one, style, words[i], actions))
 
@@ -144,9 +147,14 @@ def _apply(
     state: _State, one: Layer, style: Style, words: tf.Tensor, actions: Sequence[str]
 ) -> _State:
     """Applies one layer; a table is only composed with the one that waits already."""
+    # A table only has to be composed with the one that waits; its look-up can wait as well. Any
+    # other action needs pixels, so the table that waits is applied before it (_flush).
     on_table = tf.equal(one.action, ACTIONS.index("table"))
+    # Once the channels have tables of their own (2), a further table cannot make them equal again.
     pending = tf.where(on_table, tf.maximum(state.pending, 1), 0)
+    # Composed: level v becomes one.table[state.table[v]].
     table = tf.where(on_table, tf.gather(one.table, state.table), _untouched())
+    # A pending of 0 makes _flush do nothing: before a table the image is left alone.
     image = _flush(state._replace(pending=tf.where(on_table, 0, state.pending)))
     reference = style.reference
 
@@ -158,6 +166,7 @@ def _apply(
         """An action that makes tables of the image, which wait for the next layer."""
         return lambda: _State(image, function(image), tf.constant(2))
 
+    # Only the branch of this layer's action runs; in XLA's compiled code branches cost nothing.
     branches = {
         "table": changed(tf.identity),
         "warp": changed(lambda x: _warp(x, one.matrix, style)),
@@ -169,7 +178,8 @@ def _apply(
         "cutout": changed(lambda x: _cutout(x, words, style)),
         "blur": changed(lambda x: color.gaussian_blur(x, one.factor, max_sigma=MAX_SIGMA)),
     }
-    # From an action's place in ACTIONS to its place among those that can occur.
+    # From an action's number in ACTIONS to its number among those that can occur. The others are
+    # never asked for, so any number (0) will do for them.
     place = np.array([actions.index(a) if a in actions else 0 for a in ACTIONS], np.int32)
     return _State(*switch(tf.gather(place, one.action), [branches[action] for action in actions]))
 
@@ -180,6 +190,7 @@ def _flush(state: _State) -> tf.Tensor:
         state.pending,
         [
             lambda: state.image,
+            # Pending 1: the three rows of the table are equal, so the first serves all channels.
             lambda: color.apply_table(state.image, state.table[0]),
             lambda: color.apply_table(state.image, state.table),
         ],
@@ -187,6 +198,7 @@ def _flush(state: _State) -> tf.Tensor:
 
 
 def _untouched() -> tf.Tensor:
+    # The table that maps each level to itself.
     return tf.broadcast_to(color.LEVELS, (3, 256))
 
 
@@ -195,6 +207,8 @@ def _int32(table):
 
 
 def _stack(entries: Sequence):
+    # Numbers that are known now are stacked now: one constant of the graph, and not an op that runs
+    # for each image.
     tensors = any(isinstance(entry, tf.Tensor) for entry in entries)
     return tf.stack(entries) if tensors else np.stack(entries)
 
@@ -208,6 +222,7 @@ def _warp(image: tf.Tensor, matrix: tf.Tensor, style: Style) -> tf.Tensor:
 
 
 def _contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+    # Contrast looks at levels alone once the mean is known, so it is a table as well.
     table = color.contrast(factor, color.mean_luma(image))
     return tf.broadcast_to(table, (3, 256))
 
@@ -215,6 +230,7 @@ def _contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 def _cutout(image: tf.Tensor, words: tf.Tensor, style: Style) -> tf.Tensor:
     """Fills a square about a uniformly drawn pixel; it may reach beyond the border."""
     height, width, _ = image.shape
+    # Distances from the drawn middle, in pixels: (H, 1) and (W,).
     y = tf.range(height)[:, tf.newaxis] - below(words[0], height)
     x = tf.range(width) - below(words[1], width)
     half = style.cutout

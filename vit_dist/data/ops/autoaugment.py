@@ -1,6 +1,7 @@
 """AutoAugment, TrivialAugment, 3-Augment and the single colour augmentations.
 
-As all policies, each lists its layers once and draws among their numbers (see `augment`).
+Each is a policy as `augment` describes it: it lists all layers that it may apply, and draws the
+numbers of those that it does.
 """
 
 import itertools
@@ -42,8 +43,10 @@ POLICY_V0 = (
     (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
     (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
 )
+# The reference models shift further here than in RandAugment.
 AUTOAUGMENT_TRANSLATE = 250  # pixels at level 10
 
+# torchvision's operations, in its order.
 TRIVIAL_OPS = (
     *("Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness"),
     *("Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"),
@@ -58,6 +61,7 @@ def autoaugment(policy="v0"):
     """AutoAugment for ImageNet (arXiv 1805.09501): one of 25 pairs, as the reference models' v0."""
     if policy != "v0":
         raise ConfigError(f"policy={policy!r} must be 'v0'")
+    # (25, 2): each operation of a pair is applied or not by a chance of its own.
     chances = np.array([[p for _, p, _ in pair] for pair in POLICY_V0], np.float32)
     levels = [(name, level) for pair in POLICY_V0 for name, _, level in pair]
     actions = ("table", "warp", "autocontrast", "equalize", "color")
@@ -65,6 +69,7 @@ def autoaugment(policy="v0"):
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         height, width, _ = image.shape
         choices = [
+            # Made while tracing, as shifts and rotations depend on the image's size.
             reference_layer(name, level, sign, height, width, translate=AUTOAUGMENT_TRANSLATE)
             for name, level in levels
             for sign in (1, -1)
@@ -72,8 +77,8 @@ def autoaugment(policy="v0"):
         words = augment.draw(seed, (5,))  # which pair; whether, of each; sign, of each
         pair = augment.below(words[0], len(POLICY_V0))
         applied = augment.uniform(words[1:3]) < tf.gather(chances, pair)
-        # A pair has four places among the choices: two operations, each with both signs. The place
-        # behind all is to do nothing.
+        # Four neighbouring choices belong to a pair: its first operation with both signs, then its
+        # second. Behind all choices is one that does nothing, for operations that are not applied.
         at = 4 * pair + tf.constant([0, 2]) + augment.below(words[3:5], 2)
         chosen = augment.pick([*choices, augment.nothing()], tf.where(applied, at, len(choices)))
         return augment.augment(image, chosen, Style(reference=True), actions=actions)
@@ -95,6 +100,7 @@ def trivial_augment():
             for bin_ in range(TRIVIAL_BINS)
             for sign in (1, -1)
         ]
+        # The numbers of one image: operation, strength, sign.
         words = augment.draw(seed, (3,))
         name, bin_, sign = (
             augment.below(words[i], count) for i, count in enumerate((14, TRIVIAL_BINS, 2))
@@ -111,6 +117,7 @@ def trivial_layer(name: str, bin_: int, sign: int, height: int, width: int) -> L
 
     `sign`, 1 or -1, is the direction of warps, and whether factors are above or below 1.
     """
+    # Strengths are evenly spaced, from 0 to each operation's largest: torchvision's linspace.
     part = bin_ / (TRIVIAL_BINS - 1)
     match name:
         case "Identity":
@@ -118,8 +125,10 @@ def trivial_layer(name: str, bin_: int, sign: int, height: int, width: int) -> L
         case "AutoContrast" | "Equalize":
             return layer(name.lower())
         case "Posterize":
+            # 8 bits, which change nothing, down to 2.
             return layer("table", table=color.posterize(8 - round(part * 6)))
         case "Solarize":
+            # From 255 in 30 steps down to 0, where all is inverted.
             return layer("table", table=color.solarize(255 - 8.5 * bin_))
         case "Brightness":
             return layer("table", table=color.brightness(1 + 0.99 * part * sign))
@@ -130,6 +139,8 @@ def trivial_layer(name: str, bin_: int, sign: int, height: int, width: int) -> L
         case "ShearY":
             matrix = geometry.shear_y(0.99 * part * sign)
         case "TranslateX":
+            # Up to 32 pixels. Negative: the image moves by so much, and the matrix leads back from
+            # an output pixel to the input.
             matrix = geometry.translate(-int(32 * part * sign), 0)
         case "TranslateY":
             matrix = geometry.translate(0, -int(32 * part * sign))
@@ -150,6 +161,7 @@ def three_augment():
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         words = augment.draw(seed, (2,))
         choices = [
+            # A factor of 0 takes nothing of the image: its grey levels remain.
             layer("color", factor=0.0),
             layer("table", table=color.solarize(128)),
             layer("blur", factor=_between(words[1], 0.1, 2.0)),
@@ -169,6 +181,7 @@ def color_jitter(brightness=0.4, contrast=0.4, saturation=0.4):
             raise ConfigError(f"strengths must be numbers in 0..5, not {strengths}")
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        # The order of the three, and a factor for each.
         words = augment.draw(seed, (4,))
         factors = [
             _between(words[i + 1], max(0.0, 1 - x), 1.0 + x) for i, x in enumerate(strengths)
@@ -178,6 +191,7 @@ def color_jitter(brightness=0.4, contrast=0.4, saturation=0.4):
             layer("contrast", factor=factors[1]),
             layer("color", factor=factors[2]),
         ]
+        # One of the six orders, e.g. (2, 0, 1): three layers, applied in that order.
         chosen = augment.pick(choices, tf.gather(ORDERS, augment.below(words[0], len(ORDERS))))
         return augment.augment(image, chosen, _PILLOW, actions=("table", "contrast", "color"))
 
@@ -214,6 +228,7 @@ def gaussian_blur(sigma_min=0.1, sigma_max=2.0, p=0.5):
     )
 
 
+# Levels and rounding as torchvision and timm have them, which call Pillow.
 _PILLOW = Style(reference=False)
 
 
@@ -222,6 +237,7 @@ def _sometimes(p: float, action: str, make):
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         words = augment.draw(seed, (2,))
+        # nothing() is a table, so "table" always can occur; dict.fromkeys drops it if given twice.
         chosen = augment.pick([augment.nothing(), make(words[1])], _coin(words[:1], p))
         return augment.augment(
             image, chosen, _PILLOW, actions=tuple(dict.fromkeys(("table", action)))

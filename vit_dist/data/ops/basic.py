@@ -1,4 +1,4 @@
-"""Ops that resize, crop, pad, mirror and scale, and those on other entries than the image.
+"""Ops that resize, crop, pad, mirror and scale, and ops on other entries than the image.
 
 Images are uint8 (H, W, C) until the accelerator. A `size` is an int (a square) or (height, width),
 in pixels. See `pipe` for what an op is.
@@ -9,7 +9,7 @@ import tensorflow as tf
 from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops.pipe import Pipe, op, output_spec, parse, switch
 
-# Callers find here what they need of pipes.
+# Callers of these ops need `pipe` too, and may import its names from here.
 __all__ = ["Pipe", "op", "output_spec", "parse", "switch"]
 
 # Per-channel mean and standard deviation of ImageNet's training images in [0, 1], as used by
@@ -38,6 +38,8 @@ def resize_small(smaller_size, method="area", antialias=False):
         resized = resize_image(
             image, tf.cast(tf.round(shape * factor), tf.int32), method, antialias
         )
+        # Where the size is known while tracing, so is the result's: a crop behind this op can be
+        # checked before any data is read.
         static = image.shape[:2]
         if static.is_fully_defined():
             smaller = min(static)
@@ -69,11 +71,13 @@ def random_crop(size):
 
     def crop(image, seed):
         _check_crop(image, *size)
+        # _check_crop knows only static sizes; others are compared when an image is there.
         if not image.shape[:2].is_fully_defined():
             large = tf.reduce_all(tf.shape(image)[:2] >= size)
             message = f"random_crop cannot cut {size} from an image of"
             with tf.control_dependencies([tf.debugging.Assert(large, [message, tf.shape(image)])]):
                 image = tf.identity(image)
+        # The window's corner is a tensor, so TensorFlow does not know the slice's shape.
         return tf.ensure_shape(_random_window(image, size, seed), (*size, image.shape[-1]))
 
     return on_image(crop)
@@ -93,6 +97,7 @@ def random_shift(pixels, value=0, mode="constant"):
 
     def shift(image, seed):
         padded = _pad(decoded(image), pixels, value, mode)
+        # A window as large as the image, anywhere in the padded image: up to `pixels` off.
         shifted = _random_window(padded, tf.shape(image)[:2], seed)
         return tf.ensure_shape(shifted, image.shape)
 
@@ -129,6 +134,7 @@ def statistics_of(mean, std):
         if mean not in STATISTICS or std is not None:
             raise ConfigError(f"give mean and std, or one of the names {sorted(STATISTICS)}")
         mean, std = STATISTICS[mean]
+    # Numbers for the mean were given, and nothing else.
     if std is None:
         raise ConfigError("std is missing")
     return mean, std
@@ -142,6 +148,7 @@ def normalize(mean="imagenet", std=None):
         raise ConfigError(f"std={std} must be positive")
 
     def scale(images):
+        # Made while tracing: when a pipe is parsed, a constant would start a device.
         constants = (tf.constant(values, tf.float32) for values in (mean, std))
         mean_, std_ = constants
         return (tf.cast(images, tf.float32) / 255.0 - mean_) / std_
@@ -186,10 +193,11 @@ def resize_image(image: tf.Tensor, size, method: str, antialias: bool) -> tf.Ten
     What is interpolated is rounded. The reference systems truncate, which darkens by half a level.
     """
     resized = tf.image.resize(image, size, method=method, antialias=antialias)
-    if resized.dtype == tf.uint8:  # nearest
+    if resized.dtype == tf.uint8:  # the method "nearest" computes no new values
         return resized
     resized = tf.round(resized)
-    if method in OVERSHOOTING:  # clipping takes as long as half of a bilinear resize
+    # Only where values can leave 0..255: clipping takes as long as half of a bilinear resize.
+    if method in OVERSHOOTING:
         resized = tf.clip_by_value(resized, 0, 255)
     return tf.cast(resized, tf.uint8)
 
@@ -207,7 +215,8 @@ def _pad(image: tf.Tensor, pixels: int, value: int, mode: str) -> tf.Tensor:
     if mode == "edge":
         for axis in (0, 1):
             size = tf.shape(image)[axis]
-            # Places before the first row take the first row, and so at the end.
+            # Rows (or columns) before the first repeat the first, and those behind the last repeat
+            # the last. tf.pad has no such mode.
             at = tf.clip_by_value(tf.range(-pixels, size + pixels), 0, size - 1)
             static = image.shape.as_list()
             static[axis] = None if static[axis] is None else static[axis] + 2 * pixels
@@ -218,7 +227,8 @@ def _pad(image: tf.Tensor, pixels: int, value: int, mode: str) -> tf.Tensor:
 
 
 def parse_size(size) -> tuple[int, int]:
-    """Returns an op's `size` as (height, width); ValueError if it is neither form of one."""
+    """Returns an op's `size`, an int or (height, width), as (height, width); else ValueError."""
+    # True and False are ints too; check_positive refuses them.
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise ConfigError(f"size={size!r} must be an int or (height, width)")

@@ -2,8 +2,8 @@
 
 What TensorFlow's own decoders get wrong is mended by reading the file's header here. A Python
 function would be shorter, but neither the hosts of a TPU pod nor the workers of a data service can
-call one. All of it is part of every input pipeline's graph, which takes TensorFlow half a
-millisecond a node to make, so that few nodes count for more here than they do elsewhere.
+call one. This code becomes part of every input pipeline's graph, and a graph takes TensorFlow half
+a millisecond a node to make: so it is written to need few nodes.
 """
 
 import functools
@@ -27,12 +27,15 @@ def numbers(data: tf.Tensor, at, count: int, kind: tf.DType = tf.uint8) -> tf.Te
       InvalidArgumentError: `at` itself lies beyond the end.
     """
     size = count * kind.size
+    # fixed_length fills up with zeros where the data end early; without it, decode_raw fails if the
+    # bytes are no whole number of `kind`.
     raw = tf.io.decode_raw(tf.strings.substr(data, at, size), kind, fixed_length=size)
     return tf.cast(tf.ensure_shape(raw, (count,)), tf.int32)
 
 
 def read(data: tf.Tensor, at, count) -> tf.Tensor:
     """Returns the `count` bytes from place `at` on, (count,) uint8; fewer where the data end."""
+    # substr gives what there is, so a count that is too large needs no check.
     return tf.io.decode_raw(tf.strings.substr(data, at, count), tf.uint8)
 
 
@@ -50,7 +53,9 @@ def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Ten
       message: What is wrong, with "{}" for each of `values`.
       *values: () int32 each.
     """
+    # The text is made of tensors: the numbers are known only when a file is read.
     said = tf.strings.format(message, values) if values else message
+    # identity() is the node that waits for the check; ops on its result wait for it in turn.
     with tf.control_dependencies([tf.debugging.Assert(condition, [said])]):
         return tf.identity(data)
 
@@ -58,8 +63,8 @@ def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Ten
 def one_node(output: tf.TensorSpec) -> Callable[[Callable], Callable[[tf.Tensor], tf.Tensor]]:
     """Makes a function of a file's bytes, () string -> `output`, one node of graphs that call it.
 
-    A graph visits every node of a branch, also of one that is not taken: what the rare kinds of
-    files need would cost each JPEG a tenth of its time. Such a function is traced once in a
+    A graph visits every node of a branch, even of a branch that is not taken: the nodes for rare
+    kinds of files would cost each JPEG a tenth of its time. The function is traced once in a
     process, and not at all where only shapes are asked for.
     """
 
@@ -68,13 +73,17 @@ def one_node(output: tf.TensorSpec) -> Callable[[Callable], Callable[[tf.Tensor]
             function,
             input_signature=[tf.TensorSpec((), tf.string)],
             autograph=False,
+            # Otherwise TensorFlow would put the function's nodes back into the graph that calls it.
             experimental_attributes={"_noinline": True},
         )
 
         @functools.wraps(function)
         def call(data: tf.Tensor) -> tf.Tensor:
+            # The graph that only asks for shapes: a call would make the function, which needs a
+            # device.
             if is_deviceless():
                 return tf.compat.v1.placeholder(output.dtype, output.shape)
+            # What is called may know less of its shape than `output` says.
             return tf.ensure_shape(called(data), output.shape)
 
         return call

@@ -55,6 +55,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     data, header, top_down = _read_header(data)
     compressed = tf.equal(header.compression, RLE8) | tf.equal(header.compression, RLE4)
     whole_bytes = tf.equal(header.compression, RAW) & (header.bits >= 24)
+    # Which of the branches below.
     kind = tf.where(whole_bytes, 2, 3)
     kind = tf.where(compressed, 0, tf.where(header.bits <= 8, 1, kind))
 
@@ -191,6 +192,7 @@ def _run_lengths(stream: tf.Tensor, header: _Header) -> tf.Tensor:
     length = tf.gather(tf.stack([1, count, 2, 0, 1]), kind)
     length = tf.where(tf.equal(kind, literal), 1 + (bytes_ + 1) // 2, length)
     after = tf.minimum(tf.range(count) + length, count)
+    # Numbers of the pairs that are commands.
     at = tf.cast(tf.where(_chain(tf.concat([after, [count]], axis=0))[:-1])[:, 0], tf.int32)
 
     commands = tf.gather(tf.stack([first, second, kind], axis=1), at)

@@ -1,4 +1,4 @@
-"""Ops that decode: whole images or, of a JPEG, a window at a fraction of its size."""
+"""Ops that decode images: as a whole or, of a JPEG, only a window, at a fraction of the size."""
 
 import functools
 
@@ -87,6 +87,7 @@ def decode_jpeg_and_inception_crop(
     options = _check_decoding(exif=exif, background=background)
 
     def crop_jpeg(data, seed):
+        # (height, width, channels) as stored, from the header: nothing is decoded yet.
         shape = tf.image.extract_jpeg_shape(data)
         way = orientation.of_jpeg(data) if exif else None
         data = jpeg.mark_inverted(data, shape[2])
@@ -118,6 +119,7 @@ def decode_jpeg_and_inception_crop(
 
     def crop(image, seed):
         if image.dtype != tf.string:
+            # An array that a source or a cache has decoded already.
             return tf.ensure_shape(crop_decoded(_three(image), seed), (*size, 3))
         result = tf.cond(
             tf.io.is_jpeg(image),
@@ -162,6 +164,7 @@ def decoding_of(pipe: Pipe) -> dict:
     """
     for step in pipe.steps:
         if step.op.make in (decode, decode_jpeg_and_inception_crop):
+            # Ops may lack an argument: only `decode` has min_side.
             given = {key: step.arguments.get(key) for key in ("exif", "min_side", "background")}
             return _check_decoding(**given)
     return {}
@@ -201,7 +204,7 @@ def _decode_other(data: tf.Tensor, exif: bool, background: Color | None) -> tf.T
     is_bmp = tf.equal(tf.strings.substr(begin, 0, 2), b"BM")
 
     def plain() -> tf.Tensor:
-        # PNG, and what is no image at all, which TensorFlow refuses.
+        # A PNG; or bytes that are no image, which TensorFlow refuses with a message.
         return tf.io.decode_image(data, channels=3, expand_animations=False)
 
     if not exif and background is None:
@@ -240,9 +243,11 @@ def _lay_over(pixels: tf.Tensor, background: Color | None) -> tf.Tensor:
     """Returns (H, W, 3) uint8 of pixels with alpha, (H, W, 4) uint8, over a colour; None drops."""
     if background is None:
         return pixels[..., :3]
+    # 255 * 255 + 128 fits 16 bits.
     own, alpha = (tf.cast(x, tf.uint16) for x in (pixels[..., :3], pixels[..., 3:]))
     mixed = own * alpha + tf.constant(background, tf.uint16) * (255 - alpha)
-    # Divided by 255 and rounded, in 16 bits: as Pillow does it.
+    # Divides by 255 and rounds without a division, as Pillow does: with y = x + 128, it is
+    # (y + y / 256) / 256.
     mixed += 128
     mixed += tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16))
     return tf.cast(tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16)), tf.uint8)
@@ -255,6 +260,8 @@ def _three(image: tf.Tensor) -> tf.Tensor:
 
 def _crop_window(shape: tf.Tensor, area: tuple[float, float], seed: tf.Tensor):
     """Returns begin (3,) and extent (3,) int32 of a window as tf.slice takes them; depth is all."""
+    # No bounding boxes are given, so that the whole image counts as the object, and no share of it
+    # must be in the window: any place is allowed.
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros((0, 0, 4), tf.float32),
@@ -275,7 +282,9 @@ def _area_range(area_min: float, area_max: float) -> tuple[float, float]:
 
 def _at_ratio(shape, size, decode):
     """Returns `decode(r)` for the largest r of RATIOS with `shape` at least r times `size`."""
+    # How many times `size` goes into the smaller direction.
     times = tf.reduce_min(shape // size)
+    # How many of the ratios 2, 4, 8 are not too large: the place of the largest one in RATIOS.
     which = tf.reduce_sum(tf.cast(times >= RATIOS[1:], tf.int32))
     return switch(which, [lambda ratio=ratio: decode(ratio) for ratio in RATIOS])
 
@@ -283,7 +292,9 @@ def _at_ratio(shape, size, decode):
 def _scaled_window(begin, extent, shape, ratio: int) -> tf.Tensor:
     """Returns (top, left, height, width) in pixels of an image that is decoded at 1 / `ratio`."""
     if ratio > 1:
-        shape = (shape + ratio - 1) // ratio  # as libjpeg rounds
+        # libjpeg rounds the size of a scaled image up. The window is rounded to the nearest pixel
+        # and kept inside.
+        shape = (shape + ratio - 1) // ratio
         extent = (extent + ratio // 2) // ratio
         begin = tf.minimum((begin + ratio // 2) // ratio, shape - extent)
     return tf.concat((begin, extent), 0)

@@ -21,8 +21,9 @@ def random_erasing(p=0.25, mode="pixel", area_min=2.0, area_max=100 / 3, mean="i
     """Fills a random rectangle, with probability `p`: by noise ("pixel") or the mean ("const").
 
     timm fills images that are normalised already, by N(0, 1) or 0. Images here are still uint8, and
-    are filled by what normalisation will turn into that: mean + std * noise, clipped to 0..255 and
-    of 256 equally likely values, or the mean. Give `mean` and `std` of the pipe's normalisation.
+    are filled by values that normalisation will turn into N(0, 1) or 0: mean + std * noise, clipped
+    to 0..255 and of 256 equally likely values, or the mean. Give `mean` and `std` of the pipe's
+    normalisation.
     """
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise ConfigError(f"p={p!r} must be a number in 0..1")
@@ -40,6 +41,7 @@ def random_erasing(p=0.25, mode="pixel", area_min=2.0, area_max=100 / 3, mean="i
         erased = fits & (augment.uniform(words[0]) < p)
         return tf.cond(
             erased,
+            # Noise is drawn only here: most images are not erased.
             lambda: _fill(image, box, tf.random.fold_in(seed, 1), table),
             lambda: image,
         )
@@ -57,6 +59,7 @@ def levels(mode: str, mean, std) -> np.ndarray:
     means, stds = (np.broadcast_to(np.asarray(v, np.float64), (3,))[:, None] for v in (mean, std))
     normal = statistics.NormalDist()
     noise = np.array([normal.inv_cdf((i + 0.5) / 256) for i in range(256)])
+    # The mode "const" multiplies the noise by 0.
     values = means + stds * noise * (mode == "pixel")
     return np.clip(np.round(values * 255), 0, 255).astype(np.uint8)
 
@@ -72,6 +75,7 @@ def _rectangle(words: tf.Tensor, shape, area_min: float, area_max: float):
     """
     rows, columns, _ = shape
     parts = augment.uniform(words)
+    # In percent.
     share = area_min + parts[:, 0] * (area_max - area_min)
     area = share * (rows * columns / 100)
     # Height / width from 0.3 to 1 / 0.3, uniform in its logarithm.
@@ -83,6 +87,8 @@ def _rectangle(words: tf.Tensor, shape, area_min: float, area_max: float):
     # is attempt 0, which is not used.
     first = tf.argmax(tf.cast(fits, tf.int32), output_type=tf.int32)
     height, width = tf.gather(height, first), tf.gather(width, first)
+    # How many corners there are: 1 more than the margin, and at least 1 where no attempt fits, as
+    # the remainder of a division by 0 is not defined.
     margins = tf.maximum(tf.stack([rows - height, columns - width]), 0) + 1
     corner = tf.gather(words, first)[2:] % tf.cast(margins, tf.uint32)
     return tf.stack([*tf.unstack(tf.cast(corner, tf.int32)), height, width]), tf.reduce_any(fits)
@@ -91,6 +97,7 @@ def _rectangle(words: tf.Tensor, shape, area_min: float, area_max: float):
 def _fill(image: tf.Tensor, box: tf.Tensor, seed: tf.Tensor, table: np.ndarray) -> tf.Tensor:
     rows, columns, _ = image.shape
     top, left, height, width = tf.unstack(box)
+    # Distances from the rectangle's corner: (rows, 1) and (columns,).
     y, x = tf.range(rows)[:, tf.newaxis] - top, tf.range(columns) - left
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     count = rows * columns * 3

@@ -45,12 +45,14 @@ def rotate(degrees, height: int, width: int):
         cos, sin = tf.cos(radians), tf.sin(radians)
     else:
         cos, sin = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
+    # Moves the centre to the origin, turns, and moves it back: c and f hold both moves.
     x, y = width / 2, height / 2
     return matrix(cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
 def rotate_reference(degrees: float, height: int, width: int):
     """Returns the rotation of TensorFlow Addons, about the middle of the pixels, in float32."""
+    # Each operation rounds to float32, as in TensorFlow Addons, so that the same pixels come out.
     one = np.float32
     radians = one(degrees) * one(math.pi / 180)
     cos, sin, w, h = np.cos(radians), np.sin(radians), one(width - 1), one(height - 1)
@@ -86,6 +88,7 @@ def warp_nearest(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
 
     def fixed(value):
         """In units of 1 / 65536 pixel."""
+        # Rounds to the nearest, halves up.
         return tf.cast(tf.floor(value * 65536 + 0.5), tf.int32)
 
     def source(along_x, along_y, offset):
@@ -99,8 +102,8 @@ def warp_nearest(image: tf.Tensor, transform: tf.Tensor, fill) -> tf.Tensor:
 def warp_smooth(image: tf.Tensor, transform: tf.Tensor, fill, taps: int) -> tf.Tensor:
     """Warps as Pillow does, bilinearly (`taps` is 2) or bicubically (4), and truncates.
 
-    Each output pixel is a weighted sum of taps x taps input pixels; those beyond the border are
-    the border's.
+    Each output pixel is a weighted sum of taps x taps input pixels; in place of pixels beyond the
+    border, the border's are taken.
     """
     height, width, _ = image.shape
     a, b, c, d, e, f = tf.unstack(transform)
@@ -130,6 +133,7 @@ def warp_smooth(image: tf.Tensor, transform: tf.Tensor, fill, taps: int) -> tf.T
 
     start = (tf.constant(0), tf.zeros(image.shape, tf.float32))
     _, total = tf.while_loop(lambda tap, _: tap < taps * taps, add, start)
+    # A bicubic kernel has negative weights and so can leave 0..255.
     warped = tf.cast(tf.clip_by_value(total + _BIAS, 0, 255), tf.uint8)
     return tf.where(inside[..., tf.newaxis], warped, tf.cast(fill, tf.uint8))
 

@@ -15,8 +15,12 @@ EXTENSION, IMAGE, CONTROL = 0x21, 0x2C, 0xF9  # how blocks begin, and the extens
 IMAGE_HEADER = 10  # bytes before a frame's own palette
 TABLE, INTERLACED, TRANSPARENT = 0x80, 0x40, 0x01  # bits of the flags
 
+# By a flags byte: how many bytes its palette has. The lower three bits are the logarithm of the
+# number of colours, less 1.
 _TABLE_BYTES = [3 << (flags % 8 + 1) if flags & TABLE else 0 for flags in range(256)]
 _PALETTE = bytes(value for number in range(256) for value in (number,) * 3)
+# What follows the screen's size in the new file: flags with 256 colours, background, aspect ratio,
+# palette, and the frame's header up to its size.
 _AFTER_SIZE = bytes((TABLE | 7, 0, 0)) + _PALETTE + bytes((IMAGE, 0, 0, 0, 0))
 _TOO_LARGE = "a GIF of {} x {} pixels, which is more than is read: save its image as PNG"
 
@@ -28,6 +32,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
       InvalidArgumentError: There is no frame, or it is cut off.
     """
     table_bytes = tf.constant(_TABLE_BYTES)
+    # Byte 10 of the screen's header: its flags.
     screen = tf.unstack(binary.numbers(data, 0, SCREEN))
     shared = tf.gather(table_bytes, screen[10])
     at, transparent = _skip_extensions(data, SCREEN + shared)

@@ -19,8 +19,8 @@ def mark_inverted(data: tf.Tensor, channels: tf.Tensor) -> tf.Tensor:
     """Returns a JPEG's bytes, () string, such that the inks of CMYK are read as Pillow reads them.
 
     Adobe's programs store how much paper is left rather than how much ink there is, and so do all
-    others. TensorFlow believes that only of files with Adobe's marker, so that they are given one
-    here. Where there is one already it comes later, and the later one counts.
+    others. TensorFlow inverts only files with Adobe's marker, so every CMYK file is given one here.
+    A file that has a marker already keeps it: it comes later, and the later one counts.
     """
 
     def marked() -> tf.Tensor:
@@ -51,10 +51,12 @@ def find_exif(data: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     # What is read of each segment: marker, length, and as many bytes as EXIF's name has.
     size = 4 + len(EXIF_NAME)
     exif = tf.constant((MARKER, EXIF, 0, 0, *EXIF_NAME))
+    # 1 for each byte that must be equal; the two of the length may be anything.
     compared = tf.constant((1, 1, 0, 0, *[1] * len(EXIF_NAME)))
     end = tf.strings.length(data)
 
     def read(at: tf.Tensor) -> tf.Tensor:
+        # Not beyond the end: there TensorFlow raises, while at the end it gives zeros.
         return binary.numbers(data, tf.minimum(at, end), size)
 
     def is_exif(head: tf.Tensor) -> tf.Tensor:

@@ -25,6 +25,7 @@ def of_jpeg(data: tf.Tensor) -> tf.Tensor:
 def of_other(data: tf.Tensor) -> tf.Tensor:
     """As `of_jpeg`, of PNG and WebP; BMP and GIF hold no EXIF."""
     nothing = tf.constant(0), tf.constant(0)
+    # Where EXIF lies: a chunk of its own in both formats.
     place = tf.cond(
         binary.has(data, 0, b"\x89PNG"),
         lambda: png.find(data, b"eXIf"),
@@ -51,6 +52,7 @@ def _read(exif: tf.Tensor) -> tf.Tensor:
     def words(at: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         """`count` numbers of 2 bytes, int32; beyond the end they are 0."""
         raw = tf.strings.substr(exif, at, 2 * count)
+        # Read in both byte orders, as the order is an attribute of the op and not an input.
         both = [
             tf.io.decode_raw(raw, tf.uint16, little_endian=order, fixed_length=2 * count)
             for order in (True, False)
@@ -58,13 +60,18 @@ def _read(exif: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.where(little, *both), tf.int32)
 
     end = tf.strings.length(exif)
+    # Bytes 4 to 7: where the directory begins, as two words whose order is that of the bytes.
     first, second = tf.unstack(tf.ensure_shape(words(tf.minimum(4, end), 2), (2,)))
     directory = tf.where(little, first + 65536 * second, 65536 * first + second)
+    # A damaged file may say anything; from the end on, all is 0, which is no entry.
     directory = tf.where((directory >= 0) & (directory <= end - 2), directory, end)
     entries = words(directory, 1)[0]
     # One more than there are, as none at all cannot be read; it is not looked at.
     table = words(tf.minimum(directory + 2, end), (entries + 1) * (ENTRY // 2))
+    # 12 bytes, 6 words: tag, type, count (2), value (2).
     tag, kind, _, _, low, high = tf.unstack(tf.reshape(table, (-1, ENTRY // 2)), axis=1)
+    # A SHORT stands in the first word of the value; a LONG of such a small number in its lower
+    # word.
     value = tf.where(tf.equal(kind, LONG) & ~little, high, low)
     found = tf.equal(tag, TAG) & (tf.equal(kind, SHORT) | tf.equal(kind, LONG))
     found &= tf.range(entries + 1) < entries

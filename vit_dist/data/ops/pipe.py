@@ -5,9 +5,10 @@ function: decorated with `op`, it takes the op's parameters and returns a functi
 example, which draws its randomness from `example["seed"]` ((2,) int32) with stateless calls. Ops
 are traced without AutoGraph: branch with `tf.cond`, and among many with `switch`.
 
-Ops registered with `compiled=True` are compiled by XLA for the CPU of the host. Those that are last
-are compiled together, as one loop over a chunk of images: a look-up per byte takes XLA's code a
-fifth to a tenth of the time of TensorFlow's kernels, and in compiled code a branch costs nothing.
+Ops registered with `compiled=True` are compiled by XLA for the CPU of the host. A run of such ops
+at the end of the pipe is compiled together, as one loop over a chunk of images. XLA's code takes a
+fifth to a tenth of the time of TensorFlow's kernels for a look-up per byte, and a branch in it
+costs nothing.
 
 An op of your own is a function with the decorator `op` in a module that config.imports names.
 """
@@ -79,7 +80,8 @@ def op(
     """
     if make is None:
         return lambda make: op(make, on_device=on_device, image=image, compiled=compiled)
-    # A config file may be executed twice; then its ops only register themselves again.
+    # A config file may be executed twice, which makes new functions of the same names. They come
+    # from one file, and replace each other.
     old = _REGISTRY.get(make.__name__)
     if old is not None and _origin(old.make) != _origin(make):
         raise ConfigError(
@@ -104,7 +106,8 @@ class Step:
     position: int  # from 1; folded into the seed, so that each op draws numbers of its own
     args: tuple  # as given by position
     apply: Callable
-    # All by name, defaults included. A dict cannot be hashed, and `args` and `text` tell as much.
+    # All arguments by name, defaults included. Left out of comparisons, as a dict cannot be hashed
+    # and Steps are keys of the cache of `_compiled`; `text` and `args` tell them apart.
     arguments: dict[str, Any] = dataclasses.field(compare=False, default_factory=dict)
 
     def __str__(self) -> str:
@@ -115,8 +118,8 @@ class Step:
 class Pipe:
     """A parsed pipe; `host` runs per example in tf.data, `device` per batch in the step.
 
-    For speed, `host` has two parts: `host_each` runs all ops but the compiled ones at the end on
-    each example, `host_chunk` those on a batch of what `host_each` returned.
+    For speed, `host` has two parts: `host_each` runs on one example, and applies all ops but the
+    compiled ops at the end; `host_chunk` applies these to a batch of what `host_each` returned.
     """
 
     text: str
@@ -138,9 +141,12 @@ class Pipe:
         Raises:
           ConfigError: While tracing: an op does not fit what it gets. Names the op.
         """
+        # do_not_convert: tf.data would else pass the ops through AutoGraph, which is slow and not
+        # needed.
         example = self.host_each(example)
         if not self.compiled_tail:
             return example
+        # A chunk of one example.
         examples = self.host_chunk({key: value[tf.newaxis] for key, value in example.items()})
         return {key: value[0] for key, value in examples.items()}
 
@@ -151,6 +157,7 @@ class Pipe:
         Where there is such a tail, the result holds the "seed" that it needs.
         """
         seed = example["seed"]
+        # What is returned, unless a keep(...) says otherwise; the last one counts.
         kept = tuple(key for key in DEFAULT_KEEP if key in example)
         for step in self.steps:
             if step.op.on_device or step in self.compiled_tail:
@@ -159,11 +166,12 @@ class Pipe:
             # where it was cropped would be drawn from the same numbers.
             own = {**example, "seed": tf.random.fold_in(seed, step.position)}
             if step.op.compiled:
-                # Takes the example's seed: the position is folded in inside.
+                # With the example's own seed, as over_batch folds in the position itself.
                 image = _compiled((step,))(own["image"][tf.newaxis], seed[tf.newaxis])[0]
                 own = {**own, "image": image}
             else:
                 own = _apply(step, own)
+            # The example's seed again, for the next op; keep(...) may also have dropped it.
             example = {**own, "seed": seed}
             if step.op.name == "keep":
                 kept = step.args
@@ -184,6 +192,8 @@ class Pipe:
     @functools.cached_property
     def compiled_tail(self) -> tuple[Step, ...]:
         """The compiled ops at the end of the host's ops on images."""
+        # Taken from the end backwards, up to the first op that is not compiled, then put in order
+        # again.
         images = [step for step in self.steps if step.op.image and not step.op.on_device]
         return tuple(itertools.takewhile(lambda step: step.op.compiled, images[::-1]))[::-1]
 
@@ -199,11 +209,14 @@ def _apply(step: Step, *args):
     try:
         return step.apply(*args)
     except KeyError as error:
+        # The op asked for an entry that the example does not have.
         raise ConfigError(f"{step} needs {error}; it got {sorted(args[0])}") from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{step} does not fit its input: {error}") from error
 
 
+# Cached by Steps, so that every trace of one Pipe finds the same function, with what XLA has
+# compiled for it.
 @functools.lru_cache(maxsize=64)
 def _compiled(steps: tuple[Step, ...]) -> Callable:
     """Returns a function of images (B, H, W, 3) uint8 and the examples' seeds (B, 2) int32.
@@ -220,7 +233,7 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
             return image
 
         spec = tf.TensorSpec(images.shape[1:], tf.uint8)
-        # One after the other: the input pipeline has other threads for other chunks.
+        # One image at a time: the pipeline's other threads work on other chunks.
         return tf.map_fn(
             one_image, (images, seeds), parallel_iterations=1, fn_output_signature=spec
         )
@@ -229,6 +242,7 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
 
     def checked(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         step, shape = steps[0], images.shape[1:]
+        # While tracing, so that the message comes before any data is read.
         if images.dtype != tf.uint8:
             raise ConfigError(f"{step}: the image is still encoded; put decode before this op")
         if not shape.is_fully_defined() or shape[-1] != 3:
@@ -236,6 +250,7 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
                 f"{step} takes images of one fixed size with 3 channels, not {shape}; put decode "
                 "and resize(...) or a crop of fixed size before it"
             )
+        # Where only shapes are asked for, nothing is compiled: that would start a device.
         return over_batch(images, seeds) if is_deviceless() else jitted(images, seeds)
 
     return checked
@@ -252,6 +267,7 @@ def parse(pipe: str, **names) -> Pipe:
       ConfigError: The string is no such expression, or an op or its arguments are wrong. Names the
         op, its position (from 1), what is allowed and the nearest known name.
     """
+    # Here and not at the top, because these modules import this one.
     for module in OP_MODULES:
         importlib.import_module(module)
     try:
@@ -268,6 +284,7 @@ def parse(pipe: str, **names) -> Pipe:
 
 
 def _chain(node: ast.expr) -> list[ast.expr]:
+    # Python reads "a|b|c" as (a|b)|c, so the chain goes on at the left.
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _chain(node.left) + _chain(node.right)
     return [node]
@@ -276,6 +293,7 @@ def _chain(node: ast.expr) -> list[ast.expr]:
 def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
     text = ast.unparse(node)
     where = f"pipe op {position} {text!r}"
+    # An op without arguments needs no brackets: "flip_lr" is flip_lr().
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
         raise ConfigError(f"{where}: expected the name or the call of an op; known: {_known()}")
@@ -284,6 +302,7 @@ def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
         raise ConfigError(f"{where}: unknown op{_nearest(name, _REGISTRY)}; known: {_known()}")
     make = _REGISTRY[name].make
     signature = inspect.signature(make)
+    # A keyword without a name is "**".
     if any(isinstance(arg, ast.Starred) for arg in call.args) or None in (
         keyword.arg for keyword in call.keywords
     ):
@@ -291,6 +310,7 @@ def _parse_step(node: ast.expr, position: int, names: Mapping) -> Step:
     args = [_value(arg, where, names) for arg in call.args]
     kwargs = {k.arg: _value(k.value, where, names) for k in call.keywords if k.arg is not None}
     try:
+        # Bound first, so that a wrong name is told from an error inside of the op.
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         wrong = [key for key in kwargs if key not in signature.parameters]
@@ -313,6 +333,7 @@ def _value(node: ast.expr, where: str, names: Mapping):
             )
         return names[node.id]
     if isinstance(node, (ast.Tuple, ast.List)):
+        # A list becomes a tuple: Steps are hashed with their arguments.
         return tuple(_value(element, where, names) for element in node.elts)
     try:
         return ast.literal_eval(node)
@@ -352,6 +373,7 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
     """
     with deviceless_graph():
         example = {
+            # Nodes that stand for an example; nothing is ever fed to them.
             key: tf.compat.v1.placeholder(spec.dtype, spec.shape)
             for key, spec in {**source.element_spec, **POSITION_SPEC}.items()
         }
@@ -366,6 +388,7 @@ def output_spec(source: Source, pipe: Pipe) -> dict[str, tf.TensorSpec]:
                 f"pipe {str(pipe)!r} leaves images of varying shape {image.shape}; end it with "
                 "resize(...) or a crop of fixed size"
             )
+        # As a batch of one image, whose axis goes again.
         device = pipe.device(image[tf.newaxis])[0]
         spec = {key: tf.TensorSpec(value.shape, value.dtype) for key, value in output.items()}
         return {**spec, "device_image": tf.TensorSpec(device.shape, device.dtype)}

@@ -49,6 +49,7 @@ def find(data: tf.Tensor, name: bytes, *, before: bytes = b"IEND") -> tuple[tf.T
         return tf.reduce_all(tf.not_equal(found, [name, before, b""]))
 
     end = tf.strings.length(data)
+    # 12 bytes of each chunk are length, name and checksum.
     at = tf.while_loop(is_other, lambda at: (at + 12 + length(at),), (tf.constant(FIRST),))[0]
     found = tf.equal(tf.strings.substr(data, tf.minimum(at + 4, end), 4), name)
     at = tf.where(found, at, 0)

@@ -39,17 +39,20 @@ def randaug(n=2, m=10, form="reference"):
         raise ConfigError(f"m={m!r} must be a number in 0..{MAX_MAGNITUDE}")
     if form not in FORMS:
         raise ConfigError(f"form={form!r} must be one of {FORMS}")
+    # The reference fills with the grey level 128.
     style = Style(reference=True, fill=128, cutout=int(m / 10 * CUTOUT))
 
     def apply(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         height, width, _ = image.shape
-        # Each operation twice, for both signs; those without a sign are the same twice.
+        # Each operation twice, once for each sign. Operations that have no sign are listed twice as
+        # well, so that all are drawn equally often.
         choices = [
             reference_layer(name, m, sign, height, width, form)
             for name in REFERENCE_OPS
             for sign in (1, -1)
         ]
-        # Four words a layer: which operation, the middle of a cutout, and one that is not used.
+        # Four random words a layer: which operation, row and column of a cutout's middle, and one
+        # that is not used.
         words = augment.draw(seed, (n, 4))
         layers = augment.pick(choices, augment.below(words[:, 0], len(choices)))
         return augment.augment(image, layers, style, words[:, 1:3])
@@ -79,19 +82,20 @@ def reference_layer(
     """
     part = level / 10
     match name:
+        # No magnitude: the image, or for a cutout the style, decides.
         case "AutoContrast" | "Equalize" | "Cutout":
             return layer(name.lower())
         case "Invert":
             return layer("table", table=color.invert())
         case "Posterize":
             bits = int(part * 4)
-            # The reference keeps them by shifts of 8 - bits, and TensorFlow shifts uint8 by 7 bits
+            # The reference keeps bits by shifts of 8 - bits, and TensorFlow shifts uint8 by 7 bits
             # at most: asked for 0 bits, it keeps the highest one.
             kept = max(bits, 1) if form == "reference" else 8 - bits
             return layer("table", table=color.posterize(kept))
         case "Solarize":
             threshold = int(part * 256)
-            # The reference compares in uint8, where 256 is 0.
+            # The reference compares in uint8, where 256 becomes 0: at magnitude 10 all is inverted.
             threshold = threshold % 256 if form == "reference" else max(0, 256 - threshold)
             return layer("table", table=color.solarize(threshold))
         case "SolarizeAdd":
@@ -101,7 +105,8 @@ def reference_layer(
         case "Contrast":
             if form == "fixed":
                 return layer("contrast", factor=enhance(part))
-            # The reference sums a histogram's counts, not the levels they belong to.
+            # The reference means to take the mean level, but averages the histogram's 256 counts:
+            # it gets the number of pixels / 256, whatever the image.
             mean = min(255, height * width // 256)
             return layer("table", table=color.contrast(enhance(part), mean, reference=True))
         case "Color" | "Sharpness":
@@ -127,6 +132,7 @@ def enhance(part: float) -> float:
 
 
 TIMM_OPS = tuple(name for name in REFERENCE_OPS if name != "Cutout")
+# Pixels of the filter along each axis, as geometry.warp_smooth takes it.
 TAPS = {"nearest": 1, "bilinear": 2, "bicubic": 4}
 # round(255 * mean) of ImageNet, which timm fills with.
 MEAN_COLOR = (124, 116, 104)
@@ -160,8 +166,10 @@ def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
             chosen = augment.pick(choices, augment.below(words[0], len(choices)))
             return tuple(augment.keep_if(augment.uniform(words[1]) < options["p"], chosen))
 
-        spec = tuple(tf.TensorSpec(entry.shape, entry.dtype) for entry in augment.nothing())
-        drawn = tf.map_fn(one, augment.draw(seed, (n, 5)), fn_output_signature=spec)
+        # The magnitude is drawn for each layer, so layers are made in the graph and not listed
+        # before.
+        entry_specs = tuple(tf.TensorSpec(entry.shape, entry.dtype) for entry in augment.nothing())
+        drawn = tf.map_fn(one, augment.draw(seed, (n, 5)), fn_output_signature=entry_specs)
         layers = Layer(*drawn)
         return augment.augment(image, layers, style, actions=actions)
 
@@ -171,8 +179,9 @@ def rand_augment_timm(spec="rand-m9-mstd0.5-inc1", interpolation="bicubic"):
 def timm_layer(name: str, level, sign, height: int, width: int, inc: bool) -> Layer:
     """Returns one of TIMM_OPS at a level of 0..10 (more with mmax); `sign` is 1 or -1.
 
-    Both may be tensors. With `inc`, operations grow stronger with the level, where timm's "-inc"
-    names differ: without, posterize and solarize grow weaker, and a factor of 1 is in the middle.
+    Level and sign may be tensors. `inc` is for timm's "-inc" operations: posterize, solarize and
+    the blends then grow stronger with the level. Without it posterize and solarize grow weaker, and
+    a blend changes nothing (a factor of 1) at level 5.
     """
     part = level / 10.0
     factor = tf.maximum(0.1, 1 + part * 0.9 * sign) if inc else part * 1.8 + 0.1
@@ -203,6 +212,7 @@ def timm_layer(name: str, level, sign, height: int, width: int, inc: bool) -> La
         case "ShearY":
             matrix = geometry.shear_y(part * 0.3 * sign)
         case "TranslateX":
+            # A share of the side, where the reference has pixels.
             matrix = geometry.translate(part * 0.45 * sign * width, 0)
         case "TranslateY":
             matrix = geometry.translate(0, part * 0.45 * sign * height)
@@ -215,6 +225,7 @@ def _timm_level(words: tf.Tensor, options: dict) -> tf.Tensor:
     """Returns the magnitude of one layer, () float32."""
     first, second = tf.unstack(augment.uniform(words))
     if options["mstd"] > 100:
+        # timm's way to ask for a uniform magnitude.
         level = first * options["m"]
     else:  # Box and Muller's normal variate, of two uniform ones; 1 - first is never 0
         normal = tf.sqrt(-2 * tf.math.log(1 - first)) * tf.cos(2 * math.pi * second)
@@ -223,13 +234,15 @@ def _timm_level(words: tf.Tensor, options: dict) -> tf.Tensor:
 
 
 def _parse_timm(spec: str) -> dict:
-    """Returns the parts of "rand-m9-mstd0.5-inc1" by name; ValueError if it is none such."""
+    """Returns the parts of "rand-m9-mstd0.5-inc1" by name; ValueError for another form."""
     head, *parts = spec.split("-") if isinstance(spec, str) else ("",)
+    # timm's defaults.
     options = {"m": 10.0, "n": 2, "p": 0.5, "mstd": 0.0, "mmax": 10.0, "inc": False}
     known = "m, n, p, mstd, mmax, inc, as in 'rand-m9-mstd0.5-inc1'"
     if head != "rand":
         raise ConfigError(f"spec={spec!r} must begin with 'rand'; its parts: {known}")
     for part in parts:
+        # fullmatch tries the names in order and goes back: "mstd0.5" is no "m".
         match = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d*)?)", part)
         if match is None:
             raise ConfigError(f"spec={spec!r}: {part!r} is no part; parts: {known}")

@@ -10,8 +10,8 @@ from vit_dist.data.ops import binary
 
 CHUNK = 8  # bytes before a chunk's own: its name and length
 FIRST = 12  # where the first chunk begins: after "RIFF", a length and "WEBP"
-FLAGS = FIRST + CHUNK  # their place in a file of the extended kind, VP8X
-ANIMATED, ALPHA = 0x02, 0x10  # bits of them
+FLAGS = FIRST + CHUNK  # where a file of the extended kind (VP8X) has its flags
+ANIMATED, ALPHA = 0x02, 0x10  # bits of the flags
 _ALL = 1 << 30  # more bytes than a file has: substr ends where it does
 _WITH_ALPHA = [bytes([flags | ALPHA]) for flags in range(256)]
 
@@ -22,6 +22,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     Raises:
       InvalidArgumentError: There is no image, or it is cut off.
     """
+    # A simple file has no flags; it is taken as it is.
     flags = tf.where(binary.has(data, FIRST, b"VP8X"), binary.numbers(data, FLAGS, 1)[0], ALPHA)
     animated = tf.bitwise.bitwise_and(flags, ANIMATED) > 0
     opaque = animated & tf.equal(tf.bitwise.bitwise_and(flags, ALPHA), 0)

@@ -3,8 +3,8 @@
     <folder>/<split>/00003-of-00008.array_record     tf.train.Example, feature by Keys
     <folder>/<split>/shards.json                      classes, and count and CRC-32 of each shard
 
-shards.json is written last. A shard counts when it has its own name, as it is written under another
-and renamed; so a conversion that was interrupted goes on with the first shard that is missing.
+shards.json is written last. A shard is written under a temporary name and renamed when it is whole;
+so a conversion that was interrupted goes on with the first shard that is missing.
 """
 
 import functools
@@ -132,25 +132,27 @@ def convert(
         raise ConfigError(f"examples_per_shard must be 1 or more, got {examples_per_shard}")
     out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
+    # Shards are numbered by it, so another number of examples per shard is another plan.
     plan = {**_plan_of(source), "examples_per_shard": examples_per_shard}
     _check_plan(out / PLAN, plan)
     num_shards = -(-source.num_examples // examples_per_shard)
     shards: list[dict[str, Any]] = []
     written = 0
     with futures.ThreadPoolExecutor(MAX_PARALLEL) as pool:
-        # A shard that is there was renamed when it was whole; it is compared with the source even
-        # so.
-        # Two passes side by side: a stream is read from its beginning only once for each.
+        # A shard that is there was whole when it was renamed, and is compared with the source even
+        # so. Writing and comparing read the source side by side, each in order: so a stream is read
+        # twice in all, and not from its beginning for every shard.
         to_write, to_compare = _Records(source, pool), _Records(source, pool)
         for i in range(num_shards):
             path = out / f"{i:05d}-of-{num_shards:05d}.array_record"
+            # Slicing a range cuts the last shard off at the number of examples.
             numbers = range(source.num_examples)[i * examples_per_shard :][:examples_per_shard]
             if not path.exists():
                 _write_shard(path, to_write.take(numbers))
                 written += 1
             shards.append(_describe_shard(path, source, numbers, to_compare.take(numbers)))
             report(numbers.stop)
-    # Last, as the table is what makes the folder a source.
+    # The table is written last: a folder without it is no source, and a later call goes on there.
     table = {"class_names": list(source.class_names), "source": str(source), "shards": shards}
     for left in out.glob("*.tmp"):  # by calls that were killed
         left.unlink()
@@ -159,12 +161,13 @@ def convert(
 
 
 def _plan_of(source: base.Source) -> dict[str, Any]:
-    """Returns what tells the examples of a conversion, without the contents, which it compares."""
+    """Returns which examples a conversion is of; their contents are compared shard by shard."""
     kept = ("num_examples", "classes", "names", "parts")
     return {key: value for key, value in source.fingerprint().items() if key in kept}
 
 
 def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
+    # Kept by the first call. With another plan a later call would mix shards of two conversions.
     if not path.exists():
         write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
@@ -183,7 +186,7 @@ class _Records:
         self._next = -1  # the number of the next example of the stream
 
     def take(self, numbers: range) -> Iterator[bytes]:
-        """Yields those of successive numbers; a few are read ahead.
+        """Yields the examples of successive numbers, serialized; a few are read ahead.
 
         Raises:
           DataError: An example has a label outside of the classes; names it.
@@ -191,13 +194,14 @@ class _Records:
         if self._source.indexable:
             for start in range(numbers.start, numbers.stop, 4 * MAX_PARALLEL):
                 part = numbers[start - numbers.start :][: 4 * MAX_PARALLEL]
-                # In parallel, because a source in a bucket waits for each image; in parts, to hold
-                # few images.
+                # In parallel, because a source in a bucket waits for each image; in parts, so that
+                # only a few images are in memory.
                 loaded = self._pool.map(self._source.load, part)
                 for number, (image, label) in zip(part, loaded, strict=True):
                     yield self._record(number, image, label)
             return
-        # A shard before this one was there already: the stream is begun anew behind it.
+        # Shards that were there already have been passed over: the stream is opened anew at the
+        # number wanted.
         if self._next != numbers.start:
             self._stream, self._next = _streamed(self._source, numbers.start), numbers.start
         for number in numbers:
@@ -206,8 +210,7 @@ class _Records:
             yield self._record(number, image, label)
 
     def _record(self, number: int, image: bytes | np.ndarray, label: int) -> bytes:
-        # Here each example is read anyway, so what training would meet in its first epoch is named
-        # now.
+        # Every example is read here anyway, so a bad label is named now and not in the first epoch.
         problem = labels.problem(label, self._source.num_classes)
         if problem:
             advice = labels.advise(
@@ -220,6 +223,7 @@ class _Records:
 def _streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
     """Yields image and label of the examples of a stream from number `first` on."""
     with tf.device("CPU:0"):
+        # Skipped before decode_record, so that what is passed over costs reading alone.
         ds = source.stream(seed=None, epoch=0).skip(first).map(source.decode_record).prefetch(1)
         examples = ds.as_numpy_iterator()
     for example in examples:
@@ -238,6 +242,7 @@ def _png(image: np.ndarray) -> bytes:
 
 def _write_shard(path: epath.Path, records: Iterator[bytes]) -> None:
     temporary = paths.temporary_name(path)
+    # Under another name until it is whole; a call that is killed leaves only the temporary file.
     writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
     try:
         for record in records:
@@ -256,10 +261,12 @@ def _describe_shard(
         # Not through ShardReader, which keeps files open: each shard is read once.
         with OpenShard(str(path)) as shard:
             found = len(shard)
+            # A shard of another length is not compared record by record; the error below names it.
             for i, record in enumerate(records if found == len(numbers) else ()):
                 if shard.read([i])[0] != record:
                     raise DataError(f"{path} differs from {source.describe(numbers[i])}")
-                # Of what was read back; it tells shards of equal names apart in a fingerprint.
+                # Over all records as read back. `names` puts it into the fingerprint, where it
+                # tells shards of equal names apart.
                 crc = zlib.crc32(record, crc)
     except ValueError as error:
         raise DataError(f"{error or path}: remove {path} and convert again") from error

@@ -28,12 +28,14 @@ from vit_dist.storage.errors import retry
 from vit_dist.storage.files import write_whole
 
 FORMS = ("raw", "decoded")
-_DECODER = 2  # raised when decoding gives other pixels than before
-# Enough examples to know the mean size of an image within some percent; the margin is for these.
+# Raised whenever decoding gives other pixels than before: files of an earlier version are then not
+# used any more.
+_DECODER = 2
+# So many examples tell the mean size of an image within some percent, for which MARGIN is left.
 SAMPLE = 256
 MARGIN = 1.1
 NUM_THREADS = 32
-TABLE_BYTES = 64  # of tables and objects for an example
+TABLE_BYTES = 64  # for an example, of tables and Python objects
 
 
 class CachedSource(base.Source):
@@ -75,11 +77,11 @@ class CachedSource(base.Source):
         self._decoding = decoding or {}
         self.split, self.num_examples = source.split, source.num_examples
         self.class_names, self.first_label = source.class_names, source.first_label
-        # Of a source's other entries, such as paths, nothing is kept.
         self.encoded = form == "raw"
         self.element_spec = dict(source.element_spec)
         if form == "decoded":
             self.element_spec["image"] = tf.TensorSpec((None, None, 3), tf.uint8)
+        # The source's other entries, such as paths, are not kept.
         self.element_spec = {k: self.element_spec[k] for k in ("image", "label")}
         self._path: epath.Path | None = None
         if folder:
@@ -88,7 +90,7 @@ class CachedSource(base.Source):
         self._table: dict[str, np.ndarray] | None = None
         self._data: memoryview | mmap.mmap | None = None
         self._damage: str | None = None  # what was found while reading the file
-        # A file that is there will do; what it needs was found to be there when it was made.
+        # A cache that was filled before needs no further room.
         if self._path is None or not self._table_path.exists():
             self._check_room()
 
@@ -119,16 +121,18 @@ class CachedSource(base.Source):
     def need(self) -> int:
         """Returns the bytes that the cache will take, estimated from a sample."""
         count = min(SAMPLE, self.num_examples)
+        # Evenly spread, as neighbours may be alike in size.
         indices = np.linspace(0, self.num_examples - 1, count).astype(int).tolist()
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
             sizes = list(pool.map(self._size, indices))
         mean = sum(sizes) / count + TABLE_BYTES
+        # No margin where every example was looked at.
         return round(mean * self.num_examples * (1 if count == self.num_examples else MARGIN))
 
     def _size(self, index: int) -> int:
         try:
             image, _ = self._source.peek(index)
-            # A label that stands for no class is kept as it is: the pipeline checks it.
+            # The label is not needed here, and not checked: the pipeline does that.
             if self._form == "raw":
                 return len(image)
             with Image.open(io.BytesIO(image)) as opened:  # reads the header only
@@ -147,7 +151,8 @@ class CachedSource(base.Source):
             self._data = buffer.getbuffer()
             return
         self._table = self._stored_table() or self._fill_file(self._path)
-        # Mapped, so that all processes of a host share the pages which the system keeps in memory.
+        # Mapped rather than read: all processes of a host share the pages, and the system drops and
+        # reads them again as memory allows.
         with self._path.open("rb") as opened:
             self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -160,7 +165,7 @@ class CachedSource(base.Source):
             with np.load(self._table_path) as stored:
                 table = {name: stored[name] for name in stored.files}
             size, whole = os.path.getsize(self._path), int(table["ends"][-1])
-            # The table is written last, so it knows how long the data must be.
+            # The table is written last and holds where the last example ends.
             if size == whole:
                 return table
             problem = f"it has {size} bytes instead of {whole}"
@@ -184,6 +189,7 @@ class CachedSource(base.Source):
 
     def _fill(self, file) -> dict[str, np.ndarray]:
         logging.info("filling the cache with %d examples of %s", self.num_examples, self)
+        # ends[i] is where example i begins, as example 0 begins at 0.
         ends, labels, shapes, checksums, end = [0], [], [], [], 0
         for data, label, shape in self._read_all():
             file.write(data)
@@ -203,12 +209,14 @@ class CachedSource(base.Source):
 
     def _read_all(self) -> Iterator[tuple[bytes, int, tuple[int, int, int]]]:
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-            # In their own order, so that a file is read from front to back later on as it was now.
-            for start in range(0, self.num_examples, 4 * NUM_THREADS):  # few ahead, to save memory
+            # In the order of their numbers: pool.map keeps it, whichever thread is done first.
+            # In parts, as pool.map would otherwise read all of it ahead of what is written.
+            for start in range(0, self.num_examples, 4 * NUM_THREADS):
                 stop = min(start + 4 * NUM_THREADS, self.num_examples)
                 yield from pool.map(self._read_one, range(start, stop))
 
     def _read_one(self, index: int) -> tuple[bytes, int, tuple[int, int, int]]:
+        # For examples that are kept empty, and for the form "raw", which has no shapes.
         label, nothing = 0, (0, 0, 3)
         try:
             image, label = retry(
@@ -238,22 +246,24 @@ class CachedSource(base.Source):
         ends = table["ends"]
 
         def piece(i: int) -> bytes:
-            # Copied out of the map: TensorFlow's strings own their bytes.
+            # A copy, as TensorFlow's strings own their bytes.
             found = bytes(data[ends[i] : ends[i + 1]])
+            # Only a file can be damaged meanwhile; in memory the check is saved.
             if self._path is not None and zlib.crc32(found) != table["checksums"][i]:
                 self._damage = (
                     f"the cache {self._path} is damaged at example {i}, not the data itself: "
                     "remove that file, and it is filled again"
                 )
-                raise RuntimeError(self._damage)  # no damage of the example: it is not masked
+                # No DataError, which would mask the example: the data itself is sound.
+                raise RuntimeError(self._damage)
             return found
 
         def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             images = np.array([piece(i) for i in numbers], object)
             return images, table["labels"][numbers], table["shapes"][numbers]
 
-        # Python, because no op of TensorFlow's reads a part of a file; that is why it is not
-        # portable.
+        # A Python function, because no op of TensorFlow reads a part of a file. Hence `portable` is
+        # False.
         types = [tf.string, tf.int32, tf.int32]
         image, label, shape = tf.numpy_function(read, [indices], types, stateful=False)
         for tensor, more in ((image, ()), (label, ()), (shape, (3,))):
@@ -287,11 +297,12 @@ class CachedSource(base.Source):
 
 
 def _key_of(source: base.Source, form: str, decoding: dict[str, Any]) -> str:
-    """Returns what a cache is called after: another one where the data may be another."""
+    """Returns the name of a cache's file, which differs wherever its contents may differ."""
     found = source.fingerprint()
-    # Without the sizes of its files a set that changed may look the same: then only this very one.
+    # Without the sizes of the files, other data can have the same fingerprint: then the source's
+    # own name, with its path, is part of the name too.
     where = "" if "sizes" in found else str(source)
-    # Nor is a file of another decoder, or of a pipe that decodes otherwise, this one's.
+    # Decoded pixels also depend on our decoder and on how the pipe decodes.
     decoder = [_DECODER, decoding] if form == "decoded" else []
     text = json.dumps([form, where, found, *decoder], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -302,7 +313,9 @@ def available_memory() -> int:
     if not Path("/proc/meminfo").exists():  # not Linux: what there is, free or not
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     lines = Path("/proc/meminfo").read_text().splitlines()
+    # "MemAvailable:   16307584 kB": free memory, and what the system would give back.
     room = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    # A container may have less than the machine: its cgroup (version 2) says how much.
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         room = min(room, int(limit.read_text()) - int(used.read_text()))

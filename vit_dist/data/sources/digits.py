@@ -12,7 +12,7 @@ class DemoSource(Source):
 
     The 16 grey levels become uint8 in [0, 255], repeated over 3 channels. The splits are fixed: the
     examples, in the order of np.random.RandomState(0).permutation and then sorted by class, go to
-    "test" (every 5th: 360), to "val" (every 10th, one further: 180) and else to "train" (1257).
+    "test" (every 5th: 360), to "val" (every 10th from the second on: 180) or to "train" (1257).
     """
 
     name = "demo"

@@ -2,8 +2,8 @@
 
 A fingerprint knows the number of the examples, the names of classes and files, the order in which
 they are read, the sizes of local files, and the contents of a few examples. It knows no path: a
-copy elsewhere has the same one. It cannot see that an example outside of the sample was replaced by
-another of the same size, nor, in a bucket, of any size.
+copy elsewhere has the same fingerprint. It cannot see that an example outside of the sample was
+replaced by another of the same size, nor, in a bucket, of any size.
 """
 
 import zlib
@@ -20,6 +20,7 @@ def checksum(names: Iterable[str]) -> int:
     crc = 0
     for name in names:
         # File names need not be UTF-8: Python keeps such bytes as surrogates.
+        # The newline separates names: "ab", "c" and "a", "bc" have different checksums.
         crc = zlib.crc32(name.encode(errors="surrogateescape") + b"\n", crc)
     return crc
 
@@ -44,8 +45,10 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str],
 
     Returns:
       Lines that say why the data is another set, or in another order; and lines that say what is
-      noticeable, but may be a few files that were repaired. No line: the same, as far as seen.
+      noticeable, but may be a few files that were repaired. Without any line the data is taken for
+      the same.
     """
+    # A key that only one of them has cannot differ.
     both = [key for key in DECIDING if key in then and key in now]
     other = [f"{key}: {then[key]} -> {now[key]}" for key in both if then[key] != now[key]]
     noticed = []
@@ -53,10 +56,12 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str],
         pairs = _common(then.get("sample", ()), now.get("sample", ()))
         changed = sum(a != b for a, b in pairs)
         text = f"the contents of {changed} of {len(pairs)} examples looked at have changed"
+        # Most contents differ: another data set. Fewer: some files were mended or recompressed.
         if 2 * changed > len(pairs):
             other.append(f"{text}, under the same names")
         elif changed:
             noticed.append(text)
+        # Weaker than contents: it may differ where no sampled example does.
         elif "sizes" in then and "sizes" in now and then["sizes"] != now["sizes"]:
             noticed.append("some files have other sizes")
     return other, noticed

@@ -24,7 +24,7 @@ from vit_dist.data.sources.image_files import (
     kind_of_name,
 )
 
-# With NUM_THREADS this many are checked in seconds, also where each opening waits for a network.
+# So many first bytes are read in seconds by NUM_THREADS threads, also over a network.
 MAX_HEADERS = 20_000
 NUM_THREADS = 32  # for listing, sizes and header checks, which wait rather than compute
 MAX_NAMED = 50  # damaged files in one message
@@ -70,17 +70,20 @@ class FolderSource(base.Source):
     ):
         self.split, self._train_split = split, train_split
         self.data_dir = paths.expand(data_dir)
+        # Before anything is listed, as the message can say what the folder should hold.
         if not self.data_dir.is_dir():
             raise ConfigError(
                 f"data_dir {str(data_dir)!r} is not a directory; it should hold "
                 "train/<class>/*.jpg or <class>/*.jpg"
             )
-        # Any of them decides: where only val/ is there, what is missing is a split and not a class.
+        # One directory of a split is enough to choose the first layout: where only val/ exists,
+        # train is a split that is missing, and val is not a class.
         if any(_is_split(self.data_dir / name) for name in {train_split, split, *SPLITS}):
             files = self._files_of_split_directory()
         else:
             files = self._files_by_fraction(val_fraction, test_fraction)
-        # Directories in the order of their labels; their names may not be UTF-8.
+        # Class directory -> label. By the names on the disk, which need not be UTF-8, while
+        # class_names are printable.
         numbers = {name: label for label, name in enumerate(self._folders)}
         found = [
             (f"{folder}/{file}", numbers[folder]) for folder in files for file in files[folder]
@@ -92,7 +95,7 @@ class FolderSource(base.Source):
                 "raise the fraction or open another split"
             )
         self.class_names = base.distinct_names([printable(name) for name in self._folders])
-        # One array of text, because a list of a million strings takes several times the memory.
+        # One numpy array: a list of a million strings takes several times the memory.
         self.paths = np.array([f"{self._root}/{path}" for path, _ in found])
         self.labels = np.array([label for _, label in found], np.int32)
         self.num_examples = len(found)
@@ -115,7 +118,8 @@ class FolderSource(base.Source):
         self._root = self.data_dir / self.split
         own = _class_directories(self._root)
         reference = self.data_dir / self._train_split
-        # A split to be evaluated may stand alone; its names are compared with the checkpoint's.
+        # A split to be evaluated may lie alone, without train: then its own directories are the
+        # classes, and their names are compared with the checkpoint's later.
         self._folders = _class_directories(reference) if self._train_split in splits else own
         unknown = sorted(set(own) - set(self._folders))
         if unknown:
@@ -143,7 +147,7 @@ class FolderSource(base.Source):
 
     def fetch(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         if self._tables is None:
-            # As bytes: TensorFlow would refuse text that is not UTF-8.
+            # Names need not be UTF-8, which TensorFlow refuses as text: fsencode gives their bytes.
             names = [os.fsencode(path) for path in self.paths.tolist()]
             self._tables = base.on_host(
                 lambda: {"path": tf.constant(names), "label": tf.constant(self.labels)}
@@ -161,9 +165,9 @@ class FolderSource(base.Source):
 
     def sizes(self) -> int | None:
         if paths.is_remote(self.data_dir):
-            return None  # one request for each file
+            return None  # it would take one request for each file
         names = self.paths.tolist()
-        # In parts: to hand one file to a thread takes longer than to ask for its size.
+        # 1000 files a task: handing a task to a thread takes longer than asking for one size.
         parts = [names[i : i + 1000] for i in range(0, len(names), 1000)]
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
             return checksum(" ".join(sizes) for sizes in pool.map(_sizes, parts))
@@ -194,7 +198,7 @@ def _is_split(path: epath.Path) -> bool:
     if not path.is_dir():
         return False
     entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
-    # By name first: in a bucket each is_dir() is a request.
+    # Names of images are passed over without is_dir(), which in a bucket is a request each.
     return any(not is_image(entry.name) and entry.is_dir() for entry in entries)
 
 
@@ -210,8 +214,9 @@ def _class_directories(root: epath.Path) -> tuple[str, ...]:
 def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]:
     """Returns class -> sorted names of its image files."""
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        # Classes in parallel, as listing waits for a network file system or a bucket.
+        # In parallel, as listing a class waits for a network file system or a bucket.
         listed = pool.map(lambda name: sorted(p.name for p in (root / name).iterdir()), names)
+    # A class without images is an error; other files beside images are only named in the log.
     files, ignored = {}, []
     for name, entries in zip(names, listed, strict=True):
         entries = [entry for entry in entries if not entry.startswith(".")]
@@ -248,16 +253,17 @@ def _part(name: str, files: list[str], split: str, val: float, test: float) -> l
     def rank(file: str) -> bytes:
         return hashlib.sha1(f"{name}/{file}".encode(errors="surrogateescape")).digest()
 
-    # By a hash, so that images which follow each other (a burst of one scene) are spread over
-    # splits,
-    # and a new image moves few of the others.
+    # Sorted by a hash, so that neighbours (a burst of one scene) are spread over the splits, and a
+    # new image moves few others to another split.
     ranked = sorted(files, key=rank)
+    # "train" gets what is left, so that no image is lost by rounding.
     num_val, num_test = round(val * len(files)), round(test * len(files))
     part = {
         "val": ranked[:num_val],
         "test": ranked[num_val : num_val + num_test],
         "train": ranked[num_val + num_test :],
     }
+    # Back in the order of names, in which a split's examples are numbered.
     return sorted(part[split])
 
 
@@ -266,13 +272,14 @@ def _check_headers(names: list[str]) -> None:
     total = len(names)
     if total > MAX_HEADERS:
         logging.info("checking the headers of %d of %d images", MAX_HEADERS, total)
-        # The same sample at each start, so that a message does not come and go.
+        # The seed is fixed, so that every start looks at the same files and says the same of them.
         names = random.Random(0).sample(names, MAX_HEADERS)
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         problems = zip(names, pool.map(_header_problem, names), strict=True)
         found = [f"image file {name!r} {problem}" for name, problem in problems if problem]
     if not found:
         return
+    # One file fits the line of the error; several get a list.
     if len(found) == 1:
         raise DataError(f"{found[0]}; replace it or remove it")
     shown = "".join(f"\n  {line}" for line in found[:MAX_NAMED])

@@ -8,8 +8,8 @@ EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif") + (
 )
 HEADER_BYTES = 12  # as far as the longest of the signatures below reaches
 
-# How files begin that TensorFlow decodes, whatever their extension says. RIFF is the container of
-# WebP, and of sounds and videos too: bytes 8 to 11 tell.
+# How files begin that TensorFlow decodes, whatever their extension says. WebP is checked apart: its
+# container, RIFF, also holds sounds and videos, and only bytes 8 to 11 tell which.
 _DECODED = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF87a", b"GIF89a")
 
 # Other kinds that are common among photographs: what they are called, how they end.

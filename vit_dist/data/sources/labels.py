@@ -15,8 +15,8 @@ from vit_dist.config.errors import DataError
 # How messages begin, in a graph and in Python.
 OUTSIDE = "its label is"
 NO_SHARES = "the shares of its label sum to"
-# What stands between a message's parts: a graph puts them in brackets, an eager assertion on lines
-# of their own, in quotes, and a data service hands them on with spaces.
+# What stands between the parts of a message: a graph puts parts in brackets, an eager assertion on
+# lines of their own and in quotes, and a data service passes them on with spaces.
 _NEXT = r"(?:\] \[|'?\n| )"
 _FOUND = re.compile(rf"{re.escape(OUTSIDE)}{_NEXT}(-?\d+).*?; example{_NEXT}(\d+)", re.S)
 MAX_LABELS = 5000  # looked at to say what the labels' first number is
@@ -78,13 +78,12 @@ def advise(
       first_label: The source's option of that name; None if it has none.
       others: Labels of further examples, as the source gives them.
     """
-    # As they are in the files, to find what these count from.
+    # The labels as the files have them, to find from which number the files count.
     stored = [x + (first_label or 0) for x in (*others, label)]
     low, high = min(stored), max(stored)
-    for first in (0, 1):  # what labels are counted from wherever this was met
-        # Both ends: all labels are possible, and the last class is among them, so that a few labels
-        # of a
-        # set that is right are not taken for one that counts from 1.
+    for first in (0, 1):  # no other first number is in use, as far as is known
+        # Every label must be a class then, and the last class must occur: else a few labels of a
+        # correct set could pass for a set that counts from 1.
         fits = first <= low and high < first + num_classes and high - first >= num_classes - 1
         if not fits or first == (first_label or 0):
             continue
@@ -92,7 +91,7 @@ def advise(
         if first_label is None:
             return f"{text}. Store them counted from 0"
         return f"{text}. Set config.data.first_label={first}"
-    # Whether -1 is stored or becomes of a 0 with first_label=1.
+    # Either -1 is stored, or a stored 0 becomes -1 by first_label=1.
     if -1 in (label, stored[-1]):
         return (
             "-1 stands for a label that is not known, as in test splits whose labels are kept "
@@ -127,9 +126,10 @@ def check_sampled(
     Raises:
       DataError: A label is outside of the classes; names it and says what to do.
     """
-    # What cannot be read is no matter of labels, and is named when it is met.
+    # An example that cannot be read is not counted here; it is named when the pipeline meets it.
     known = [label for label in labels if label is not None]
     wrong = [i for i, x in enumerate(labels) if x is not None and problem(x, num_classes)]
+    # Masking is for a few bad labels. More than half of them are a sign of a wrong option.
     if not wrong or (lenient and len(wrong) <= max(len(known) // 2, 1)):
         return
     label = labels[wrong[0]]
@@ -151,5 +151,6 @@ def look_at(load: Callable[[int], int], indices: Sequence[int]) -> list[int | No
         except (ValueError, FileNotFoundError):
             return None
 
+    # In parallel, as each waits for a disk or a network.
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(one, indices))

@@ -17,11 +17,13 @@ from vit_dist.data.tracing import switch
 
 # In each block of so many positions every source has its exact share, at permuted places.
 BLOCK = 1000
-SEED_STEP = 0x9E3779B97F4A7C15 % order.MAX_SEED  # sources of one size get permutations of their own
+# Added to the seed for each source, so that sources of the same size get different permutations.
+# Any large number would do: this is 2**64 divided by the golden ratio.
+SEED_STEP = 0x9E3779B97F4A7C15 % order.MAX_SEED
 
 
 class MixtureSource(base.Source):
-    """Several sources as one. An example's number is its own plus the sizes of those before.
+    """Several sources as one; an example's number counts through them in their order.
 
     Classes are joined by name, in the order in which the sources bring them: two sources that both
     have a class "cat" share it. Of every 1000 positions each source has its weight's share, at
@@ -54,6 +56,7 @@ class MixtureSource(base.Source):
         # Examples of part i have the numbers firsts[i] to firsts[i + 1].
         self._firsts = np.cumsum([0, *sizes])
         self.num_examples = int(self._firsts[-1])
+        # dict.fromkeys keeps the first of equal names, in order.
         self.class_names = tuple(dict.fromkeys(n for s in sources for n in s.class_names))
         self._warn_of_strangers()
         numbers = {name: i for i, name in enumerate(self.class_names)}
@@ -69,7 +72,7 @@ class MixtureSource(base.Source):
         return f"mixture of {', '.join(shares)}"
 
     def _warn_of_strangers(self) -> None:
-        """Warns of names that may not be meant, such as numbers beside words."""
+        """Warns of a source that shares no class with the others, as where numbers meet words."""
         for source in self.sources:
             others = {n for s in self.sources if s is not source for n in s.class_names}
             if others.isdisjoint(source.class_names):
@@ -86,20 +89,21 @@ class MixtureSource(base.Source):
             source.prepare()
 
     def place(self, positions: tf.Tensor, *, seed: int) -> tuple[tf.Tensor, tf.Tensor]:
-        # Each block of positions is an epoch of its own to make_order: a permutation of 0..999.
-        # Which part
-        # a position belongs to depends on where its permuted number falls among the quotas.
+        # Each block of positions is an epoch of its own to make_order, which permutes 0..999 in it.
+        # The quotas divide 0..999 among the parts: a position belongs to the part into whose range
+        # its permuted number falls.
         block, slot = order.make_order(positions, num_examples=BLOCK, seed=seed)
         ends = np.cumsum(self.quotas)
         which = tf.searchsorted(tf.constant(ends), slot, side="right")
-        # How many earlier positions of the block, in permuted order, are of the same part.
+        # The number within that range, and so a number among the part's positions of this block;
+        # with the blocks before, a position of the part's own run.
         rank = slot - tf.gather(tf.constant(ends - self.quotas), which)
         position = block * tf.gather(tf.constant(self.quotas), which) + rank
         epoch, index = tf.zeros_like(positions), tf.zeros_like(positions)
         for i, source in enumerate(self.sources):
             own = (seed + (i + 1) * SEED_STEP) % order.MAX_SEED
-            # All parts are asked for all positions, and one answer is taken: without branches in
-            # the graph.
+            # All parts are asked for all positions, and one answer is taken: the graph needs no
+            # branches.
             its_epoch, its_index = source.place(position, seed=own)
             epoch = tf.where(which == i, its_epoch, epoch)
             index = tf.where(which == i, its_index + self._firsts[i], index)
@@ -109,7 +113,8 @@ class MixtureSource(base.Source):
         return {"number": indices}
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        # One by one: records of different sources have no common form.
+        # The example is read here, and not in `fetch`, as records of different sources have
+        # different entries.
         number = record["number"]
 
         def read(i: int) -> tuple[tf.Tensor, tf.Tensor]:
@@ -141,12 +146,13 @@ class MixtureSource(base.Source):
 
     def fingerprint(self) -> dict[str, Any]:
         found = super().fingerprint()
-        # Of paths each part knows nothing; its names alone would not tell the shares.
+        # The parts' fingerprints, which hold their names, and their shares stand for the names.
         del found["names"]
         parts = [{**s.fingerprint(), "quota": int(q)} for s, q in self._parts()]
         seen = ("num_examples", "classes", "names", "order", "quota")
         text = [json.dumps({k: part.get(k) for k in seen}) for part in parts]
         sizes = [part.get("sizes") for part in parts]
+        # One part that cannot tell its sizes makes those of the whole unknown.
         known = {} if None in sizes else {"sizes": checksum(map(str, sizes))}
         return {**found, "parts": checksum(text), **known}
 
@@ -166,7 +172,7 @@ class MixtureSource(base.Source):
 
 
 def _quotas(weights: Sequence[float]) -> list[int]:
-    """Returns how many of BLOCK positions each gets: rounded so that the largest errors are least.
+    """Returns how many of BLOCK positions each weight gets, by the largest-remainder method.
 
     Raises:
       ConfigError: Fewer than two weights, or one that is not positive or far too small.
@@ -175,7 +181,8 @@ def _quotas(weights: Sequence[float]) -> list[int]:
         raise ConfigError(f"a mixture needs two or more weights above 0, got {list(weights)}")
     exact = [BLOCK * w / sum(weights) for w in weights]
     quotas = [int(x) for x in exact]
-    # The largest remainders get the positions that rounding down has left.
+    # Rounded down, they sum to less than BLOCK. The positions that are left go to the largest
+    # remainders.
     by_error = sorted(range(len(exact)), key=lambda i: quotas[i] - exact[i])
     for i in by_error[: BLOCK - sum(quotas)]:
         quotas[i] += 1

@@ -45,7 +45,7 @@ def open_source(source: str, *, split: str, **options) -> Source:
         )
     # Each default lives in its source's class, so that a key which is None is simply left out.
     given = {key: value for key, value in options.items() if value is not None}
-    # Its options are those of its parts, which are checked as each part is opened.
+    # A mixture's options are those of its parts; they are checked as each part is opened.
     if source == "mixture":
         return _open_mixture(split, **given)
     # A source's arguments are its options: a new one needs no list here.
@@ -57,6 +57,7 @@ def open_source(source: str, *, split: str, **options) -> Source:
                 f"source {source!r} takes no option {option!r}{_nearest(option, allowed)}; "
                 f"it takes {allowed}"
             )
+    # Fails where an option that has no default is missing.
     try:
         signature.bind(split=split, **given)
     except TypeError as error:
@@ -75,10 +76,12 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
         )
     opened = []
     for part in parts:
-        # What a part says itself goes before what holds for all.
+        # A part's own options take precedence over the mixture's.
         own = {k: v for k, v in part.items() if k not in ("source", "weight", "split")}
+        # None for a name that is unknown: open_source below names it.
         kind = SOURCES.get(part["source"])
         known = inspect.signature(kind).parameters if kind else {}
+        # Options of the mixture go to the parts that have such an option.
         common = {k: v for k, v in options.items() if k in known}
         if "split" in part and "train_split" in known:
             common["train_split"] = part["split"]  # its directories are the part's classes

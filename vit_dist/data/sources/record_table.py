@@ -17,13 +17,14 @@ from vit_dist.data.sources.fingerprint import checksum, printable
 from vit_dist.storage.errors import FAILURES, cause
 from vit_dist.storage.files import file_size, write_whole
 
-# A record: uint64 length, uint32 CRC of it, the data, uint32 CRC of that.
+# Bytes around a record's data. Before it: its length (uint64) and a checksum of the length
+# (uint32); behind it: a checksum of the data (uint32).
 HEADER, FOOTER = 12, 4
 NUM_THREADS = 32  # for scanning files, which waits rather than computes
 READ_AHEAD = 1 << 16  # bytes read at a time while scanning: small records need no seek each
 CHUNK = 1 << 20  # bytes unpacked at a time
 MAX_RECORD = 1 << 30  # bytes; protobuf takes 2 GiB at most, and no image comes near
-# What zlib is told about the format of a compressed file.
+# zlib's code for the format of a compressed file: | 16 means a GZIP header.
 WINDOW_BITS = {"GZIP": zlib.MAX_WBITS | 16, "ZLIB": zlib.MAX_WBITS}
 SUFFIX = ".vit_dist_index.npz"  # of tables; a pattern of data files may match them
 
@@ -42,14 +43,14 @@ def open_table(
     """Returns where the records of each file begin, from the table beside the files or a scan.
 
     Args:
-      files: All in one folder, or all of which the table lies beside the first.
+      files: The table lies beside the first of them.
       name: What the table is called after, such as the pattern of the files.
       check: Is given the number of records before a table is kept; may raise.
 
     Raises:
       DataError: A file has changed since the table was made, or ends within a record.
     """
-    # Named by pattern, so that several sets may lie in one folder.
+    # Called after the pattern, so that several sets can lie in one folder.
     path = files[0].parent / f"{checksum([name]):08x}{SUFFIX}"
     sizes = [file_size(file) for file in files]
     if path.exists():
@@ -59,12 +60,15 @@ def open_table(
     logging.info("indexing %d files %s", len(files), name)
     compression = compression_of(files[0])
     offsets = []
+    # pool.map gives the results in the order of the files.
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         for starts in pool.map(lambda file: scan(file, compression), files):
             offsets.append(starts)
             logging.log_every_n_seconds(
                 logging.INFO, "indexed %d of %d files", 10, len(offsets), len(files)
             )
+    # With the sizes from before the scan: a file that grew meanwhile is noticed at the next
+    # opening.
     table = Table(offsets, sizes, compression)
     check(sum(map(len, offsets)))  # before a table of wrong numbers is kept
     _keep(table, path, files)
@@ -75,7 +79,8 @@ def _keep(table: Table, path: epath.Path, files: Sequence[epath.Path]) -> None:
     columns = {_column(f.name): starts for f, starts in zip(files, table.offsets, strict=True)}
     sizes = {file.name: size for file, size in zip(files, table.sizes, strict=True)}
     buffer = io.BytesIO()
-    # "at/<file>" holds offsets; names and sizes are JSON, as arrays of Python objects are pickles.
+    # "at/<file>" holds a file's offsets. Names and sizes are JSON, because NumPy would store a dict
+    # as a pickle.
     np.savez(
         buffer,
         allow_pickle=False,
@@ -101,12 +106,12 @@ def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int])
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             known = json.loads(str(stored["sizes"]))
             offsets = [stored[_column(file.name)] for file in files if file.name in known]
-            # Tables of before compressed files could be read do not say.
+            # Older tables have no such entry: compressed files were not read then.
             compression = str(stored["compression"]) if "compression" in stored else ""
     except (ValueError, KeyError, EOFError, zlib.error) as error:
         raise DataError(f"the index {path} is damaged ({error}): remove it") from error
     found = {file.name: size for file, size in zip(files, sizes, strict=True)}
-    # Both ways: a file may have come or gone, too.
+    # Over the names of both: a file may also have been added or removed.
     for name in sorted(set(known) | set(found)):
         if known.get(name) != found.get(name):
             raise DataError(
@@ -120,14 +125,14 @@ def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int])
 def compression_of(file: epath.Path) -> str:
     """Returns "GZIP" or "ZLIB" if the file is compressed as a whole, else "".
 
-    TFRecord files do not tell. The first bytes may be the length of a record by chance, so what
-    counts is whether a record's header comes out of them.
+    TFRecord files do not tell. The first bytes of one that is not compressed may look like GZIP by
+    chance, so what counts is whether unpacking them gives as many bytes as a record's header has.
     """
     with file.open("rb") as opened:
         begin = opened.read(CHUNK)
     for name, bits in WINDOW_BITS.items():
         try:
-            # At most as many bytes as a header has.
+            # The second argument is the most that is unpacked.
             unpacked = zlib.decompressobj(bits).decompress(begin, HEADER)
         except zlib.error:
             continue
@@ -137,7 +142,7 @@ def compression_of(file: epath.Path) -> str:
 
 
 def scan(path: epath.Path, compression: str = "") -> np.ndarray:
-    """Returns the offsets of all records, int64; those in the unpacked file if it is compressed.
+    """Returns the offsets of all records, int64: in the unpacked file, if it is compressed.
 
     Raises:
       DataError: The file ends within a record, or cannot be unpacked.
@@ -149,15 +154,17 @@ def scan(path: epath.Path, compression: str = "") -> np.ndarray:
 def _scan(path: epath.Path, file) -> np.ndarray:
     size, offset = file_size(path), 0
     starts: list[int] = []
+    # What was read last, and the byte of the file at which it begins.
     window, begin = b"", 0
     while offset < size:
-        # The next header is not within what was read last: seek to it, over the data in between.
+        # If the next header is not within it: seek there, past the record's data.
         if not begin <= offset <= begin + len(window) - HEADER:
             file.seek(offset)
             window, begin = file.read(READ_AHEAD), offset
         header = window[offset - begin : offset - begin + HEADER]
-        # Too short a rest for a header counts as a record that is too long.
+        # A rest that is too short for a header is treated as a record that is too long.
         length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else size
+        # A damaged length leads beyond the end, like a file that was cut.
         if offset + HEADER + length + FOOTER > size:
             raise DataError(
                 f"file {path} ends within its record {len(starts)} (at byte {offset} of {size})"
@@ -187,7 +194,7 @@ def read_unverified(path: epath.Path, offset: int, compression: str = "") -> byt
                 opened.seek(offset)
             header = opened.read(HEADER)
             length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else -1
-            # In a damaged header the length may be anything.
+            # A damaged header may say any length, for which no memory must be taken.
             record = opened.read(length) if 0 <= length <= MAX_RECORD else b""
         except (EOFError, zlib.error) as error:
             raise DataError(f"{path} cannot be unpacked: {error}") from error
@@ -204,14 +211,15 @@ def _skip(opened, count: int) -> int:
 
 
 def _scan_packed(path: epath.Path, file, compression: str) -> np.ndarray:
-    """As `_scan`, of a file that must be unpacked from its beginning to find anything."""
+    """Does what `_scan` does for a compressed file, which must be unpacked from its beginning."""
     unpacked = io.BufferedReader(_Unpacked(file, WINDOW_BITS[compression]), CHUNK)
     starts: list[int] = []
     offset = 0
     try:
-        # There is no seeking: all is unpacked, and what is not a header thrown away.
+        # Seeking is impossible: all is unpacked, and everything but the headers is dropped.
         while header := unpacked.read(HEADER):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == HEADER else 0
+            # What _skip could not read, or a header that is too short, is missing at the end.
             if _skip(unpacked, length + FOOTER) or len(header) < HEADER:
                 raise EOFError("it ends within a record")
             starts.append(offset)
@@ -239,13 +247,16 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
+        # A member is one compressed stream; a file holds one or several. What zlib has not used of
+        # the last read is the beginning of the next member.
         while not self._data:
             packed = self._member.unused_data or self._file.read(CHUNK)
+            # The file ends behind a whole member, as it should; within one, it was cut.
             if not packed and self._member.eof:
                 return 0
             if not packed:
                 raise EOFError("it has been cut")
-            if self._member.eof:  # GZIP files may be joined one behind the other
+            if self._member.eof:  # the next member: GZIP files can be joined by appending
                 self._member = zlib.decompressobj(self._bits)
             self._data = memoryview(self._member.decompress(packed))
         count = min(len(buffer), len(self._data))

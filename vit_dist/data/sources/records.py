@@ -15,9 +15,11 @@ from vit_dist.config.errors import DataError
 # time are 0.9 GB of ImageNet's JPEGs (110 kB each).
 SHUFFLE_BLOCK = 4096
 CYCLE_LENGTH = 16  # files read at a time while shuffling
-UNBUFFERED = np.int64(0)  # a buffer would be filled with the records behind the one that is read
+# Of a file that is read for one record: a buffer would be filled with the records that follow it.
+UNBUFFERED = np.int64(0)
 ENDED = "Dataset was empty"  # how TensorFlow says that a file ends before a record
-# Labels are stored as int64 and given as int32: one beyond must not wrap around to a class.
+# Labels are stored as int64 and given as int32: one that int32 does not hold must not wrap around
+# to the number of a class.
 LARGEST = 2**31 - 1
 
 
@@ -40,7 +42,7 @@ class Keys:
         return {"image": parsed[self.image], "label": tf.cast(label, tf.int32)}
 
     def load(self, record: bytes) -> tuple[bytes, int]:
-        """Returns the same without TensorFlow's runtime.
+        """Returns what `parse` does, as bytes and int, without TensorFlow's runtime.
 
         Raises:
           DataError: A feature is not there, or has several values; names those that are.
@@ -51,6 +53,8 @@ class Keys:
             raise DataError(f"a record is no tf.train.Example: {error}") from error
         image, label = features[self.image].bytes_list.value, features[self.label].int64_list.value
         if len(image) != 1 or len(label) != 1:
+            # Looking up features[key] above has added empty features for keys that are missing;
+            # these are of no kind.
             kinds = {k: v.WhichOneof("kind") for k, v in features.items()}
             found = sorted(key for key, kind in kinds.items() if kind)
             several = f", {len(image)} and {len(label)} of them" if image and label else ""
@@ -107,12 +111,13 @@ def stream_records(
         "start": tf.constant(np.cumsum(counts) - counts),
     }
     if seed is not None:
-        # First the files are shuffled, then records within blocks of what is read from 16 files in
-        # turns.
+        # Two steps: here the files, below the records within blocks. What is in a block comes from
+        # CYCLE_LENGTH files in turns.
         seed = tf.random.fold_in(seed, tf.cast(epoch, tf.int32))
         columns = _shuffled(columns, seed)
     cycle = 1 if seed is None else CYCLE_LENGTH
-    # From a bucket all of a cycle at once, in the same order; a disk reads ahead by itself.
+    # From a bucket, the files of a cycle are read at the same time, which does not change the
+    # order. A disk needs no such help: the system reads ahead.
     remote = any(map(paths.is_remote, files))
     parallel = {"num_parallel_calls": cycle, "deterministic": True} if remote else {}
     ds = tf.data.Dataset.from_tensor_slices(columns).interleave(
@@ -174,7 +179,7 @@ def _read_shard(shard: dict[str, tf.Tensor], compression: str) -> tf.data.Datase
 
 
 def _shuffled(columns: dict[str, tf.Tensor], seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Reorders the first axis; unlike Dataset.shuffle it does not heed tf.random.set_seed."""
+    """Reorders the first axis; unlike Dataset.shuffle, it does not depend on tf.random.set_seed."""
     count = tf.shape(next(iter(columns.values())))[0]
     order = tf.random.experimental.stateless_shuffle(tf.range(count), tf.cast(seed, tf.int32))
     return {key: tf.gather(value, order) for key, value in columns.items()}

@@ -23,10 +23,10 @@ from array_record.python import array_record_module
 
 from vit_dist.config.errors import DataError
 
-# Reads at a time, which wait rather than compute. Threads of their own: each holds one file open.
+# Threads that read, which wait rather than compute; each holds one file open.
 MAX_PARALLEL = 32
 MAX_OPEN = 512  # files; beyond that opening costs little next to reading
-# Not read ahead, and 32 kB at a time: each record is read alone.
+# No reading ahead, and 32 kB at a time: records are read one by one, at random.
 OPTIONS, BUFFER_BYTES = "readahead_buffer_size:0", 32768
 # What the library says of a system call that failed, e.g. "open() failed: No such file or
 # directory; opening /data/0.array_record"; all else that it says is of what the file holds.
@@ -35,7 +35,7 @@ _NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 
 
 class Shard(NamedTuple):
-    """Records `skip` to `skip + take` of a file."""
+    """A part of a file: `take` records, from number `skip` on."""
 
     filename: str
     skip: int
@@ -46,9 +46,13 @@ class ShardReader:
     """The records of several shards, numbered through; may be used by many threads at once."""
 
     def __init__(self, shards: Sequence[Shard]):
+        # _ends[i] is the number of the record behind the last one of shard i; an empty shard would
+        # repeat its neighbour's.
         self._shards = [shard for shard in shards if shard.take]
         self._ends = list(itertools.accumulate(shard.take for shard in self._shards))
         self._owner = next(_OWNERS)
+        # Files close when the reader is gone. finalize must not refer to `self`, which would keep
+        # it.
         weakref.finalize(self, _OPEN.forget, self._owner)
 
     def __len__(self) -> int:
@@ -76,7 +80,7 @@ class ShardReader:
                 for place, record in zip(places, opened.read(positions), strict=True):
                     found[place] = record
 
-        # Without a thread: most reads outside of batches are of one record.
+        # Outside of batches most reads are of one record, for which no thread is needed.
         if len(by_shard) == 1:
             read_shard(*by_shard)
         else:
@@ -110,7 +114,8 @@ class OpenShard:
             return self._reader.read(positions)
         except RuntimeError as error:
             raise _explained(str(error), self._filename) from error
-        except UnicodeDecodeError as error:  # of a message that quotes such a name
+        # The library's message quotes the name of the file, and that need not be UTF-8.
+        except UnicodeDecodeError as error:
             text = bytes(error.object).decode(errors="replace")
             raise _explained(text, self._filename) from error
 
@@ -135,7 +140,7 @@ class _File:
 
 
 class _OpenFiles:
-    """All shards that are open in this process; those used longest ago are closed for others."""
+    """All shards that are open in this process; for more, the longest unused are closed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -145,18 +150,21 @@ class _OpenFiles:
     def borrow(self, owner: int, filename: str) -> Iterator[OpenShard]:
         """Gives an open file, which stays open until all who borrowed it are done.
 
-        Owners do not share a file: a later one must not get what it held before it was replaced.
+        Owners (readers) do not share open files: where a file was replaced, the one that an earlier
+        reader opened still gives the old contents.
         """
         key = (owner, filename)
         with self._lock:
             file = self._files.setdefault(key, _File())
             self._files.move_to_end(key)
             file.users += 1
-            # In the order of their last use, which an OrderedDict keeps as they are moved to its
-            # end.
+            # Those not in use now, longest unused first: move_to_end keeps the order of last use.
             idle = [k for k, other in self._files.items() if not other.users]
+            # Fewer than are too many, if the others are in use: then more stay open for a while.
             self._close(idle[: max(len(self._files) - max_open(), 0)])
         try:
+            # Outside of the common lock, so that other files can be borrowed while this one is
+            # opened. A second borrower of it waits here.
             with file.lock:
                 if file.shard is None:
                     file.shard = OpenShard(filename)
@@ -185,7 +193,7 @@ _OWNERS = itertools.count()
 
 def _explained(message: str, filename: str) -> Exception:
     """Returns what the library meant: that the file is damaged, or that the system failed."""
-    # RuntimeError is all that the library raises; its words tell the cause.
+    # The library raises RuntimeError whatever happens; only the text tells the cause.
     call = _FAILED_CALL.search(message)
     number = _NUMBERS.get(call[1].strip()) if call else None
     if number is None:

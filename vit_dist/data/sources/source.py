@@ -79,6 +79,7 @@ class Source(abc.ABC):
 
     def read(self, index: tf.Tensor) -> dict[str, tf.Tensor]:
         """Returns the example number `index` (scalar int64), raw: nothing is decoded."""
+        # fetch takes a batch, so this is a batch of one; its axis goes again.
         records = self.fetch(tf.reshape(tf.cast(index, tf.int64), (1,)))
         return self.decode_record({key: value[0] for key, value in records.items()})
 
@@ -117,10 +118,11 @@ class Source(abc.ABC):
         """
         if self.indexable:
             return BY_INDEX
+        # Files of other lengths are cut into other blocks, and so come in another order.
         return f"{STREAMED} {checksum(map(str, self.file_lengths())):08x}"
 
     def follow(self, order: str) -> None:
-        """Takes another `order`, that of a run which is to be resumed.
+        """Takes over the `order` of a run that is to be resumed.
 
         Raises:
           DataError: This source cannot; says what to do.
@@ -144,8 +146,10 @@ class Source(abc.ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what a resume compares, to notice that the examples have changed meanwhile."""
+        # The order is asked for each time, as `follow` may change it; the rest is computed once.
         return {**self._contents, "order": self.order}
 
+    # Cached, as it reads files, and several parts of a run ask for it.
     @functools.cached_property
     def _contents(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -153,11 +157,12 @@ class Source(abc.ABC):
             "classes": checksum(self.class_names),
             "names": checksum(self.names()),
         }
+        # A source that cannot tell the sizes has no such entry, and `fingerprint.compare` skips it.
         sizes = self.sizes()
         return {**found, "sample": self.sample(), **({} if sizes is None else {"sizes": sizes})}
 
     def names(self) -> Iterable[str]:
-        """What each example is called, as far as it has a name, and nothing of where it lies."""
+        """Returns the names of examples, as far as they have some, without the data's folder."""
         return ()
 
     def sizes(self) -> int | None:
@@ -167,6 +172,7 @@ class Source(abc.ABC):
     def looked_at(self) -> list[int]:
         """Returns the numbers of a few examples that `peek` reads at little cost; may be none."""
         loads = type(self).load is not Source.load  # a user's own source may do without
+        # A stream would have to be read up to each of them.
         return sampled(self.num_examples) if self.indexable and loads else []
 
     def sample(self) -> list[list[int]]:
@@ -184,8 +190,10 @@ class Source(abc.ABC):
 def check_labels(source: Source, *, lenient: bool) -> None:
     """Looks at a few examples when a source is opened, by `peek`; see `labels.check_sampled`."""
     indices = source.looked_at()
+    # Few (fingerprint.NUM_SAMPLED at most): this runs at each start.
     found = labels_lib.look_at(lambda index: source.peek(index)[1], indices)
-    # One that cannot be read may be damaged; if none can, the options are wrong.
+    # One example that cannot be read may be damaged; if none can, an option is wrong, such as the
+    # name of a feature.
     if found and all(label is None for label in found):
         source.peek(indices[0])  # raises what is wrong with all of them
     labels_lib.check_sampled(
@@ -202,17 +210,18 @@ def _checksum_of_example(source: Source, index: int) -> int:
         image, label = source.peek(index)
     except (ValueError, FileNotFoundError):
         return 0
-    # Labels may be negative by mistake, and CRC-32 begins with a number of 32 bits.
+    # The label is the checksum's start value, which must be an unsigned number of 32 bits; labels
+    # may be negative by mistake.
     data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
     return zlib.crc32(data, label & 0xFFFFFFFF)
 
 
 def distinct_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of classes, those that occur twice with their class number behind them.
+    """Returns the names of classes; a name that occurs twice gets its class number behind it.
 
     ImageNet has two classes "crane", and whoever looks up a class by name must find one of them.
     """
-    # "crane", "crane" -> "crane (134)", "crane (517)": names that a person recognises.
+    # "crane", "crane" -> "crane (134)", "crane (517)", by class number.
     counts = collections.Counter(names)
     return tuple(f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names))
 
@@ -223,6 +232,7 @@ def on_host(make):
     Big tables must not become constants of the graph (which is limited to 2 GB and copied for every
     function), nor be placed on the first accelerator, from which each batch would be fetched back.
     """
+    # init_scope leaves the graph that is being traced, so that the tensors are eager.
     with tf.init_scope(), tf.device("CPU:0"):
         return make()
 
@@ -236,8 +246,11 @@ def read_records(getitems: Callable[[list[int]], Sequence[bytes]], indices: tf.T
 
     def read(numbers: np.ndarray) -> np.ndarray:
         try:
+            # As objects: numpy would fill bytes of different lengths up with zeros.
             return np.array(getitems([int(i) for i in numbers]), object)
         except FileNotFoundError as error:
+            # DataError is a ValueError, of which numpy_function makes InvalidArgumentError; of
+            # other errors it makes UnknownError, which is not masked as damage.
             raise DataError(f"{MISSING}: {error.filename}") from error
         except ValueError as error:
             raise DataError(f"{CORRUPT}: {error}") from error
@@ -249,6 +262,7 @@ def read_records(getitems: Callable[[list[int]], Sequence[bytes]], indices: tf.T
 
 def log_streaming(source: Source) -> None:
     """Says, once, what starting late costs with a source that can only be streamed."""
+    # Once in a process, however many streams are made.
     logging.log_first_n(
         logging.WARNING,
         "%s can only be streamed: starting at step N reads (without decoding) the N * batch size "

@@ -18,11 +18,11 @@ class SyntheticSource(base.Source):
     """Smooth coloured noise: 64 images over and over, whose labels say nothing about them.
 
     Args:
-      split: Any; a part of its own seed.
+      split: Any name; it seeds the images.
       num_examples: How many to claim; 1,281,167 as in ImageNet by default.
       num_classes: Labels are example number % num_classes.
       height: Of the images, in pixels; 375 x 500 is usual in ImageNet.
-      width: Likewise.
+      width: Of the images, in pixels.
       image_format: "jpeg", to be decoded as real images are (about 40 kB each), or "array".
 
     Raises:
@@ -49,8 +49,9 @@ class SyntheticSource(base.Source):
         self.split, self.num_examples = split, num_examples
         self.class_names = tuple(str(i) for i in range(num_classes))
         self.encoded = image_format == "jpeg"
-        # Other images in each split, the same ones at each start.
+        # The seed is the split's name: splits differ, and each is the same at every start.
         random = np.random.default_rng(checksum([split]))
+        # Example i shows image i % count.
         count = min(NUM_IMAGES, num_examples)
         arrays = [_noise(random, height, width) for _ in range(count)]
         jpegs = [encode(Image.fromarray(x), "JPEG") for x in arrays] if self.encoded else []

@@ -65,19 +65,20 @@ class TfdsSource(base.Source):
         self.builder = _make_builder(name, data_dir, file_format)
         features = self.builder.info.features
         _check_features(name, features)
-        # Before anything else is asked: an unprepared set knows neither its splits nor their sizes.
+        # Before anything else: a set that is not prepared knows neither its splits nor their sizes.
         self.prepare()
         self._split_info = _split_info(self.builder, split)
         self.num_examples = self._split_info.num_examples
         if not self.num_examples:
             raise DataError(f"split {split!r} of {name!r} is empty")
-        # Which form decides how it can be read; see `follow` for the one that can be read in both
-        # ways.
+        # ArrayRecord is always read by index. TFRecord is streamed, unless a run that is resumed
+        # read it by index (`follow`).
         self._array_record = self.builder.info.file_format.value == "array_record"
         self.indexable = self._array_record
+        # ArrayRecord is read by a Python library, TFRecord by TensorFlow.
         self.portable = not self._array_record
         self._files = [epath.Path(f.filename) for f in self._split_info.file_instructions]
-        # Of each file: the number of the example behind its last one.
+        # _ends[i] is the number of the example that follows the last one of file i.
         self._ends = np.cumsum(self.file_lengths())
         self._remote = any(map(paths.is_remote, self._files))
         if not self.indexable:
@@ -102,7 +103,8 @@ class TfdsSource(base.Source):
         _check_network(builder)
         try:
             builder.download_and_prepare()
-        except Exception as error:  # whatever its download or its parser raised, the remedy is one
+        # A download or a data set's parser may raise anything; the remedy is the same.
+        except Exception as error:
             raise DataError(_preparation_failed(builder, error)) from error
 
     def _check_sizes(self) -> None:
@@ -115,16 +117,18 @@ class TfdsSource(base.Source):
         for name in self.builder.info.splits:
             split = self.builder.info.splits[name]
             files = [epath.Path(path) for path in split.filepaths]
+            # Only splits of which this one reads a part; a slice such as train[:99%] reads some of
+            # train.
             if mine.isdisjoint(map(str, files)):
                 continue
             with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
                 sizes = pool.map(lambda f: file_size(f) if exists(f) else 0, files)
-            # TFDS notes the bytes of all records of a split; each has 16 bytes of lengths and
-            # checksums more.
+            # num_bytes counts the data of all records; in the files each record has a header and a
+            # footer besides.
             want = split.num_bytes + (HEADER + FOOTER) * split.num_examples
             if sum(sizes) == want:
                 continue
-            # The sum tells that one is wrong, but not which: now their records are counted.
+            # The sum shows that a file is wrong, but not which: so their records are counted.
             for file, count in zip(files, split.shard_lengths, strict=True):
                 found = len(scan(file)) if exists(file) else "no"
                 if found != count:
@@ -144,6 +148,7 @@ class TfdsSource(base.Source):
         table = open_table(self._files, f"{self.builder.info.full_name}:{self.split}")
         files = self._split_info.file_instructions
         return [
+            # The table is of whole files, of which the split may take a part.
             offsets[file.skip : file.skip + file.take]
             for offsets, file in zip(table.offsets, files, strict=True)
         ]
@@ -163,6 +168,7 @@ class TfdsSource(base.Source):
             return super().fetch(indices)
         if self._array_record:
             return {"record": base.read_records(self._reader.read, indices)}
+        # The first file whose end is beyond the index.
         file = tf.searchsorted(self._tables["end"], indices, side="right")
         return {
             "file": tf.gather(self._tables["file"], file),
@@ -173,7 +179,7 @@ class TfdsSource(base.Source):
         import tensorflow_datasets as tfds
 
         by_offset = "offset" in record
-        # A record is read here and not in `fetch` where TensorFlow can: in parallel, in the graph.
+        # Where `fetch` gave only a place, the record is read here: for many examples in parallel.
         serialized = (
             read_record(record["file"], record["offset"]) if by_offset else record["record"]
         )
@@ -192,9 +198,10 @@ class TfdsSource(base.Source):
             return KEYS.load(self._reader.read([index])[0])
         file = int(np.searchsorted(self._ends, index, side="right"))
         # The example's number within its file, counted from where the split begins in it.
-        place = index - (int(self._ends[file]) - self.file_lengths()[file])  # within the file
+        place = index - (int(self._ends[file]) - self.file_lengths()[file])
         if place == 0 and not self._split_info.file_instructions[file].skip:
-            return KEYS.load(read_unverified(self._files[file], 0))  # without scanning for it
+            # The first record of a file begins at byte 0, for which no scan is needed.
+            return KEYS.load(read_unverified(self._files[file], 0))
         return KEYS.load(read_unverified(self._files[file], int(self._offsets[file][place])))
 
     def looked_at(self) -> list[int]:
@@ -202,7 +209,7 @@ class TfdsSource(base.Source):
             return sampled(self.num_examples)
         if self._remote:
             return []
-        # The beginnings of files: no other example of a stream can be found without a scan.
+        # The first examples of files: all others can only be found by a scan.
         files = self._split_info.file_instructions
         begins = [int(e) - f.take for e, f in zip(self._ends, files, strict=True) if not f.skip]
         return [begins[i] for i in sampled(len(begins))]
@@ -222,7 +229,8 @@ class TfdsSource(base.Source):
         return [file.take for file in self._split_info.file_instructions]
 
     def follow(self, order: str) -> None:
-        # A local file can be read either way. From a bucket each record would cost 64 MB.
+        # A local file can be read either way. From a bucket TensorFlow fetches 64 MB for each
+        # record.
         if not self._array_record and not self._remote:
             self.indexable = order == base.BY_INDEX
         super().follow(order)  # refuses what is left
@@ -241,14 +249,16 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
     formats = ("array_record", "tfrecord")
     if file_format is not None and file_format not in formats:
         raise ConfigError(f"file_format={file_format!r} is unknown; it may be one of {formats}")
+    # "~" is the home folder, as in every other path of a config.
     data_dir = None if data_dir is None else str(paths.expand(data_dir))
-    # As for every other path of a config, "~" is the home folder.
     if not sys.stdout.isatty():
         tfds.disable_progress_bar()  # in a log file each refresh is a line
     try:
+        # try_gcs=False: TFDS would look for prepared sets in Google's bucket, and wait where there
+        # is no network.
         return tfds.builder(name, data_dir=data_dir, try_gcs=False, file_format=file_format)
     except tfds.core.registered.DatasetNotFoundError:
-        # Community data sets would have to be fetched from the network to be listed.
+        # Listing the community's data sets would need the network.
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(name.split("/")[0].split(":")[0], known, n=3)
         hint = f"; the nearest are {near}" if near else ""
@@ -261,6 +271,7 @@ def _check_features(name: str, features) -> None:
     import tensorflow_datasets as tfds
 
     kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+    # A set may have a single feature that is no dictionary, and has no items().
     found = dict(features.items()) if hasattr(features, "items") else {}
     if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         listed = {key: type(feature).__name__ for key, feature in found.items()}
@@ -284,8 +295,7 @@ def _split_info(builder, split: str):
 def _check_network(builder) -> None:
     """Fails at once if what is to be downloaded has no reachable host.
 
-    TFDS itself retries for minutes. Files placed in downloads/manual need no network, and if
-    anything was downloaded before, only TFDS can tell whether it is enough.
+    TFDS itself retries for minutes. Files that were placed in downloads/manual need no network.
     """
     downloads = builder.data_path.parents[1] / "downloads"
     # Whatever was downloaded before may be enough; only TFDS itself can tell.

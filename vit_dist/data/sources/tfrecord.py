@@ -21,12 +21,13 @@ READ_AHEAD_VARIABLE = "GCS_READAHEAD_BUFFER_SIZE_BYTES"  # TensorFlow's, for gs:
 class TfrecordSource(base.Source):
     """TFRecord files of examples with an encoded image and an int64 label.
 
-    At the first opening the headers of all records are scanned for where each begins. That table is
-    kept beside the files (or, if they are not writable, scanned each time), so that later openings
-    are fast, and a file that has changed since, for instance been cut between two records, is
-    noticed. By index, each example costs one seek; streamed, files are read in one go, at the price
-    that `base.log_streaming` tells. Both verify the checksums of the records. Files that are
-    compressed as a whole (GZIP or ZLIB) hold no place to seek to: they are streamed.
+    At the first opening the headers of all records are scanned for where each record begins. The
+    table of these places is kept beside the files, so that later openings are fast, and a file that
+    has changed since (for instance, was cut between two records) is noticed. Where the folder is
+    not writable, each opening scans. By index, each example costs one seek; streamed, files are
+    read in one go, at the price that `base.log_streaming` tells. Both ways verify the checksums of
+    the records. Files that are compressed as a whole (GZIP or ZLIB) have no places to seek to, and
+    are streamed.
 
     Args:
       split: Replaces {split} in `files`.
@@ -37,8 +38,8 @@ class TfrecordSource(base.Source):
       image_key: Feature with the encoded image.
       label_key: Feature with the class number.
       first_label: The number of the first class; 1 in ImageNet as TF Model Garden stores it.
-      counts: Split -> how many examples its files should hold, without which nothing tells that a
-        file was cut between two records before it was first opened here.
+      counts: Split -> how many examples its files should hold. Nothing else tells that a file was
+        cut between two records before it was first opened here.
       stream: Read the files in sequence rather than by index; None: only compressed ones, and those
         in a bucket, where TensorFlow fetches 64 MB for every record that is read by index.
       check_files: Whether one label outside of the classes, among a few examples that are looked
@@ -78,7 +79,7 @@ class TfrecordSource(base.Source):
             lambda count: _check_count(count, expected, self._pattern),
         )
         self.indexable = self._choose_order(stream)
-        # Of each file: the number of its first example, and behind the last file the number of all.
+        # For each file the number of its first example, and in the end the number of all examples.
         self._starts = np.cumsum([0, *(len(offsets) for offsets in self._table.offsets)])
         self.num_examples = int(self._starts[-1])
         self._tables: dict[str, tf.Tensor] | None = None
@@ -88,7 +89,8 @@ class TfrecordSource(base.Source):
         }
         if not self.num_examples:
             raise DataError(f"the files {self._pattern} hold no record")
-        base.check_labels(self, lenient=not check_files)  # and whether it has these features
+        # This reads a few examples, and so also finds features that are called otherwise.
+        base.check_labels(self, lenient=not check_files)
 
     def __str__(self) -> str:
         return f"tfrecord:{self._pattern}"
@@ -102,7 +104,7 @@ class TfrecordSource(base.Source):
                 "be found by its number: leave config.data.stream out, unpack them, or convert "
                 "them (python -m vit_dist.convert)"
             )
-        # What was asked for, else what the storage is good at.
+        # `stream` as given; without it a bucket is streamed, where reading by index is slow.
         if stream or compressed or (self._remote and stream is None):
             return False
         if self._remote and READ_AHEAD_VARIABLE not in os.environ:
@@ -115,6 +117,8 @@ class TfrecordSource(base.Source):
         return True
 
     def _locate(self, index: int) -> tuple[int, np.int64]:
+        # The last file whose first example is not behind `index`; a file without examples is passed
+        # over, as the one after it begins with the same number.
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return file, self._table.offsets[file][index - self._starts[file]]
 
@@ -147,19 +151,21 @@ class TfrecordSource(base.Source):
         if self._table.compression:
             return super().load(index)
         file, offset = self._locate(index)
+        # As bytes, since TensorFlow refuses names that are not UTF-8.
         path = os.fsencode(self.files[file])
         with tf.device("CPU:0"):
             try:
                 record = read_record(tf.constant(path), tf.constant(offset))
             except tf.errors.NotFoundError as error:
                 raise DataError(f"{base.MISSING}: {error.message}") from error
-            # Others are the storage's: they say nothing of the record.
+            # Errors of other types come from the storage and say nothing of the record.
             except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
                 raise DataError(f"{base.CORRUPT}: {error.message}") from error
         return self._keys.load(record.numpy())
 
     def peek(self, index: int) -> tuple[bytes, int]:
         file, offset = self._locate(index)
+        # In Python: TensorFlow would start its runtime, and a device with it.
         record = read_unverified(self.files[file], int(offset), self._table.compression)
         return self._keys.load(record)
 
@@ -181,19 +187,23 @@ class TfrecordSource(base.Source):
         # Plain files can be read either way, whatever config.data.stream says for a new run.
         if order == base.BY_INDEX and not self._table.compression:
             self.indexable = True
+        # Whether the streams are the same is checked below, by their lengths.
         elif order.startswith(base.STREAMED):
             self.indexable = False
         super().follow(order)  # refuses what is left
 
     def names(self) -> list[str]:
         counts = zip(self.files, self.file_lengths(), strict=True)
+        # With the count of each file: files of one name may hold other examples.
         return [f"{file.name} {count}" for file, count in counts]
 
     def sizes(self) -> int:
+        # Known from the table, so that it costs nothing in a bucket either.
         return checksum(map(str, self._table.sizes))
 
     def looked_at(self) -> list[int]:
-        # One example costs 64 MB of a bucket, or a compressed file before it.
+        # From a bucket one example costs a read of 64 MB; in a compressed file, unpacking all that
+        # comes before it.
         return [0] if self._remote or self._table.compression else sampled(self.num_examples)
 
     def describe(self, index: int) -> str:
@@ -202,7 +212,7 @@ class TfrecordSource(base.Source):
         return f"the record at {at} {offset} of {self.files[file]} (example {index} of {self})"
 
     def find_damage(self) -> str | None:
-        if self.indexable:  # each record tells when it is read
+        if self.indexable:  # then each record is checked when it is read
             return None
         files = [str(file) for file in self.files]
         cut = find_cut(files, self.file_lengths(), self._table.compression)
@@ -234,13 +244,14 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
             raise ConfigError("a tfrecord source needs num_classes or class_file, which names them")
         return tuple(str(i) for i in range(num_classes))
     try:
+        # utf-8-sig also takes a file with a byte order mark, as Windows' editors write it.
         text = paths.expand(class_file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"config.data.class_file {class_file} is not UTF-8: {error}") from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = [line for line in lines if line]
-    if num_classes == len(lines) > len(names):  # then a blank line is a class without a name
-        # As many lines as classes: an empty one holds the place of a class.
+    if num_classes == len(lines) > len(names):
+        # As many lines as classes: a blank line stands for a class without a name.
         names = [line or f"class {i}" for i, line in enumerate(lines)]
     elif len(names) < len(lines):
         blank = len(lines) - len(names)
@@ -256,6 +267,7 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
 def _count_of(split: str, counts: Mapping[str, int] | None) -> int | None:
     if counts is None:
         return None
+    # None, for a split without a number, is refused below.
     count = counts.get(split) if isinstance(counts, Mapping) else None
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(

@@ -1,9 +1,9 @@
 """What the name of a network in timm says of it and no tensor does.
 
-Of vit_base_patch16_224 and vit_base_patch16_rpn_224 the tensors have the same names and shapes; the
-second normalises behind attention and MLP. So the name, from the config.json beside the weights or
-from a training script's options, is read word by word. A network is taken only if every word is
-known to change nothing, or changes something that our ViT has too (as of timm 1.0.20).
+The tensors of vit_base_patch16_224 and vit_base_patch16_rpn_224 have the same names and shapes, but
+the second network normalises behind attention and MLP. So the name, from the config.json beside the
+weights or from a training script's options, is read word by word. A network is taken only if every
+word is known to change nothing, or changes something that our ViT has too (as of timm 1.0.20).
 """
 
 import re
@@ -63,7 +63,7 @@ _PLAIN_WORDS = re.compile(
     r"vit|deit3?|flexivit|mae|dino|ibot|patch\d+|\d+|reg\d+|gap|map|siglip|dinov2|plus|distilled"
     r"|36x1|miil|in21k|in1k|sam|augreg2?|ls|teacher|student"
 )
-# Those of timm's SigLIP models that are made with tanh's GELU; the others compute erf's.
+# timm's SigLIP models that have tanh's GELU; all others have erf's.
 _TANH = re.compile(
     r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip|vit_large_patch16_siglip(_gap)?_512"
 )
@@ -75,6 +75,7 @@ def explain_architecture(name: str) -> str | None:
     if re.fullmatch(r"eva_large_patch14_\d+", name):  # the one EVA that is a plain ViT
         return None
     words = name.split("_")
+    # Each of these words alone is plain: it is DINOv2's giant that has another MLP.
     if {"giant", "dinov2"} <= set(words):
         return "SwiGLU in place of the MLP"
     known: Sequence[tuple[str, str]] = _FOREIGN_WORDS
@@ -86,6 +87,7 @@ def explain_architecture(name: str) -> str | None:
         for pattern, meaning in known:
             if re.fullmatch(pattern, word):
                 return meaning
+    # A word of which nothing is known may stand for other arithmetic, so the network is refused.
     unknown = [w for w in words if w not in _SIZES and not _PLAIN_WORDS.fullmatch(w)]
     if unknown or judged != words:
         return f"parts that nothing is known of here ({(unknown or words)[0]!r})"
@@ -114,6 +116,7 @@ def known_of(name: str, width: int) -> dict[str, Any]:
     words = _plain(name).split("_")
     size = next((word for word in words if word in _SIZES), "")
     expected, heads = _SIZES.get(size, (0, 0))
+    # Two names whose sizes are not those of the word.
     if size == "base" and "plus" in words:
         expected, heads = 896, 14
     if _plain(name) == "vit_base_patch16_gap_224":

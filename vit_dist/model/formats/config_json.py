@@ -90,6 +90,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         kinds = _TYPES.get(key, object)
         right = value is None or isinstance(value, kinds)
+        # Lists are checked entry by entry, as the table knows only their type.
         if key in ("image_size", "img_size") and isinstance(value, list):
             right = len(value) == 2 and all(isinstance(n, int) for n in value)
         if key in ("mean", "std", "image_mean", "image_std") and isinstance(value, list):
@@ -98,6 +99,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
             right = all(str(number).isdigit() for number in value)
         if not right:
             raise DataError(f"config.json has {key}={value!r}, which cannot be: correct it")
+        # Dictionaries of keys that are checked likewise.
         if key in ("model_args", "pretrained_cfg"):
             _check_types(value or {})
 
@@ -105,6 +107,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
 def own_note(file: TensorFile) -> dict[str, Any]:
     """What a file that we wrote says of itself beyond shapes; {} for files of others."""
     try:
+        # Not a mistake of the user's: any program may write metadata, so nothing is raised here.
         parsed = json.loads(file.metadata.get(METADATA, "{}"))
     except ValueError:
         return {}  # another program's text under our key
@@ -125,6 +128,7 @@ def scaling(system: str, config: Mapping[str, Any], folder: Path) -> tuple[Any, 
         return found.get("mean"), found.get("std")
     found = read_json(folder, "preprocessor_config.json")
     _check_types(found)
+    # Images in 0..1 as they are.
     if found.get("do_normalize") is False:
         return (0.0,), (1.0,)
     return found.get("image_mean"), found.get("image_std")
@@ -135,6 +139,7 @@ def class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
     if not names and isinstance(config.get("id2label"), dict):
         table = config["id2label"]
+        # JSON's keys are text: by number, or "10" would come before "2".
         names = [table[k] for k in sorted(table, key=int)]
     if not isinstance(names, list) or len(names) != num_classes:
         return ()

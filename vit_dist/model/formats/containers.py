@@ -36,7 +36,7 @@ def open_tensors(path: Path) -> TensorFile:
     """Opens a file of tensors, whatever its extension says.
 
     Raises:
-      DataError: no such file, none of the kinds, damaged, cut, or not safe to open.
+      DataError: no such file, a file of another kind, damaged, cut, or not safe to open.
     """
     if not path.is_file():
         raise DataError(f"there is no file {path}")
@@ -46,6 +46,7 @@ def open_tensors(path: Path) -> TensorFile:
         head = file.read(16)
     if not head:
         raise DataError(f"{path} is damaged: it is empty{AGAIN}")
+    # A zip file: NumPy's and PyTorch's both are, and differ in the names of their members.
     if head[:4] == b"PK\x03\x04":
         with open_zip(path) as archive:
             names = archive.namelist()
@@ -57,6 +58,7 @@ def open_tensors(path: Path) -> TensorFile:
             f"{path} is a zip file without arrays (it holds e.g. {names[:1]}): name a .npz, or "
             "what torch.save wrote"
         )
+    # safetensors: 8 bytes with the length of a JSON header, then the header.
     if head[8:9] == b"{" and path.stat().st_size > int.from_bytes(head[:8], "little"):
         return _remember_last(_open_safetensors(path))
     if head[:1] == b"\x80":  # the opcode PROTO
@@ -113,6 +115,7 @@ def _open_npz(path: Path) -> TensorFile:
             # Bound as defaults: a closure would see the values of the loop's last turn.
             def read(info=info, shape=shape, dtype=dtype, fortran=fortran, start=start):
                 data = read_member(path, info.filename)[start:]
+                # Fortran order: the first axis counts fastest.
                 array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
                 return as_float(array)
 
@@ -126,6 +129,8 @@ def _npy_header(
     where = f"{path}: {info.filename}"
     try:
         with archive.open(info) as member:
+            # NumPy's own functions for the header, which never unpickle. max_header_size bounds
+            # what they parse.
             version = np.lib.format.read_magic(member)
             read = {
                 (1, 0): np.lib.format.read_array_header_1_0,
@@ -168,6 +173,7 @@ def _open_safetensors(path: Path) -> TensorFile:
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         header = json.loads(raw.read(length))
+    # Text for people and programs, kept in `metadata`; all other entries are tensors.
     header.pop("__metadata__", None)
 
     def reader(name: str, entry: Mapping[str, Any]) -> Callable[[], np.ndarray]:
@@ -176,6 +182,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         def read() -> np.ndarray:
             try:
                 with path.open("rb") as raw:
+                    # Offsets count from the end of the header.
                     raw.seek(8 + length + begin)
                     data = read_exactly(raw, end - begin)
             except (EOFError, OSError) as error:

@@ -18,7 +18,7 @@ _TOWER = (
     "vit_*_siglip_* or, of big_vision, from the .npz"
 )
 # Regex in the name of a tensor -> what the network has that ours has not. The first that is found
-# counts, so that what is special stands before what it has in common with others.
+# counts, so special networks stand before parts that several networks share.
 _BY_TENSOR = (
     (r"pre_layrnorm|embeddings\.class_embedding|\bclass_embedding$", f"{_BEFORE}, and other names"),
     (r"head\.probe|embeddings\.patch_embedding\.weight", f"SigLIP: {_TOWER}"),
@@ -37,7 +37,8 @@ _BY_TENSOR = (
     (r"MlpBlock_\d+/Dense_2/", "a gated MLP"),
     (r"^layers\.\d+\.blocks|^stages\.", "stages of several widths (Swin and others)"),
 )
-# What every block has; {i} is its number. Biases of query, key and value are checked apart.
+# Tensors that every block has. Biases of query, key and value are checked apart, as a ViT may do
+# without them.
 _BLOCK = (
     *(f"{norm}/{part}" for norm in ("norm_0", "norm_1") for part in ("gamma", "beta")),
     *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")),
@@ -60,6 +61,7 @@ def explain_names(names: Iterable[str]) -> str | None:
     """What a network with tensors of these names has that ours has not; None if unknown."""
     names = list(names)  # it is searched once for each pattern
     for pattern, meaning in _BY_TENSOR:
+        # One tensor is enough: no plain ViT has any of these names.
         if any(re.search(pattern, name) for name in names):
             return meaning
     return None
@@ -78,6 +80,8 @@ def explain_shapes(shapes: Mapping[str, Sequence[int]], *, depth: int, fixed: bo
         return f"a patch kernel of shape {tuple(kernel)}, not (p, p, channels, width)"
     if not depth:
         return "no transformer blocks where a ViT has them"
+    # Only the first block's biases are looked at to learn whether there shall be any; then all
+    # blocks must have all three.
     needed = ["embedding/bias", "encoder_norm/gamma", "encoder_norm/beta"]
     needed += [f"encoderblock_{i}/{name}" for i in range(depth) for name in _BLOCK]
     biases = [f"encoderblock_0/attention/{name}/bias" for name in ("query", "key", "value")]
@@ -91,6 +95,7 @@ def explain_shapes(shapes: Mapping[str, Sequence[int]], *, depth: int, fixed: bo
             return f"{meaning}: it has no {found[0]}"
     for i in range(depth):
         first, second = (shapes[f"encoderblock_{i}/mlp/dense_{k}/kernel"] for k in (0, 1))
+        # SwiGLU's first matrix makes two halves, of which one gates the other.
         if first[1] == 2 * second[0]:
             return f"{_SWIGLU}: its first matrix is twice as wide as the second is high"
         if first != (kernel[3], second[0]) or second[1] != kernel[3]:

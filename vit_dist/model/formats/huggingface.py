@@ -46,7 +46,7 @@ _DINOV2: list[Rule] = [
 ]
 RULES = [*_SHARED, *_VIT, *_DINOV2]
 _STEM = "embeddings.patch_embeddings.projection.weight"
-# Regex of names -> what these parts are. No encoder has a use for them.
+# Regex of names -> what these tensors are part of, for the report. No encoder has a use for them.
 OTHER_PARTS = (
     (r"embeddings\.mask_token$", "the token of masked pretraining"),
     (r"decoder\.", "the decoder of masked pretraining"),
@@ -56,8 +56,10 @@ OTHER_PARTS = (
     ),
     (r"pooler\.", "the pooler, which the classifier does not read"),
 )
+# hidden_act -> gelu of ViT.
 _GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-# model_type -> its default of layer_norm_eps; other keys that are missing have the same for all.
+# model_type -> layer_norm_eps where config.json does not say it. The defaults of other keys are the
+# same for all model_types.
 _EPSILONS = {
     "vit": 1e-12,
     "deit": 1e-12,
@@ -67,6 +69,7 @@ _EPSILONS = {
     "vit_msn": 1e-6,
     "ijepa": 1e-12,
 }
+# Classes of transformers whose encoder is a plain ViT.
 _CLASS = re.compile(
     r"(ViT|DeiT|Dinov2|Dinov2WithRegisters|ViTMAE|ViTMSN|IJepa)(Model|Backbone|For\w+)"
 )
@@ -93,7 +96,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "is_decoder": (False, "attention that looks back alone"),
     "add_cross_attention": (False, "attention to another sequence"),
 }
-# Keys that shapes tell as well: must agree with them; key -> key of ViT.
+# Keys that shapes tell as well, and that must agree with the shapes: key -> key of ViT.
 _SHOWN = {
     "hidden_size": "width",
     "num_hidden_layers": "depth",
@@ -103,7 +106,7 @@ _SHOWN = {
     "num_register_tokens": "registers",
     "qkv_bias": "qkv_bias",
 }
-# Those that change nothing in inference: dropout, initial values, training, heads, bookkeeping.
+# Keys that change nothing in inference: dropout, initial values, training, heads, bookkeeping.
 _FREE = re.compile(
     r"_.*|architectures|model_type|transformers_version|torch_dtype|dtype|id2label|label2id|num_labels"
     r"|problem_type|finetuning_task|return_dict|use_return_dict|output_(attentions|hidden_states)"
@@ -113,7 +116,7 @@ _FREE = re.compile(
     r"|apply_layernorm|reshape_hidden_states|use_mask_token|stage_names|out_(features|indices)"
     r"|decoder_.*|mask_ratio|norm_pix_loss|gradient_checkpointing|label_smoothing|name_or_path"
 )
-# What may stand before the names of a plain ViT's tensors where no config.json names the model.
+# What may stand before the names of a plain ViT's tensors, where no config.json names the model.
 _PREFIXES = (  # of the backbone itself, or of a module that it was wrapped in
     "vit",
     "deit",
@@ -128,7 +131,7 @@ _PREFIXES = (  # of the backbone itself, or of a module that it was wrapped in
 
 
 def detect(names: Any) -> bool:
-    """Whether these are the names of such a file."""
+    """Whether these names are those of a ViT in transformers."""
     return any(name.endswith(_STEM) for name in names)
 
 
@@ -140,6 +143,7 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """
     prefix = next(name for name in tensors if name.endswith(_STEM)).removesuffix(_STEM)
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    # With and without a prefix, for instance: one would silently replace the other.
     if len(found) < len(tensors):
         raise DataError(
             "the file holds two tensors of one name: save it again with save_pretrained"
@@ -148,7 +152,7 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 def is_other_part(name: str, names: Any) -> bool:
-    """Whether a tensor with a place in our ViT shall be left out all the same.
+    """Whether to leave out a tensor although our ViT has a place for it.
 
     Args:
       name: canonical.
@@ -198,6 +202,7 @@ def describe(
         "image_size": config.get("image_size"),
         "prefix_posemb": ("all",) if "embeddings.distillation_token" in tensors else ("cls",),
     }
+    # Compared with the shapes by the caller.
     shown = {ours: config[key] for key, ours in _SHOWN.items() if config.get(key) is not None}
     return said, shown, []
 
@@ -212,6 +217,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} names the model_type {kind!r}: it has {meaning}, so it is not read. Plain "
             f"ViTs are {', '.join(_EPSILONS)}"
         )
+    # A class of another model may share a model_type with ours.
     for name in config.get("architectures") or ():
         if not _CLASS.fullmatch(str(name)):
             raise DataError(f"{where} names the class {name!r}, of which nothing is known here")
@@ -249,6 +255,7 @@ def _check_family(names: Iterable[str], kind: str | None, where: str) -> None:
 
 def _check_prefix(names: Any) -> None:
     """Raises DataError if the names begin with another model's, such as dpt. or swin."""
+    # What stands before the patch embedding's name, such as "dinov2." or "model.backbone.".
     prefix = next(name for name in names if name.endswith(_STEM)).removesuffix(_STEM)
     for part in prefix.split(".")[:-1]:
         if part not in _PREFIXES:
@@ -267,11 +274,13 @@ def family_of(network: Mapping[str, Any]) -> str:
     # LayerScale is what tells DINOv2 from ViT and DeiT in transformers.
     registers, scaled = network["registers"], network["layer_scale"] is not None
     positions, pool = network["prefix_posemb"], network["pool"]
+    # All reasons are collected, so that one message says everything that has to change.
     reasons = []
     if not network["cls_token"] or (positions == "none"):
         reasons.append("they need a cls token with a position")
     if network["norm_after_pool"]:
         reasons.append("their last LayerNorm stands before the pooling")
+    # Without classes it is written as a ...Model, else as ...ForImageClassification.
     headless = not network["num_classes"]
     if scaled:
         if pool != ("tok" if headless else "tok_gap") or network["rep_size"]:
@@ -309,6 +318,7 @@ def with_backbone(
     written: Mapping[str, np.ndarray], family: str, *, headless: bool
 ) -> dict[str, np.ndarray]:
     """Canonical names to a file's: all but the classifier under the backbone's prefix."""
+    # A model without a classifier is the backbone itself, and has no prefix.
     if headless:
         return dict(written)
     return {
@@ -329,6 +339,7 @@ def to_config(network: Mapping[str, Any], *, labels: Any) -> dict[str, Any]:
     """
     family, headless = family_of(network), not network["num_classes"]
     height, width = network["image_size"]
+    # transformers' own names where there are none; class_names takes them for none again.
     labels = list(labels) or [f"LABEL_{i}" for i in range(network["num_classes"])]
     config = {
         "model_type": family,
@@ -345,6 +356,7 @@ def to_config(network: Mapping[str, Any], *, labels: Any) -> dict[str, Any]:
         "id2label": {str(i): name for i, name in enumerate(labels)},
         "label2id": {name: i for i, name in enumerate(labels)},
     }
+    # DINOv2 says the MLP's width in widths of the model, ViT in numbers.
     if family.startswith("dinov2"):
         config |= {"mlp_ratio": network["mlp_dim"] // network["width"], "use_swiglu_ffn": False}
         config |= {"num_register_tokens": network["registers"]} if network["registers"] else {}

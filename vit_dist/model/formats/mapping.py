@@ -43,6 +43,7 @@ def _fused(count: int) -> Transform:
 
 
 # Shapes, the other system's <-> ours: D width, H heads, K = D / H, C channels, (p, q) a patch.
+# Each pair is (split, join), two functions that undo each other; `heads` is H.
 SAME = Transform(lambda a: [a], lambda parts, heads: parts[0])
 LINEAR = Transform(lambda a: [a.T], lambda parts, heads: parts[0].T)  # (out, in) <-> (in, out)
 CONV = Transform(  # (D, C, p, q) <-> (p, q, C, D)
@@ -105,6 +106,7 @@ def from_theirs(tensors: Mapping[str, LazyArray], rules: Sequence[Rule]) -> Conv
     used = set()
     for rule, block in _expand(rules, lambda name: name in tensors, "theirs"):
         theirs = rule.theirs.format(i=block)
+        # Names that no rule takes are the caller's to judge.
         used.add(theirs)
         for k, name in enumerate(rule.ours):
             found[name.format(i=block)] = _lazy(theirs, tensors[theirs], rule.transform, k)
@@ -127,11 +129,16 @@ def to_theirs(arrays: Arrays, rules: Sequence[Rule], *, num_heads: int) -> dict[
     for rule, block in _expand(rules, lambda name: name in arrays, "ours"):
         names = [name.format(i=block) for name in rule.ours]
         if used.issuperset(names):
-            continue  # several systems' names in one table: the first that fits is written
+            # One table may list several names for the same variables, as of ViT and DINOv2 in
+            # transformers: the first is written.
+            continue
         parts = [np.asarray(arrays[name]) for name in names]
         theirs = rule.transform.join(parts, num_heads)
+        # A transpose is a view; files need its numbers in order. ascontiguousarray makes a scalar
+        # an array of one number, so the shape is set again.
         written[rule.theirs.format(i=block)] = np.ascontiguousarray(theirs).reshape(theirs.shape)
         used.update(names)
+    # A variable that is not written would be missing in the file without a word.
     rest = sorted(set(arrays) - used)
     if rest:
         raise DataError(f"the format has no place for {', '.join(rest[:5])}")
@@ -149,6 +156,7 @@ def _expand(rules: Sequence[Rule], has: Callable[[str], bool], side: str):
     for rule in rules:
         names = (rule.theirs,) if side == "theirs" else rule.ours
         block = 0
+        # Blocks are numbered from 0 without gaps: the first that is missing ends the search.
         while all(has(name.format(i=block)) for name in names):
             yield rule, block
             block += 1
@@ -187,5 +195,6 @@ def stacked(tensor: LazyArray, block: int) -> LazyArray:
 def depth_of(names: Any) -> int:
     """Number of blocks among names of ours."""
     prefix = "encoderblock_"
+    # Without any block the largest number is -1, and the depth 0.
     blocks = [n.split("/")[0].removeprefix(prefix) for n in names if n.startswith(prefix)]
     return 1 + max(map(int, blocks), default=-1)

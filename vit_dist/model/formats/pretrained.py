@@ -74,6 +74,7 @@ def open_pretrained(path: Path, *, image_size: int | tuple[int, int] | None = No
       UnfitError: the size of its images must be told.
     """
     folder, file = _open(path)
+    # Systems are told apart by the name of the patch embedding's kernel.
     system = next((name for name, s in _SYSTEMS.items() if s.detect(file.tensors)), None)
     if system is None:
         meaning = explain_names(file.tensors)
@@ -92,6 +93,7 @@ def open_pretrained(path: Path, *, image_size: int | tuple[int, int] | None = No
 def _open(path: Path) -> tuple[Path, TensorFile]:
     if not path.is_dir():
         return path.parent, open_tensors(path)
+    # safetensors before all others: a folder often holds the same weights in several formats.
     if (path / _WEIGHTS[0]).exists():
         return path, open_tensors(path / _WEIGHTS[0])
     for index in _INDICES:
@@ -101,6 +103,7 @@ def _open(path: Path) -> tuple[Path, TensorFile]:
         if (path / name).exists():
             return path, open_tensors(path / name)
     files = [p for p in path.iterdir() if p.name.endswith(SUFFIXES)]
+    # One file of any name will do; of several nobody knows which is meant.
     if len(files) != 1:
         raise DataError(
             f"{path} holds {len(files)} files of weights, none of them {_WEIGHTS[0]}: name one"
@@ -116,6 +119,7 @@ def _open_shards(path: Path, index: str) -> TensorFile:
     """
     places = read_json(path, index).get("weight_map", {})
     shards = sorted(set(places.values())) if isinstance(places, dict) else []
+    # A name with a folder in it could lead out of this folder.
     if not shards or any(Path(str(name)).name != name for name in shards):
         raise DataError(f"{path / index} is damaged: it names no files beside it{AGAIN}")
     # Opening all reads their headers alone.
@@ -175,6 +179,7 @@ def _agreed(said: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, 
     Raises:
       DataError: they contradict each other: one of them belongs to another file.
     """
+    # Only a config.json can belong to another file: what a training script noted lies in the file.
     for key in ("gelu", "num_heads", "pool", "norm_after_pool"):
         theirs, ours = said.get(key), own.get(key)
         if None not in (theirs, ours) and theirs != ours and where == "config.json":
@@ -189,6 +194,7 @@ def _check_shown(shown: Mapping[str, Any], network: Mapping[str, Any], where: st
     """Raises DataError if the config says something else than shapes show."""
     for key, value in shown.items():
         have = network.get(key, value)
+        # Some configs give a square as two equal numbers.
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:
             value = value[0]  # a patch_size of [16, 16]
         if have != value:
@@ -205,6 +211,7 @@ def _other_parts(
     unused, notes = [], []
     for pattern, meaning in table:
         found = [name for name in names if re.match(pattern, name)]
+        # A name may match several patterns.
         unused += [name for name in found if name not in unused]
         notes += [f"left out: {meaning}"] if found else []
     return unused, notes
@@ -229,6 +236,7 @@ def _network(
     if meaning:
         raise DataError(f"no plain ViT: it has {explain_names(names) or meaning}")
     # From here on there is no doubt that it is a plain ViT; its sizes are those of its tensors.
+    # (0, 0) stands for the shape of a layer that is not there.
     kernel, dense = shapes["embedding/kernel"], "encoderblock_0/mlp/dense_0/kernel"
     network: dict[str, Any] = {
         "patch_size": kernel[0],
@@ -251,7 +259,7 @@ def _network(
     return network | _positions(shapes, network, said, image_size)
 
 
-# Of what a file says, these are judged together with the length of its position table.
+# Keys that a file may say and that depend on the length of its position table: see _positions.
 _PLACED = ("prefix_posemb", "image_size")
 
 
@@ -260,9 +268,9 @@ def _positions(
 ) -> dict[str, Any]:
     """image_size and prefix_posemb, from the length of the position table.
 
-    A table of n entries holds rows * columns of the patches, and those of some of the tokens before
-    them. How many follows from the size of the images where that is known; else it is assumed that
-    the patches form a square.
+    The table (1, n, D) has an entry for each of rows * columns patches, and for some or all of the
+    tokens before the patches. For how many of these follows from the size of the images where that
+    is known; else it is assumed that the patches form a square.
 
     Raises:
       UnfitError: no such division fits.

@@ -16,8 +16,8 @@ import numpy as np
 
 from vit_dist.config.errors import DataError
 
-# Weights hardly compress: a file that grows more than this much is no checkpoint. The slack is for
-# zero tensors, such as the head kernels of the old ImageNet-21k files (67 MB of zeros).
+# Weights hardly compress: a file that unpacks to more than so many times its size is no checkpoint.
+# SLACK (bytes) is for tensors of zeros, such as the heads of the old ImageNet-21k files (67 MB).
 MAX_GROWTH = 20
 SLACK = 2**28
 AGAIN = "; fetch or copy it again"  # what to do about a damaged file
@@ -43,6 +43,7 @@ class LazyArray:
     floating: bool = True
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # NumPy calls this for np.asarray(lazy); nothing is kept, so each call reads.
         return np.asarray(self.read(), dtype)
 
 
@@ -100,6 +101,7 @@ def read_member(path: Path, name: str) -> memoryview:
             return read_exactly(member, archive.getinfo(name).file_size)
     except (zipfile.BadZipFile, EOFError, OSError, KeyError, RuntimeError) as error:
         raise DataError(f"{path}: {name} is damaged or was cut ({error}){AGAIN}") from None
+    # What a decompressor raises depends on the method that a member was packed by.
     except Exception as error:  # zlib.error, lzma.LZMAError, RuntimeError of encrypted files
         raise DataError(f"{path}: {name} cannot be read ({error}){AGAIN}") from error
 
@@ -120,7 +122,9 @@ def read_exactly(file: IO[bytes], size: int) -> memoryview:
 
 def check_size(where: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     """Raises DataError unless `size` bytes are what the shape needs."""
+    # Python's integers do not overflow, whatever shape a damaged file claims.
     needed = math.prod(shape) * dtype.itemsize
+    # The product of two negative sizes would be positive.
     if min(shape, default=0) < 0 or needed != size:
         raise DataError(f"{where} is damaged or was cut: {shape} {dtype} in {size:,} bytes{AGAIN}")
 

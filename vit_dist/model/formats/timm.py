@@ -53,7 +53,9 @@ RULES: list[Rule] = [
     *pair("pre_logits.fc", "pre_logits"),
     *pair("head", "head"),
 ]
-_RENAMED = (  # names of the original files, and of the norm behind the pooling
+# Regex of a name -> timm's name: of the original files, and of the norm behind the pooling, which
+# like the norm before it is our encoder_norm (norm_after_pool tells them apart). Applied in order.
+_RENAMED = (
     (r"^register_tokens$", "reg_token"),
     (r"^dist_token$", "reg_token"),
     (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),
@@ -61,7 +63,7 @@ _RENAMED = (  # names of the original files, and of the norm behind the pooling
     (r"^fc_norm\.", "norm."),
 )
 _STEM = "patch_embed.proj.weight"
-# Regex of names -> what these parts are. No encoder has a use for them.
+# Regex of names -> what these tensors are part of, for the report. No encoder has a use for them.
 OTHER_PARTS = (
     (r"(.*\.)?mask_token$", "the token of masked pretraining"),
     (r"decoder_(embed|pos_embed|blocks|norm|pred)\b", "the decoder of masked pretraining (MAE)"),
@@ -81,7 +83,8 @@ _OVER_PATCHES = "attention pooling over the patches alone, not over the tokens b
 _POOLS = {"token": "tok", "avg": "gap", "map": "map", "": "none"}
 _GELUS = {"gelu": "erf", "gelu_erf": "erf", "gelu_tanh": "tanh"}
 # The arguments of timm's VisionTransformer (model_args), by what they mean for reading weights.
-# First those of which our ViT computes one value: that value, and what another would mean.
+# First the arguments of which our ViT computes one value only: that value, and what another would
+# mean.
 _FIXED: dict[str, tuple[Any, str]] = {
     "pre_norm": (False, "a LayerNorm before the blocks (CLIP)"),
     "final_norm": (True, "no LayerNorm behind the blocks"),
@@ -95,7 +98,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "norm_layer": ("layernorm", "another norm than LayerNorm with epsilon 1e-6"),
     "head_hidden_size": (None, "a further layer before the head"),
 }
-# Those that shapes tell as well, and that must agree with them: argument -> key of ViT.
+# Arguments that shapes tell as well, and that must agree with the shapes: argument -> key of ViT.
 _SHOWN = {
     "patch_size": "patch_size",
     "in_chans": "channels",
@@ -106,8 +109,9 @@ _SHOWN = {
     "reg_tokens": "registers",
     "fc_norm": "norm_after_pool",
 }
+# Arguments that `describe` reads itself.
 _READ = ("img_size", "num_heads", "act_layer", "global_pool", "no_embed_class", "norm_epsilon")
-# Those that change nothing in inference, or nothing at a size that patches divide.
+# Arguments that change nothing in inference, or nothing at a size that patches divide.
 _FREE = re.compile(
     r"(.*_)?drop(_path|out)?(_rate)?|weight_init|fix_init|num_classes|mlp_ratio|init_values"
     r"|dynamic_img_(size|pad)|strict_img_size|pretrained|checkpoint_path|scriptable|exportable"
@@ -115,7 +119,7 @@ _FREE = re.compile(
 
 
 def detect(names: Any) -> bool:
-    """Whether these are the names of such a file."""
+    """Whether these names are those of a ViT in timm's layout."""
     return any(name == _STEM or name.endswith(f".{_STEM}") for name in names)
 
 
@@ -126,12 +130,14 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
       DataError: several ViTs in one file, none of them a teacher.
     """
     stems = [name for name in tensors if name == _STEM or name.endswith(f".{_STEM}")]
-    if len(stems) > 1:  # self-distillation: the teacher is what its authors publish
+    if len(stems) > 1:
+        # Self-distillation: its authors publish the teacher.
         stems = [name for name in stems if "teacher" in name.split(".")] or stems
     if len(stems) > 1:
         raise DataError(f"the file holds several ViTs ({', '.join(stems)}): save one of them")
     prefix, found = stems[0].removesuffix(_STEM), {}
     for name, tensor in tensors.items():
+        # Without the prefix of the ViT; tensors outside of it keep their names.
         if name.startswith(prefix):
             name = name.removeprefix(prefix)
             for pattern, new in _RENAMED:
@@ -143,12 +149,14 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 def is_other_part(name: str, names: Any) -> bool:
-    """Whether a tensor that has a place in our ViT shall be left out all the same.
+    """Whether to leave out a tensor although our ViT has a place for it.
 
     Args:
       name: canonical.
       names: all that the file holds.
     """
+    # A distilled DeiT has two heads, of cls and distillation token; ours has one, and neither of
+    # the two is the network's answer.
     return name.startswith("head.") and "head_dist.weight" in names
 
 
@@ -182,6 +190,7 @@ def describe(
 
     name, args = config.get("architecture"), config.get("model_args") or {}
     _check_arguments(config, args, where)
+    # The patch kernel, (D, C, p, p).
     stem = next(t.shape for n, t in original.items() if n.endswith(_STEM))
     known: dict[str, Any] = {}
     if name:
@@ -208,8 +217,10 @@ def describe(
     }
     given = {argument: value for argument, value in args.items() if value is not None}
     shown = {key: given[argument] for argument, key in _SHOWN.items() if argument in given}
+    # timm's LayerScale: None or 0 for none. Any value stands for "there is one".
     if "init_values" in given:
         shown["layer_scale"] = 1e-5 if given["init_values"] else None
+    # Tokens before the patches.
     prefix = has("cls_token") or has("reg_token")
     over_patches = [_OVER_PATCHES] if has("attn_pool.latent") and prefix else []
     return said, shown, [] if name else [_PLAIN, *over_patches]
@@ -249,6 +260,7 @@ def _pooling(
       DataError: one that our ViT does not have, or that contradicts the tensors.
     """
     has_map = has("attn_pool.latent")
+    # Usually one; timm's own configs repeat it in several places.
     pools = sorted({s["global_pool"] for s in sayings if s.get("global_pool") is not None})
     for pool in pools:
         if pool not in _POOLS:
@@ -264,6 +276,7 @@ def _pooling(
         )
     if pools:
         return _POOLS[pools[0]]
+    # timm makes fc_norm where it pools by the mean, also beside a cls token.
     by_tensors = "tok" if has("cls_token") and not has("fc_norm.weight") else "gap"
     return "map" if has_map else known.get("pool") or by_tensors
 
@@ -278,6 +291,7 @@ def _check_arguments(config: Mapping[str, Any], args: Mapping[str, Any], where: 
                 f"{where} has {key}={config[key]!r} beside model_args, where timm does not read "
                 "it: move it into model_args, or take it out"
             )
+    # An argument of which nothing is known may change what is computed, so it is refused.
     for key, value in (beside | dict(args)).items():
         if key in _FIXED:
             allowed, meaning = _FIXED[key]
@@ -343,6 +357,7 @@ def to_config(network: Mapping[str, Any], *, mean: Any, std: Any, labels: Any) -
       mean, std: of the images, in 0..1.
       labels: names of the classes, or nothing.
     """
+    # _POOLS the other way round.
     pools = {ours: theirs for theirs, ours in _POOLS.items()}
     pool = pools[network["pool"]]
     height, width = network["image_size"]
@@ -364,6 +379,7 @@ def to_config(network: Mapping[str, Any], *, mean: Any, std: Any, labels: Any) -
         "act_layer": "gelu_tanh" if network["gelu"] == "tanh" else "gelu",
     }
     config: dict[str, Any] = {
+        # Any name of a plain ViT: model_args replace all its sizes.
         "architecture": "vit_base_patch16_224",
         "num_classes": network["num_classes"],
         "num_features": network["width"],

@@ -135,7 +135,7 @@ def _dictionary(*factory: Any) -> dict[Any, Any]:
 
 
 class _Function(NamedTuple):
-    """A function that a pickle may call and not change: it has no attributes to set."""
+    """A function that a pickle may call but not change: a NamedTuple has no attributes to set."""
 
     run: Callable[..., Any]
 
@@ -143,6 +143,7 @@ class _Function(NamedTuple):
         return self.run(*args)
 
 
+# (module, name) in a pickle -> what is called in its place. Nothing here imports torch.
 _KNOWN = {
     ("collections", "OrderedDict"): _Function(collections.OrderedDict),
     ("collections", "defaultdict"): _Function(_dictionary),
@@ -182,14 +183,17 @@ def open_torch(path: Path) -> TensorFile:
       DataError: it is damaged, or holds no tensors by name.
     """
     with zipfile.ZipFile(path) as archive:
+        # As the zip file's directory says; nothing is unpacked yet.
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     # Every member lies in one folder, of whatever name.
     member = next(name for name in sizes if name.endswith("data.pkl"))
     root = member.removesuffix("data.pkl")
+    # Before it is read, as the unpickler's memory grows with it.
     if sizes[member] > _MAX_PICKLE:
         raise DataError(
             f"{path}: {member} has {sizes[member]:,} bytes, which no checkpoint needs{AGAIN}"
         )
+    # Written by newer versions of torch; the storages below are read as little-endian.
     order = f"{root}byteorder"
     if order in sizes and bytes(read_member(path, order)).strip() != b"little":
         raise DataError(f"{path} was written on a big-endian machine; save it on another")
@@ -220,7 +224,8 @@ def _find_tensors(content: Any, depth: int = 0) -> tuple[dict[str, _Tensor], str
     """The tensors of a state dict, and the key under which it was, "" for none."""
     if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
         return {}, ""
-    # Wrappers first: beside one there may be single tensors, such as the number of the epoch.
+    # Wrappers come first: a dictionary with a state dict may also hold single tensors, such as the
+    # number of the epoch.
     for key in _WRAPPERS:
         found, _ = _find_tensors(content.get(key), depth + 1)
         if found:
@@ -232,6 +237,7 @@ def _notes(content: Any, taken: str) -> list[str]:
     """For the report: which of several sets of weights was taken."""
     if not taken:
         return []
+    # At the outermost level, where `taken` was chosen.
     others = [k for k in _WRAPPERS if k != taken and _find_tensors(content.get(k), 1)[0]]
     return [f"the file's {taken!r} is taken, not its {' and '.join(others)}"] if others else []
 
@@ -251,6 +257,7 @@ def _config(content: Any) -> dict[str, Any]:
         return {}
     config: dict[str, Any] = {"architecture": name}
     if isinstance(options.get("model_kwargs"), Mapping):
+        # timm's --model-kwargs and --gp, as its train.py stores them.
         config["model_args"] = dict(options["model_kwargs"])
     if isinstance(options.get("gp"), str):
         config["global_pool"] = options["gp"]
@@ -277,6 +284,7 @@ def _reader(path: Path, file: str, tensor: _Tensor):
         # A tensor may be any view of its storage, such as a transposed one.
         flat = np.frombuffer(read_member(path, file), _DTYPES[tensor.storage.kind])
         strides = [s * flat.itemsize for s in tensor.strides]
+        # Safe, as _check has compared the largest index with the storage.
         view = np.lib.stride_tricks.as_strided(
             flat[tensor.offset :], tensor.shape, strides, writeable=False
         )

@@ -28,6 +28,7 @@ def _norm(theirs: str, ours: str) -> list[Rule]:
 
 
 def _attention(theirs: str, ours: str) -> list[Rule]:
+    # Kernels into the heads and out of them have three axes in flax, with the heads as one.
     kernels: dict[str, Transform] = dict.fromkeys(("query", "key", "value"), HEADS_OUT)
     rules = []
     for name, transform in kernels.items():
@@ -59,13 +60,14 @@ RULES: list[Rule] = [
 ]
 _PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/", "")
 _POSITIONS = ("Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding")
-# How files from before flax's Linen API number a block's layers: through all of them, and not each
-# kind from 0. Here: name in such a file -> name in a later one.
+# Before flax's Linen API, the layers of a block were numbered in one sequence; since then each kind
+# of layer counts from 0. Name in an old file -> name in a later one.
 _OLD_NUMBERS = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
     "LayerNorm_2": "LayerNorm_1",
     "MlpBlock_3": "MlpBlock_0",
 }
+# Attention pooling in files that have its layers at the top level, without MAPHead_0 before them.
 _INLINED_MAP = re.compile(r"(probe$|MlpBlock_0/|MultiHeadDotProductAttention_0/|LayerNorm_0/)")
 # Regex of names -> what these parts are: of a training state, or of a model with two towers.
 OTHER_PARTS = (
@@ -79,12 +81,13 @@ _COMPUTED = "positions computed as big_vision's sincos2d, as the file has no tab
 
 
 def detect(names: Any) -> bool:
-    """Whether these are the names of such a file."""
+    """Whether these names are those of a ViT in vision_transformer or big_vision."""
     return any(f"{prefix}embedding/kernel" in names for prefix in _PREFIXES)
 
 
 def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     """The tensors under big_vision's names, blocks apart; what is not the ViT's keeps its name."""
+    # The prefix under which the patch embedding lies is that of the image tower.
     prefix = next(p for p in _PREFIXES if f"{p}embedding/kernel" in tensors)
     found: dict[str, LazyArray] = {}
     for name, tensor in tensors.items():
@@ -110,7 +113,7 @@ def _canonical_name(name: str) -> str:
 
 
 def is_other_part(name: str, names: Any) -> bool:
-    """Whether a tensor with a place in our ViT shall be left out all the same: none here."""
+    """Whether to leave out a tensor although our ViT has a place for it: never in these files."""
     return False
 
 
@@ -123,6 +126,7 @@ def describe(
       tensors: under canonical names.
       original: the file's own names.
     """
+    # flax keeps the heads as an axis: the kernel is (D, H, K).
     query = tensors.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel")
     has_map = "MAPHead_0/probe" in tensors
     # A file of big_vision's, all under params/, may have no table: it computes positions then.
@@ -156,6 +160,7 @@ def refuse(network: Mapping[str, Any], style: str) -> list[str]:
         reasons.append("queries have biases and the last LayerNorm stands before the pooling there")
     if network["layer_scale"] is not None or network["registers"]:
         reasons.append("there is neither LayerScale nor registers there")
+    # Where the pooling reads no cls token, these systems have none.
     if network["cls_token"] != (network["pool"] == "tok") or network["pool"] == "tok_gap":
         reasons.append("a cls token goes with pool 'tok' alone there")
     if network["pool"] == "map" and style == "npz":
@@ -167,6 +172,7 @@ def layout(written: Mapping[str, np.ndarray], style: str) -> dict[str, np.ndarra
     """Canonical names to a file's: "npz" (vision_transformer, as published) or "big_vision"."""
     if style == "big_vision":
         return {f"params/{name}": array for name, array in written.items()}
+    # Published .npz files have the old numbers, and the positions under posembed_input.
     new_numbers = {new: old for old, new in _OLD_NUMBERS.items()}
     found = {}
     for name, array in written.items():

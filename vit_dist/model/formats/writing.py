@@ -20,22 +20,27 @@ FORMATS = ("npz", "big_vision", "timm", "huggingface")
 def prefix_posemb_for(system: str, network: Mapping[str, Any]) -> str:
     """The prefix_posemb that a network must have to be written in a format.
 
-    Formats differ in which tokens before the patches have an entry in the table of positions. When
-    weights are adapted to that, entries that go are added to their tokens, new ones are zeros.
+    Formats differ in which tokens before the patches have an entry in the table of positions. Where
+    weights are adapted to such a table, an entry that has no place is added to its token, and a new
+    entry is zeros.
 
     Args:
       system: one of FORMATS.
       network: ViT.get_config() of what shall be written.
     """
     kind = network["prefix_posemb"]
+    # Without such tokens there is nothing to choose.
     if not network["cls_token"] and not network["registers"]:
         return kind
     if system == "big_vision":
         return "none"
     if system == "npz":
         return "cls"
+    # Registers without positions, beside a cls token with one, do not exist in timm.
     if system == "timm":
         return "all" if kind == "cls" and network["registers"] else kind
+    # Hugging Face: the cls token always has a position; registers have one only in its DeiT, which
+    # has no LayerScale.
     return "cls" if kind == "none" or network["layer_scale"] is not None else kind
 
 
@@ -70,6 +75,7 @@ def write_pretrained(
     # Formats that are one file tell nothing of the network: it must be what their readers take.
     if style:
         _refuse(system, npz.refuse(network, style))
+        # These files say nothing of images: both systems scale them to [-1, 1].
         if not (np.allclose(mean, 0.5) and np.allclose(std, 0.5)):
             raise DataError(f"format {system}: images are scaled to [-1, 1] there; use timm")
         written = npz.layout(to_theirs(arrays, npz.RULES, num_heads=heads), style)
@@ -104,6 +110,7 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     if path.suffix != ".npz":
         raise DataError(f"give a file that ends in .npz, not {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Any, as mypy takes one of the arrays for savez's allow_pickle.
     whole: Any = dict(arrays)
     np.savez(path, **whole)
     return path
