@@ -1,7 +1,7 @@
 """Warnings before a run starts: what its data and its durations are likely to do to it.
 
-None of it is a mistake, which would end the run. With each of these a run goes through, and ends
-with a poor accuracy, or one that tells little.
+None of it is a mistake: a mistake would end the run. Whatever is warned of here lets a run go
+through, and end with a poor accuracy, or with one that tells little.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,14 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-_SAMPLE = 200  # images whose size is looked at: a second on a disk, and enough for a median
-_UNBALANCED = 10.0  # the largest class over the smallest
-_FEW = 20  # images of a class
-_STALE = 0.2  # share of the initial weights in the moving average at the end of the run
+# Images whose size is looked at: a second on a disk, and enough for a median.
+_SAMPLE = 200
+# Warn of classes whose sizes differ by more than this factor, ...
+_UNBALANCED = 10.0
+# ... of classes with fewer training images than this, ...
+_FEW = 20
+# ... and of a moving average that at the end still holds this share of the initial weights.
+_STALE = 0.2
 
 
 def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[str]:
@@ -36,6 +40,7 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
             "no val split: nothing will tell when to stop, or which run was best. Set "
             "config.data.val_split, and for a folder without val/ config.data.val_fraction"
         )
+    # Labels that are known without reading images: folders have them, streams do not.
     for name, source in sources.items():
         labels = getattr(source, "labels", None)
         if labels is not None and len(labels):
@@ -67,6 +72,7 @@ def average_warnings(decay: float | None, num_steps: int) -> list[str]:
 
 
 def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    # counts[i]: the number of images of class i, 0 included.
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[int(i)] for i in np.flatnonzero(counts == 0)]
     if split != "train":
@@ -91,7 +97,7 @@ def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> lis
 
 
 def _size_warnings(paths: Sequence[str], image_size: tuple[int, int]) -> list[str]:
-    # Spread over all classes: the paths are in the order of their folders.
+    # Every step-th image: the paths are sorted by class, and the first _SAMPLE would be of few.
     step = max(len(paths) // _SAMPLE, 1)
     sizes = [size for path in paths[::step] if (size := _size(path)) is not None]
     small = [s for s in sizes if s[0] < image_size[0] or s[1] < image_size[1]]
@@ -110,6 +116,7 @@ def _size(path: str) -> tuple[int, int] | None:
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
             return image.height, image.width
-    except (OSError, ValueError) as error:  # the pipeline will name it when it matters
+    # A damaged file is no matter of advice: the pipeline names it when the image is needed.
+    except (OSError, ValueError) as error:
         logging.info("%s: size unknown (%s)", path, error)
         return None
