@@ -161,7 +161,8 @@ class Checkpointer:
             raise DataError(
                 f"{self.folder} holds checkpoints, and none of them is whole: {_reasons(damaged)}. "
                 "The run does not begin at step 0 by itself. To go on, put a whole checkpoint "
-                f"back; to begin anew on purpose, move {self.folder} away or give another --workdir"
+                f"back; to start from step 0 on purpose, move {self.folder} away or give another "
+                "--workdir"
             )
         return found
 

@@ -20,7 +20,7 @@ import tensorflow as tf
 from vit_dist.cluster.hosts import host_replicas
 from vit_dist.config.errors import ConfigError
 
-# Part of the message of both checks: run.check before a device starts, and Shards itself.
+# The message of two checks: of run.check before a device starts, and of Shards itself.
 NOT_ON_TPUS = (
     "optimizer.shard_state is not for TPUs: their replicas all run the same program, and here each "
     "has variables of its own; set it to False"

@@ -203,8 +203,8 @@ def make_gradients(
             sums = {k: sums[k] + v for k, v in metrics.items()}
             return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
 
-        # tf.while_loop runs on the device, one micro-batch after the other: a Python loop would be
-        # traced a times, and its micro-batches might be in memory all at once.
+        # tf.while_loop runs on the device, one micro-batch after the other. A Python loop would be
+        # traced once for each, and all micro-batches might be in memory at once.
         zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
         names = ("loss", "accuracy", *(("masked",) if masked else ()))
         start = (tf.constant(0), zeros, {name: tf.constant(0.0) for name in names})
@@ -272,8 +272,8 @@ def make_train_step(
         mixing=mixing,
         masked=masked,
     )
-    # Plain Python functions up to here. Nothing is traced or compiled before the first call of
-    # train_steps, which knows the shapes of a batch.
+    # All functions made here are plain Python at first. Nothing is traced or compiled before the
+    # first call of train_steps, which knows the shapes of a batch.
     update: Any = make_update(
         state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=options.ema_decay
     )
