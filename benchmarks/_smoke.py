@@ -11,7 +11,7 @@ def parse(
     """Parses the command line (or `words`).
 
     Args:
-      parser: of the benchmark; gets a flag --smoke.
+      parser: the benchmark's; it gets a flag --smoke.
       smoke: argument -> its value under --smoke, in place of the default. Arguments that the
         command line gives keep their values.
       words: parsed instead of the command line.

@@ -15,9 +15,9 @@ def bind(
     """The keyword arguments of `function` from a section of the config and other, computed values.
 
     Args:
-      function: that reads the section; its signature tells names and types of the keys.
-      section: of the config.
-      name: of the section, for messages.
+      function: reads the section; its signature tells names and types of the keys.
+      section: a section of the config.
+      name: the section's name, for messages.
       **given: arguments that do not come from the section.
 
     Raises:
@@ -67,7 +67,7 @@ def check_range(key: str, value: float, interval: str, *, none: bool = False) ->
     """Raises ConfigError if a number is not in an interval such as "[0, 1)"; NaN is in no interval.
 
     Args:
-      key: for the message.
+      key: the key's name, for the message.
       value: the number.
       interval: with inf or -inf for an end that has no limit.
       none: whether the message offers None as well.

@@ -35,7 +35,7 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = ()) ->
 
     Args:
       rows: from top to bottom, all of one length; only the last may be shorter.
-      titles: of the columns, above them; as many as the first row has cells, or none.
+      titles: stand above the columns; as many as the first row has cells, or none.
 
     Returns:
       An RGB image, as large as it has to be.
@@ -76,7 +76,7 @@ def describe_label(label: np.ndarray, names: Sequence[str]) -> str:
 
     Args:
       label: a class number, or (C,) the share of each class.
-      names: of the C classes.
+      names: the names of the C classes.
     """
     label = np.asarray(label)
     # A wrong number is shown as it is: a sheet is where people look for wrong labels.

@@ -102,16 +102,18 @@ class RunLog(std_logging.Handler):
         super().close()
         rows, self._rows = self._rows, None
         if rows is not None:
+            # As in open(): no error of the log may end the run.
             try:
                 rows.close()
-            except Exception as error:  # whatever the storage raises; see the class
+            except Exception as error:
                 self._give_up(error)
 
     def _add(self, text: str) -> None:
         if self._rows is not None:
+            # As in open(). After an error nothing more is written, so it is told once only.
             try:
                 self._rows.add(text)
-            except Exception as error:  # whatever the storage raises; see the class
+            except Exception as error:
                 self._rows = None
                 self._give_up(error)
 

@@ -26,7 +26,7 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
     """What deserves a look before training; reads labels and the headers of some images.
 
     Args:
-      sources: split -> Source; those with labels and paths, such as folders, are looked at.
+      sources: split -> Source; only sources with labels and paths, such as folders, are looked at.
       image_size: (height, width) that the model takes.
 
     Returns:
@@ -55,8 +55,8 @@ def average_warnings(decay: float | None, num_steps: int) -> list[str]:
     """One line if the moving average, which is what gets evaluated, hardly follows so short a run.
 
     Args:
-      decay: of the moving average; None for none.
-      num_steps: of the run.
+      decay: of the moving average; None for no average.
+      num_steps: steps of the run.
     """
     if not decay or num_steps < 1 or decay**num_steps < _STALE:
         return []

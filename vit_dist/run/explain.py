@@ -71,7 +71,7 @@ def explain(
       data: the opened splits.
       strategy: the run's.
       workdir: the run's folder.
-      blame: called to learn which host an error between hosts is due to; see Watchdog.lost.
+      blame: returns which host an error between hosts is due to; see Watchdog.lost.
     """
     if isinstance(error, UserError):
         return None

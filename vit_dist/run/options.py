@@ -40,8 +40,8 @@ class ModelOptions:
     Attributes:
       network: the arguments of ViT, see model.variants.vit_config.
       precision: dtype of activations, "float32", "bfloat16" or "float16".
-      seed: of the initial weights.
-      head_bias, posemb_stddev: of the initial weights; see model.vit.build_vit.
+      seed: decides the initial weights.
+      head_bias, posemb_stddev: numbers of the initial weights; see model.vit.build_vit.
     """
 
     network: Mapping[str, Any]
@@ -129,8 +129,8 @@ class RunOptions:
       evaluation: model, devices, and how val and test are judged.
       input: how batches are made.
       optimizer, step, schedule, loss: what a step does with them.
-      seed: of data order, augmentation and dropout.
-      total_steps: of the whole run.
+      seed: decides data order, augmentation and dropout.
+      total_steps: steps of the whole run.
       log_steps, eval_steps, save_steps: how often; 0 for never before the end.
       save_minutes: how often by the clock, beside save_steps; 0 for never.
       keep_checkpoints: how many of the newest stay.

@@ -59,9 +59,9 @@ class Origin:
       network: keys of ViT.get_config(), those that are known.
       unused, unknown, assumed, notes: see formats.pretrained.Pretrained.
       mean, std: by channel, of images in 0..1; None where the file does not tell, and for runs.
-      pipe: of a run, the pipe of its evaluation; else None.
+      pipe: the pipe by which the run evaluates; None for weights of other systems.
       class_names: in the order of the head's outputs; may be empty.
-      checkpoint: of a run, else None.
+      checkpoint: the run's; None for weights of other systems.
       download: kept so that the folder of copied files lives as long as the tensors.
       hint: says in messages what to set.
     """

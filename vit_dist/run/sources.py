@@ -88,7 +88,7 @@ def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
     sent elsewhere must have none.
 
     Args:
-      source: of the training split.
+      source: the training split's.
       section: config.input.
       reader: what makes the batches there, such as "config.input.service" or "a TPU slice".
 

@@ -46,7 +46,7 @@ class WorkdirLock:
     """Holds the lock of a workdir within a `with`.
 
     Args:
-      workdir: of the run; made if absent.
+      workdir: folder of the run; made if absent.
       active: false for hosts other than the chief, which hold nothing.
 
     Raises:

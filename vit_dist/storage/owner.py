@@ -18,7 +18,7 @@ class Owner:
     """A process that holds a lock.
 
     Attributes:
-      host, pid, since: for people.
+      host, pid, since: name of the machine, number of the process, time of the lock; for messages.
       boot: identifies one boot of one kernel, so the same in all containers of a machine.
       namespace: the namespace of `pid`; process numbers repeat from container to container.
       started: clock ticks from boot to the start of the process. Numbers of processes that have

@@ -93,7 +93,7 @@ class Checkpointer:
     Only one process may save into a workdir at a time; see storage.lock.
 
     Args:
-      workdir: of the run; checkpoints go into its folder "checkpoints".
+      workdir: folder of the run; checkpoints go into "checkpoints" in it.
       keep: how many of the newest whole checkpoints stay. Damaged ones do not count.
       permit: called before each save; raises if this process may not save any more.
       damaged: names of folders that `newest` of another Checkpointer proved damaged.
@@ -363,7 +363,7 @@ def open_checkpoint(path: str, *, weights: bool = False) -> Checkpoint:
 
 
 def _open(path: epath.Path, *, weights: bool = False) -> Checkpoint:
-    """Opens one checkpoint and checks its bytes, with `weights` those of the weights only.
+    """Opens one checkpoint and checks its bytes, with `weights` only the bytes of the weights.
 
     Raises:
       DataError: it is proved damaged.

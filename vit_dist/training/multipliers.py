@@ -72,7 +72,7 @@ def rate_multipliers(
     """What each variable's learning rate is multiplied by; 0 freezes the variable.
 
     Args:
-      names: of the variables.
+      names: the names of the variables.
       lr_multipliers: (regex, factor) pairs; the first that matches counts, without a match 1.
       layer_decay: also multiplies by layer_decay ** (num_blocks + 1 - depth_of(name)); None for no
         such factor.

@@ -40,9 +40,9 @@ class Optimizer:
     """A rule, the variables that it updates, and how fast each learns and decays.
 
     Attributes:
-      variables: name -> variable, of those that train; frozen ones are left out and have no slots.
-      rates: name -> what its learning rate is multiplied by.
-      decays: name -> d in w -= rate * d * w, for those that decay.
+      variables: name -> variable, for the variables that train; frozen ones have no slots.
+      rates: name -> what the variable's learning rate is multiplied by; 0 for frozen ones.
+      decays: name -> d in w -= rate * d * w, for the variables that decay.
       slots: the optimizer's state by name, such as "encoderblock_0/norm_0/gamma/momentum"; a
         Remote stands for a slot on another host.
       shards: which replica has which slots; None: each replica has all slots.
@@ -81,7 +81,7 @@ class Optimizer:
         """Makes a slot on its owner's device; for a slot of another host it keeps `like` instead.
 
         Args:
-          variable: whose slot it is.
+          variable: the variable that the slot belongs to.
           kind: such as "momentum"; the last part of the slot's name.
           like: shape and dtype of the slot.
           make: makes the slot on the current device.
@@ -273,7 +273,7 @@ def make_optimizer(
     """
     options = options or OptimizerOptions()
     # Without weight decay its patterns have no effect, so it is no mistake if they match nothing,
-    # as those of a recipe for another model.
+    # as the patterns of a recipe for another model.
     used = options.decay_multipliers if options.weight_decay else ()
     check_names(variables, decay_multipliers=used, lr_multipliers=options.lr_multipliers)
     rates = rate_multipliers(
@@ -351,8 +351,8 @@ def _make_rule(options: OptimizerOptions) -> Any:
             exclude_layers=["(^|/)head/"],
             name=name,
         )
-    # 128 and the bound on the update are those of the paper and of optax, 32 and the cap on beta_2
-    # those of big_vision, which has neither bound nor scaling by the weights.
+    # The paper and optax factor from 128 entries on and bound the update; big_vision factors from
+    # 32 on and caps beta_2, and has neither the bound nor the scaling by the weights.
     plain = name == "adafactor"
     return update_rules.Adafactor(
         rate,

@@ -37,14 +37,14 @@ class Schedule:
 
     Attributes:
       learning_rate: the peak, which the factor multiplies.
-      total_steps: of the run.
+      total_steps: steps of the run.
       name: one of NAMES; the module's docstring has their formulas.
       warmup_steps, cooldown_steps, timescale_steps, hold_steps: durations in steps.
       start_factor: the factor at the first step of a warmup.
       end_factor: the factor at the end, for the formulas that have an e.
-      power: of "polynomial".
-      milestones: of "step": percentages of the run, rising.
-      drop: of "step": what each milestone multiplies the rate by.
+      power: the exponent of "polynomial".
+      milestones: for "step": percentages of the run, rising.
+      drop: for "step": what each milestone multiplies the rate by.
       decay_from: where p begins: at the end of the "warmup", or at the "start" of the run.
 
     Raises:

@@ -24,7 +24,7 @@ class TrainState:
       optimizer: its Optimizer.
       ema: a second model that holds the exponential moving average of the weights, or None.
       step: int64, the number of steps done; times the batch size the position in the data.
-      updates: int64, the steps whose update was applied (float16 skips those that overflow).
+      updates: int64, the number of steps whose update was applied (float16 skips overflows).
       first_bad_step: int64, the step whose loss or gradient was not finite; -1 while all were.
         From it on no step changes the weights.
       loss_scale, good_steps: float16's dynamic loss scale, and steps since it last changed.

@@ -243,7 +243,7 @@ def make_train_step(
       schedule: step -> learning rate.
       preprocess: images as the input delivers them (uint8) -> as the model takes them; on device.
       batch_size: global.
-      seed: of dropout and stochastic depth.
+      seed: decides the masks of dropout and stochastic depth, with step, replica and micro-batch.
       options: None for the defaults of StepOptions.
       mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
       masked: batches have a "mask", float32 (b,); examples where it is 0 add nothing to the sums.
@@ -304,8 +304,8 @@ def without_grappler(function: Callable[..., Any]) -> Callable[..., Any]:
     """Calls the function with TensorFlow's graph optimizer off, and puts it back as it was.
 
     Grappler can do nothing for what XLA compiles, and took a second of the 12 to the first step.
-    Its setting belongs to the process and is read at each call, so a notebook's own functions, and
-    the input pipeline, keep theirs.
+    The setting belongs to the process and is read at each call. It is restored after each, so that
+    a notebook's own functions and the input pipeline keep their optimizer.
     """
 
     @functools.wraps(getattr(function, "python_function", function))

@@ -131,7 +131,7 @@ class Lamb(Adam):
     The trust ratio |w| / |u| is 1 where either norm is 0, and for variables that do not decay.
 
     Attributes:
-      decays: coefficient by the variable's id, for those that decay; set by the Optimizer.
+      decays: id(variable) -> coefficient, for the variables that decay; set by the Optimizer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
