@@ -7,8 +7,8 @@ The config takes another model as its argument: --config configs/folder.py:S/16
 
 Hardware: one GPU; a CPU is enough to try it.
 
-Light augmentation, cosine schedule, moving average. A ViT trained from scratch needs many images,
-tens of thousands and more; with fewer, fine-tune a pretrained one: --config.init_from=RUN.
+Light augmentation, cosine schedule, moving average. A ViT trained from scratch wants many images
+(tens of thousands and more); with fewer, fine-tune a pretrained one: --config.init_from=RUN.
 """
 
 from vit_dist.config import get_defaults

@@ -26,11 +26,10 @@ refuses it and names the flags to set.
 | `linear`             | ours: the head alone trains       | 256, SGD, 0.1, 50 epochs        |
 | `folder`             | ours: a small set of one's own    | 32, AdamW, 1e-4, 30 epochs      |
 
-The default recipe is big_vision, for folders it is folder. deit and deit3 are for ImageNet, from
-weights of the same recipe at a lower resolution (`weights=deit`, `weights=deit3`): their learning
-rates are too low for a new head. Their numbers are those of the README of facebookresearch/deit,
-as in configs/deit.py and deit3.py, which count steps as the reference does and train on all of
-ImageNet.
+The default is big_vision, and folder where dataset is. deit and deit3 are for ImageNet, from the
+same weights at a lower resolution (`weights=deit`, `deit3`): their rates are too low for a new
+head. Their numbers are those of the README of facebookresearch/deit, as in configs/deit.py and
+deit3.py, which count steps as the reference does and train on all of ImageNet.
 
 Hardware: as for configs/finetune_384.py; `folder` with Ti/16 or S/16 is for one GPU, or slow on a
 CPU.

@@ -84,7 +84,6 @@ def evaluate(
     report = fill(
         model, origin, options.weights, pipes={"eval_ops": options.pipe}, class_names=names
     )
-    # A head that the weights did not fill is random, and its accuracy would say nothing.
     for name in report.new:
         if name.startswith("head/"):
             raise ConfigError(f"{checkpoint} cannot classify this data: it would need {name}")

@@ -14,10 +14,10 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def expand(path: epath.PathLike) -> epath.Path:
-    """The path with a leading "~" or "~user" replaced by the home folder, if it is local.
+    """The path as all code uses it: "~" and "~user" of a local one stand for the home folder.
 
     Raises:
-      ConfigError: the path begins with a scheme that nothing here reads.
+      ConfigError: it begins with a scheme that nothing here reads.
     """
     # etils raises KeyError for a scheme that it has no backend for.
     try:

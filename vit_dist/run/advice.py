@@ -12,14 +12,10 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-# Images whose size is looked at: a second on a disk, and enough for a median.
-_SAMPLE = 200
-# Warn of classes whose sizes differ by more than this factor, ...
-_UNBALANCED = 10.0
-# ... of classes with fewer training images than this, ...
-_FEW = 20
-# ... and of a moving average that at the end still holds this share of the initial weights.
-_STALE = 0.2
+_SAMPLE = 200  # images whose size is looked at: a second on a disk, and enough for a median
+_UNBALANCED = 10.0  # the largest class over the smallest
+_FEW = 20  # images of a class
+_STALE = 0.2  # share of the initial weights in the moving average at the end of the run
 
 
 def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[str]:
@@ -116,7 +112,6 @@ def _size(path: str) -> tuple[int, int] | None:
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
             return image.height, image.width
-    # A damaged file is no matter of advice: the pipeline names it when the image is needed.
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # the pipeline will name it when it matters
         logging.info("%s: size unknown (%s)", path, error)
         return None

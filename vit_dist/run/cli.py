@@ -137,9 +137,8 @@ def run(main: Callable[[], int | None]) -> None:
         return main() or 0
 
     if {"--help", "-h", "-help", "--helpshort"} & set(sys.argv[1:]):
-        # absl would list the flags of all libraries, and exit with 1.
         print(_help_text(sys.modules[main.__module__]))
-        return
+        return  # absl would exit with 1
     # TensorFlow prints its notices itself; passed on to absl's handler they would appear twice.
     std_logging.getLogger("tensorflow").propagate = False
     std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
@@ -157,7 +156,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _help_text(command: ModuleType) -> str:
-    """What the command does and its own flags; flags of libraries are left out."""
+    """What the command does and the flags that it takes, without those of libraries."""
     own = {"config"} | {
         flag.name
         for module, defined in flags.FLAGS.flags_by_module_dict().items()

@@ -77,7 +77,6 @@ def check_data(start: Start, data: Data) -> None:
     checkpoint, source = start.checkpoint, data.sources["train"]
     if checkpoint is None or start.how == "init_from":
         return
-    # Checkpoints without a fingerprint of the data are of version 0.1.
     then = checkpoint.notes.get("data")
     if then is None:
         return

@@ -46,10 +46,8 @@ from vit_dist.training.state_file import StateFile, Sums, write_state
 T = TypeVar("T")
 
 STATE, MANIFEST = "state.safetensors", "manifest.json"
-# Nine digits, so that names sort like steps; a run beyond step 999,999,999 just gets more of them.
 _FOLDER, _UNFINISHED = re.compile(r"\d{9,}"), re.compile(r"\d{9,}\.unfinished")
-# How often to list a folder from which a running job removes checkpoints while they are opened.
-_LISTINGS = 3
+_LISTINGS = 3  # how often a folder is listed in which a running job removes checkpoints meanwhile
 _UNTOUCHED = "Earlier checkpoints are untouched"
 # A folder (MISNAMED) in the place of a file is no file either.
 _ABSENT = (Kind.MISSING, Kind.MISNAMED)
@@ -319,7 +317,7 @@ def _reasons(damaged: Mapping[epath.Path, str]) -> str:
 
 
 def is_checkpoint(folder: epath.Path) -> bool:
-    """Whether this is a folder of a run with checkpoints, or of one checkpoint, whole or not."""
+    """Whether it is a run's folder with checkpoints, or one checkpoint's, whole or not."""
     if _FOLDER.fullmatch(folder.name):
         return True
     return any(

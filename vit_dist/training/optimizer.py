@@ -223,7 +223,6 @@ class OptimizerOptions:
             if value not in allowed:
                 what = "optimizer" if key == "name" else f"optimizer.{key}"
                 raise ConfigError(f"{what} {value!r} is unknown; allowed: {', '.join(allowed)}")
-        # Keras 3.12 and older have another Muon, or none; see HAS_MUON.
         if self.name == "muon" and not update_rules.HAS_MUON:
             raise ConfigError(
                 f"optimizer 'muon' needs a newer Keras than the {keras.__version__} here: "
