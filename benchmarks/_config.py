@@ -1,4 +1,4 @@
-"""A ViT of the asked variant on digits blown up to 224 px: real input at next to no cost."""
+"""A ViT of the given variant on digits enlarged to 224 px: real input that costs almost nothing."""
 
 from vit_dist.config import get_defaults
 

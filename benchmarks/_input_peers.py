@@ -1,7 +1,7 @@
 """The reference systems' form of the pipeline, written plainly in tf.data: a peer of input.py.
 
-Per image: the window of the JPEG is decoded and resized, mirrored, augmented through
-tf.switch_case, and scaled in float on the host; float batches leave it.
+Image by image, the window of the JPEG is decoded, resized, mirrored, augmented through
+tf.switch_case, and scaled to float on the host. The result is batches of floats.
 """
 
 import math
@@ -36,6 +36,7 @@ def crop_and_flip(data):
 
 
 def randaugment(image, layers=2, magnitude=10):
+    # tf.switch_case builds all 16 branches into the graph and runs one of them for each image.
     for _ in range(layers):
         chosen = tf.random.uniform((), maxval=16, dtype=tf.int32)
         image = tf.switch_case(chosen, list(operations(image, magnitude / 10).values()))
@@ -44,6 +45,7 @@ def randaugment(image, layers=2, magnitude=10):
 
 
 def operations(image, part):
+    # Arguments as in the TPU reference models: `part` is the magnitude over 10; see docs/ops.md.
     factor, sign = part * 1.8 + 0.1, tf.where(tf.random.uniform(()) < 0.5, 1.0, -1.0)
     bits, threshold = 8 - int(part * 4), int(part * 256) % 256
     return {
@@ -80,6 +82,7 @@ def by_channel(image, function):
 
 
 def autocontrast(channel):
+    # With low == high the scale is infinite; the tf.cond below then keeps the channel.
     low, high = (tf.cast(f(channel), tf.float32) for f in (tf.reduce_min, tf.reduce_max))
     scale = 255 / (high - low)
     stretched = tf.cast(channel, tf.float32) * scale - low * scale
@@ -111,6 +114,7 @@ def sharpness(image, factor):
     pixels = tf.cast(image, tf.float32)[None]
     smooth = tf.nn.depthwise_conv2d(pixels, tf.tile(kernel, (1, 1, 3, 1)), (1, 1, 1, 1), "VALID")
     smooth = tf.cast(tf.clip_by_value(smooth[0], 0, 255), tf.uint8)
+    # The kernel does not reach the outermost pixels, which stay as they are.
     edge = ((1, 1), (1, 1), (0, 0))
     smooth = tf.where(tf.pad(tf.ones_like(smooth), edge) == 1, tf.pad(smooth, edge), image)
     return blend(smooth, image, factor)
@@ -124,6 +128,8 @@ def rotate(image, degrees):
 
 
 def project(image, matrix):
+    # A fourth channel of ones marks pixels that come from the image: where it is 0 afterwards the
+    # pixel is new, and becomes grey.
     wrapped = tf.concat([image, tf.ones_like(image[..., :1])], -1)
     out = tf.raw_ops.ImageProjectiveTransformV3(
         images=wrapped[None],

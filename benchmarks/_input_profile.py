@@ -1,4 +1,4 @@
-"""Where the time of input.py goes: CPU time of the parts, by one thread."""
+"""Where the time of input.py goes: CPU time of the pipeline's parts, each run by one thread."""
 
 import time
 
@@ -9,6 +9,7 @@ from vit_dist.data.ops import augment, randaug
 from vit_dist.data.ops import basic as ops
 
 CHUNK = 32
+# Name -> pipe; each pipe is the one before and one op more, so differences are the ops' times.
 PREFIXES = {
     "decode (whole)": "decode|central_crop(224)",
     "crop: decode the window, resize": "decode_jpeg_and_inception_crop(224)",
@@ -18,7 +19,7 @@ PREFIXES = {
 
 
 def best(function, *, images: int, rounds: int) -> float:
-    """The least milliseconds for an image; the first call, which compiles, does not count."""
+    """The least CPU milliseconds per image; the first call, which compiles, does not count."""
     function()
     took = []
     for _ in range(rounds):
@@ -51,7 +52,7 @@ def pipe_time(files: list[str], text: str, *, rounds: int) -> float:
 
 
 def operation_times(images: tf.Tensor, *, rounds: int) -> list[tuple[str, float, float]]:
-    """(name, ours, the plain form) for each operation of RandAugment."""
+    """(name, ms per image of ours, of the plain form) for each operation of RandAugment."""
     style = augment.Style(reference=True, cutout=40)
     count, height, width, _ = images.shape
     words = tf.constant(1000, tf.uint32, (1, 2))
@@ -60,6 +61,7 @@ def operation_times(images: tf.Tensor, *, rounds: int) -> list[tuple[str, float,
     ]
 
     def ours(images, index):
+        # The operation is chosen by a number at run time, as in training: one program has them all.
         def one(image):
             return augment.augment(image, augment.pick(choices, index[tf.newaxis]), style, words)
 
@@ -72,6 +74,7 @@ def operation_times(images: tf.Tensor, *, rounds: int) -> list[tuple[str, float,
         plain = tf.function(lambda x, n=name: _input_peers.operations(x, 1.0)[n]())
         first = images[0]
 
+        # Eight calls, as one takes less than the clock resolves.
         def repeat(plain=plain, first=first):
             for _ in range(8):
                 plain(first)

@@ -1,4 +1,4 @@
-"""Every benchmark knows --smoke: once and tiny, to see that it runs; its numbers mean nothing."""
+"""The flag --smoke of every benchmark: once and tiny, to see that it runs; numbers mean nothing."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ def parse(
     """Parses the command line (or `words`).
 
     Args:
-      parser: of the benchmark; gets a flag --smoke.
-      smoke: argument -> its value under --smoke, in place of the default. What the command line
-        names itself stays.
-      words: instead of the command line's.
+      parser: the benchmark's; it gets a flag --smoke.
+      smoke: argument -> its value under --smoke, in place of the default. Arguments that the
+        command line gives keep their values.
+      words: parsed instead of the command line.
     """
     parser.add_argument("--smoke", action="store_true", help="once and tiny: does it run at all?")
     args = parser.parse_args(words)
+    # Parsed a second time, with other defaults: so what was given wins over what --smoke sets.
     if args.smoke:
         parser.set_defaults(**smoke)
         args = parser.parse_args(words)

@@ -1,6 +1,7 @@
 """Our side of train_step.py: the training step of vit_dist on one CPU device.
 
-Reads a number of steps from stdin, runs them in one call and prints the seconds, until stdin ends.
+Reads numbers of steps from stdin, runs each number in one call and prints the seconds, until stdin
+ends.
 """
 
 import os
@@ -27,7 +28,7 @@ def main() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     strategy = make_strategy(name="single")
     with strategy.scope():
-        # As timm's: cls token, erf GELU.
+        # As timm's model: cls token, erf GELU.
         options = {"pool": "tok", "gelu": "erf", "depth": depth}
         config = vit_config(variant, image_size=size, num_classes=1000, **options)
         model = build_vit(config)
@@ -49,6 +50,7 @@ def main() -> None:
         "label": generator.integers(0, 1000, (batch_size,)).astype(np.int32),
     }
     batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
+    # Traces and compiles; numpy() waits until the step has been done.
     train_steps(batches, tf.constant(1, tf.int64))["loss"].numpy()
     print("ready", model.count_params(), flush=True)
     for line in sys.stdin:

@@ -1,7 +1,8 @@
 """The peer of input.py: timm's transforms and PyTorch's DataLoader, with two worker processes.
 
-Runs in an interpreter of its own (`make bench` makes it). Reads a number of images from stdin,
-loads them and prints the seconds, until stdin ends. Batches are uint8, as timm's prefetcher has it.
+Runs in an interpreter of its own, which `make bench` installs. Reads numbers of images from stdin,
+loads them and prints the seconds, until stdin ends. Batches are uint8, as timm's prefetcher takes
+them.
 """
 
 import sys
@@ -21,6 +22,7 @@ class Images(torch.utils.data.IterableDataset):
         self.files, self.transform = files, transform
 
     def __iter__(self):
+        # Each worker process has an order of its own.
         generator = torch.Generator().manual_seed(torch.utils.data.get_worker_info().id)
         while True:
             for i in torch.randperm(len(self.files), generator=generator).tolist():

@@ -1,7 +1,7 @@
 """The peer of train_step.py: the same training step by timm on PyTorch, eager, float32, CPU.
 
-Runs in an interpreter of its own (`make bench` makes it). Reads a number of steps from stdin, runs
-them and prints the seconds, until stdin ends.
+Runs in an interpreter of its own, which `make bench` installs. Reads numbers of steps from stdin,
+runs them and prints the seconds, until stdin ends.
 """
 
 import sys
@@ -28,6 +28,7 @@ def main() -> None:
     print("ready", sum(p.numel() for p in model.parameters()), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
+        # As our step: scale uint8 images, forward, backward, clip by the global norm, AdamW.
         for _ in range(int(line)):
             optimizer.zero_grad(set_to_none=True)
             loss = loss_fn(model(images.float() / 127.5 - 1), labels)

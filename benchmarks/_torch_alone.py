@@ -1,7 +1,7 @@
-"""Lets timm be imported beside a CPU build of torch, when this module was before it.
+"""Lets timm be imported beside a CPU build of torch; import this module before timm.
 
-torchvision's compiled ops do not load beside a torch from another source; timm needs none of them,
-so their registrations may do nothing.
+torchvision's compiled ops do not load beside a torch from another source, and registering them
+fails then. timm needs none of them, so here their registration does nothing.
 """
 
 import torch

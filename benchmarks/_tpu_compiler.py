@@ -3,7 +3,7 @@
     python benchmarks/_tpu_compiler.py TOPOLOGY step.hlo                    an HloModuleProto
     python benchmarks/_tpu_compiler.py TOPOLOGY peer VARIANT BATCH [DEPTH]  the peer, see below
 
-With the topology "cpu" JAX compiles for this machine, and libtpu is not needed: to try the rest.
+With the topology "cpu" JAX compiles for this machine without libtpu, which tests all but libtpu.
 Prints one line of JSON: bytes of arguments and temporaries, bytes accessed, flops.
 
 The peer is the same step as one would write it with flax and optax, in the numerics of big_vision's
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 
-# libtpu looks for a TPU host's metadata unless told what it is on.
+# Without these libtpu asks a TPU host's metadata server, which is not there, what it runs on.
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -39,7 +39,10 @@ SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 
 
 
 def compile_hlo(path: str, device):
-    """Compiles what TensorFlow exported; the aliases of its variables come along."""
+    """Compiles what TensorFlow exported, with the aliasing of variables that it noted.
+
+    A variable's new value takes the memory of its old one, as in a real step.
+    """
     with open(path, "rb") as file:
         text = _jax.mlir.hlo_to_stablehlo(file.read())
     options = compiler.get_compile_options(
@@ -50,14 +53,15 @@ def compile_hlo(path: str, device):
     with context:
         module = ir.Module.parse(text)
         _erase_copies(module.operation)
-        # A TPU that is not here compiles and cannot load.
+        # A client for a TPU that is not there can compile a program, but not load it.
         client, devices = device.client, _jax.DeviceList((device,))
         build = client.compile_and_load if device.platform == "cpu" else client.compile
         return build(module, devices, options)
 
 
 def _erase_copies(operation) -> None:
-    """`mhlo.copy`, an identity left by TensorFlow's bridge, is unknown to this compiler."""
+    """Removes `mhlo.copy`, an identity that TensorFlow's bridge leaves and this compiler lacks."""
+    # Children are listed first, as erasing one changes the block.
     for region in operation.regions:
         for block in region:
             for child in list(block):
@@ -122,6 +126,7 @@ def compile_peer(device, variant: str, batch_size: int, depth: int | None = None
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
+    # Shapes only: nothing is computed, so no array is needed.
     images = jax.ShapeDtypeStruct((batch_size, 224, 224, 3), jnp.uint8)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -131,6 +136,7 @@ def compile_peer(device, variant: str, batch_size: int, depth: int | None = None
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
         (params, state, images, labels),
     )
+    # Donated: the new parameters and state take the memory of the old ones, as in our step.
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments)
     return lowered.compile().runtime_executable()
 

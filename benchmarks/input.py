@@ -1,11 +1,12 @@
-"""Images/s of the input pipeline on the CPU, against the forms that other systems have.
+"""Images/s of the input pipeline on the CPU, against two other forms of the same pipeline.
 
     .venv/bin/python benchmarks/input.py [--rounds 5] [--images 512] [--skip-timm]
 
-Peers, on the same files and cores, taking turns: the reference systems' form in tf.data (plain,
-per image, float on the host; RandAugment through tf.switch_case) and timm with Pillow and two
-worker processes. Prints images/s, CPU time for an image, the ratios, and where the time goes.
-The files are 240 JPEGs of 500 x 375, cut from the two photographs that scikit-learn ships.
+The peers are the reference systems' form in tf.data (plain, image by image, floats on the host,
+RandAugment through tf.switch_case) and timm with Pillow and two worker processes. All read the same
+files on the same cores and take turns. Prints images/s, CPU time per image, the ratios, and where
+the time goes. The files are 240 JPEGs of 500 x 375, cut from the two photographs that scikit-learn
+ships.
 """
 
 import argparse
@@ -24,10 +25,12 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-WARM_UP = 6  # batches: more than what waits in any of the pipelines
+# Batches that are not counted, more than any of the pipelines holds ready.
+WARM_UP = 6
 CROP = "decode_jpeg_and_inception_crop(224)|flip_lr"
 PIPES = {"crop": f"{CROP}|value_range", "randaug": f"{CROP}|randaug(2, 10)|value_range"}
 SMOKE = {"rounds": 1, "images": 64, "batch_size": 8, "files": 32, "pipes": ["randaug"]}
+# How many times as fast as a peer this pipeline should be.
 GOALS = {"reference": {"crop": 1.25, "randaug": 2.0}, "timm": {"crop": 3.0, "randaug": 3.0}}
 PYTHONS = {
     "ours": (sys.executable, str(HERE / "input.py"), "--worker", "ours"),
@@ -45,6 +48,7 @@ def write_images(folder: Path, count: int) -> None:
 
     photos = load_sample_images().images
     random = np.random.RandomState(0)
+    # Random windows of ratio 4 to 3, and qualities, so that the files differ in size and content.
     for i in range(count):
         photo = Image.fromarray(photos[i % len(photos)])
         width = random.uniform(0.6, 1.0) * min(photo.width, photo.height * 4 / 3)
@@ -74,7 +78,7 @@ def make_data(system: str, kind: str, folder: str, batch_size: int):
 
 
 def work(system: str, folder: str, kind: str, batch_size: str) -> None:
-    """Reads a number of images from stdin, loads them and prints the seconds."""
+    """The worker's process: reads numbers of images from stdin, loads them, prints the seconds."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     batches = iter(make_data(system, kind, folder, int(batch_size)))
     next(batches)
@@ -87,7 +91,10 @@ def work(system: str, folder: str, kind: str, batch_size: str) -> None:
 
 
 class Worker:
-    """One pipeline in a process of its own, which is stopped while others are measured."""
+    """A pipeline in a process of its own, which stands still while others are measured.
+
+    A pipeline works ahead in its own threads, so without SIGSTOP it would take the others' CPU.
+    """
 
     def __init__(self, system: str, kind: str, folder: str, batch_size: int):
         self.batch_size = batch_size
@@ -99,8 +106,10 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
+            # A session of its own, by which signals and CPU time include its worker processes.
             start_new_session=True,
         )
+        # "ready": the pipeline has made its first batch.
         self.answer()
         self.signal(signal.SIGSTOP)
 
@@ -108,7 +117,8 @@ class Worker:
         os.killpg(self.process.pid, number)
 
     def measure(self, images: int) -> tuple[float, float]:
-        """Seconds of wall clock and of CPU for an image."""
+        """Seconds of wall clock and of CPU per image."""
+        # What was made before the stop is used up first, or it would count as made for free.
         self.signal(signal.SIGCONT)
         self.load(WARM_UP * self.batch_size)
         before = self.cpu_seconds()
@@ -137,8 +147,10 @@ class Worker:
         ticks = 0
         for path in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # a process that has just ended
+                # proc(5), counted from behind the program's name: 3 is the session, 11 and 12 are
+                # user and system time in ticks.
                 fields = path.read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid:  # the session
+                if int(fields[3]) == self.process.pid:
                     ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -179,7 +191,7 @@ def report(kind: str, results: dict[str, list[tuple[float, float]]]) -> None:
 
 
 def profile(folder: str, *, rounds: int) -> None:
-    """CPU time for an image of what the pipeline consists of, by one thread."""
+    """Prints the CPU time per image of the pipeline's parts, each run by one thread."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     import _input_profile
 

@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/load_weights.py
 
-Files of 86 million random parameters in vision_transformer's and timm's layouts. For each, and for
-two routes, a process of its own: the functions alone, as predicting and exporting call them, and
-the way that training takes through config.init_from, whose optimizer holds memory besides (here
-SGD's, with a momentum in bfloat16). Memory is VmHWM, the highest there ever was of the process,
-TensorFlow's libraries included: what imports, the model and the optimizer need is told apart.
+Files of 86 million random parameters in vision_transformer's and timm's layouts are loaded by two
+routes, each in a process of its own: by the functions alone, as predict and export call them, and
+by a training with config.init_from, whose optimizer needs memory too (here SGD with a momentum in
+bfloat16). Memory is VmHWM, the most that the process ever had, TensorFlow's libraries included; the
+shares of imports, model and optimizer are printed separately.
 """
 
 import argparse
@@ -48,12 +48,14 @@ def main() -> None:
 
 
 def _run(step: str, *paths: str) -> None:
+    # A process for each step: VmHWM never falls, so steps in one process would hide each other.
     command = [sys.executable, __file__, *sys.argv[1:], "--step", step, "--paths", *paths]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run(command, check=True, env=env)
 
 
 def _write(args: argparse.Namespace) -> None:
+    # Imported here and below: the parent process needs none of it.
     import numpy as np
 
     from vit_dist.model.formats.writing import write_pretrained
@@ -84,6 +86,7 @@ def _load(args: argparse.Namespace) -> None:
     report = origin.fill(model)
     seconds = time.perf_counter() - begin
     marks["loading"] = memory("VmHWM")
+    # Only the position embeddings have to be resampled to the new resolution.
     assert len(report.resized) == 1 and not report.new, report
     _print("the functions", args.paths[0], seconds, marks)
 
@@ -105,6 +108,7 @@ def _train(args: argparse.Namespace) -> None:
     config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0
     config.optimizer.momentum_dtype = "bfloat16"
     options, data = check(config)
+    # A workdir that does not exist: the start is init_from's.
     start = find_start(f"{path}.run", options)
     strategy = make_strategy(**options.evaluation.strategy)
     marks = {"imports": memory("VmHWM")}
@@ -119,6 +123,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _print(route: str, path: str, seconds: float, marks: dict[str, int]) -> None:
+    # `marks` are peaks one after the other; each part is what it added, over the file's size.
     size, before, parts = os.path.getsize(path), 0, []
     for name, peak in marks.items():
         parts.append(f"{name} {(peak - before) / size:.2f}")

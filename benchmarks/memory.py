@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/memory.py [--variant S/16] [--batch_size 32] [--image_size 224]
 
-Each setting runs in a process of its own (Linux), on one CPU device, compiled by XLA: the peak of
-its resident memory during two steps, less what it held before the first (weights, optimizer state;
-XLA's buffers stay resident between steps), and the CPU time that they took. Long: many tokens, a
+Each setting runs in a process of its own (Linux), on one CPU device, compiled by XLA. Measured are
+the peak of resident memory during two steps, less what the process held before the first step
+(weights, optimizer state), and the CPU time of these steps. "long" settings have many tokens: a
 small batch at --long_size pixels.
 """
 
@@ -31,7 +31,7 @@ SMOKE = {
 
 
 def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dict]:
-    """What is compared; each names what it differs in."""
+    """The settings that are compared; a name says how its setting differs from the plain one."""
     plain = {"batch_size": batch, "image_size": size}
     long = {"batch_size": long_batch, "image_size": long_size}
     return [
@@ -50,7 +50,7 @@ def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dic
 
 
 def measure(variant: str, depth: int | None, setting: dict) -> dict[str, float]:
-    """Runs in a fresh process: bytes that a step takes at most, and CPU seconds."""
+    """Measures one setting, in a fresh process: peak bytes of a step, and CPU seconds per step."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.path.insert(0, str(HERE.parent))
     import numpy as np
@@ -87,9 +87,13 @@ def measure(variant: str, depth: int | None, setting: dict) -> dict[str, float]:
     batch = {"image": np.zeros(shape, np.uint8), "label": np.zeros(shape[:1], np.int32)}
     batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
     one, before = tf.constant(1, tf.int64), memory("VmRSS")
-    train_steps(batches, one)["loss"].numpy()  # compiles
-    ctypes.CDLL(None).malloc_trim(0)  # what the compiler left
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of the steps to come
+    # `before` is taken ahead of this first call, which compiles: XLA's buffers stay resident
+    # between steps, and belong to what a step needs.
+    train_steps(batches, one)["loss"].numpy()
+    # What the compiler has freed goes back to the system ...
+    ctypes.CDLL(None).malloc_trim(0)
+    # ... and 5 resets VmHWM (proc(5)), so that the peak is that of the steps to come.
+    Path("/proc/self/clear_refs").write_text("5")
     began = time.process_time()
     for _ in range(2):
         train_steps(batches, one)["loss"].numpy()
@@ -126,6 +130,7 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(f"{setting} ended with code {done.returncode}: {done.stderr[-2000:]}")
         found = json.loads(done.stdout.splitlines()[-1])
+        # Percentages refer to the last plain setting: the first, or "long plain".
         if "plain" in setting["name"] or not base:
             base = found
         print(

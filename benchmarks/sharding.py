@@ -2,10 +2,11 @@
 
     .venv/bin/python benchmarks/sharding.py [--variant S/16] [--image_size 64] [--batch_size 16]
 
-On two replicas, as two virtual CPUs of one process and as two worker processes, AdamW. Each
-setting runs in processes of its own, with and without in turn. "held": MB that a process holds
-between two steps; "peak": at most, both less what it held before the model was made (by default
-without XLA, whose compiler takes more than what is measured). "cpu": its CPU seconds a step.
+Two replicas with AdamW, as two virtual CPUs of one process and as two worker processes. Each
+setting runs in processes of its own, with and without sharding in turn. "held": MiB that a process
+holds between two steps; "peak": the most it ever held; both less what it held before the model was
+made. "cpu": its CPU seconds per step. By default without XLA, whose compiler takes more memory than
+what is measured.
 """
 
 import argparse
@@ -33,13 +34,13 @@ SMOKE = {
 
 
 def megabytes(key: str) -> float:
-    """Of memory, when what is free has gone back."""
+    """MiB of memory ("VmRSS" or "VmHWM") after free memory has been given back to the system."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return memory(key) / 2**20
 
 
 def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float]:
-    """In a fresh process: one of the settings."""
+    """Measures one of the settings, in a fresh process."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import tensorflow as tf
@@ -60,6 +61,7 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     before = megabytes("VmRSS")
     sizes = {"image_size": args.image_size, "depth": args.depth, "num_classes": 1000}
     config = vit_config(args.variant, **sizes)
+    # A whole optimizer is made under the scope, a sharded one outside of it: see make_optimizer.
     with strategy.scope():
         model = build_vit(config)
         whole = (
@@ -84,6 +86,7 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
     batch = {"image": images.astype(np.uint8), "label": np.arange(share, dtype=np.int32)}
     data = tf.data.Dataset.from_tensors(batch).repeat()
     batches = iter(strategy.distribute_datasets_from_function(lambda _: data))
+    # Two steps that are not counted: the first one traces, the second fills allocators.
     float(step(batches, tf.constant(2))["loss"])
     cpu, wall = sum(os.times()[:2]), time.monotonic()
     loss = float(step(batches, tf.constant(args.steps))["loss"])
@@ -97,8 +100,9 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
 
 
 def start(args: argparse.Namespace, kind: str, shard: bool) -> list[dict[str, float]]:
-    """What each process of a setting measured."""
+    """Starts the processes of a setting; returns what each of them measured."""
     count = 1 if kind == "mirrored" else 2
+    # Free ports: all are opened before any is closed, so that they differ.
     sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
     workers = [f"localhost:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:

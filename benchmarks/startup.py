@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/startup.py [--rounds 3]
 
-The limit: 10 s to trace and compile the step, as much again for imports, data and weights.
+The limit is 10 s to trace and compile the step, and 10 s for imports, data and weights.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SMOKE = {"image_size": 32, "depth": 1, "rounds": 1}
 
 
 def measure(args: argparse.Namespace, workdir: str) -> tuple[float, float]:
-    """Seconds until training begins, and until the first step's metrics are there."""
+    """Seconds until training begins, and until the metrics of the first step are printed."""
     command = [sys.executable, "-m", "vit_dist.train", "--config", str(HERE / "_config.py")]
     command += [f"--config.image_size={args.image_size}"]
     command += [f"--config.model.depth={args.depth}"] if args.depth else []
@@ -35,6 +35,7 @@ def measure(args: argparse.Namespace, workdir: str) -> tuple[float, float]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
+    # The run itself prints what is looked for: the line before its loop, and its first step.
     ready = None
     for line in process.stdout:
         if line.startswith("TensorBoard:"):

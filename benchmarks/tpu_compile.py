@@ -2,12 +2,13 @@
 
     make bench-tpu   or   .venv/bin/python benchmarks/tpu_compile.py [--variant Ti/16] [--peer]
 
-TensorFlow exports the whole step (forward, backward, clip, AdamW) as HLO; libtpu's compiler, in an
-environment of its own, turns it into a TPU program and says what that needs: memory besides the
-arguments, bytes accessed, flops. Bytes accessed count copies between the two kinds of memory on the
-chip too. --peer also compiles the same step written with flax and optax, some minutes more.
+TensorFlow exports the whole step (forward, backward, clip, AdamW) as HLO. libtpu's compiler, in an
+environment of its own, turns the HLO into a TPU program and reports what the program needs: memory
+besides its arguments, bytes accessed, flops. Bytes accessed include copies between the two kinds of
+memory on the chip. --peer also compiles the same step written with flax and optax, which takes some
+minutes more.
 
-The limits are what big_vision's step compiles to at the default settings.
+LIMITS are the numbers of big_vision's step, compiled at the default settings.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SMOKE = {"batch_size": 2, "model": ["depth=1"]}
 
 def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, model: dict) -> int:
     """Writes the step's HLO and returns the number of parameters."""
+    # "TPU" here, though nothing of it runs: layers have another form on TPUs.
     network = build_vit(
         vit_config(variant, image_size=SIZE, num_classes=1000, **model),
         precision="bfloat16",
@@ -60,6 +62,7 @@ def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, 
     schedule = Schedule(1e-3, total_steps=100_000, warmup_steps=10_000)
     update = make_update(state, schedule=schedule, clip_norm=1.0, ema_decay=None)
 
+    # One replica without a strategy: gradients and update follow each other in one program.
     @tf.function(jit_compile=True, autograph=False)
     def step(images, labels):
         done = update(*gradients({"image": images, "label": labels}, tf.constant(0)))
@@ -73,6 +76,7 @@ def export_step(path: str, variant: str, *, batch_size: int, accumulation: int, 
 
 
 def compile_for_tpu(args: argparse.Namespace, *what: str) -> dict[str, float]:
+    # In another interpreter, whose environment has JAX and libtpu.
     command = [args.python, str(HERE / "_tpu_compiler.py"), args.topology, *what]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -132,6 +136,7 @@ def main() -> None:
 
 
 def _literal(text: str):
+    # A number or None as such; a name, such as tok, as a string.
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):

@@ -2,8 +2,8 @@
 
     make bench   or   .venv/bin/python benchmarks/train_step.py [--variants Ti/16,S/16] [--rounds 7]
 
-Both run as processes of their own and take turns, so that both meet the same noise; the ratio is
-that of the median images/s. Goal: at least 1.0.
+Each runs in a process of its own, and the two take turns, so that both meet the same noise of the
+machine. The ratio is that of the median images/s. Goal: at least 1.0.
 """
 
 import argparse
@@ -39,6 +39,7 @@ class Worker:
             text=True,
             env=env,
         )
+        # A worker prints "ready N" when it has compiled.
         self.num_params = int(self._read().split()[1])
 
     def _read(self) -> str:
@@ -66,8 +67,9 @@ def compare(variant: str, args: argparse.Namespace) -> float:
     if ours.num_params != peer.num_params:
         raise SystemExit(f"not the same model: {ours.num_params} and {peer.num_params} parameters")
     times: dict[str, list[float]] = {"ours": [], "peer": []}
+    # Two steps that are not counted fill caches and allocators.
     for worker in (ours, peer):
-        worker.seconds(2)  # caches, allocators
+        worker.seconds(2)
     for _ in range(rounds):
         times["ours"].append(ours.seconds(steps))
         times["peer"].append(peer.seconds(steps))
@@ -75,6 +77,7 @@ def compare(variant: str, args: argparse.Namespace) -> float:
     peer.close()
     rate = {k: batch_size * steps / statistics.median(v) for k, v in times.items()}
     ratio = rate["ours"] / rate["peer"]
+    # The ratio of each round shows how far noise moves it.
     pairs = sorted(p / o for o, p in zip(times["ours"], times["peer"], strict=True))
     print(
         f"{variant} at {args.image_size}, batch {batch_size}, {args.threads} threads: "

@@ -5,9 +5,10 @@
     python -m vit_dist.train --config configs/augreg.py:data=i1k,model=B/16,aug=medium1 \
         --workdir runs/augreg_b16_i1k --config.data.data_dir=/data/tfds
 
-Models: Ti/16, S/32, S/16, B/32, B/16, L/16. Augmentation (`aug`) and weight decay (`decay`, times
-the learning rate) are by default those of the published checkpoint for i21k, and those of
-big_vision's config for i1k. The levels: none, light1, light2, medium1, medium2, strong1, strong2.
+Models: Ti/16, S/32, S/16, B/32, B/16, L/16. By default the augmentation (`aug`) and the weight
+decay (`decay`, which is multiplied by the learning rate) are those of the published checkpoint for
+i21k, and those of big_vision's config for i1k. Levels of augmentation: none, light1, light2,
+medium1, medium2, strong1, strong2.
 
 | Argument                | Default level     | Steps     | Hours | Published |
 |-------------------------|-------------------|-----------|-------|-----------|
@@ -38,17 +39,18 @@ train_split and data_dir. Its first 51,200 images are for testing and choosing.
 from vit_dist.config import get_defaults
 from vit_dist.config.recipe import parse_arg, use_imagenet
 
-# (n, m) of RandAugment, alpha of mixup.
+# Level -> (n, m) of RandAugment, alpha of mixup. Magnitude m = 0 is not the same as none: several
+# operations, such as Invert and Equalize, have no magnitude.
 LEVELS = {
     "none": (None, 0.0),
-    "light1": ((2, 0), 0.0),  # magnitude 0 is not nothing
+    "light1": ((2, 0), 0.0),
     "light2": ((2, 10), 0.2),
     "medium1": ((2, 15), 0.2),
     "medium2": ((2, 15), 0.5),
     "strong1": ((2, 20), 0.5),
     "strong2": ((2, 20), 0.8),
 }
-# Level and weight decay by data and model.
+# (data, model) -> level, weight decay.
 CHOSEN = {
     ("i21k", "Ti/16"): ("none", 0.03),
     ("i21k", "S/32"): ("none", 0.1),
@@ -75,6 +77,7 @@ def get_config(arg=None):
     config = get_defaults()
     config.image_size = 224
     config.total_epochs = arg.epochs
+    # ImageNet-21k has no split to test on: its first images are kept out of training.
     if arg.data == "i1k":
         use_imagenet(config)
     else:
@@ -87,12 +90,14 @@ def get_config(arg=None):
     ops += [f"randaug({randaug[0]}, {randaug[1]})"] if randaug else []
     config.input.train_ops = "|".join([*ops, "value_range(-1, 1)"])
     config.input.eval_ops = "decode|resize_small(256)|central_crop(size)|value_range(-1, 1)"
+    # As in big_vision the larger share of a mixture goes to the example itself.
     config.mixing.mixup_alpha = mixup
     config.mixing.fold_lambda = True
 
     config.model.variant = arg.model
     config.model.pool = "tok"
     config.model.rep_size = -1 if arg.data == "i1k" else 0
+    # The bias of a sigmoid is -log(number of classes), so that a new head expects one label in all.
     config.model.head_bias = -6.9 if arg.data == "i1k" else -10.0
     config.loss.name = "sigmoid"
 

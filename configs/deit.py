@@ -15,17 +15,18 @@ Hardware: TPU v5e-8, or 8 GPUs; the published runs took 4 and 16 V100s.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s.
 Published: top-1 on ImageNet's validation set, README of facebookresearch/deit. Not run here.
 
-300 epochs are 300 x 1251 steps, as the reference drops the rest of each. Repeated augmentation lets
-each of these show a third of the images three times. What differs: weights begin as in
-vision_transformer, activations are bfloat16 where the reference has float16, the rate does not lag
-by an epoch, and evaluation judges the moving average, which the reference keeps beside the weights
-that it reports.
+300 epochs are 300 x 1251 steps, because the reference drops the incomplete batch at the end of each
+epoch. With repeated augmentation such an epoch shows a third of the images three times each. What
+differs from the reference: initial weights are vision_transformer's; activations are bfloat16
+instead of float16; the learning rate is not one epoch late; and the moving average is evaluated,
+where the reference reports the weights themselves.
 """
 
 from vit_dist.config import get_defaults
 from vit_dist.config.recipe import parse_arg, use_all_of_imagenet
 
-EPOCH = 1251  # batches of 1024
+# Steps: 1,281,167 images in batches of 1024. Fine-tuning has batches of half the size.
+EPOCH = 1251
 
 
 def get_config(arg=None):
@@ -39,12 +40,14 @@ def get_config(arg=None):
     config.total_steps = (30 if finetune else 300) * epoch
     config.posemb_method = "bicubic"
 
+    # Repeated augmentation: each image is three times in a batch.
     config.input.batch_size = 512 if finetune else 1024
     config.input.repeats = 3
     config.input.train_ops = (
         "decode_jpeg_and_inception_crop(size, area_min=8, method='bicubic', antialias=True)|flip_lr"
         "|rand_augment_timm('rand-m9-mstd0.5-inc1')|random_erasing(0.25)|normalize('imagenet')"
     )
+    # Evaluation crops the central 7/8 of the enlarged image.
     resized = int(config.image_size / 0.875)
     config.input.eval_ops = (
         f"decode|resize_small({resized}, 'bicubic', True)|central_crop(size)|normalize('imagenet')"
@@ -58,11 +61,12 @@ def get_config(arg=None):
     config.model.drop_path = 0.1
     config.loss.label_smoothing = 0.1
 
+    # The reference gives 5e-4 for a batch of 512 and scales it by the batch size.
     peak = 5e-6 if finetune else 5e-4 * 1024 / 512
     end = 5e-6 if finetune else 1e-5
     config.optimizer.learning_rate = peak
     config.optimizer.weight_decay = 1e-8 if finetune else 0.05
-    # As timm: a constant rate in each epoch, the cosine counted from the start of the warmup.
+    # As timm: the rate is constant within an epoch, and the cosine begins with the warmup.
     config.schedule.warmup_steps = 5 * epoch
     config.schedule.hold_steps = epoch
     config.schedule.decay_from = "start"

@@ -18,17 +18,18 @@ Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 T
 Published: top-1 on ImageNet's validation set, README_revenge of facebookresearch/deit. Not run
 here.
 
-S/16 trains at 224 px, B/16 at 192 px and then at 224; 384 px begins from 224 (--config.init_from).
-800 epochs are 800 x 625 steps, as the reference drops the rest of each. What differs: weights begin
-as in vision_transformer, the cls token has a position of its own, activations are bfloat16 where
-the reference has float16, the rate does not lag by an epoch, and evaluation judges the moving
-average, which the reference keeps beside the weights that it reports.
+S/16 trains at 224 px, B/16 at 192 px and then at 224; training at 384 px begins from the weights of
+224 px (--config.init_from). 800 epochs are 800 x 625 steps, because the reference drops the
+incomplete batch at the end of each epoch. What differs from the reference: initial weights are
+vision_transformer's; the cls token has a position of its own; activations are bfloat16 instead of
+float16; the learning rate is not one epoch late; and the moving average is evaluated, where the
+reference reports the weights themselves.
 """
 
 from vit_dist.config import get_defaults
 from vit_dist.config.recipe import parse_arg, use_all_of_imagenet
 
-# Stochastic depth by model and stage.
+# (model, stage) -> stochastic depth, the same in all blocks; a pair that is missing is no stage.
 DROP_PATH = {
     ("S/16", "pretrain"): 0.05,
     ("S/16", "384"): 0.0,
@@ -87,7 +88,8 @@ def _pretrain(config, model):
     config.optimizer.learning_rate = peak
     config.optimizer.weight_decay = 0.05
     config.optimizer.epsilon = 1e-8
-    config.step.clip_norm = 1.0  # inside of Apex's FusedLAMB
+    # Apex's FusedLAMB, which the reference takes, clips to a norm of 1 by itself.
+    config.step.clip_norm = 1.0
     _set_schedule(config, peak, epoch=625)
 
 
@@ -106,7 +108,7 @@ def _finetune(config, size):
 
 
 def _set_schedule(config, peak, *, epoch):
-    # As timm: a constant rate in each epoch, the cosine counted from the start of the warmup.
+    # As timm: the rate is constant within an epoch, and the cosine begins with the warmup.
     config.schedule.warmup_steps = 5 * epoch
     config.schedule.hold_steps = epoch
     config.schedule.start_factor = 1e-6 / peak

@@ -20,9 +20,11 @@ def get_config(arg: str = "pretrain"):
     config.total_epochs = 60.0
     config.log_steps = 50
 
+    # The digits are arrays of 8 x 8 pixels, so the pipes have no op that decodes.
     config.data.source = "demo"
     config.input.batch_size = 128
     config.input.eval_batch_size = 180
+    # No flips: a mirrored 2 is no 2.
     config.input.train_ops = (
         "random_shift(1)|resize(size)|value_range(-1, 1)|keep('image', 'label')"
     )
@@ -40,8 +42,10 @@ def get_config(arg: str = "pretrain"):
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.3
     config.schedule.warmup_percent = 10.0
+    # A short run: the average reaches over some 50 steps.
     config.step.ema_decay = 0.98
 
+    # Twice the resolution at the same patch size: four times as many tokens, resampled positions.
     if arg == "finetune":
         config.image_size = 32
         config.total_epochs = 15.0

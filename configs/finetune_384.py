@@ -17,9 +17,10 @@ Hours: not measured: 6 x multiply-adds of the forward pass of B/16, at 35 % of 8
 Published: 78.22 (Ti/16), 79.58 (S/32), 83.73 (S/16), 83.59 (B/32), 85.49 (B/16) and 85.59 % (L/16)
 top-1 on ImageNet from AugReg's checkpoints, in vision_transformer's README. Not run here.
 
-`model` is the one that was pretrained; `lr` is the peak: 0.03 by default, 0.01 for CIFAR-10 and,
-in the published ImageNet runs, for B/32, S/32 and L/16. The same as configs/transfer.py with
-recipe=vision_transformer, which takes any model, resolution and weights, and folders.
+`model` is the model that was pretrained. `lr` is the peak of the learning rate: by default 0.03,
+but 0.01 for CIFAR-10 and, as in the published runs on ImageNet, for B/32, S/32 and L/16.
+configs/transfer.py with recipe=vision_transformer does the same with any model, resolution and
+weights, and with folders.
 """
 
 from vit_dist.config import get_defaults
@@ -43,6 +44,7 @@ def get_config(arg=None):
     config.model.variant, config.model.pool = arg.model, "tok"
     use_transfer_data(config, arg.data)
     use_vision_transformer(config, dataset=arg.data, scale="value_range(-1, 1)")
+    # 0.0 stands for "not given".
     if arg.lr:
         config.optimizer.learning_rate = arg.lr
     return config

@@ -3,9 +3,9 @@
     python -m vit_dist.train --config configs/folder.py --workdir runs/mine \
         --config.data.data_dir=/data/mine
 
-The size of the model may stand behind the file: --config configs/folder.py:S/16
+The config takes another model as its argument: --config configs/folder.py:S/16
 
-Hardware: one GPU; a CPU will do for a look.
+Hardware: one GPU; a CPU is enough to try it.
 
 Photos are turned upright as their EXIF orientation says, and what is transparent is laid over
 white. Light augmentation, cosine schedule, moving average. A ViT trained from scratch wants many
@@ -23,7 +23,8 @@ def get_config(arg: str = "Ti/16"):
 
     config.data.source = "folder"
     config.data.val_split = "val"
-    config.data.test_split = ""  # "test" if you have one, or set test_fraction
+    # Set it to "test" if there is such a folder, or set test_fraction.
+    config.data.test_split = ""
     config.input.batch_size = 128
     config.input.eval_batch_size = 128
     config.input.train_ops = (

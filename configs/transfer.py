@@ -1,4 +1,4 @@
-"""Fine-tuning anyone's pretrained ViT on a data set or a folder of images, in one command.
+"""Fine-tunes a pretrained ViT of any origin on a data set or a folder of images, in one command.
 
     python -m vit_dist.train --config configs/transfer.py:model=B/16,dataset=cifar10,res=384 \
         --workdir runs/cifar10 --config.init_from=B_16.npz --config.data.data_dir=/data/tfds
@@ -10,9 +10,10 @@
 `dataset` is cifar10, cifar100, oxford_iiit_pet, oxford_flowers102, imagenet2012 (through TFDS), or
 folder:PATH, or folder with --config.data.data_dir=PATH.
 
-`weights` says whose they are, and so GELU, LayerNorm's epsilon, pooling and scaling of images:
-vision_transformer (.npz), big_vision (S/16 of arXiv 2205.01580), timm, deit, deit3, dinov2,
-huggingface (ViT), ours. What still differs, init_from refuses with the flags to set.
+`weights` says where the weights are from, which decides GELU, LayerNorm's epsilon, pooling and
+scaling of images: vision_transformer (.npz), big_vision (S/16 of arXiv 2205.01580), timm, deit,
+deit3, dinov2, huggingface (ViT), ours. If a network still differs from its file, config.init_from
+refuses it and names the flags to set.
 
 `recipe`:
 
@@ -32,7 +33,8 @@ their rates are too low for a new head. Their numbers are those of the README of
 facebookresearch/deit, as in configs/deit.py and deit3.py, which count steps as the reference does
 and train on all of ImageNet.
 
-Hardware: as for configs/finetune_384.py; `folder` with Ti/16 or S/16 is for one GPU or patience.
+Hardware: as for configs/finetune_384.py; `folder` with Ti/16 or S/16 is for one GPU, or slow on a
+CPU.
 Published, not run here (big_vision, B/32 of AugReg at 384): ImageNet 83.27, CIFAR-10 98.55,
 CIFAR-100 91.35, Pets 93.78, Flowers 99.43 %. Measured here: nothing but that it trains.
 """
@@ -48,12 +50,13 @@ from vit_dist.config.recipe import (
     use_vision_transformer,
 )
 
-# Whose weights -> what config.model must be, and the op that scales images.
+# `weights` -> the settings of config.model that such weights need, and the op that scales images.
 MINUS_ONE_TO_ONE, IMAGENET = "value_range(-1, 1)", "normalize('imagenet')"
 WEIGHTS = {
     "vision_transformer": ({"pool": "tok"}, MINUS_ONE_TO_ONE),
     "big_vision": ({"pool": "gap", "posemb": "sincos2d"}, MINUS_ONE_TO_ONE),
-    "timm": ({"pool": "tok", "gelu": "erf"}, MINUS_ONE_TO_ONE),  # its augreg models; else deit's
+    # For timm's augreg models; for its other models take deit.
+    "timm": ({"pool": "tok", "gelu": "erf"}, MINUS_ONE_TO_ONE),
     "deit": ({"pool": "tok", "gelu": "erf"}, IMAGENET),
     "deit3": (
         {"pool": "tok", "gelu": "erf", "prefix_posemb": "none", "layer_scale": 1e-4},
@@ -80,6 +83,7 @@ def get_config(arg=None):
     config.model.variant = arg.model
     settings, scale = WEIGHTS[arg.weights]
     config.model.update(settings)
+    # How each system resamples position embeddings; vision_transformer's way is the default.
     if arg.weights not in ("vision_transformer", "big_vision", "ours"):
         config.posemb_method = "bicubic" if arg.weights == "dinov2" else "bicubic_antialias"
     arg.dataset, _, folder = arg.dataset.partition(":")
@@ -111,9 +115,11 @@ def _of_photos(ops):
 
 
 def _set_pipes(config, arg, scale):
-    larger = arg.res * 7 // 6  # 448 for 384
+    # 448 for 384: images are enlarged by 7/6 before a crop.
+    larger = arg.res * 7 // 6
     crop = "inception_crop(size)"
-    if arg.dataset in ("cifar10", "cifar100"):  # the whole image counts
+    # In CIFAR's small images the object fills the whole image: no crop may lose much of it.
+    if arg.dataset in ("cifar10", "cifar100"):
         crop = f"resize_small({larger})|random_crop(size)"
     elif arg.dataset == "folder":
         crop = "inception_crop(size, area_min=30)"
@@ -135,7 +141,8 @@ def _set_recipe(config, recipe, dataset):
         config.input.batch_size = 256
         config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.0
         config.optimizer.learning_rate = 0.1
-        config.optimizer.lr_multipliers = (("^head/", 1.0), (".", 0.0))  # all else is frozen
+        # The second pattern matches every name that the first does not, and freezes it.
+        config.optimizer.lr_multipliers = (("^head/", 1.0), (".", 0.0))
     else:
         config.total_epochs, config.schedule.warmup_percent = 30.0, 10.0
         config.input.batch_size = config.input.eval_batch_size = 32

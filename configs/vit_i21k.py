@@ -18,8 +18,8 @@ the paper, which gives 90 epochs for B and 30 or 90 for L. Not run here.
 
 ImageNet-21k (14,197,122 images, 21,843 classes) is not among TFDS's public data sets: prepare it
 under the name imagenet21k with one split, full, or keep it as folders and set --config.data.source,
-train_split and data_dir. The paper names neither its loss nor its held-out images: here softmax,
-and the first 51,200 images as in AugReg.
+train_split and data_dir. The paper names neither its loss nor its held-out images; this config
+takes softmax, and holds out the first 51,200 images, as AugReg does.
 """
 
 from vit_dist.config import get_defaults
@@ -41,6 +41,7 @@ def get_config(arg=None):
 
     config.model.variant = arg.model
     config.model.pool = "tok"
+    # A representation layer as wide as the model, as in the paper's pretraining.
     config.model.rep_size = -1
     config.model.dropout = 0.1
 

@@ -14,7 +14,7 @@ Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 T
 must decode 20,000 images/s for that. big_vision reports 6-7 hours for 90 epochs on a TPU v3-8.
 Published: top-1 on ImageNet's validation set, in arXiv 2205.01580. Not run here.
 
-The published runs have float32 activations; --config.precision=bfloat16 is the faster choice.
+The published runs have float32 activations; --config.precision=bfloat16 is faster.
 """
 
 from vit_dist.config import get_defaults
@@ -33,7 +33,7 @@ def get_config(arg=None):
         "decode_jpeg_and_inception_crop(size)|flip_lr|randaug(2, 10)|value_range(-1, 1)"
     )
     config.input.eval_ops = "decode|resize_small(256)|central_crop(size)|value_range(-1, 1)"
-    # One draw for the whole batch from Beta(0.2, 0.2), the larger share to the example itself.
+    # One draw from Beta(0.2, 0.2) for the whole batch; the example itself has the larger share.
     config.mixing.mixup_alpha = 0.2
     config.mixing.fold_lambda = True
 
@@ -43,8 +43,9 @@ def get_config(arg=None):
     config.model.rep_size = -1
 
     config.optimizer.learning_rate = 1e-3
+    # big_vision multiplies the decay by schedule / peak, not by the learning rate.
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.decay_scale = "schedule"  # not multiplied by the peak
+    config.optimizer.decay_scale = "schedule"
     config.optimizer.momentum_dtype = "bfloat16"
     config.schedule.warmup_steps = 10_000
     config.step.clip_norm = 1.0

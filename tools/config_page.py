@@ -23,7 +23,11 @@ default. A section's title names the part of the package that reads it.
 
 
 def comment_of(lines: list[str], first: int, last: int) -> str:
-    """The comment behind an entry's first or last line, or alone in the line above; from 1."""
+    """The comment behind an entry's first or last line, else the comment in the line above it.
+
+    `first` and `last` are the entry's lines, counted from 1.
+    """
+    # Read from the text, because the syntax tree of `ast` has no comments.
     for number in (first, last):
         found = re.search(r"\S.*?  #\s*(.+)$", lines[number - 1])
         if found:
@@ -34,6 +38,7 @@ def comment_of(lines: list[str], first: int, last: int) -> str:
 
 def describe(node: ast.expr) -> tuple[str, str]:
     """(default, type and range) of the expression behind a key."""
+    # _number(default, interval) or _Key(default, type, interval); else a plain default.
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         arguments = [ast.unparse(argument) for argument in node.args]
         if node.func.id == "_number":
@@ -50,6 +55,7 @@ def _kind(node: ast.expr) -> str:
 
 def durations(node: ast.Call) -> tuple[str, str, str]:
     """(name, default, units) of a _durations(...) entry."""
+    # The units that _durations in defaults.py gives each duration.
     name = ast.literal_eval(node.args[0])
     given = [f"{keyword.arg} = {ast.unparse(keyword.value)}" for keyword in node.keywords]
     units = ["steps", "epochs", "examples"]
@@ -64,12 +70,13 @@ def row(*cells: str) -> str:
 
 
 def rows(section: ast.Dict, lines: list[str], prefix: str) -> list[str]:
-    """A row for each key of a section that is no section itself."""
+    """A row for each key of a section; keys that are sections themselves are left out."""
     found = []
     for key, value in zip(section.keys, section.values, strict=True):
         if isinstance(value, ast.Dict):
             continue
         comment = comment_of(lines, (key or value).lineno, value.end_lineno or value.lineno)
+        # **_durations(...) has no key of its own in the syntax tree.
         if isinstance(value, ast.Call) and key is None:
             name, default, units = durations(value)
             found.append(row(f"`{prefix}{name}_*`", f"`{default}`", f"one of {units}", comment))
@@ -81,6 +88,7 @@ def rows(section: ast.Dict, lines: list[str], prefix: str) -> list[str]:
 
 def make_page() -> str:
     """The whole page."""
+    # From the source: an imported module has no comments.
     text = DEFAULTS.read_text()
     lines = text.splitlines()
     (table,) = (

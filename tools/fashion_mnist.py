@@ -2,8 +2,8 @@
 
     python tools/fashion_mnist.py --data_dir=data --file_format=array_record
 
-TFDS takes files that lie in <data_dir>/downloads/manual if their checksums are those of the
-original download. Debian recompressed nothing, but cleared the file name and the time in the gzip
+TFDS takes files from <data_dir>/downloads/manual if their checksums are those of the original
+download. Debian has the same compressed bytes, but without the file name and the time in the gzip
 headers: this command puts both back.
 """
 
@@ -47,7 +47,8 @@ FILES = {
         "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
     ),
 }
-# Of the fixed 10 bytes of a gzip header (RFC 1952): where the flags and the time are, and FNAME.
+# Of the fixed 10 bytes of a gzip header (RFC 1952): where the flags and the time begin, its size,
+# and the flag that says that a file name follows.
 FLAGS_AT, TIME_AT, HEADER_SIZE, FNAME = 3, 4, 10, 8
 
 
@@ -59,6 +60,7 @@ def restore_header(packed: bytes, *, name: str, mtime: int) -> bytes:
     """
     if packed[:2] != b"\x1f\x8b" or packed[FLAGS_AT] != 0:
         raise ValueError(f"{name}.gz is not a gzip file with a bare header")
+    # The name, ended by a zero byte, comes behind the fixed part and before the compressed data.
     return (
         packed[:FLAGS_AT]
         + bytes([FNAME])
@@ -85,6 +87,7 @@ def restore(source_dir: epath.PathLike, *, manual_dir: epath.PathLike) -> None:
             raise FileNotFoundError(
                 f"{packed} does not exist: install dataset-fashion-mnist or set --source_dir"
             )
+        # Compared before it is written: only the original, to the byte, may get among TFDS's files.
         original = restore_header(packed.read_bytes(), name=name, mtime=mtime)
         found = hashlib.sha256(original).hexdigest()
         if found != sha256:

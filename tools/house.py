@@ -4,8 +4,7 @@
 
 A file at the top of vit_dist/ is a command, a folder is a part, and imports run downwards:
 commands -> run -> evaluators, inspection -> data, training, monitoring -> model, cluster, config,
-paths.
-docs/design.md says why.
+paths. docs/design.md has the reasons.
 """
 
 import ast
@@ -65,10 +64,11 @@ ALLOWED: dict[str, set[str]] = {
     "paths": {"config"},
 }
 
-# These turn a config into arguments; the rooms below them take plain arguments.
+# Rooms whose functions may take a ConfigDict; the rooms below them take plain arguments.
 READ_CONFIGS = (*COMMANDS, "run", "config")
-# In model/ only formats/ reads files.
+# Libraries that read files; in model/ only formats/ may import them.
 FILE_LIBRARIES = {"etils", "pathlib", "safetensors", "h5py", "tensorflow_datasets"}
+# Names of files that would say nothing about what is in them.
 VAGUE_NAMES = {"utils", "util", "helpers", "misc", "common"}
 
 
@@ -85,6 +85,7 @@ class Module(NamedTuple):
     @property
     def room(self) -> str:
         """vit_dist.data.ops.pipe -> data; vit_dist.train -> train; vit_dist itself -> ""."""
+        # The "" at the end is for vit_dist itself, which has no second part.
         return [*self.name.split("."), ""][1]
 
 
@@ -159,6 +160,7 @@ def check_table(modules: list[Module]) -> Iterator[str]:
 def check_circles(modules: list[Module]) -> Iterator[str]:
     """No module imports itself by way of others."""
     graph = arrows(modules)
+    # Modules from which every path has been walked already, without a circle.
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> Iterator[str]:
@@ -176,6 +178,7 @@ def check_circles(modules: list[Module]) -> Iterator[str]:
 def check_hidden_imports(modules: list[Module]) -> Iterator[str]:
     """Modules of the package are imported at the top, where a reader sees them."""
     for module in modules:
+        # Two ways to hide a circle of imports: under TYPE_CHECKING, and inside a function.
         for node in module.nodes:
             if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING":
                 yield f"{module.path}:{node.lineno}: TYPE_CHECKING hides a circle of imports"
@@ -204,6 +207,7 @@ def check_files_in_model(modules: list[Module]) -> Iterator[str]:
     for module in modules:
         if module.room != "model" or "formats" in module.path.parts:
             continue
+        # `open` needs no import, so the built-in is looked for by its name.
         libraries = {name.split(".")[0] for name in module.imports}
         names = {node.id for node in module.nodes if isinstance(node, ast.Name)}
         if libraries & FILE_LIBRARIES or "open" in names:

@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/run_notebook.py docs/walkthrough.ipynb [OUTPUT]
 
-Outputs are what the cells print and show. Files that they write go into the current folder. Without
-OUTPUT the notebook itself gets the outputs.
+Outputs are what the cells print and show. Files that cells write go into the current folder. If no
+OUTPUT is given, the notebook itself is rewritten with the outputs.
 """
 
 import ast
@@ -24,6 +24,7 @@ def main() -> int:
     source, *rest = map(Path, sys.argv[1:])
     notebook, began = json.loads(source.read_text()), time.monotonic()
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    # All cells share one namespace, as in a notebook.
     names: dict[str, Any] = {"__name__": "__main__"}
     for count, cell in enumerate(cells, start=1):
         cell["outputs"], cell["execution_count"] = run("".join(cell["source"]), names, count), count

@@ -1,15 +1,15 @@
-"""Converts a config's data to indexed shards, which train by index and start anywhere at once.
+"""Converts a config's data to ArrayRecord shards, whose examples can be read by index.
 
 python -m vit_dist.convert --config FILE --output FOLDER [--splits train,val]
 
-Stopped or killed, the same command goes on. Then train with --config.data.source=array_record
---config.data.data_dir=FOLDER and the splits train, val and test.
+After it was stopped or killed, the same command goes on. Then train on the shards with
+--config.data.source=array_record --config.data.data_dir=FOLDER and the splits train, val and test.
 """
 
 import functools
 
 from vit_dist.config.errors import ConfigError
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 from absl import flags
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the command's own flags; not at import, where other commands' have the same names."""
+    """Defines this command's flags; not at import: other commands have flags of the same names."""
     cli.define_config()
     flags.DEFINE_string("output", None, "local folder for the shards, one directory a split")
     flags.DEFINE_list("splits", None, "of train, val, test; all that are configured")
@@ -35,6 +35,7 @@ def main() -> int:
     if not FLAGS.output:
         raise ConfigError("give a folder for the shards: --output data/shards")
     splits = FLAGS.splits or [s for s in SPLITS if config.data[f"{s}_split"]]
+    # training=False: without a cache or a service around the training split.
     for name, source in open_sources(config, training=False, splits=splits).items():
         with Progress(source.num_examples, title=f"convert {name}") as progress:
             written = convert(

@@ -1,8 +1,8 @@
 """Makes batches for other machines: python -m vit_dist.data_service --port=7100 [--host=NAME].
 
-Start one on each machine that shall work, and give all of them to the training:
---config.input.service=host1:7100,host2:7100. It serves any run, one after the other or at once,
-until Ctrl-C or SIGTERM. The data must lie under the same paths here as where it is trained.
+Start one on each machine that is to make batches, and name all of them to the training:
+--config.input.service=host1:7100,host2:7100. It serves any number of runs, one after the other or
+at once, until Ctrl-C or SIGTERM. The data must have the same paths here as on the training hosts.
 """
 
 import signal
@@ -10,7 +10,7 @@ import socket
 import threading
 
 from vit_dist.config.errors import ConfigError
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 import tensorflow as tf
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the command's own flags; not at import, where other commands' have the same names."""
+    """Defines this command's flags; not at import: other commands have flags of the same names."""
     flags.DEFINE_integer("port", 7100, "what --config.input.service names", 1, 65535)
     flags.DEFINE_integer("worker_port", 0, "a second one, for the batches; 0: any", 0, 65535)
     flags.DEFINE_string("host", None, "this machine as others reach it; its own name by default")
@@ -30,6 +30,8 @@ def define_flags() -> None:
 
 def main() -> int:
     """The command; returns its exit code."""
+    # Other machines are told this name. One that means nothing even here is a mistake to name now,
+    # not when a training cannot connect.
     host = FLAGS.host or socket.getfqdn()
     try:
         socket.getaddrinfo(host, FLAGS.port)
@@ -37,13 +39,16 @@ def main() -> int:
         raise ConfigError(
             f"--host {host!r} is no known name or address: {error.strerror}"
         ) from error
+    # The servers have threads of their own; the main thread only waits for a signal.
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    # Batches are made on the CPU; TensorFlow would take all memory of a GPU that others may use.
     tf.config.set_visible_devices([], "GPU")
     servers = serve(host, FLAGS.port, FLAGS.worker_port)
     print(f"ready: --config.input.service={host}:{FLAGS.port}", flush=True)
     stop.wait()
+    # Their destructors stop them.
     del servers
     return 0
 

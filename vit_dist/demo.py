@@ -19,8 +19,9 @@ from vit_dist.run import cli
 from vit_dist.train import train
 
 _CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.py"
-# What is compared, and its test accuracy in percent. It is a range because processors round sums in
-# different order: 96.4, 76.4 and 98.6 on an EPYC, 97.2, 74.7 and 98.3 on a Xeon; an image is 0.3.
+# What is compared -> its test accuracy in percent, (lowest, highest). A range, because processors
+# add up sums in a different order: 96.4, 76.4 and 98.6 were measured on an EPYC, 97.2, 74.7 and
+# 98.3 on a Xeon. One of the test images is 0.3 percent.
 EXPECTED = {
     "pretrained at 16 px": (94, 99),
     "the same at 32 px, not fine-tuned": (68, 84),
@@ -35,6 +36,7 @@ def main() -> int:
     first, second = (os.path.join(workdir, name) for name in ("pretrain", "finetune"))
     configs = _load(_CONFIG)
 
+    # A signal to stop ends the demo after the run that it met; the same command goes on there.
     print("1. pretrain at 16 px", flush=True)
     pretrained = train(config_lib.finalize(configs.get_config("pretrain")), first)
     if pretrained.get("preempted"):
@@ -62,7 +64,7 @@ def main() -> int:
 
 
 def _judge(found: dict[str, float], workdir: str) -> int:
-    """The exit code: 1 if an accuracy is out of its range, which is then named."""
+    """The exit code: 1 if an accuracy is out of its range; prints which."""
     wrong = [name for name, (low, high) in EXPECTED.items() if not low <= 100 * found[name] <= high]
     for name in wrong:
         print(
@@ -74,6 +76,7 @@ def _judge(found: dict[str, float], workdir: str) -> int:
 
 
 def _load(path: Path) -> ModuleType:
+    # configs/ is no package, and is not installed: the file is loaded by its path.
     spec = importlib.util.spec_from_file_location("demo_config", path)
     if spec is None or spec.loader is None or not path.exists():
         raise ConfigError(f"the demo runs from a checkout: there is no {path}")

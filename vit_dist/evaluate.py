@@ -2,14 +2,14 @@
 
 python -m vit_dist.evaluate --checkpoint RUN [--splits val,test] [--config FILE]
 
-Without --config the run's own is taken, so that a run needs nothing else to be judged; either can
-be changed key by key. The config says how the model is built and the images are prepared; where its
-resolution is not the checkpoint's, positions are resampled as config.init_from would.
+Without --config the config that the run recorded is taken; keys of either can be changed by
+--config.key=value. The config says how the model is built and how images are prepared. If its
+resolution differs from the checkpoint's, positions are resampled as config.init_from does it.
 """
 
 from collections.abc import Sequence
 
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 from absl import flags, logging
@@ -60,20 +60,22 @@ def evaluate(
     Args:
       config: the model, data and input sections count; no training split is needed.
       checkpoint: folder of a run or of one checkpoint.
-      splits: of "train", "val", "test"; None for val and test, as far as configured.
+      splits: which of "train", "val", "test"; None for val and test, those that are configured.
 
     Returns:
       split -> metrics, see evaluators.classification.make_evaluator.
 
     Raises:
-      ConfigError: no such split or checkpoint, or one that does not fit the config, or without a
-        head for its classes.
-      DataError: an example that cannot be read.
+      ConfigError: no such split or checkpoint, or a checkpoint that does not fit the config or has
+        no head for the classes of the data.
+      DataError: an example cannot be read.
     """
     options, data = check_evaluation(config, splits=splits)
     origin = open_origin(checkpoint, image_size=options.weights.image_size)
     devices = options.strategy
     cluster = choose_cluster(devices["name"], devices["tpu"])
+    # As in train: before a device starts, several hosts prove that they judge the same weights on
+    # the same data.
     with meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting:
         meeting.agree(evaluation_facts(data, origin))
         strategy = make_strategy(**devices)

@@ -1,16 +1,16 @@
-"""Writes a ViT for other systems, or to be served.
+"""Writes a ViT for other systems, or for serving.
 
 python -m vit_dist.export --checkpoint runs/NAME --format timm --output exported
 
---checkpoint takes what config.init_from takes: a run, or a file of another system, so this converts
-between systems too. --format is one of
+--checkpoint takes what config.init_from takes: a run, or a file of another system, so this command
+also converts between other systems. --format is one of
 
 npz, big_vision   a .npz for vision_transformer (timm reads it as well), or for big_vision
 timm              a folder for timm.create_model("local-dir:FOLDER", pretrained=True), or the
                   .safetensors alone
 huggingface       a folder for transformers' from_pretrained
-savedmodel        a TensorFlow SavedModel: bytes of image files in, probabilities out; of a run
-                  on arrays such as the demo's digits, uint8 arrays in
+savedmodel        a TensorFlow SavedModel: bytes of image files in, probabilities out; for a run on
+                  arrays, such as the demo's digits, uint8 arrays in
 keras             a .keras file: images already scaled in, logits out
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 import numpy as np
@@ -37,14 +37,14 @@ from vit_dist.paths import local_path
 from vit_dist.run.origins import Hint, Origin, open_origin
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
-# Keys of ViT that a run of an older version did not note, and what they were then.
+# Keys of ViT that runs of older versions did not record -> the only value that they could have.
 _DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None, "cls_token": True}
-# Keys of ViT that say how a run trained, which what is written does not need.
+# Keys of ViT that only matter in training; the written network gets their defaults.
 _TRAINING = ("dropout", "attention_dropout", "drop_path", "remat", "attention_block")
-# Keys of ViT that a file may not tell and no shape does -> their keys in a config. norm_epsilon is
-# 1e-6 unless told.
+# Keys of ViT that no tensor's shape tells and a file may not tell either -> their keys in a config.
+# (norm_epsilon, too, but it has a common value: 1e-6 unless told.)
 _UNTOLD = {"num_heads": "model.num_heads", "gelu": "model.gelu", "image_size": "image_size"}
-# What would make weights fit -> the flag of this command for it.
+# Keys of UnfitError.settings, what would make weights fit -> the flag of this command for it.
 _FLAGS = {
     "init_image_size": "init_image_size",
     "image_size": "image_size",
@@ -57,7 +57,7 @@ _FLAGS = {
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not at import, where another command's would clash."""
+    """Defines this command's flags; not at import: other commands have flags of the same names."""
     flags.DEFINE_string("checkpoint", None, "a run's folder, or weights of any system")
     flags.DEFINE_enum("format", "npz", ALL_FORMATS, "what to write")
     flags.DEFINE_string("output", None, "file or folder to write")
@@ -80,6 +80,7 @@ def main() -> int:
     given = flags.FLAGS
     if not given.checkpoint or not given.output:
         raise ConfigError("give what to export and where to: --checkpoint runs/NAME --output FILE")
+    # A flag that is not given must not reach export(): there it would count as told.
     told = {"num_heads": given.num_heads, "gelu": given.gelu}
     files = export(
         given.checkpoint,
@@ -98,6 +99,7 @@ def main() -> int:
 
 
 def _image_size(name: str, given: Sequence[str] | None) -> tuple[int, int] | None:
+    """(height, width) from a flag's list of one or two numbers."""
     if given is None:
         return None
     if len(given) > 2 or not all(text.isdigit() and int(text) for text in given):
@@ -115,7 +117,7 @@ def _numbers(name: str, given: Sequence[str] | None) -> list[float] | None:
 
 
 def hint(settings: Mapping[str, Any]) -> str:
-    """How this command is told what would make weights fit: Say --num_heads=..."""
+    """The origins.Hint of this command: Say --num_heads=..."""
     flags = [f"--{_FLAGS[k]}={shlex.quote(str(v))}" for k, v in settings.items() if k in _FLAGS]
     return f"Say {' '.join(flags)}" if flags else "No flag of this command mends that"
 
@@ -139,11 +141,12 @@ def export(
       checkpoint: see origins.open_origin.
       format: one of ALL_FORMATS.
       output: local path of the file or folder to write.
-      image_size: of the model written; None for the checkpoint's own.
-      method: how positions are resampled then; see posemb.resize_posemb.
-      ignore: regex of tensors in the checkpoint that may be left out.
-      init_image_size: of the images that it was trained on, where the checkpoint does not tell.
-      mean, std: of images in 0..1, where the checkpoint does not tell.
+      image_size: pixels, of the model to write; None for the checkpoint's own.
+      method: how positions are resampled to image_size; see posemb.resize_posemb.
+      ignore: regex; tensors of the checkpoint whose names it matches may be left out.
+      init_image_size: pixels, (height, width) of the images that the checkpoint was trained on, if
+        the checkpoint does not tell.
+      mean, std: of images in 0..1, by channel, if the checkpoint does not tell.
       **told: keys of ViT that the checkpoint does not tell, such as num_heads.
 
     Returns:
@@ -197,13 +200,15 @@ def load_model(
     Args:
       origin: see open_origin.
       image_size, method, ignore: see export.
-      system: a format to be written, whose positions the model shall have; "" for its own.
+      system: the format to be written, which decides which tokens have positions; "" leaves the
+        checkpoint's own.
       **told: keys of ViT that the checkpoint does not tell.
 
     Raises:
-      DataError: something that ViT needs is told nowhere, tensors are left over, or some are
-        missing.
+      DataError: something that ViT needs is told nowhere, or the checkpoint has tensors too many or
+        too few.
     """
+    # What the checkpoint tells wins over what the user tells; None means that it does not tell.
     network = {**told, **{k: v for k, v in origin.network.items() if v is not None}}
     network.setdefault("norm_epsilon", 1e-6)
     if image_size is not None:
@@ -222,7 +227,7 @@ def load_model(
     network |= {k: plain[k] for k in _TRAINING}
     network["image_size"] = as_pair(image_size or network["image_size"])
     if system in FORMATS:
-        # Only big_vision computes positions; the others get the computed ones as a table.
+        # Only big_vision computes sin-cos positions; the other systems get them as a learned table.
         if network["posemb"] == "sincos2d" and system != "big_vision":
             height, width = (n // network["patch_size"] for n in source["image_size"])
             tensors["pos_embedding"] = sincos2d((height, width), network["width"])[None]
@@ -237,7 +242,8 @@ def load_model(
     for line in report.remarks():
         logging.warning("%s: %s", origin.path, line)
     if report.new:
-        # Such as attention pooling that the config names and the file lacks: it would be random.
+        # A variable without a tensor, such as attention pooling that the config names and the file
+        # lacks, would be random.
         raise DataError(f"{origin.path} does not hold all of its network: {report.new[0]}")
     return model
 
@@ -254,14 +260,15 @@ def mean_and_std(origin: Origin, channels: int) -> tuple[list[float], list[float
             f"{origin.path} does not tell how images are scaled, such as to [-1, 1], which is a "
             f"mean and std of 0.5. {origin.hint({'mean': '...', 'std': '...'})}"
         )
-    # A pixel v in 0..1 becomes (v - mean) / std, so 0 and 1 become -mean / std, (1 - mean) / std.
+    # A pixel v in 0..1 becomes (v - mean) / std: black = -mean / std, white = (1 - mean) / std. So
+    # white - black = 1 / std. Rounded, as these were float32: 0.5 and not 0.49999997.
     black, white = np.broadcast_to(ends, (2, channels)).astype(np.float64)
     rounded = ((-black / (white - black)).round(6), (1 / (white - black)).round(6))
     return rounded[0].tolist(), rounded[1].tolist()
 
 
 def eval_pipe(origin: Origin, model: ViT) -> Pipe:
-    """How images become the model's input: the run's own eval_ops, or a plain resize."""
+    """How images become the model's input: the run's own eval_ops, or for files a plain resize."""
     if origin.checkpoint is not None:
         text = origin.checkpoint.notes["config"]["input"]["eval_ops"]
     else:
@@ -271,12 +278,13 @@ def eval_pipe(origin: Origin, model: ViT) -> Pipe:
 
 
 class Served(tf.Module):
-    """The model with everything before and behind it: images as they are stored, to probabilities.
+    """From stored images to probabilities: preparation, model and activation in one module.
 
     Args:
       model: with a head.
-      pipe: prepares an image. One that does not decode belongs to a run on arrays.
-      sigmoid: whether classes are judged one by one, as a sigmoid loss does.
+      pipe: prepares an image. A pipe that does not decode belongs to a run on arrays.
+      sigmoid: whether each class has a probability of its own, as after training with a sigmoid
+        loss; otherwise the probabilities of all classes sum to 1.
 
     Attributes:
       takes_files: whether `pipe` takes the bytes of files; else it takes arrays, and `prepare`
@@ -293,16 +301,19 @@ class Served(tf.Module):
         self.array_shape = shape if resizes else (*model.image_size, model.channels)
 
     def _output_of(self, spec: tf.TensorSpec) -> tf.TensorShape | None:
-        """The static shape that the pipe makes of such an image; None if it does not take it."""
-        with tf.Graph().as_default():  # of which nothing is ever run
+        """The static shape of what the pipe makes of such an image; None if it cannot take one."""
+        # Tried in a graph that is thrown away, and never run: building it shows shapes and errors.
+        with tf.Graph().as_default():
             try:
                 image = self._apply(tf.compat.v1.placeholder(spec.dtype, spec.shape))
-            except ValueError:  # what an op says of input that does not fit
+            # Ops raise it for input of a wrong dtype or rank.
+            except ValueError:
                 return None
         known = image.dtype == tf.uint8 and image.shape.is_fully_defined()
         return image.shape if known else None
 
     def _apply(self, image: tf.Tensor) -> tf.Tensor:
+        # A pipe takes whole examples; a random op in it draws the same for each image.
         zero = tf.constant(0, tf.int64)
         example = {"image": image, "seed": tf.zeros((2,), tf.int32), "index": zero, "epoch": zero}
         return self.pipe.host({**example, "label": tf.constant(0)})["image"]
@@ -316,10 +327,12 @@ class Served(tf.Module):
         """
         if self.takes_files:
             return self.prepare_array(data)
+        # A run on arrays has no op that decodes: files are decoded here, in the run's channels.
         zero = tf.zeros((2,), tf.int32)
         image = parse("decode|keep('image')").host({"image": data, "seed": zero})["image"]
         if self.model.channels == 1:
             image = tf.image.rgb_to_grayscale(image)
+        # In a graph the size is not known yet; there ensure_shape fails when it runs.
         if tf.executing_eagerly() and not image.shape.is_compatible_with(self.array_shape):
             raise DataError(
                 f"the image is {image.shape[0]} x {image.shape[1]} pixels; this run takes images "
@@ -335,6 +348,7 @@ class Served(tf.Module):
     def _classify(self, images: tf.Tensor, prepare: Any) -> dict[str, tf.Tensor]:
         shape = (*self.model.image_size, self.model.channels)
         spec = tf.TensorSpec(shape, tf.uint8)
+        # One image after the other: files have different sizes before the pipe resizes them.
         prepared = tf.map_fn(prepare, images, fn_output_signature=spec)
         logits = self.model(self.pipe.device(prepared))
         activation = tf.sigmoid if self.sigmoid else tf.nn.softmax
@@ -342,11 +356,11 @@ class Served(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "image_bytes")])
     def serve(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        """(B,) bytes of image files -> "probabilities" and "logits", float32 (B, C)."""
+        """Bytes of image files, string (b,) -> "probabilities" and "logits", float32 (b, C)."""
         return self._classify(image_bytes, self.prepare)
 
     def signature(self) -> Any:
-        """What a SavedModel of it does: `serve`, or the same of arrays for a run on arrays."""
+        """The function that a SavedModel serves: `serve`, or one of arrays for a run on arrays."""
         if self.takes_files:
             return self.serve
 
@@ -362,20 +376,20 @@ def open_served(checkpoint: str, *, hint: Hint = hint) -> tuple[Served, list[str
 
     Args:
       checkpoint: see origins.open_origin.
-      hint: how messages say what to do about what the checkpoint does not tell.
+      hint: says in messages what to do if the checkpoint does not tell something.
 
     Raises:
-      DataError: it has no head, or does not tell how images are prepared.
+      DataError: the checkpoint has no head, or does not tell how images are prepared.
     """
     origin = open_origin(checkpoint, hint=hint)
     return _serve(origin, load_model(origin))
 
 
 def hint_without_flags(checkpoint: str) -> Hint:
-    """The hint of a command that has no flags for what weights lack: write them out with it first.
+    """The Hint of a command without flags for what a file does not tell: export the file first.
 
     Args:
-      checkpoint: as the command was given it.
+      checkpoint: the file, as the command was given it.
     """
 
     def hinted(settings: Mapping[str, Any]) -> str:
@@ -390,6 +404,7 @@ def hint_without_flags(checkpoint: str) -> Hint:
 def _serve(origin: Origin, model: ViT) -> tuple[Served, list[str]]:
     if model.head is None:
         raise DataError(f"{origin.path} has no head: it gives features, no probabilities")
+    # Files of other systems do not tell their loss; published ones are classified with softmax.
     loss = origin.checkpoint.notes["config"]["loss"]["name"] if origin.checkpoint else "softmax"
     served = Served(model, eval_pipe(origin, model), sigmoid=loss == "sigmoid")
     return served, list(origin.class_names or map(str, range(model.num_classes)))

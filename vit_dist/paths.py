@@ -1,4 +1,4 @@
-"""Names of paths: local ones, and those in buckets, such as gs://bucket/path."""
+"""Names of paths, local or in a bucket (gs://bucket/path); nothing here touches a file."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from vit_dist.config.errors import ConfigError
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether only TensorFlow's file systems read it, such as gs://bucket/path."""
+    """Whether only TensorFlow's file systems can read the path, such as gs://bucket/path."""
     return "://" in str(path)
 
 
@@ -23,6 +23,7 @@ def expand(path: epath.PathLike, *, allowed: str = "local paths and gs://") -> e
     Raises:
       ConfigError: it begins with a scheme that nothing here reads.
     """
+    # etils raises KeyError for a scheme that it has no backend for.
     try:
         path = epath.Path(path)
     except KeyError:
@@ -31,10 +32,14 @@ def expand(path: epath.PathLike, *, allowed: str = "local paths and gs://") -> e
 
 
 def local_path(path: epath.PathLike, key: str) -> epath.Path:
-    """The path, whose file a library opens by itself.
+    """The expanded path of a file that another library will open, which must be local.
+
+    Args:
+      path: to check.
+      key: the flag or config key that gave it, for the message.
 
     Raises:
-      ConfigError: it is one that only TensorFlow reads, such as gs://bucket/path.
+      ConfigError: only TensorFlow can read it, such as gs://bucket/path.
     """
     if is_remote(path):
         raise ConfigError(f"{key} must be a local path, got {path}: copy the files, or mount them")
@@ -42,5 +47,6 @@ def local_path(path: epath.PathLike, key: str) -> epath.Path:
 
 
 def temporary_name(path: epath.Path) -> epath.Path:
-    """A name beside `path` that no other process of any host uses, to write and rename."""
+    """A name beside `path` that no process of any other host uses: write there, then rename."""
+    # The number of a process repeats from host to host, so the host's name is part of it.
     return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")

@@ -2,15 +2,15 @@
 
 python -m vit_dist.predict --checkpoint runs/NAME --images 'photos/*.jpg' [--top 3]
 
---checkpoint takes what config.init_from takes. A run knows how to prepare images and what its
-classes are called; other files must tell by a config.json beside them.
+--checkpoint takes what config.init_from takes. A run has recorded how images are prepared and what
+its classes are called; weights of another system need a config.json beside them that tells it.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 import numpy as np
@@ -23,11 +23,12 @@ from vit_dist.data.sources.folder import EXTENSIONS
 from vit_dist.export import Served, hint_without_flags, open_served
 from vit_dist.paths import expand
 
+# Images that are classified at once; their files are in memory together.
 _BATCH = 32
 
 
 class Prediction(NamedTuple):
-    """The most likely classes of an image, best first; or why it has none."""
+    """The most likely classes of an image, best first; or `problem`, why it could not be read."""
 
     path: str
     classes: list[str]
@@ -63,7 +64,7 @@ def main() -> int:
 
 
 def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator[Prediction]:
-    """Classifies image files; one that cannot be read is named in a Prediction, and left out.
+    """Classifies image files; the Prediction of a file that cannot be read says why.
 
     Args:
       checkpoint: see origins.open_origin.
@@ -88,20 +89,23 @@ def _predict_batch(
 ) -> Iterator[Prediction]:
     data = {path: tf.io.read_file(path) for path in paths}
     problems: dict[str, str] = {}
+    # All at once, which is fast; only if that fails one by one.
     try:
         rows = served.serve(tf.stack(list(data.values())))["probabilities"].numpy()
     except tf.errors.InvalidArgumentError:
-        # TensorFlow does not say which of the images it is: each is prepared alone.
+        # TensorFlow does not say which image failed, so each is prepared alone.
         problems = {path: _problem(served, path, one) for path, one in data.items()}
         problems = {path: text for path, text in problems.items() if text}
         good = [one for path, one in data.items() if path not in problems]
         rows = served.serve(tf.stack(good))["probabilities"].numpy() if good else ()
+    # `rows` has the readable images only, in the order of `paths`.
     each = iter(rows)
     for path in paths:
         if path in problems:
             yield Prediction(path, [], [], problems[path])
             continue
         row = next(each)
+        # Stable: of equal probabilities the class with the smaller number comes first.
         best = np.argsort(-row, kind="stable")[:top]
         yield Prediction(path, [names[i] for i in best], [float(row[i]) for i in best])
 
@@ -116,14 +120,19 @@ def _problem(served: Served, path: str, data: tf.Tensor) -> str:
 
 
 def _expand(images: Sequence[str]) -> list[str]:
-    """The files behind files, patterns and folders, or behind several with commas between them."""
+    """The image files that files, patterns and folders name, each file once.
+
+    A text that names nothing is tried as several with commas between them.
+    """
     paths: list[str] = []
     for text in images:
+        # First as a whole: the name of a file may hold a comma.
         found = _files_of(text)
         for part in text.split(",") if not found else ():
             found += _files_of(part) or _none_at(part)
         paths += found
-    return list(dict.fromkeys(paths))  # serve stacks by path: each once
+    # Each once, in order: _predict_batch keeps the images of a batch by path.
+    return list(dict.fromkeys(paths))
 
 
 def _files_of(text: str) -> list[str]:
@@ -131,7 +140,7 @@ def _files_of(text: str) -> list[str]:
     if tf.io.gfile.isdir(path):
         names = sorted(tf.io.gfile.listdir(path))
         return [f"{path}/{n}" for n in names if n.lower().endswith(tuple(EXTENSIONS))]
-    # The name of a file comes first: it may hold brackets, which are a pattern as well.
+    # As a name first, then as a pattern: brackets in a file's name would be a pattern, too.
     return [path] if tf.io.gfile.exists(path) else sorted(tf.io.gfile.glob(path))
 
 
@@ -143,7 +152,7 @@ def _none_at(text: str) -> NoReturn:
 
 
 def _shown(path: str) -> str:
-    """A path for a terminal, where a name that is not UTF-8 cannot be printed."""
+    """A path as a terminal can print it, also where the name is not UTF-8."""
     return path.encode(errors="surrogateescape").decode(errors="replace")
 
 

@@ -2,15 +2,15 @@
 
 python -m vit_dist.show --config FILE --output sheet.png [--split train] [--step 0] [--count 8]
 
-Each row is an example: of the training split those of a step's batch, of another split the first
-ones. The columns are the image as stored, then after each op; with config.mixing the last column is
-the image mixed with its partner in the batch, and the caption says in which shares.
+Each row is an example: of the training split the examples of a step's batch, of another split the
+first examples. The columns are the image as stored, then after each op. With config.mixing the last
+column is the image mixed with its partner in the batch, and the caption tells the shares of both.
 """
 
 import io
 
 from vit_dist.config.errors import ConfigError
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 import numpy as np
@@ -32,7 +32,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the command's own flags; not at import, where other commands' have the same names."""
+    """Defines this command's flags; not at import: other commands have flags of the same names."""
     cli.define_config()
     flags.DEFINE_string("output", None, "image file to write, e.g. sheet.png")
     flags.DEFINE_string("split", "train", "train, val or test")
@@ -64,7 +64,7 @@ def main() -> int:
 def contact_sheet(
     options: RunOptions, data: Data, *, split: str = "train", step: int = 0, count: int = 8
 ) -> Image.Image:
-    """Draws what `make_rows` returns; its arguments and errors."""
+    """Draws what `make_rows` returns. Arguments and errors as in make_rows."""
     titles, rows = make_rows(options, data, split=split, step=step, count=count)
     return draw_sheet(rows, titles=titles)
 
@@ -76,9 +76,9 @@ def make_rows(
 
     Args:
       options, data: see run.check.check.
-      split: which one, of those configured.
-      step: of the training split, whose batch of this step is shown.
-      count: rows; at most as many as a batch, or the split, has examples.
+      split: one of the configured splits.
+      step: for the training split, the step whose batch is shown.
+      count: number of rows; at most as many as a batch, or the split, has examples.
 
     Returns:
       The titles of the columns, and a row for each example: its image as stored, with its class,
@@ -96,10 +96,13 @@ def make_rows(
     if count < 1 or step < 0:
         raise ConfigError(f"--count must be 1 or more and --step 0 or more, got {count} and {step}")
     training, mixing = split == "train", options.input.mixing
-    group = mixing.group_size if training and mixing else 1  # whole ones: partners are within
+    # Images are mixed within groups of neighbours, so whole groups are made; -(-a // b) rounds up.
+    # What is more than `count` is cut off below.
+    group = mixing.group_size if training and mixing else 1
     most = options.input.batch_size if training else data.sources[split].num_examples
     examples = _examples(options, data, split, step, min(-(-count // group) * group, most))
     pipe = options.input.pipe if training else options.evaluation.pipe
+    # Only ops that change the image have a column.
     titles = ["stored", *(s.text for s in pipe.steps if s.op.image or s.op.on_device)]
     rows = [stages(pipe, example) for example in examples]
     labels = np.array([int(example["label"]) for example in examples])
@@ -120,14 +123,17 @@ def make_rows(
 def _examples(
     options: RunOptions, data: Data, split: str, step: int, count: int
 ) -> list[dict[str, tf.Tensor]]:
+    """The records of `count` examples with the indices and seeds that the pipeline gives them."""
     source = data.sources[split]
     source.prepare()
+    # Positions and seeds as in training, so that the sheet shows what the step sees (law 1).
     if split == "train":
         first = step * options.input.batch_size
         positions = tf.range(first, first + count, dtype=tf.int64)
         known = {"batch_size": options.input.batch_size, "repeats": options.input.repeats}
         where = train_records(source, positions, seed=options.seed, **known)
     else:
+        # As in an evaluation: epoch 0, in order, with the seed (epoch, index).
         index = tf.range(count, dtype=tf.int64)
         epoch = tf.zeros_like(index)
         seeds = tf.cast(tf.stack([epoch, index], axis=1), tf.int32)
@@ -140,8 +146,8 @@ def _mixtures(
     options: RunOptions, mixing: Mixing, step: int, rows: list[list[np.ndarray]], classes: tf.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of whole groups of a batch, mixed, as uint8 (B, H, W, 3); their labels (B, C)."""
-    # Mixing works on the floats that the op on the device makes, and the rows hold the pixels that
-    # stand for them. So that op is done again, on the column before its own.
+    # Mixing works on the floats that the op on the device makes, but the last column of `rows` has
+    # these as pixels, for viewing. So the op on the device is applied again, to the column before.
     images = tf.constant(np.stack([row[-2] for row in rows]))
     height, width = images.shape[1:3]
     params = mixing.draw(

@@ -1,7 +1,8 @@
 """Trains a Vision Transformer: python -m vit_dist.train --config FILE --workdir FOLDER.
 
-main -> check the config -> train: strategy, state, restore, data, then the loop. Run the same
-command again and it resumes from the newest whole checkpoint in the workdir.
+In call order: main -> train -> _train (checks the config, hosts meet and agree) -> _run (devices,
+model, data) -> _Loop.run. The same command run again resumes from the newest whole checkpoint in
+the workdir.
 """
 
 import functools
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vit_dist.run import cli  # before TensorFlow, whose start-up notices it turns down
+from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 import numpy as np
@@ -48,7 +49,8 @@ from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import jit_warnings
 
-WAITS = "the first step is traced and compiled"  # shown until its metrics are
+# Shown until the first metrics are: for a large model this takes minutes.
+WAITS = "the first step is traced and compiled"
 
 
 def define_flags() -> None:
@@ -75,17 +77,18 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       workdir: folder of the run, local or gs://; made if absent.
 
     Returns:
-      The last metrics: "step", "loss", ..., "val_accuracy" and "test_accuracy" where those splits
-      are configured, "preempted" 1.0 if a signal ended the run early.
+      The last metrics: "step", "loss", ...; "val_accuracy" and "test_accuracy" if the config names
+      these splits; "preempted" 1.0 if a signal ended the run early.
 
     Raises:
       ConfigError: a mistake in the config; see check.
-      DataError: data that is not there, is damaged, or has changed since the run began.
+      DataError: data that is missing, damaged, or has changed since the run began.
       DivergedError: the loss or gradient is not finite; the last good checkpoint stays.
       StorageError: the workdir cannot be written.
       HostLostError: another worker is gone.
     """
-    # It collects from here on what is logged, and writes it once the workdir is there.
+    # From here on RunLog collects what is logged, to write it once the workdir is known to be ours,
+    # and a signal to stop ends the run with code 42 rather than with a traceback.
     with RunLog() as log, Preemption() as preemption:
         return _train(config, str(expand(workdir)), log, preemption)
 
@@ -93,7 +96,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 def _train(
     config: ConfigDict, workdir: str, log: RunLog, preemption: Preemption
 ) -> dict[str, float]:
-    """From the check of the config until all hosts know that they begin with the same things."""
+    """Checks the config, lets the hosts meet, and proves that all begin with equal things.
+
+    No device is touched before all of that has been done.
+    """
     options, data = check(config)
     check_bucket(workdir, "--workdir")
     devices = options.evaluation.strategy
@@ -102,12 +108,14 @@ def _train(
         meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting,
         WorkdirLock(workdir, active=meeting.index == 0) as lock,
     ):
-        # Only now is it certain that the chief of an earlier start writes no more checkpoints.
+        # After the lock: only now is it certain that an earlier start writes no more checkpoints.
         start = find_start(workdir, options)
         check_data(start, data)
         meeting.agree(host_facts(options, data, start))
         if meeting.index == 0:
             log.open(workdir)
+        # The first call that starts devices. A strategy of several hosts replaces the handler of
+        # SIGTERM, so Preemption puts its own in place after it.
         strategy = make_strategy(**devices)
         preemption.attach(functools.partial(all_hosts, strategy))
         with Watchdog(meeting, timeout_seconds=devices["timeout_seconds"]) as watchdog:
@@ -124,7 +132,8 @@ def _run(
     watchdog: Watchdog,
     lock: WorkdirLock,
 ) -> dict[str, float]:
-    """From the devices to the last metrics."""
+    """Makes and fills the state on the devices, and trains; returns the last metrics."""
+    # Checked once more, as only now the number of replicas is certain.
     check_parts(
         options.input.batch_size,
         options.step,
@@ -137,8 +146,10 @@ def _run(
     checkpointer = Checkpointer(
         workdir, keep=options.keep_checkpoints, permit=lock.check, damaged=start.damaged
     )
-    del start  # what it has open, and tensors of files, would stay to the end
+    # Otherwise its open files and loaded tensors would stay to the end of the run.
+    del start
     first, chief = int(state.step.numpy()), is_chief(strategy)
+    # Only the chief has metrics on its disk; all hosts must decide alike.
     evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
     with (
         make_writer(workdir, first_step=first, active=chief) as writer,
@@ -170,7 +181,8 @@ def _run(
             if better is None:
                 raise
             raise better from error
-    all_hosts(strategy, 0)  # stay until the chief has saved: who leaves takes the cluster down
+    # A barrier: a host that leaves takes the cluster down, and the chief may still be saving.
+    all_hosts(strategy, 0)
     if chief:
         print(result_line(metrics, workdir), flush=True)
         detail("%s", result_line(metrics, workdir))
@@ -178,15 +190,16 @@ def _run(
 
 
 def _finish_saving(checkpointer: Checkpointer) -> None:
-    """Before leaving with an error: a checkpoint that was begun before the error is good."""
+    """Waits for the checkpoint that is being written: it was begun before the error and is good."""
+    # Of any kind, and only logged: the error that ends the run came first, and is the one to show.
     try:
         checkpointer.wait()
-    except Exception as error:  # of whatever kind: the error that ends the run came before it
+    except Exception as error:
         logging.error("%s", error)
 
 
 class _Asked(NamedTuple):
-    """What the hosts agree on after each call of the step."""
+    """What all hosts do after a call of the step; the same on each of them."""
 
     stop: bool  # a host got a signal
     save: bool  # the chief's clock says that it is time
@@ -227,34 +240,41 @@ class _Loop:
         self.meter = Meter(
             batch_size=options.input.batch_size, num_devices=strategy.num_replicas_in_sync
         )
-        self.fingerprint = data.sources["train"].fingerprint()  # takes a second with many files
+        # Made once for all checkpoints: it takes a second with many files.
+        self.fingerprint = data.sources["train"].fingerprint()
         self.first = int(state.step.numpy())  # the step at which this process begins
-        self.sums: dict[str, tf.Tensor] = {}  # since the last log; on the device until then
-        self.masked = tf.zeros(())  # examples of this process; on the device until logged
+        # Sums since the last log. They are tensors, so that adding to them waits for no device.
+        self.sums: dict[str, tf.Tensor] = {}
+        # Damaged examples masked since `first`, over all hosts; a tensor, too.
+        self.masked = tf.zeros(())
         self.saved_step, self.saved_time = -1, time.monotonic()
-        # What is read now, for messages: first of all the images that TensorBoard shows.
+        # The split and the steps whose examples are being read, for the message if that fails. It
+        # begins with the images that TensorBoard shows.
         self.split, self.steps_read = "train", range(self.first, self.first + 2)
 
     def run(self, *, evaluated: bool) -> dict[str, float]:
         """Trains to the end; returns the last metrics.
 
         Args:
-          evaluated: whether "val" was judged at the first step before.
+          evaluated: whether an earlier start has judged "val" at the first step.
         """
         total, step, first = self.calendar.total, self.first, self.first
         metrics: dict[str, float] = {"step": float(first)}
+        # An evaluation that was given up when the run was stopped is made up for.
         if self.calendar.evaluates_at(first) and not evaluated:
-            metrics |= self.judge("val", first)  # given up when the run was stopped
+            metrics |= self.judge("val", first)
         batches = iter(train_data(self.options, self.data, self.strategy, first_step=first))
         self.meter.start(first)
         asked = _Asked(stop=False, save=False, steps=self.pace.limit)
         logged = False
+        # The order within a turn: train, log (which finds a loss that is not finite), save, then
+        # evaluate. What is trained is saved before anything else can fail.
         while step < total:
             n = min(self.calendar.steps_to_event(step), asked.steps)
             tensors = self.call(batches, step, n)
             step += n
             asked = self.ask()
-            # Whatever comes first in a run is logged as well, so that a person sees it moving.
+            # The first event of any kind is logged as well, so that a person sees the run moving.
             event = self.calendar.steps_to_event(step - n) == n
             if self.calendar.logs_at(step) or (event and not logged):
                 metrics |= self.log(step, tensors)
@@ -267,6 +287,7 @@ class _Loop:
                 stop = self.preemption.requested()
             if stop:
                 return self.stop(step, tensors, metrics)
+        # The last checkpoint is being written meanwhile.
         for split in ("val", "test"):
             if not self.preemption.requested():
                 metrics |= self.judge(split, step)
@@ -276,15 +297,18 @@ class _Loop:
         return {**metrics, "step": float(step)}
 
     def call(self, batches: Any, step: int, n: int) -> dict[str, tf.Tensor]:
-        """Runs n steps, the first of them number `step`; returns the means since the last log."""
+        """Runs n steps, the first of them number `step`; returns the metrics since the last log."""
+        # Batches are prefetched, so what fails to be read may belong to later steps.
         self.split, self.steps_read = "train", range(step, step + n + self.options.input.prefetch)
         self.watchdog.progress(step)
         began = time.monotonic()
+        # A tensor: a Python int would be traced and compiled again for each new value.
         tensors = self.train_steps(batches, tf.constant(n, tf.int64))
         self.pace.done(n, time.monotonic() - began)
         self.meter.waited += tensors.pop("input_wait")
         self.masked += tensors.pop("masked", 0.0)
-        # The means of a call become sums over the calls since the last log.
+        # The step returns means over a call; calls have different numbers of steps, so the means
+        # are weighted by them.
         for name in ("loss", "accuracy"):
             self.sums[name] = self.sums.get(name, 0.0) + tensors[name] * float(n)
         self.sums["steps"] = self.sums.get("steps", 0.0) + float(n)
@@ -292,10 +316,14 @@ class _Loop:
         return {**tensors, **means}
 
     def ask(self) -> _Asked:
-        """All hosts get the same answer, after the same step."""
+        """Lets the hosts agree on what comes next; all get the same answer after the same step.
+
+        Signals and clocks differ from host to host; if one host saved or left alone, the others
+        would hang in their next all-reduce.
+        """
         minutes = self.options.save_minutes
         save = self.chief and minutes > 0 and time.monotonic() - self.saved_time >= 60 * minutes
-        # One number a host, so that a single gather will do: two bits, then the steps.
+        # One gather of one number for each host: bit 0 is stop, bit 1 is save, the rest the steps.
         mine = self.preemption.noticed | save << 1 | self.pace.limit << 2
         answers = all_hosts(self.strategy, mine)
         return _Asked(
@@ -305,11 +333,13 @@ class _Loop:
         )
 
     def log(self, step: int, tensors: Mapping[str, tf.Tensor]) -> dict[str, float]:
-        """Fetches the step's metrics; the one place where the host waits for the device."""
+        """Fetches and writes the metrics; between saves the one wait for the device (law 4)."""
+        # float() waits until the device has done the steps so far.
         metrics = {k: float(v) for k, v in tensors.items() if k != "applied"}
         self.sums = {}
         self._check_finite()
         metrics |= self.meter.read(step)
+        # A save that failed in the background ends the run here, at the next log.
         self.checkpointer.poll()
         if self.state.model.compute_dtype == "float16":
             metrics["loss_scale"] = float(self.state.loss_scale.numpy())
@@ -329,15 +359,21 @@ class _Loop:
         return metrics
 
     def _count_masked(self, step: int) -> dict[str, float]:
-        """How many damaged examples this process has trained without, and why (this host's)."""
+        """Counts damaged examples: "masked" over all hosts, "masked_REASON" as this host saw them.
+
+        Raises:
+          DataError: they are more than config.input.max_bad_share.
+        """
         count = int(self.masked.numpy())
         damage, batch_size = self.data.damage["train"], self.options.input.batch_size
         seen = (step - self.first) * batch_size
         damage.check_share(count, seen=seen, repeats=self.options.input.repeats)
-        reasons = damage.counts(before=step * batch_size)  # not those of batches made ahead
+        # Not of prefetched batches, which have not been trained on yet.
+        reasons = damage.counts(before=step * batch_size)
         return {"masked": float(count), **{f"masked_{k}": float(v) for k, v in reasons.items()}}
 
     def _check_finite(self) -> None:
+        # The device has stopped all updates at this step already; the host only learns of it here.
         bad = int(self.state.first_bad_step.numpy())
         if bad >= 0:
             raise DivergedError(
@@ -347,10 +383,11 @@ class _Loop:
             )
 
     def judge(self, split: str, step: int) -> dict[str, float]:
-        """Evaluates a split, where the config names one; {} if a wish to stop came meanwhile."""
+        """Evaluates a split; {} if the config does not name it, or if a signal to stop came."""
         if split not in self.data.sources:
             return {}
 
+        # Called after each batch: it also tells the watchdog that the evaluation gets on.
         def stop() -> bool:
             self.watchdog.progress(step, f"the evaluation of {split}")
             return self.preemption.requested()
@@ -376,12 +413,14 @@ class _Loop:
         self.watchdog.progress(step, "the save")
         with self.meter.pause():
             self._check_finite()
-            # In float16 a run that diverges skips updates until its loss scale is 1; the weights
-            # from which it does so are not worth keeping in place of those of before.
+            # In float16 a run that diverges skips updates until its loss scale is down to 1, and
+            # then ends. Its weights are not worth replacing an older, good checkpoint.
             if not float(tensors.get("applied", 1.0)) and step < self.calendar.total:
                 self.note(f"step {step}: not saved, its update was skipped (float16 overflow)")
                 return
             self.saved_step, self.saved_time = step, time.monotonic()
+            # Copied now, so that training can go on while a thread writes. Sharded state is fetched
+            # by a collective, in which all hosts take part.
             arrays = self.state.to_arrays() if self.chief or self.state.read_by_all_hosts else {}
             if self.chief:
                 notes = {
@@ -390,11 +429,12 @@ class _Loop:
                     "data": self.fingerprint,
                     "class_names": list(self.data.sources["train"].class_names),
                 }
+                # As a resume will read them from JSON: tuples are lists, unknown objects strings.
                 notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(arrays, step=step, notes=notes)
 
     def finish_saving(self, step: int) -> None:
-        """Waits until the last checkpoint is written; the other hosts wait for the chief."""
+        """Waits until the last checkpoint is written; only the chief has one to wait for."""
         self.watchdog.progress(step, "the last save")
         self.checkpointer.wait()
 
@@ -412,6 +452,7 @@ class _Loop:
         if self.split != "train":
             return Reading(self.split, self.options.evaluation.pipe)
 
+        # Called only if reading fails: which examples the steps in question read.
         def indices() -> list[int]:
             return train_indices(
                 self.data.sources["train"],
@@ -441,7 +482,7 @@ def _announce(
     writer: Writer,
     note: Callable[..., None],
 ) -> None:
-    """Says and writes down what begins: config, devices, model, data, warnings, first images."""
+    """Shows and records what the run begins with: config, devices, model, data, first images."""
     text = json.dumps(options.record, indent=2, sort_keys=True)
     first, chief = int(state.step.numpy()), is_chief(strategy)
     if chief:
@@ -475,7 +516,7 @@ def _announce(
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
-    # A stream would have to be skipped through once more.
+    # Not at a resume on a stream, which would have to be read up to the first step once more.
     if chief and first < options.total_steps and (source.indexable or not first):
         sheet = draw_grid(first_images(options, data, strategy, first_step=first))
         writer.images(first, "train/batch", np.asarray(sheet)[np.newaxis])

@@ -1,8 +1,8 @@
-"""What the hosts of a run have in common: their lines, the facts that must be equal, their end.
+"""Lets the hosts of a run compare facts before they begin, and end together with one message.
 
-Hosts whose seed, data, code or checkpoint differ would train together without an error, on another
-thing than anybody meant. So they compare before they begin, and what ends one host ends all, with
-the same message.
+Hosts whose seed, data, code or checkpoint differ would train together without an error, and nobody
+would know what. So they compare these facts first. What ends one host ends all hosts, with the same
+message.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from vit_dist.cluster.preemption import PREEMPTED
 from vit_dist.config.errors import ConfigError, HostLostError, UserError
 
 _SHOWN = 3  # differences that a message lists
+# First part of a fact's key -> what to do if hosts differ in it.
 _REMEDIES = {
     "config": "start all with the same config file and flags",
     "data": "all must read the same files",
@@ -29,13 +30,14 @@ _REMEDIES = {
 
 
 class Meeting:
-    """The hosts that have met, and this host's lines: the chief's to all others, theirs to it.
+    """The hosts that have met, and this host's lines to them.
 
-    Leaving its `with` by an exception tells the others the reason, so that all end with it.
+    The chief has a line to each other host, every other host one line to the chief. A host that
+    leaves the `with` by an exception tells the others the reason, so that all end with it.
 
     Attributes:
-      cluster: who they are; None for a run of one host, which has nobody to ask.
-      lines: worker -> line.
+      cluster: the hosts; None for a run of one host, which has nobody to ask.
+      lines: number of a host -> line to it.
     """
 
     def __init__(self, cluster: Cluster | None, lines: dict[int, Line], *, timeout_seconds: float):
@@ -47,32 +49,35 @@ class Meeting:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         for line in self.lines.values():
-            with contextlib.suppress(OSError):  # the other end may be gone already
+            # The other host may be gone already; 5 s are enough for one that is not.
+            with contextlib.suppress(OSError):
                 line.send(parting(error), deadline=time.monotonic() + 5)
             line.close()
 
     @property
     def index(self) -> int:
-        """Which of the workers this host is; 0 if it is alone."""
+        """The number of this host; 0 for the chief, and for a host that is alone."""
         return self.cluster.index if self.cluster else 0
 
     def name(self, index: int) -> str:
-        """How messages call a host."""
+        """The name of a host in messages."""
         return self.cluster.name(index) if self.cluster else f"worker {index}"
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Returns once all hosts have called this with equal facts.
 
-        A digest of them costs one short message; the facts themselves travel only if it differs.
+        Each host sends a digest of its facts, which is short; only if it differs from the chief's
+        are the facts themselves sent.
 
         Args:
-          facts: nested dicts of what JSON can hold, say {"config": {"seed": 0}, "data": ...}. The
+          facts: nested dicts of JSON values, such as {"config": {"seed": 0}, "data": ...}. The
             first key chooses the remedy in the message.
 
         Raises:
           ConfigError: facts of two hosts differ (names the key, the hosts and both values), or
             another host has left with a ConfigError. The same message on all hosts.
-          HostLostError: another host has left for another reason, or says nothing for long.
+          HostLostError: another host has left for another reason, or has said nothing for
+            `timeout_seconds`.
         """
         flat = dict(_flatten(facts))
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
@@ -82,6 +87,8 @@ class Meeting:
             self._judge(flat, digest)
 
     def _ask_chief(self, flat: Message, digest: str) -> None:
+        # digest -> "agreed", or "tell", to which the facts are the answer. The chief then finds
+        # the difference, and its error arrives as a "left" message, which _receive_from raises.
         deadline = time.monotonic() + self._timeout_seconds
         self._send(0, {"digest": digest}, deadline)
         answer = self._receive_from([0], deadline)[0]
@@ -98,16 +105,19 @@ class Meeting:
         for i in unlike:
             self._send(i, {"tell": True}, deadline)
         theirs = self._receive_from(unlike, deadline)
-        if unlike:  # leaving the `with` tells the others
+        # The error ends the chief, and leaving the `with` tells it to all other hosts.
+        if unlike:
             facts = {i: theirs[i].get("facts", {}) for i in unlike}
             raise ConfigError(self._describe({self.index: flat, **facts}))
         for i in self.lines:
             self._send(i, {"agreed": True}, deadline)
 
     def _describe(self, facts: Mapping[int, Mapping[str, str]]) -> str:
+        """The message about the facts (host -> key -> value) in which hosts differ."""
         keys = sorted({key for flat in facts.values() for key in flat})
         parts, remedies = [], []
         for key in keys:
+            # Value -> the hosts that have it.
             hosts: dict[str, list[int]] = {}
             for i, flat in facts.items():
                 hosts.setdefault(flat.get(key, "absent"), []).append(i)
@@ -132,10 +142,11 @@ class Meeting:
             raise self._lost(index, error) from None
 
     def _receive_from(self, indices: Iterable[int], deadline: float) -> dict[int, Message]:
-        """One message of each host, in whichever order they come."""
+        """Receives one message from each host, in whichever order they come."""
         found: dict[int, Message] = {}
         indices = list(indices)
         while missing := [i for i in indices if i not in found]:
+            # What has arrived already is taken first; then wait for any of the missing hosts.
             for i in missing:
                 try:
                     message = self.lines[i].next()
@@ -164,7 +175,7 @@ class Meeting:
 
 
 def parting(error: BaseException | None) -> Message:
-    """What a host says last: why it leaves."""
+    """The last message of a host: why it leaves, and its exit code."""
     if error is None:
         return {"left": "", "code": 0}
     code = 1
@@ -178,12 +189,13 @@ def parting(error: BaseException | None) -> Message:
 
 
 def error_of(message: Message, name: str) -> BaseException:
-    """The error to end with after a host's parting words; `name` is how messages call the host."""
+    """The error to raise after another host's `parting` message; `name` is that host's name."""
     text, code = str(message["left"]), message.get("code")
     if code == PREEMPTED:
         logging.warning("%s was asked to stop: stopping, too", name)
         return SystemExit(PREEMPTED)
-    if text.startswith("the hosts differ:"):  # which names the hosts itself
+    # This message names the hosts itself, and is to be the same on all of them.
+    if text.startswith("the hosts differ:"):
         return ConfigError(text)
     if code == ConfigError.exit_code:
         return ConfigError(f"{name} ended: {text}")

@@ -1,4 +1,8 @@
-"""Hosts of a strategy: which replicas each host feeds, and numbers gathered from all hosts."""
+"""The hosts of a strategy: which replicas each host feeds, and numbers gathered from all hosts.
+
+A host is a process; its replicas are the devices that it feeds. Replicas are numbered over all
+hosts, those of a host being neighbours.
+"""
 
 import functools
 
@@ -6,7 +10,7 @@ import tensorflow as tf
 
 
 def host_replicas(strategy: tf.distribute.Strategy) -> range:
-    """The global replica numbers that this host feeds: all hosts have equally many, in order."""
+    """The numbers of the replicas that this host feeds; all hosts have equally many, in order."""
     hosts = num_hosts(strategy)
     local = strategy.num_replicas_in_sync // hosts
     index = strategy.cluster_resolver.task_id if hosts > 1 else 0
@@ -17,17 +21,17 @@ def num_hosts(strategy: tf.distribute.Strategy) -> int:
     """How many processes run this program together (1 but for MultiWorkerMirrored)."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return 1
-    # strategy.py gives all hosts to TensorFlow as one job, "worker". No job: a strategy made for
-    # one process without a cluster.
+    # strategy.py gives all hosts to TensorFlow as one job, "worker". A strategy without that job
+    # was made for one process without a cluster.
     return max(len(strategy.cluster_resolver.cluster_spec().as_dict().get("worker", [])), 1)
 
 
 def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
-    """Gathers one number from each host.
+    """Gathers one int64 number from each host; a collective, which all hosts must call.
 
     Returns:
-      The numbers in the hosts' order, the same list on every host. It waits until all hosts have
-      called it, so it is also a barrier.
+      The numbers in the hosts' order, the same list on every host. The call waits until all hosts
+      have called it, so it is also a barrier.
     """
     hosts = num_hosts(strategy)
     if hosts == 1:
@@ -37,6 +41,7 @@ def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
     return [int(n) for n in gathered][:: strategy.num_replicas_in_sync // hosts]
 
 
+# Cached by strategy: a new tf.function would be traced again at each call.
 @functools.cache
 def _gather(strategy: tf.distribute.Strategy):
     # In a tf.function, because TensorFlow warns at each eager all-gather that it is slow.
@@ -60,6 +65,7 @@ def device_kind(strategy: tf.distribute.Strategy) -> str:
     """ "CPU", "GPU" or "TPU": what the replicas run on."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return "TPU"
+    # All replicas of a strategy run on one kind of device, so the first tells.
     device = strategy.extended.worker_devices[0]
     return tf.DeviceSpec.from_string(device).device_type or "CPU"
 
@@ -68,6 +74,7 @@ def describe(strategy: tf.distribute.Strategy, *, batch_size: int, accumulation:
     """One line: strategy, hosts, replicas, kind of device, and how the batch is cut up."""
     replicas = strategy.num_replicas_in_sync
     share = batch_size // replicas
+    # TensorFlow's class has an older name than the one that its users know.
     name = type(strategy).__name__.replace("CollectiveAllReduce", "MultiWorkerMirrored")
     text = (
         f"{name}: {num_hosts(strategy)} host(s), {replicas} replica(s) on "

@@ -1,8 +1,8 @@
 """Ending a run early without losing it: a signal to stop saves a checkpoint first.
 
-Schedulers announce the end of a job by signals of their own choice: SIGTERM (most), SIGUSR1 or
-SIGUSR2 (Slurm's --signal, on demand), SIGHUP (a terminal that closes), SIGINT (Ctrl-C). All mean
-the same here.
+Which signal announces the end of a job depends on the sender: SIGTERM (most schedulers), SIGUSR1 or
+SIGUSR2 (Slurm's --signal, on demand), SIGHUP (a terminal that closes), SIGINT (Ctrl-C). All of them
+mean here: save and stop.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ _SHOW_CURSOR = "\x1b[?25h"  # what a progress bar on a terminal hides
 
 
 class Preemption:
-    """Notices a wish to stop, within a `with`; a second Ctrl-C ends at once.
+    """Notices signals to stop within its `with`; a second Ctrl-C ends the process at once.
 
-    It begins before there is anything to save: then a signal leaves at once, with exit code
+    At first there is nothing to save yet: a signal ends the process at once, with exit code
     PREEMPTED (Ctrl-C with a KeyboardInterrupt). From `attach` on signals are only noted, and the
     loop asks `requested()` when it can save.
 
-    A signal that is ignored when this begins stays ignored: SIGHUP under nohup, SIGINT in a job
-    that a shell script has put into the background.
+    A signal that is ignored at the beginning of the `with` stays ignored: SIGHUP under nohup,
+    SIGINT in a job that a shell script has put into the background.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,7 @@ class Preemption:
         self._wakeup_before = -1
 
     def __enter__(self) -> "Preemption":
+        # Python allows only the main thread to set handlers; a notebook may train in another one.
         if threading.current_thread() is not threading.main_thread():
             logging.warning("not in the main thread: a signal to stop will not save a checkpoint")
             return self
@@ -59,11 +60,12 @@ class Preemption:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
-            # None: set by C code, which Python cannot put back.
+            # None: the handler was set by C code, and Python cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(self._pipe)  # the thread reads the end of the pipe, and is done
+            # Then the thread reads the end of the pipe, and is done.
+            os.close(self._pipe)
             self._pipe = None
 
     def attach(self, gather: Callable[[int], Sequence[int]]) -> None:
@@ -99,6 +101,7 @@ class Preemption:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
+        # The first signal counts; a second SIGTERM must not change what the first one has begun.
         self._received = self._received or signal.Signals(number)
         if self._gather is not None:
             return
@@ -110,24 +113,28 @@ class Preemption:
     def _watch_for_second_interrupt(self) -> None:
         """Starts a thread that ends the process at the second Ctrl-C.
 
-        Python runs a handler only between two calls of the main thread into TensorFlow, and one
-        may take minutes. What the C half of Python's handler writes into the pipe is there at once.
+        Python runs a handler only between two calls of the main thread into TensorFlow, and a call
+        may take minutes. But the C part of Python's handler writes the signal's number into the
+        wakeup descriptor at once, and the thread reads it.
         """
         read, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)  # set_wakeup_fd asks for it
+        # set_wakeup_fd demands it: a handler must not wait for room in a full pipe.
+        os.set_blocking(self._pipe, False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         threading.Thread(target=_end_at_second_interrupt, args=(read,), daemon=True).start()
 
 
 def _say(text: str) -> None:
-    """Prints to stderr past Python's own file, whose lock the interrupted code may hold."""
-    with contextlib.suppress(OSError, ValueError):  # the terminal may be what has gone
+    """Prints to stderr, not through Python's file, whose lock the interrupted code may hold."""
+    # The terminal may be gone, which is why SIGHUP came.
+    with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), text.encode())
 
 
 def _end_at_second_interrupt(pipe: int) -> None:
     first = None
-    while received := os.read(pipe, 1):  # one byte a signal, its number; nothing at the end
+    # One byte for each signal, its number; no byte when the pipe's other end has been closed.
+    while received := os.read(pipe, 1):
         now = time.monotonic()
         if received[0] != signal.SIGINT:
             continue

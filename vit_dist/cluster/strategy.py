@@ -1,4 +1,4 @@
-"""Which tf.distribute strategy a run uses, made from what the machine and its environment offer."""
+"""Chooses and makes a run's tf.distribute strategy, from the devices and the environment."""
 
 import faulthandler
 import importlib.util
@@ -12,6 +12,7 @@ from vit_dist.cluster.hosts import device_kind
 from vit_dist.config.errors import ConfigError
 
 NAMES = ("auto", "single", "mirrored", "multiworker", "tpu", "local")
+# Environment variables of TPU hosts; any of them makes "auto" take the TPU.
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
 _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 
@@ -82,12 +83,13 @@ def choose_cluster(name: str = "auto", tpu: str = "") -> Cluster | None:
 
 
 def _takes_tpu(name: str, tpu: str) -> bool:
+    """Whether a strategy of this name is a TPU's, by the arguments and the environment alone."""
     named = tpu or any(variable in os.environ for variable in _TPU_VARIABLES)
     return name == "tpu" or (name == "auto" and bool(named))
 
 
 def _check_one_tpu_host() -> None:
-    """A slice's hosts would each train alone, all of them into one workdir."""
+    """Raises ConfigError on a TPU slice of several hosts, which would each train alone."""
     hosts = [h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h.strip()]
     if len(hosts) > 1:
         raise ConfigError(
@@ -97,13 +99,14 @@ def _check_one_tpu_host() -> None:
 
 
 def resolve(name: str, tpu: str = "") -> str:
-    """What "auto" and "local" stand for here: one of the other names."""
+    """What "auto" and "local" stand for here: one of the other names. May start the devices."""
     if name not in ("auto", "local"):
         return name
     if _takes_tpu(name, tpu):
         return "tpu"
     if choose_cluster(name, tpu):
         return "multiworker"
+    # Virtual CPUs are logical devices of one physical CPU. Listing them starts the devices.
     several = len(tf.config.list_physical_devices("GPU")) > 1
     return "mirrored" if several or len(tf.config.list_logical_devices("CPU")) > 1 else "single"
 
@@ -120,22 +123,22 @@ def make_strategy(
 ) -> tf.distribute.Strategy:
     """Makes the strategy; the first call in a process that touches devices.
 
-    The hosts of a cluster have met before (see meeting.meet); TensorFlow would wait for an absent
-    one without end.
+    The hosts of a cluster must have met before (see meeting.meet): TensorFlow would wait for an
+    absent host without end.
 
     Args:
       name: one of NAMES. "auto" takes a TPU if the environment names one, else the cluster that it
         describes (environment.ENGINES), else what "local" takes: all GPUs or virtual CPUs of this
         machine, else its one device.
-      virtual_cpus: split the CPU into so many logical devices (and leave GPUs alone), so that
-        several replicas run on any machine; 0 uses the CPU whole.
+      virtual_cpus: splits the CPU into so many logical devices and uses no GPU, so that several
+        replicas run on any machine; 0 uses the CPU whole.
       min_devices: refuse to start with fewer replicas, over all hosts.
       tpu: "local" for the TPU of this VM, or a TPU's name; "" takes TPU_NAME, else "local".
       tpu_zone, tpu_project: of a named TPU.
-      timeout_seconds: multiworker: the longest wait for other hosts.
+      timeout_seconds: for several hosts: the longest wait for others; at least 120 s are waited.
 
     Raises:
-      ConfigError: see check_strategy; and no such device here, with what was looked for.
+      ConfigError: see check_strategy; also if there is no such device, with what was looked for.
     """
     check_strategy(
         name=name,
@@ -146,6 +149,7 @@ def make_strategy(
         tpu_project=tpu_project,
         timeout_seconds=timeout_seconds,
     )
+    # Both before resolve(), which starts the devices: afterwards they cannot be configured.
     _tune_xla()
     if virtual_cpus:
         _split_cpu(virtual_cpus)
@@ -171,12 +175,14 @@ def make_strategy(
 
 
 def device_warnings(strategy: tf.distribute.Strategy) -> list[str]:
-    """What looks like a GPU that is meant to be used and is not; touches no device."""
+    """One line if a GPU seems to be there and the run is on the CPU; starts no device."""
+    # NVIDIA's wheels (the extra `gpu`) or a driver's device file: somebody expects a GPU to work.
     wanted = importlib.util.find_spec("nvidia") or os.path.exists("/dev/nvidia0")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device_kind(strategy) != "CPU" or not wanted or hidden in ("", "-1"):
         return []
-    if tf.config.list_physical_devices("GPU"):  # somebody has set virtual_cpus
+    # TensorFlow sees the GPU, and virtual_cpus is set: the CPU was asked for.
+    if tf.config.list_physical_devices("GPU"):
         return []
     return [
         "training on the CPU: NVIDIA's libraries or a GPU are installed, but TensorFlow sees no GPU"
@@ -188,8 +194,9 @@ def device_warnings(strategy: tf.distribute.Strategy) -> list[str]:
 def _mirrored_strategy(virtual_cpus: int) -> tf.distribute.Strategy:
     gpus = [] if virtual_cpus else tf.config.list_logical_devices("GPU")
     devices = gpus or tf.config.list_logical_devices("CPU")[: virtual_cpus or None]
-    # Virtual CPUs share one memory: a plain sum. Their collectives gain nothing there, and bind
-    # a process to the first number of replicas it used. GPUs take the default, NCCL.
+    # Virtual CPUs share one memory, so a plain sum is enough. Collectives would gain nothing, and
+    # would bind the process to the number of replicas that it used first. GPUs take NCCL, which is
+    # the default.
     reduce = None if gpus else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(
         [device.name for device in devices], cross_device_ops=reduce
@@ -197,10 +204,11 @@ def _mirrored_strategy(virtual_cpus: int) -> tf.distribute.Strategy:
 
 
 def _tune_xla() -> None:
-    """Lets XLA use a CPU's whole vectors; the user's own XLA_FLAGS win.
+    """Lets XLA use a CPU's whole vectors; a flag that the user has set in XLA_FLAGS wins.
 
-    LLVM halves AVX-512's vectors by default, because early such processors slowed down under them;
-    a step of Ti/16 takes 4 % less time with whole ones. XLA reads the variable at its first use.
+    LLVM uses half of AVX-512's width by default, because early processors with it ran slower under
+    full load; a step of Ti/16 takes 4 % less time at full width. XLA reads the variable when it is
+    first used.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _VECTOR_FLAG not in flags:
@@ -211,12 +219,14 @@ def _split_cpu(count: int) -> None:
     cpu = tf.config.list_physical_devices("CPU")[0]
     split = tf.config.get_logical_device_configuration(cpu) or ()
     try:
-        if len(split) < count:  # else whoever split it may want the rest too
+        # Split into more already, as by a test or a notebook: the rest may be in use there.
+        if len(split) < count:
             tf.config.set_logical_device_configuration(
                 cpu, [tf.config.LogicalDeviceConfiguration()] * count
             )
         tf.config.set_visible_devices([], "GPU")
-    except RuntimeError:  # the process has used its devices already: fine if there are enough
+    # TensorFlow's devices have been started already. That is fine if there are enough of them.
+    except RuntimeError:
         have = len(tf.config.list_logical_devices("CPU"))
         if have < count:
             raise ConfigError(
@@ -257,13 +267,16 @@ def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
             name, zone=zone or None, project=project or None
         )
+        # A TPU on another machine: TensorFlow would try to reach an absent one for ever, so a plain
+        # connection is tried first. The address may be IPv6, [::1]:8470.
         address = resolver.master().partition("grpc://")[2]
-        if address:  # TensorFlow would call it for ever
+        if address:
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
-    except Exception as error:  # gRPC, HTTP, import and runtime errors alike: there is no such TPU
+    # gRPC, HTTP, import and runtime errors: each means that no TPU can be used.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ConfigError(f"found no {looked} ({reason}). {remedy}") from None

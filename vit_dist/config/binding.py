@@ -12,14 +12,20 @@ from vit_dist.config.errors import ConfigError
 def bind(
     function: Callable[..., Any], section: Mapping[str, Any], *, name: str, **given: Any
 ) -> dict[str, Any]:
-    """The keyword arguments of `function` from a section of the config and values computed by us.
+    """The keyword arguments of `function` from a section of the config and other, computed values.
 
-    Replacing a whole section passes a locked ConfigDict silently; the signature is what counts.
+    Args:
+      function: reads the section; its signature tells names and types of the keys.
+      section: a section of the config.
+      name: the section's name, for messages.
+      **given: arguments that do not come from the section.
 
     Raises:
-      ConfigError: a key the function does not take, one that it needs, or one given twice.
+      ConfigError: a key that the function does not take or that is in `given`, an argument that is
+        missing, or a value of a wrong type.
     """
-    # The signature is the list of keys: a key that no function takes cannot be set without effect.
+    # The signature is the list of keys, so a key that nothing reads cannot be set without effect.
+    # The lock of a ConfigDict does not ensure that: a config file may replace a whole section.
     parameters = inspect.signature(function).parameters
     for key in section:
         if key not in parameters or key in given:
@@ -39,12 +45,16 @@ def bind(
 
 def check_type(key: str, value: Any, annotation: Any) -> None:
     """Raises ConfigError if `value` is of none of the annotation's types; an int is a float too."""
+    # A mistake of whoever wrote the function: `from __future__ import annotations` makes strings.
     if isinstance(annotation, str):
-        raise TypeError(f"{key}: string annotations cannot be checked")  # a programmer's mistake
+        raise TypeError(f"{key}: string annotations cannot be checked")
+    # float | None -> (float, NoneType)
     allowed = get_args(annotation) or (annotation,)
+    # A generic such as tuple[int, int]: the function checks such a value itself.
     if any(get_origin(t) or not isinstance(t, type) for t in allowed):
-        return  # a generic such as tuple[int, int]: the function's own checks judge it
-    if isinstance(value, bool):  # an int to Python, but a mistake where a number belongs
+        return
+    # A bool is an int to Python, but a mistake where a number belongs.
+    if isinstance(value, bool):
         fits = bool in allowed
     else:
         fits = isinstance(value, allowed) or (isinstance(value, int) and float in allowed)
@@ -54,10 +64,10 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
 
 
 def check_range(key: str, value: float, interval: str, *, none: bool = False) -> None:
-    """Raises ConfigError if a number is not in an interval such as "[0, 1)"; NaN is in none.
+    """Raises ConfigError if a number is not in an interval such as "[0, 1)"; NaN is in no interval.
 
     Args:
-      key: for the message.
+      key: the key's name, for the message.
       value: the number.
       interval: with inf or -inf for an end that has no limit.
       none: whether the message offers None as well.
@@ -65,8 +75,10 @@ def check_range(key: str, value: float, interval: str, *, none: bool = False) ->
     left, low, high, right = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", interval).groups()  # type: ignore[union-attr]
     above = value >= float(low) if left == "[" else value > float(low)
     below = value <= float(high) if right == "]" else value < float(high)
+    # NaN fails both comparisons, infinity the one with an open end at inf.
     if above and below:
         return
+    # In words where an end is infinite: "0 or more" rather than "in [0, inf)".
     wanted = f"in {interval}"
     if low == "-inf" and high == "inf":
         wanted = "a finite number"

@@ -18,13 +18,13 @@ from vit_dist.config.errors import ConfigError
 
 
 class _Key(NamedTuple):
-    """A key whose type or range its default alone does not tell.
+    """A key whose default alone does not tell its type or range.
 
     Attributes:
-      default: what the key is where nobody sets it.
-      type: of its values; object for any literal.
-      range: an interval of numbers such as "[0, 1)"; inf and NaN are in none.
-      none: whether it may be None.
+      default: the key's value where nobody sets it.
+      type: of the key's values; object for any literal.
+      range: an interval of numbers such as "[0, 1)"; inf and NaN are in no interval.
+      none: whether the key may be None.
     """
 
     default: Any
@@ -34,22 +34,25 @@ class _Key(NamedTuple):
 
 
 def _number(default: int | float, interval: str) -> _Key:
-    """A key that is always a number of the interval."""
+    """A key that is always a number in the interval, never None; int or float as its default."""
     return _Key(default, type(default), interval, none=False)
 
 
-_RANGES = {"percent": "[0, 100]", "minutes": "(0, inf)"}  # of durations; of other units 0 or more
+# Of durations, by unit; durations in other units are 0 or more.
+_RANGES = {"percent": "[0, 100]", "minutes": "(0, inf)"}
 
 
 def _durations(name: str, **default: int) -> dict[str, _Key]:
     """The keys name_steps, name_epochs, ... of which exactly one counts."""
     types = {"steps": int, "epochs": float, "examples": int, "percent": float, "minutes": float}
-    # A whole run has no percentage of itself; the clock decides only when to save.
+    # A whole run cannot be a percentage of itself; only saving may go by the clock.
     units = UNITS[:3] if name == "total" else UNITS if name == "save" else UNITS[:4]
     ranges = {u: _RANGES.get(u, "[0, inf)") for u in units}
     return {f"{name}_{u}": _Key(default.get(u), types[u], ranges[u]) for u in units}
 
 
+# The table of all keys. A comment behind or above an entry is also its row in docs/config.md, which
+# tools/config_page.py makes; the comment behind a section's name is the part that reads it.
 DEFAULTS: dict[str, Any] = {
     "seed": _number(0, "[0, 2147483647]"),  # int32; of weights, data order, augmentation, dropout
     "image_size": _Key(224, object),  # pixels: an int, or (height, width); pipes call it `size`
@@ -58,24 +61,24 @@ DEFAULTS: dict[str, Any] = {
     **_durations("log", steps=50),  # how often to write metrics
     **_durations("eval", percent=10),  # how often to evaluate on val; always at the end
     **_durations("save", percent=10),  # how often to save; always at the end
-    "keep_checkpoints": _number(2, "[1, inf)"),  # the newest so many stay on disk
+    "keep_checkpoints": _number(2, "[1, inf)"),  # how many of the newest stay on disk
     "resume_from": "",  # another run's folder: continue it here, optimizer and step included
     "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
     "init_image_size": _Key(None, object),  # pixels that init_from was trained at, if no file tells
     "init_ignore": "",  # regex: tensors in init_from's file that may be left out
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
-    "imports": _Key((), object),  # your own to import first, e.g. ("my_ops",)
+    "imports": _Key((), object),  # modules of your own to import first, e.g. ("my_ops",)
     "data": {  # data/sources/; keys left None take the source's own default
         "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
         "train_split": "train",  # as the source names it; tfds: TFDS's syntax, "train[:99%]"
         "val_split": "val",  # "" for none
         "test_split": "test",  # evaluated once, at the end; "" for none
         "name": _Key(None, str),  # tfds: builder, e.g. imagenet2012
-        "data_dir": _Key(None, str),  # tfds, folder, array_record: where it lies
+        "data_dir": _Key(None, str),  # tfds, folder, array_record: the folder of the data
         "file_format": _Key(None, str),  # tfds: array_record | tfrecord
-        "val_fraction": _Key(None, float, "[0, 1)"),  # folder without val/
-        "test_fraction": _Key(None, float, "[0, 1)"),  # folder without test/
+        "val_fraction": _Key(None, float, "[0, 1)"),  # folder without val/: share set aside for it
+        "test_fraction": _Key(None, float, "[0, 1)"),  # folder without test/: share set aside
         "files": _Key(None, str),  # tfrecord: pattern with {split}, e.g. /data/{split}-*
         "class_file": _Key(None, str),  # tfrecord: names of the classes, one a line
         "image_key": _Key(None, str),  # tfrecord: feature with the encoded image
@@ -84,9 +87,9 @@ DEFAULTS: dict[str, Any] = {
         "counts": _Key(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
         "stream": _Key(None, bool),  # tfrecord: in sequence, not by index; None: from a bucket
         "num_classes": _Key(None, int, "[1, inf)"),  # tfrecord without class_file; synthetic
-        "num_examples": _Key(None, int, "[1, inf)"),  # synthetic
-        "height": _Key(None, int, "[1, inf)"),  # synthetic: of the images, before the pipe
-        "width": _Key(None, int, "[1, inf)"),  # synthetic
+        "num_examples": _Key(None, int, "[1, inf)"),  # synthetic: in a split
+        "height": _Key(None, int, "[1, inf)"),  # synthetic: pixels of the images, before the pipe
+        "width": _Key(None, int, "[1, inf)"),  # synthetic: pixels of the images, before the pipe
         "image_format": _Key(None, str),  # synthetic: jpeg | array
         "options": _Key(None, object),  # a source of your own: {name: value} for its constructor
         "parts": _Key(None, object),  # mixture: [{"source": ..., "weight": ..., options}, ...]
@@ -102,29 +105,25 @@ DEFAULTS: dict[str, Any] = {
         ),
         "num_threads": _Key(None, int, "[1, inf)"),  # None: as many as tf.data finds useful
         "prefetch": _number(2, "[1, inf)"),  # batches per replica kept ready
-        "repeats": _number(
-            1, "[1, inf)"
-        ),  # repeated augmentation: copies of each example in a batch; 3 in DeiT
-        "on_bad_example": "fail",  # fail: name it and end | mask: it counts as nothing
-        "max_bad_share": _number(
-            0.001, "[0, 1]"
-        ),  # mask: of an epoch (or of what was read, if more) before ending
+        # repeated augmentation: copies of each example in a batch; 3 in DeiT
+        "repeats": _number(1, "[1, inf)"),
+        "on_bad_example": "fail",  # fail: name it and end | mask: it adds 0 to loss and accuracy
+        # mask: largest share of damaged examples, of an epoch (or of all that was read, if more)
+        "max_bad_share": _number(0.001, "[0, 1]"),
         "cache": "off",  # of train: off | raw (bytes of the files) | decoded (before the pipe)
         "cache_dir": "",  # a folder for the cache, kept for later runs; "": in memory
-        "service": "",  # host:port,host:port of vit_dist.data_service, which make train's batches
-        "service_timeout": _number(
-            120.0, "(0, inf)"
-        ),  # seconds that a service may send nothing before the run ends
+        "service": "",  # host:port,host:port of vit_dist.data_service, which makes train's batches
+        # seconds that a service may send nothing before the run ends
+        "service_timeout": _number(120.0, "(0, inf)"),
     },
     "mixing": {  # data/mixing.py
         "mixup_alpha": _number(0.0, "[0, inf)"),  # of Beta(alpha, alpha); 0: no mixup
-        "cutmix_alpha": _number(0.0, "[0, inf)"),  # of CutMix; 0: none
-        "probability": _number(1.0, "[0, 1]"),  # of mixing at all
+        "cutmix_alpha": _number(0.0, "[0, inf)"),  # of Beta(alpha, alpha); 0: no CutMix
+        "probability": _number(1.0, "[0, 1]"),  # that a batch, pair or image is mixed at all
         "switch_probability": _number(0.5, "[0, 1]"),  # of CutMix, if both alphas are positive
-        "mode": "batch",  # what shares a draw: batch | pair | elem (each its own)
-        "group_size": _number(
-            2, "[2, inf)"
-        ),  # neighbours that are each other's partners; divides a micro-batch
+        "mode": "batch",  # what shares one draw: batch | pair | elem (each image its own)
+        # neighbours in a batch that are mixed with each other; must divide a micro-batch
+        "group_size": _number(2, "[2, inf)"),
         "fold_lambda": False,  # mixup's lambda = max(lambda, 1 - lambda), as big_vision
     },
     "model": {  # model/vit.py
@@ -136,60 +135,52 @@ DEFAULTS: dict[str, Any] = {
         "pool": "gap",  # tok | gap | tok_gap | map
         "posemb": "learned",  # learned | sincos2d
         "posemb_stddev": _number(0.02, "[0, inf)"),  # initial spread of learned positions
-        "rep_size": _number(
-            0, "[-1, inf)"
-        ),  # representation layer before the head; -1: as wide as the model
-        "dropout": _number(
-            0.0, "[0, 1)"
-        ),  # of positions, attention's output and both layers of the MLP
+        # representation layer before the head; -1: as wide as the model
+        "rep_size": _number(0, "[-1, inf)"),
+        # of positions, attention's output and both layers of the MLP
+        "dropout": _number(0.0, "[0, 1)"),
         "attention_dropout": _number(0.0, "[0, 1)"),  # of attention's weights
-        "drop_path": _number(0.0, "[0, 1)"),  # stochastic depth at the last block
+        "drop_path": _number(0.0, "[0, 1)"),  # stochastic depth: the last block's probability
         "drop_path_growth": "linear",  # from 0 at the first block, or constant (DeiT III)
-        "layer_scale": _Key(None, float, "(0, inf)"),  # e.g. 1e-4; None: without
+        "layer_scale": _Key(None, float, "(0, inf)"),  # initial value, e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,  # biases of query, key and value
-        "remat": "none",  # computed anew in the backward pass: none | attention | full (blocks)
+        "remat": "none",  # computed again in the backward pass: none | attention | full (blocks)
         "attention_block": _Key(None, int, "[1, inf)"),  # keys at a time, e.g. 512 for many tokens
-        "softmax": "float32",  # of attention: float32 | compute (as activations; big_vision's)
+        "softmax": "float32",  # attention's dtype: float32 | compute (the activations'; big_vision)
         "cls_token": _Key(None, bool),  # None: if the pool needs one
         "registers": _number(0, "[0, inf)"),  # further learned tokens, e.g. 4
         "prefix_posemb": "cls",  # which tokens before the patches have a position: cls | all | none
-        "norm_epsilon": _number(
-            1e-6, "(0, inf)"
-        ),  # LayerNorm's; 1e-12 in Hugging Face's ViT and DeiT
+        # LayerNorm's; 1e-12 in Hugging Face's ViT and DeiT
+        "norm_epsilon": _number(1e-6, "(0, inf)"),
         "norm_after_pool": False,  # timm's fc_norm
         "channels": _number(3, "[1, inf)"),  # of the images that the pipes give
-        "head_bias": _number(
-            0.0, "(-inf, inf)"
-        ),  # -10 / -6.9 for sigmoid losses over 21k / 1k classes
+        # -10 / -6.9 for sigmoid losses over 21k / 1k classes
+        "head_bias": _number(0.0, "(-inf, inf)"),
     },
     "loss": {  # training/losses.py
         "name": "softmax",  # softmax | sigmoid
         "label_smoothing": _number(0.0, "[0, 1)"),  # s in labels * (1 - s) + s / number of classes
         "reduction": "sum",  # sigmoid, over the classes: sum | mean (PyTorch, DeiT III)
-        "threshold": _Key(
-            None, float, "[0, 1)"
-        ),  # sigmoid: label shares above it count as 1, others as 0
+        # sigmoid: label shares above it count as 1, others as 0
+        "threshold": _Key(None, float, "[0, 1)"),
     },
     "optimizer": {  # training/optimizer.py
         "name": "adamw",  # adamw | sgd | lamb | lion | adafactor | adafactor_vit | muon
         "learning_rate": _number(1e-3, "[0, inf)"),  # the schedule's peak
-        "weight_decay": _number(
-            0.1, "[0, inf)"
-        ),  # decoupled; from big_vision: its value / peak, or decay_scale
-        "decay_scale": "learning_rate",  # decay is times this: learning_rate | schedule
-        # (regex, factor) pairs, of which the first found in a variable's name counts.
-        "decay_multipliers": _Key((("kernel$", 1.0),), object),  # of decay; no match: 0
-        "lr_multipliers": _Key((), object),  # of the learning rate; 0 freezes; no match: 1
-        "layer_decay": _Key(
-            None, float, "(0, 1]"
-        ),  # learning rate per block from the head down, e.g. 0.75
-        "momentum_dtype": "float32",  # in which first moments are stored: float32 | bfloat16
+        # decoupled; from big_vision: its value / peak, or decay_scale
+        "weight_decay": _number(0.1, "[0, inf)"),
+        "decay_scale": "learning_rate",  # what multiplies the decay: learning_rate | schedule
+        # Both are (regex, factor) pairs; the first regex found in a variable's name counts.
+        "decay_multipliers": _Key((("kernel$", 1.0),), object),  # (regex, factor); no match: 0
+        "lr_multipliers": _Key((), object),  # (regex, factor); factor 0 freezes; no match: 1
+        # factor of the learning rate per block, from the head down, e.g. 0.75
+        "layer_decay": _Key(None, float, "(0, 1]"),
+        "momentum_dtype": "float32",  # dtype of stored first moments: float32 | bfloat16
         "beta_1": _number(0.9, "[0, 1)"),  # adamw, lamb, lion, adafactor_vit, muon
         "beta_2": _Key(None, float, "[0, 1)"),  # as beta_1; None: lion 0.99, else 0.999
-        "epsilon": _Key(
-            None, float, "(0, inf)"
-        ),  # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
+        # None: adamw 1e-8, lamb 1e-6, muon 1e-7, adafactor* 1e-30
+        "epsilon": _Key(None, float, "(0, inf)"),
         "momentum": _Key(None, float, "[0, 1)"),  # None: sgd 0.9, muon 0.95
         "shard_state": False,  # ZeRO-1: each replica holds the state of a part of the variables
     },
@@ -198,47 +189,45 @@ DEFAULTS: dict[str, Any] = {
         **_durations("warmup", steps=0),  # linear, from start_factor
         **_durations("cooldown", steps=0),  # linear, to 0 at the end
         **_durations("timescale", steps=10_000),  # rsqrt
-        **_durations("hold", steps=1),  # the rate changes only so often
+        **_durations("hold", steps=1),  # the rate changes only once in this time
         "start_factor": _number(0.0, "[0, 1]"),  # the warmup's first learning rate / peak
-        "end_factor": _number(
-            0.0, "[0, 1]"
-        ),  # cosine, linear, polynomial: final learning rate / peak
+        # cosine, linear, polynomial: final learning rate / peak
+        "end_factor": _number(0.0, "[0, 1]"),
         "power": _number(2.0, "(0, inf)"),  # polynomial
         "milestones": _Key((30.0, 60.0, 90.0), object),  # step: percent of the run
         "drop": _number(0.1, "[0, 1]"),  # step: factor at each milestone
-        "decay_from": "warmup",  # its end, or start: of the run, as timm
+        "decay_from": "warmup",  # warmup: decay begins at its end | start: at step 0, as timm
     },
     "step": {  # training/step.py
         "accumulation": _number(1, "[1, inf)"),  # micro-batches per replica and step
-        "clip_norm": _Key(1.0, float, "(0, inf)"),  # global; None: no clipping
+        "clip_norm": _Key(1.0, float, "(0, inf)"),  # largest global norm; None: no clipping
         "ema_decay": _Key(None, float, "(0, 1)"),  # e.g. 0.9999; None: no moving average
-        "all_reduce_dtype": "float32",  # in which gradients travel: float32 | bfloat16
+        "all_reduce_dtype": "float32",  # dtype in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
     "strategy": {  # cluster/strategy.py
         "name": "auto",  # auto | single | mirrored | multiworker | tpu | local
-        "virtual_cpus": _number(
-            0, "[0, inf)"
-        ),  # split the CPU into so many devices; 0: use it whole
+        # split the CPU into so many devices; 0: use it whole
+        "virtual_cpus": _number(0, "[0, inf)"),
         "min_devices": _number(0, "[0, inf)"),  # refuse to start with fewer, over all hosts
         "tpu": "",  # "local", or the TPU's name; "": the environment's TPU_NAME
         "tpu_zone": "",  # of a TPU by name
         "tpu_project": "",  # of a TPU by name
-        "timeout_seconds": _number(
-            1800.0, "(0, inf)"
-        ),  # several hosts: the longest that a run may stand still
+        # several hosts: the longest that a run may stand still
+        "timeout_seconds": _number(1800.0, "(0, inf)"),
     },
 }
 
 
 def get_defaults() -> ConfigDict:
-    """DEFAULTS, locked: a config file changes values, a misspelt key is an error."""
+    """DEFAULTS as a locked ConfigDict: a config file changes values, a misspelt key is an error."""
 
     def build(section: Mapping[str, Any]) -> ConfigDict:
         config = ConfigDict()
         for key, value in section.items():
             if isinstance(value, _Key) and value.none:
-                # In the shell a literal, so that None can be said; finalize() checks the type.
+                # An `object` takes a literal in the shell, so that None can be given; finalize()
+                # checks the type. Strings need no quotes then, so they stay strings.
                 kind = str if value.type is str else object
                 value = FieldReference(value.default, field_type=kind)
             elif isinstance(value, _Key):
@@ -250,7 +239,9 @@ def get_defaults() -> ConfigDict:
 
 
 def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> FrozenConfigDict:
-    """Leaves one unit of each duration: the shell's, else the config file's, else the default's.
+    """Checks keys, types and ranges, and keeps one unit of each duration.
+
+    The unit that is kept is the shell's, else the config file's, else the default's.
 
     Args:
       config: from a config file, overrides already applied.
@@ -260,15 +251,17 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
       A copy that cannot be changed.
 
     Raises:
-      ConfigError: two units of one duration given in the same place, a key that is missing or that
-        nobody reads, or a value of another type than the default's.
+      ConfigError: two units of one duration given in the same place, a key that is missing or
+        unknown, or a value of a wrong type or out of range.
     """
+    # Frozen: this function has returned it before.
     if isinstance(config, FrozenConfigDict):
-        return config  # as this function returned it
+        return config
     if not hasattr(config, "copy_and_resolve_references"):
         raise ConfigError(f"get_config() must return a config, got {config!r}")
     config = config.copy_and_resolve_references()
     _check_keys(config, DEFAULTS, "config")
+    # "" stands for the top of the config, which has durations of its own.
     for section_name in ("", *(k for k, v in DEFAULTS.items() if isinstance(v, dict))):
         section = config[section_name] if section_name else config
         default = get_defaults()[section_name] if section_name else get_defaults()
@@ -281,7 +274,9 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
 
 
 def _freeze_lists(config: ConfigDict) -> None:
-    """Makes dicts in lists unchangeable, such as data.parts: FrozenConfigDict takes none there."""
+    """Makes dicts in lists, such as data.parts, unchangeable: FrozenConfigDict refuses lists of
+    dicts that could change.
+    """
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             _freeze_lists(value)
@@ -297,7 +292,9 @@ def _is_section(value: Any) -> bool:
 
 
 def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> None:
-    """Replacing a whole section passes a locked ConfigDict silently."""
+    """Raises ConfigError for unknown and missing keys, wrong types and numbers out of range."""
+    # A ConfigDict's lock does not see it when a config file replaces a whole section, so all keys
+    # are compared with DEFAULTS again.
     for key in config:
         if key not in defaults:
             raise ConfigError(f"{where}.{key} is unknown{did_you_mean(key, defaults)}")
@@ -324,6 +321,7 @@ def _check_keys(config: ConfigDict, defaults: Mapping[str, Any], where: str) -> 
 def _keep_one(
     section: ConfigDict, default: ConfigDict, name: str, prefix: str, overrides: Mapping[str, Any]
 ) -> None:
+    """Sets all units of the duration `name` but the one that counts to None, in place."""
     keys = [f"{name}_{u}" for u in UNITS if f"{name}_{u}" in default]
     given = [k for k in keys if k in section and section[k] is not None]
     shell = [k for k in given if prefix + k in overrides]
@@ -362,7 +360,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """The resolved config as JSON has it, tuples as lists: what is compared at a resume."""
+    """The resolved config in JSON's types, tuples as lists: what a resume compares."""
     return json.loads(to_json(config))
 
 
@@ -370,9 +368,11 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
     """ "key: old -> new" for every key whose value differs, JSON values on both sides."""
     found = []
     for key in sorted(set(old) | set(new)):
+        # A key that one of the two lacks, as versions differ, counts as None.
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += changes(a, b, f"{prefix}{key}.")
+        # As text: 1 and 1.0 are equal to Python, and NaN is not equal to itself.
         elif json.dumps(a) != json.dumps(b):
             found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
     return found

@@ -1,4 +1,4 @@
-"""Durations of a run: in a config exactly one of _steps, _epochs, _examples, ... counts."""
+"""Durations of a run in steps; a config gives each in one unit, such as total_epochs."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ def duration(
 ) -> int:
     """The duration `name` of a section in optimizer steps, rounded to the nearest, at least 0.
 
-    One in minutes gives 0: no number of steps, the clock decides.
+    A duration in minutes gives 0: the clock decides then, not a number of steps.
 
     Args:
       section: a finalised config or section with keys such as log_steps and log_epochs.
@@ -31,9 +31,9 @@ def duration(
       where: the section's name, for messages.
 
     Raises:
-      ConfigError: none is set, or it is negative, or a percentage above 100.
+      ConfigError: no unit is set, the value is negative, or a percentage above 100.
     """
-    # A finalised config has one unit that is not None; the others were put aside by `finalize`.
+    # `finalize` has set all units to None but the one that counts.
     units = [u for u in UNITS if f"{name}_{u}" in section]
     for unit in units:
         value = section[f"{name}_{unit}"]
@@ -42,6 +42,8 @@ def duration(
         if not 0 <= value < math.inf or (unit == "percent" and value > 100):
             limit = "0 to 100" if unit == "percent" else "0 or more"
             raise ConfigError(f"{where}.{name}_{unit} must be {limit}, got {value}")
+        # Optimizer steps that one of the unit takes. total_steps is None only for "total" itself,
+        # which has no percentage.
         per_unit = {
             "steps": 1.0,
             "epochs": num_examples / batch_size,
@@ -56,5 +58,5 @@ def duration(
 
 
 def without_durations(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section's keys but for the durations, for binding beside their values in steps."""
+    """A section without its durations, which are given to the section's reader in steps instead."""
     return {k: v for k, v in section.items() if k.rsplit("_", 1)[-1] not in UNITS}

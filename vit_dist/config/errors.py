@@ -1,13 +1,13 @@
-"""What a run can end with that a person can mend; anything else keeps its traceback.
+"""Errors that a person can mend; any other error of a run keeps its traceback.
 
-Each class is also the built-in exception that a caller of the Python API would catch. `run/cli.py`
-prints the message of these alone, behind "error:", and leaves with the class's exit code.
-Schedulers act on it: after a 1 the same command may succeed, after a 2 it cannot.
+Each class is also the built-in exception that a caller of the Python API would catch. For these
+classes `run/cli.py` prints only the message, behind "error:", and exits with the class's exit code.
+Schedulers act on that code: after a 1 the same command may succeed, after a 2 it cannot.
 """
 
 
 class UserError(Exception):
-    """The base of all of them. The message says what was given, what is allowed, what to do."""
+    """The base class. A message says what was given, what is allowed, what to do."""
 
     exit_code = 1
 
@@ -35,6 +35,7 @@ class StorageError(UserError, OSError):
 class HostLostError(UserError, ConnectionError):
     """Another host of the run is gone or does not answer."""
 
+    # ConnectionError is an OSError too; see StorageError.
     def __str__(self) -> str:
         return str(self.args[-1]) if self.args else ""
 

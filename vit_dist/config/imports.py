@@ -13,11 +13,12 @@ from vit_dist.config.errors import ConfigError
 
 
 def check_imports(names: Any) -> tuple[str, ...]:
-    """The dotted names of config.imports.
+    """The dotted names of modules in config.imports, as a tuple.
 
     Raises:
-      ConfigError: anything but a list or tuple of them.
+      ConfigError: `names` is no list or tuple of dotted names.
     """
+    # A single name may come as a string. Only names are taken, never paths: what is imported runs.
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not all(
         isinstance(name, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name) for name in names
@@ -30,17 +31,19 @@ def check_imports(names: Any) -> tuple[str, ...]:
 
 
 def import_modules(names: Sequence[str]) -> None:
-    """Imports them, in this order; each registers what it has at its first import.
+    """Imports the modules in order; each registers its ops and sources when first imported.
 
     Raises:
-      ConfigError: one is not there. What goes wrong inside of it keeps its own traceback.
+      ConfigError: there is no such module. An error inside of a module keeps its own traceback.
     """
     for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
+            # error.name is what is missing: `name` itself or a package around it, or else another
+            # module that `name` imports, which is a fault of the user's code.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and imports another that is not
+                raise
             raise ConfigError(
                 f"config.imports names {name!r}, which is no module here: start in the folder that "
                 "holds it, or add that folder to PYTHONPATH"

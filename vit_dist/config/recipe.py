@@ -1,4 +1,4 @@
-"""What recipes in configs/ share: the argument behind the colon, and ImageNet's splits."""
+"""What the recipes in configs/ share: their argument, ImageNet's splits, fine-tuning schedules."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from vit_dist.config.binding import did_you_mean
 from vit_dist.config.errors import ConfigError
 
-# Published with TFDS: 1,281,167 training and 50,000 validation images of 1000 classes. The last
-# percent of the training images is for choosing; what papers report is validation, here "test".
+# As TFDS publishes it: 1,281,167 training and 50,000 validation images of 1000 classes. Choices are
+# made on the last percent of the training images; papers report on "validation", here "test".
 IMAGENET = {
     "source": "tfds",
     "name": "imagenet2012",
@@ -17,8 +17,8 @@ IMAGENET = {
     "val_split": "train[99%:]",
     "test_split": "validation",
 }
-# Fine-tuning as vision_transformer and big_vision have it: steps, warmup, training share, held-out
-# share, test split.
+# Fine-tuning as in vision_transformer and big_vision. Data set -> steps, steps of warmup, and the
+# splits for training, choosing and testing.
 TRANSFER_TASKS = {
     "imagenet2012": (20_000, 500, "train[:99%]", "train[99%:]", "validation"),
     "cifar10": (10_000, 500, "train[:98%]", "train[98%:]", "test"),
@@ -32,13 +32,17 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
     """The argument of `get_config`: "model=B/16,aug=medium1" over `defaults`.
 
     Args:
-      arg: comma-separated key=value; a value alone is that of the first default. None for none.
-      **defaults: key -> value, or a tuple of the values allowed, of which the first is the default.
-        A value is read as its default's type. One that ends in a colon stands for all that begin
-        with it.
+      arg: comma-separated key=value; a value without a key is that of the first key in `defaults`.
+        None for no argument.
+      **defaults: key -> default, or -> a tuple of the allowed values, the default first. A value is
+        converted to its default's type. An allowed value that ends in a colon allows every value
+        that begins with it.
+
+    Returns:
+      The values as attributes, by key.
 
     Raises:
-      ConfigError: an unknown key or value; says which there are.
+      ConfigError: an unknown key or value; says which ones are allowed.
     """
     values = {k: v[0] if isinstance(v, tuple) else v for k, v in defaults.items()}
     for part in filter(None, (arg or "").split(",")):
@@ -50,6 +54,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
                 f"the recipe has no argument {key!r}{did_you_mean(key, defaults)} "
                 f"There are: {', '.join(defaults)}"
             )
+        # The default's type converts the text: int("300") for an int.
         try:
             values[key] = type(values[key])(value)
         except ValueError:
@@ -73,7 +78,9 @@ def use_imagenet(config: ConfigDict) -> None:
 
 
 def use_all_of_imagenet(config: ConfigDict) -> None:
-    """The same with every training image, and validation to evaluate on, as DeiT has it."""
+    """Sets the data section for ImageNet-1k as DeiT uses it: all training images are trained on,
+    and the validation images are evaluated on.
+    """
     use_imagenet(config)
     config.data.train_split = "train"
     config.data.val_split, config.data.test_split = "validation", ""
@@ -91,12 +98,13 @@ def use_vision_transformer(config: ConfigDict, *, dataset: str, scale: str) -> N
 
     Args:
       config: its model.variant is set already.
-      dataset: of TRANSFER_TASKS; for others, the shortest of its schedules.
+      dataset: one of TRANSFER_TASKS; any other data set gets the shortest of their schedules.
       scale: the op that scales images.
     """
     config.total_steps, config.schedule.warmup_steps = TRANSFER_TASKS.get(dataset, (500, 100))[:2]
     config.input.batch_size = 512
-    # Only the window is decoded, which pays for large images; everywhere the same crop.
+    # ImageNet's are large JPEGs, of which only the crop's window is decoded. The small images of
+    # the other sets are decoded whole; the crop is drawn in the same way.
     crop = "inception_crop(size)"
     crop = f"decode_jpeg_and_{crop}" if dataset == "imagenet2012" else f"decode|{crop}"
     config.input.train_ops = f"{crop}|flip_lr|{scale}"
@@ -128,12 +136,14 @@ def use_deit_finetuning(config: ConfigDict, *, generation: int, scale: str) -> N
     config.input.train_ops = (
         f"{crop}|flip_lr|rand_augment_timm('rand-m9-mstd0.5-inc1'){erasing}|{scale}"
     )
+    # DeiT evaluates on the central 7/8 of an enlarged image, DeiT III on the whole image.
     larger = int(size / 0.875) if first else size
     config.input.eval_ops = (
         f"decode|resize_small({larger}, 'bicubic', True)|central_crop(size)|{scale}"
     )
     config.mixing.mixup_alpha, config.mixing.cutmix_alpha = 0.8, 1.0
     config.model.drop_path = 0.1
+    # DeiT III has one rate for all blocks, by size of the model.
     if not first:
         config.model.drop_path = {"S/16": 0.0, "B/16": 0.15}.get(config.model.variant, 0.0)
         config.model.drop_path_growth = "constant"

@@ -1,7 +1,8 @@
-"""The config that a run recorded, as a config file: get_config(path) reads it.
+"""A config file that reads the config which a run recorded: get_config(path).
 
-A run leaves its resolved config in config.json in its folder, and in the manifest of each
-checkpoint. `--config` takes the folder of a run, that of a checkpoint, or either file.
+A run writes its resolved config into config.json in its folder, and into the manifest of each
+checkpoint. `--config` takes a run's folder, a checkpoint's folder, or one of these files, which
+run/cli.py turns into this file's name, a colon and the path.
 """
 
 import json
@@ -20,18 +21,22 @@ def find(path: str) -> epath.Path | None:
     """The file with the recorded config that a path names or holds; None if there is none."""
     if path.endswith(".json"):
         return epath.Path(path)
+    # configs/demo.py or configs/demo.py:argument, an ordinary config file.
     if ".py" in path:
         return None
     folder = epath.Path(path).expanduser()
     for name in (CONFIG, MANIFEST):
         if (folder / name).exists():
             return folder / name
+    # A run's folder without config.json: the newest checkpoint's manifest. Names sort by step.
     manifests = sorted((folder / "checkpoints").glob(f"*/{MANIFEST}"))
     return manifests[-1] if manifests else None
 
 
 def get_config(path: str) -> ConfigDict:
-    """The defaults with what the run recorded; keys that came later keep their default.
+    """The defaults, overwritten by what the run recorded.
+
+    Keys that are newer than the run keep their default.
 
     Raises:
       ConfigError: no such file, or no config in it.
@@ -40,6 +45,7 @@ def get_config(path: str) -> ConfigDict:
     if file is None or not file.exists():
         raise ConfigError(f"{path}: there is no {CONFIG} of a run here")
     try:
+        # config.json is the config itself, a manifest has it among its notes.
         recorded = json.loads(file.read_text())
         recorded = recorded["notes"]["config"] if "notes" in recorded else recorded
         config = get_defaults()
@@ -52,6 +58,7 @@ def get_config(path: str) -> ConfigDict:
 
 
 def _take(config: ConfigDict, recorded: dict[str, Any], where: str) -> None:
+    """Copies recorded values into `config`, section by section; `where` is the section's name."""
     for key, value in recorded.items():
         if key not in config:
             raise ConfigError(
@@ -60,5 +67,7 @@ def _take(config: ConfigDict, recorded: dict[str, Any], where: str) -> None:
         if isinstance(config[key], ConfigDict):
             _take(config[key], value, f"{where}.{key}")
         else:
+            # JSON has no tuples, and a value such as None changes the type of a key. finalize()
+            # checks types afterwards.
             with config.ignore_type():
                 config[key] = value

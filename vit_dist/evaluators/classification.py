@@ -25,18 +25,19 @@ def make_evaluator(
 
     Args:
       model: images -> logits (b, C); its weights are read when evaluate is called.
-      loss_fn: logits, labels -> (b,).
-      strategy: whose replicas share the work.
-      preprocess: images as the input delivers them -> as the model takes them; on device.
+      loss_fn: logits (b, C), labels -> losses (b,).
+      strategy: its replicas share the work.
+      preprocess: images as the input delivers them (uint8) -> as the model takes them; on device.
       jit: compile with XLA.
 
     Returns:
-      A function of a distributed data set of {"image", "label", "mask"}; the mask is 0 for padding.
-      `stop` is asked after each batch, on every host; where it is true the evaluation is given up
-      and the function returns None.
-      "accuracy" counts an example whose top class is among its labels, "top5_accuracy" one that
-      has a label among its five top classes (absent with 5 classes or fewer). Of equal logits the
-      first is ahead, so a head of zeros scores as chance does, and NaN is never a hit.
+      A function of a distributed data set of {"image", "label", "mask"}, "mask" (b,) being 0 for
+      padding and unreadable images. `stop` is called after each batch, on every host; if it returns
+      true, the evaluation is given up and the function returns None.
+      "accuracy" is the share of examples whose top class is among their labels, "top5_accuracy" of
+      those that have a label among their five top classes (absent with 5 classes or fewer). Of
+      equal logits the first counts as larger, so a head of zeros scores as chance does. NaN is
+      never a hit.
     """
 
     def sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
@@ -47,15 +48,16 @@ def make_evaluator(
         if logits.shape[-1] > 5:
             out["top5_accuracy"] = tf.cast(rank < 5, tf.float32)
         out["examples"] = tf.ones_like(mask)
-        # A select, not a product: what the model makes of padding may be infinite.
+        # A select and not a product: the model may give NaN for padding, and 0 * NaN is NaN.
         return {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
 
-    # TPUStrategy compiles by itself.
+    # TPUStrategy compiles everything itself.
     whole = jit and not isinstance(strategy, tf.distribute.TPUStrategy)
     one_replica = compiled(sums) if whole else sums
 
     def replica_sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
-        # Given a tf.function, strategy.run compiles all CPUs into one program, which XLA refuses.
+        # A plain function around the compiled one: if strategy.run is given a tf.function, it
+        # compiles all CPU devices into one program, which XLA refuses.
         return one_replica(images, labels, mask)
 
     @tf.function
@@ -68,7 +70,7 @@ def make_evaluator(
     def evaluate(
         dataset: Any, *, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        # In float64 on the host's side: float32 counts examples exactly to 16 million only.
+        # Batches are added up in float64: float32 counts examples exactly only up to 16 million.
         totals: Tensors = {}
         for batch in dataset:
             new = {k: tf.cast(v, tf.float64) for k, v in run_step(batch).items()}
@@ -87,11 +89,15 @@ def make_evaluator(
 
 
 def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """How many classes (b, C) are ahead of an example's foremost label: (b,), 0 for a hit."""
-    # A mixed or multi-label target has several labels: the most likely of them is judged.
+    """How many classes have a larger logit than an example's best label: int32 (b,), 0 for a hit.
+
+    `logits` and `targets` are (b, C); an example's labels are the classes with a target above 0.
+    """
+    # A mixed or multi-label target has several labels: the one with the largest logit is judged.
     label_logits = tf.where(targets > 0, logits, logits.dtype.min)
     first = tf.argmax(label_logits, -1, tf.int32)[:, None]
     best = tf.gather(label_logits, first, batch_dims=1)
+    # Of equal logits the class with the smaller number is ahead, as in argmax.
     ahead = (logits > best) | ((logits == best) & (tf.range(logits.shape[-1]) < first))
     # Comparisons with NaN are false, which would make a model of NaN always right.
     ahead |= tf.math.is_nan(logits) | tf.math.is_nan(best)

@@ -1,8 +1,8 @@
-"""Finds a font for a character: the one that comes with Pillow, else one of this machine's.
+"""Finds a font for a character: the one that comes with Pillow, else a font of this machine.
 
 Pillow's own font has ASCII and little more; it draws an empty box for an "é". Which characters
-another file has, its table "cmap" tells (OpenType specification, "cmap - Character to Glyph Index
-Mapping Table"), so that only files that are used are opened as fonts.
+another font file has is read from its table "cmap" (OpenType specification, "cmap - Character to
+Glyph Index Mapping Table"), so that only files that will be used are opened as fonts.
 """
 
 import functools
@@ -26,26 +26,28 @@ FOLDERS = (
     "C:/Windows/Fonts",
 )
 _SUFFIXES = (".ttf", ".otf", ".ttc")
-# Parts of files' names: not taken where a plainer font has the character too.
+# Parts of file names. A font with one is taken only if no plainer font has the character.
 _STYLES = ("bold", "italic", "oblique", "mono", "condensed", "serif", "light", "thin", "black")
-_USELESS = ("lastresort", "notdef")  # these draw a box for every character
-_NO_CHARACTER = "\uffff"  # never assigned by Unicode: fonts draw their box for it
+# Parts of the names of fonts that draw a box for every character.
+_USELESS = ("lastresort", "notdef")
+# Unicode will never assign this code, so a font draws its box for it: the shape of "not there".
+_NO_CHARACTER = "\uffff"
 
 
 class Font:
     """A font of SIZE, which knows the characters that it has."""
 
     def __init__(self, draws: ImageFont.FreeTypeFont, tells: ImageFont.FreeTypeFont):
-        """`draws` may join letters as their script wants; `tells` has each letter by itself."""
+        """`draws` may join letters as their script wants; `tells` shapes each letter by itself."""
         self.draws = draws
         self._tells = tells
         self._box = self._shape(_NO_CHARACTER)
 
     def has(self, character: str) -> bool:
-        """Whether the font has a glyph for a character, which shows something where it should."""
+        """Whether the font draws a character: not its box, and not nothing unless it is blank."""
         shape = self._shape(character)
         blank = character.isspace() or is_invisible(character)
-        # A font of colours alone draws nothing where there are none.
+        # A font that has only coloured glyphs, such as emoji, draws nothing in black and white.
         return shape != self._box and (blank or any(shape[0]))
 
     def _shape(self, character: str) -> tuple:
@@ -71,6 +73,7 @@ def find_font(text: str) -> Font | None:
     """The plainest font that has every character of a text; None if no font here has."""
     if all(map(plain_font().has, text)):
         return plain_font()
+    # First by the table of each file, which is fast; then by what the font really draws.
     for path in _font_files(FOLDERS):
         if all(any(a <= ord(c) <= b for a, b in _ranges(path)) for c in text):
             font = _open(path)
@@ -92,6 +95,7 @@ def _font_files(folders: tuple[str, ...]) -> tuple[Path, ...]:
 
 
 def _plainness(path: Path) -> tuple[int, int, str]:
+    # Few style words, then a short name; the path makes the order the same at every start.
     name = path.stem.lower()
     return sum(style in name for style in _STYLES), len(name), str(path)
 
@@ -99,16 +103,18 @@ def _plainness(path: Path) -> tuple[int, int, str]:
 @functools.cache
 def _open(path: Path) -> Font | None:
     try:
-        # Joined letters, as of Arabic, do not tell which of them a font lacks.
+        # Where letters are joined, as in Arabic, the result does not tell which one a font lacks;
+        # the basic layout joins nothing.
         tells = ImageFont.truetype(str(path), SIZE, layout_engine=ImageFont.Layout.BASIC)
         return Font(ImageFont.truetype(str(path), SIZE), tells)
-    except OSError:  # damaged, or of bitmaps in other sizes, as some of emoji are
+    # A damaged file, or bitmaps in other sizes, as some emoji fonts are: another font may do.
+    except OSError:
         return None
 
 
 @functools.cache
 def _ranges(path: Path) -> tuple[tuple[int, int], ...]:
-    """Ranges of the code points that a font file has; none if it cannot be read."""
+    """Ranges (first, last) of the code points that a font file has; none if it cannot be read."""
     try:
         with path.open("rb") as file:
             return tuple(_read_ranges(file))
@@ -117,6 +123,7 @@ def _ranges(path: Path) -> tuple[tuple[int, int], ...]:
 
 
 def _read_ranges(file: BinaryIO) -> list[tuple[int, int]]:
+    # Big-endian numbers at a byte of the file; `layout` is struct's.
     def numbers(layout: str, at: int) -> tuple[Any, ...]:
         file.seek(at)
         return struct.unpack(f">{layout}", file.read(struct.calcsize(f">{layout}")))
@@ -124,6 +131,7 @@ def _read_ranges(file: BinaryIO) -> list[tuple[int, int]]:
     # A collection (.ttc) begins with the offsets of its fonts. Pillow, too, takes the first.
     start = numbers("I", 12)[0] if file.read(4) == b"ttcf" else 0
     tables = {}
+    # The directory: a number of tables, then 16 bytes for each.
     for i in range(numbers("H", start + 4)[0]):
         tag, _, offset, _ = numbers("4s3I", start + 12 + 16 * i)
         tables[tag] = offset
@@ -137,11 +145,13 @@ def _read_ranges(file: BinaryIO) -> list[tuple[int, int]]:
             continue
         at = table + offset
         kind = numbers("H", at)[0]
-        if kind == 4:  # code points of 16 bits: all ends of ranges, 2 bytes of padding, all starts
+        # Format 4, code points of 16 bits: all ends of ranges, 2 bytes of padding, all starts.
+        if kind == 4:
             count = numbers("H", at + 6)[0] // 2
             ends = numbers(f"{count}H", at + 14)
             ranges += zip(numbers(f"{count}H", at + 16 + 2 * count), ends, strict=True)
-        elif kind == 12:  # of 32 bits: (first, last, glyph)
+        # Format 12, of 32 bits: (first, last, glyph) for each range.
+        elif kind == 12:
             count = numbers("I", at + 12)[0]
             found = numbers(f"{3 * count}I", at + 16)
             ranges += zip(found[::3], found[1::3], strict=True)

@@ -1,7 +1,7 @@
-"""Text in pictures: in every script for which this machine has a font, and legible in all others.
+"""Text in pictures: in every script for which this machine has a font, spelt out in all others.
 
-A character that no font here has is spelt out: the letter without its accents if there is one, else
-its code, as U+6F22.
+A character that no font here has is replaced by the letter without its accents if that is ASCII,
+else by its code, such as U+6F22.
 """
 
 import bisect
@@ -15,8 +15,10 @@ from PIL import ImageDraw
 
 from vit_dist.inspection.fonts import SIZE, Font, find_font, is_invisible, plain_font
 
-LINE_HEIGHT = SIZE + 6  # pixels: room for what hangs below the line, or stands above a capital
-_BASELINE = SIZE + 1  # pixels below the top of the line
+# Pixels: room for tails below the baseline, and for accents above a capital.
+LINE_HEIGHT = SIZE + 6
+# Pixels from the top of the line. Pieces of different fonts stand on one baseline.
+_BASELINE = SIZE + 1
 
 
 def draw_text(draw: ImageDraw.ImageDraw, position: tuple[float, float], text: str) -> None:
@@ -36,6 +38,7 @@ def shortened(text: str, width: float) -> str:
     """The text, or as much of its beginning as fits into `width` pixels, and "..."."""
     if text_width(text) <= width:
         return text
+    # A binary search: the width grows with the number of characters.
     lengths = range(1, len(text))
     fitting = bisect.bisect_right(lengths, width, key=lambda n: text_width(f"{text[:n]}..."))
     return text[:fitting].rstrip() + "..."
@@ -51,13 +54,15 @@ def undrawable(texts: Iterable[str]) -> str:
 def _pieces(text: str) -> tuple[tuple[str, Font], ...]:
     """Cuts a text where its font changes: (piece, font that has all of it)."""
     text = _composed(text)
+    # One font for the whole text, if there is one, looks better than several.
     visible = [c for c in text if not is_invisible(c)]
     whole = find_font("".join(visible)) if all(map(_drawable, visible)) else None
     shown, font = [], whole or plain_font()
     for character in text:
         if is_invisible(character):
             character = character if font.has(character) else ""
-        # The font changes only where it must: letters that join have to be in one piece.
+        # The font stays until a character needs another: letters that join, as in Arabic, have to
+        # be drawn in one piece.
         elif not (_drawable(character) and font.has(character)):
             found = _font_of(character)
             font = found or plain_font()
@@ -68,7 +73,7 @@ def _pieces(text: str) -> tuple[tuple[str, Font], ...]:
 
 
 def _composed(text: str) -> str:
-    """One character for a letter and its accent, where Unicode has one; macOS's files have two."""
+    """One character for a letter with its accent, if Unicode has one; names from macOS have two."""
     return unicodedata.normalize("NFC", text)
 
 

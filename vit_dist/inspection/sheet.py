@@ -8,10 +8,13 @@ from PIL import Image, ImageDraw
 
 from vit_dist.inspection.lettering import LINE_HEIGHT, draw_text, shortened, text_width
 
-GAP = 6  # pixels
-SMALLEST, LARGEST = 64, 224  # pixels of an image's longer side; others are shown larger or smaller
-LONGEST = 400  # pixels of a caption
-LEAST_SHARE = 0.05  # of a class in a label, to be named: smoothed labels have a little of each
+GAP = 6  # pixels between images and around them
+# Pixels of an image's longer side; smaller images are enlarged, larger ones reduced.
+SMALLEST, LARGEST = 64, 224
+LONGEST = 400  # pixels of a caption; longer ones are cut
+# A class is named in a caption from this share of the label on: smoothed labels have a little of
+# every class.
+LEAST_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +34,15 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = ()) ->
     """Draws rows of images, each below its caption.
 
     Args:
-      rows: from top to bottom; the last may be shorter.
-      titles: of the columns, above them; as many as the first row has cells, or none.
+      rows: from top to bottom, all of one length; only the last may be shorter.
+      titles: stand above the columns; as many as the first row has cells, or none.
 
     Returns:
       An RGB image, as large as it has to be.
     """
     captions = [[shortened(cell.caption, LONGEST) for cell in row] for row in rows]
     images = [[_thumbnail(cell.image) for cell in row] for row in rows]
+    # A column is as wide as its widest title, caption or image.
     widths = [0] * len(rows[0])
     for i, title in enumerate(titles):
         widths[i] = _ceil(text_width(title))
@@ -46,6 +50,7 @@ def draw_sheet(rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = ()) ->
         for i, (text, image) in enumerate(zip(texts, row, strict=True)):
             widths[i] = max(widths[i], image.width, _ceil(text_width(text)))
     lefts = [GAP + sum(widths[:i]) + GAP * i for i in range(len(widths))]
+    # A row is a caption, as much room as its tallest image takes, and a gap.
     heights = [LINE_HEIGHT + max(image.height for image in row) + GAP for row in images]
     top = LINE_HEIGHT + GAP if titles else GAP
     size = (lefts[-1] + widths[-1] + GAP, top + sum(heights))
@@ -67,13 +72,14 @@ def draw_grid(cells: Sequence[Cell], *, columns: int = 4) -> Image.Image:
 
 
 def describe_label(label: np.ndarray, names: Sequence[str]) -> str:
-    """A caption for a label: "cat", or "0.70 cat + 0.30 dog" where it has parts of several classes.
+    """A caption for a label: "cat", or "0.70 cat + 0.30 dog" if it has shares of several classes.
 
     Args:
       label: a class number, or (C,) the share of each class.
-      names: of the C classes.
+      names: the names of the C classes.
     """
     label = np.asarray(label)
+    # A wrong number is shown as it is: a sheet is where people look for wrong labels.
     if not label.ndim:
         number = int(label)
         known = 0 <= number < len(names)
@@ -91,8 +97,10 @@ def _ceil(length: float) -> int:
 
 
 def _thumbnail(pixels: np.ndarray) -> Image.Image:
-    """The image enlarged by a whole number to SMALLEST at least, or reduced to LARGEST."""
+    """The image enlarged by a whole number to at least SMALLEST, or reduced to LARGEST."""
     image = Image.fromarray(pixels)
+    # thumbnail() only ever reduces, in place.
     image.thumbnail((LARGEST, LARGEST))
+    # Rounded up; a whole number and NEAREST, so that each pixel of a small image is a square.
     factor = -(-SMALLEST // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics on disk, throughput, progress on the terminal."""
+"""What a run reports of itself: metrics on disk, throughput, progress on the terminal, a log."""

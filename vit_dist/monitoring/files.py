@@ -1,7 +1,7 @@
 """Files that grow while a run goes on: metrics and log line by line, and TensorBoard's events.
 
-A row of metrics that is lost is an error, for metrics.jsonl is the record of the run. Events are a
-second copy of it for the eye, so where they cannot be written the run says so once and goes on.
+metrics.jsonl is the record of a run, so a row that cannot be written is an error. TensorBoard's
+events are a second copy of it for the eye: a run that cannot write them warns once and goes on.
 """
 
 import contextlib
@@ -25,18 +25,20 @@ from vit_dist.storage.files import make_folder
 
 FLUSH_SECONDS = 30
 
-_numbers = itertools.count()  # of event files in this process
+# Numbers the event files of this process, so that two of the same second differ in name.
+_numbers = itertools.count()
 
 
 class GrowingFile:
-    """A file on a disk. What was written is there at once: a killed process loses nothing."""
+    """A file on a disk. The system has each write at once, so a killed process loses nothing."""
 
     def __init__(self, path: epath.Path, mode: str):
         self._open = contextlib.ExitStack()
         self._file = self._open.enter_context(self._opened(path, mode))
 
     def _opened(self, path: epath.Path, mode: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        # Unbuffered: what a full disk does not take would be tried again, and fail, at close.
+        # Unbuffered: bytes that a full disk did not take would stay in the buffer, to be written
+        # again, and to fail again, at close.
         return open(path, mode, buffering=0)
 
     def add(self, row: str) -> None:
@@ -46,6 +48,7 @@ class GrowingFile:
     def write(self, data: bytes) -> None:
         """Appends; raises OSError where that fails."""
         rest = memoryview(data)
+        # An unbuffered write may take only some of the bytes.
         while len(rest):
             rest = rest[self._file.write(rest) :]
 
@@ -53,21 +56,22 @@ class GrowingFile:
         """Nothing to do; `RecordWriter` calls it."""
 
     def close(self) -> None:
-        """The file cannot be written any more."""
+        """Closes the file; it cannot be written any more."""
         self._open.close()
 
 
 class RemoteFile(GrowingFile):
     """A file in a bucket, which takes only whole objects: each flush sends all of it again.
 
-    So a thread flushes, no oftener than every FLUSH_SECONDS. A process that is killed loses what it
-    wrote since, and resumes at a checkpoint that may well be older.
+    So a thread does it, and flushes at most once in FLUSH_SECONDS. A process that is killed loses
+    what it wrote after the last flush; the checkpoint from which it resumes may well be older.
     """
 
     def __init__(self, path: epath.Path, mode: str, *, clock: Callable[[], float] = time.monotonic):
         super().__init__(path, mode)
         self._clock = clock
         self._flushed = -math.inf
+        # One thread, so that writes keep their order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._sent: list[Future] = []
 
@@ -75,7 +79,7 @@ class RemoteFile(GrowingFile):
         return path.open(mode)
 
     def write(self, data: bytes) -> None:
-        """Appends; raises what an earlier write met."""
+        """Appends in the background; raises the error of an earlier write, if there was one."""
         self._sent.append(self._thread.submit(self._write, data))
         while self._sent and self._sent[0].done():
             self._sent.pop(0).result()
@@ -88,7 +92,8 @@ class RemoteFile(GrowingFile):
             self._flushed = now
 
     def close(self) -> None:
-        """Sends what is left; raises what any of the writes met."""
+        """Sends what is left; raises the first error of all writes."""
+        # Closed by the thread as well, behind the writes that still wait there.
         closed = self._thread.submit(super().close)
         self._thread.shutdown()
         for done in (*self._sent, closed):
@@ -96,7 +101,7 @@ class RemoteFile(GrowingFile):
 
 
 def open_growing(path: epath.Path, mode: str) -> GrowingFile:
-    """Opens a file to append ("ab") or to write anew ("wb")."""
+    """Opens a file, local or in a bucket, to append ("ab") or to replace it ("wb")."""
     return RemoteFile(path, mode) if is_remote(path) else GrowingFile(path, mode)
 
 
@@ -106,32 +111,35 @@ def open_rows(path: epath.Path) -> GrowingFile:
 
 
 class EventFile:
-    """A file of events for TensorBoard, one for each start of a run; never raises.
+    """A file of events for TensorBoard, one for each start of a run; it warns if storage fails.
 
-    TensorBoard's own EventFileWriter fails in a thread, with a traceback, and then at every call.
+    TensorBoard's own EventFileWriter is not used, because where storage fails it prints a traceback
+    from a thread, and then raises at every call.
 
     Args:
       folder: where TensorBoard looks; made if absent.
     """
 
     def __init__(self, folder: epath.PathLike):
-        # TensorBoard finds files by "tfevents", and reads those of a folder in order of name.
+        # TensorBoard looks for "tfevents" in names, and reads a folder's files in order of name:
+        # the time comes first, in ten digits, so that a later start is read later.
         name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}"
         self._path = expand(folder) / f"{name}.{os.getpid()}.{next(_numbers)}"
         self._records: RecordWriter | None = None
         with self._giving_up():
             make_folder(folder)
             self._records = RecordWriter(open_growing(self._path, "wb"))
+        # The first event of a file names its version; readers expect it.
         self.add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add(self, event: event_pb2.Event) -> None:
-        """Writes one event, as long as none has failed."""
+        """Writes one event; does nothing once a write has failed."""
         with self._giving_up():
             if self._records is not None:
                 self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        """No event can be added any more."""
+        """Closes the file; further events are dropped."""
         with self._giving_up():
             records, self._records = self._records, None
             if records is not None:
@@ -139,6 +147,7 @@ class EventFile:
 
     @contextlib.contextmanager
     def _giving_up(self):
+        """Turns a failure of the storage into one warning, after which nothing is written."""
         try:
             yield
         except FAILURES as error:
@@ -150,6 +159,7 @@ class EventFile:
                 self._path,
                 cause(error),
             )
+            # Closing writes what is pending and fails in the same way; it has been told already.
             if records is not None:
-                with contextlib.suppress(*FAILURES):  # it is the same failure once more
+                with contextlib.suppress(*FAILURES):
                     records.close()

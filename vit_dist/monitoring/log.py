@@ -1,8 +1,8 @@
 """The log of a run, log.txt in its folder: what the terminal shows, and what is too long for it.
 
-Two ways lead into it. What `logging.info` and its like log with absl also reaches standard error.
-`detail` writes to the log alone: the resolved config, a table of tensors, a line for each step that
-the progress bar shows.
+Two kinds of messages get there. What is logged with absl (`logging.info`, `logging.warning`) also
+reaches standard error. `detail` writes to the log alone: the resolved config, a table of tensors, a
+line for each step that the progress bar shows.
 """
 
 import logging as std_logging
@@ -19,9 +19,11 @@ from vit_dist.monitoring.lines import LineFormatter
 from vit_dist.paths import expand
 
 LOG_FILE = "log.txt"
-_MAX_HELD = 10_000  # characters of messages, of a process that never opens its log
+# Characters of messages that are held in memory until the log is opened; hosts other than the chief
+# never open theirs, and must not collect messages for days.
+_MAX_HELD = 10_000
 
-# Not a child of the root logger: without a RunLog what goes here goes nowhere.
+# It does not propagate to the root logger, so without a RunLog its messages are dropped.
 _details = std_logging.getLogger("vit_dist.details")
 _details.setLevel(std_logging.INFO)
 _details.propagate = False
@@ -29,7 +31,7 @@ _details.addHandler(std_logging.NullHandler())
 
 
 def detail(text: str, *args: object) -> None:
-    """Writes to the log of the run, if there is one, and nowhere else; as `logging.info`."""
+    """Writes to the log of the run, if there is one, and nowhere else; used like `logging.info`."""
     _details.info(text, *args)
 
 
@@ -37,11 +39,11 @@ class RunLog(std_logging.Handler):
     """Collects what is logged, and writes it to the run's folder once that is known.
 
     Use it as a context manager around a run. Which process writes, and where, is known only after
-    the config and the data have been checked and the hosts have met; what they logged until then
-    is held, and goes first into the file. A process that never calls `open` writes nothing.
+    the config and the data have been checked and the hosts have met. Messages until then are held,
+    and are written first when the file is opened. A process that never calls `open` writes nothing.
 
-    A log that cannot be written is said once, and does not end the run: metrics and checkpoints
-    are what must not be lost, and they meet a full disk soon enough.
+    A log that cannot be written is a warning, once, and does not end the run: metrics and
+    checkpoints must not be lost, and their writers will meet a full disk soon enough.
     """
 
     def __init__(self) -> None:
@@ -53,11 +55,12 @@ class RunLog(std_logging.Handler):
         self._path: epath.Path | None = None
 
     def open(self, workdir: epath.PathLike) -> None:
-        """Appends to the log of `workdir`, which may hold that of earlier starts."""
+        """Opens the log of `workdir` to append to it; earlier starts of the run are in it too."""
         self._path = expand(workdir) / LOG_FILE
         try:
             self._rows = open_rows(self._path)
-        except Exception as error:  # whatever the storage raises; see the class
+        # Of any kind: storage raises many, and no error of the log may end the run.
+        except Exception as error:
             self._give_up(error)
         host, process = platform.node(), os.getpid()
         detail("start: %s (process %d of %s)", shlex.join(sys.argv), process, host)
@@ -67,6 +70,7 @@ class RunLog(std_logging.Handler):
 
     def emit(self, record: std_logging.LogRecord) -> None:
         """Called by `logging`, which holds a lock of this handler."""
+        # Formatted now: a record may refer to objects that change before the log is opened.
         text = self.format(record) + "\n"
         if self._path is not None:
             self._add(text)
@@ -88,6 +92,7 @@ class RunLog(std_logging.Handler):
         if error is not None:
             # The terminal shows one message; whoever asks why finds the traceback here.
             _details.error("the run ends", exc_info=error)
+        # A notebook may start several runs in one process: their logs must not mix.
         for logger in self._loggers():
             logger.removeHandler(self)
         self.close()
@@ -97,21 +102,23 @@ class RunLog(std_logging.Handler):
         super().close()
         rows, self._rows = self._rows, None
         if rows is not None:
+            # As in open(): no error of the log may end the run.
             try:
                 rows.close()
-            except Exception as error:  # whatever the storage raises; see the class
+            except Exception as error:
                 self._give_up(error)
 
     def _add(self, text: str) -> None:
         if self._rows is not None:
+            # As in open(). After an error nothing more is written, so it is told once only.
             try:
                 self._rows.add(text)
-            except Exception as error:  # whatever the storage raises; see the class
+            except Exception as error:
                 self._rows = None
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        # Not by logging, which would come back here.
+        # Printed and not logged: a logged message would come back to this handler.
         print(f"warning: {self._path} is incomplete: {error}", file=sys.stderr, flush=True)
 
     @staticmethod

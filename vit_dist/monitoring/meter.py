@@ -6,13 +6,14 @@ from contextlib import contextmanager
 
 
 class Meter:
-    """Measures steps per second, leaving out what happens inside `pause` (evaluating, saving).
+    """Measures steps per second, without the time inside `pause` (evaluating, saving).
 
-    A device works asynchronously: the host only hands it work, and is ahead. So call `read(step)`
-    right after a metric of that step has arrived on the host, when the device has done the step.
+    A device works asynchronously: the host hands it work and runs ahead of it. So call `read(step)`
+    right after a metric of that step has arrived on the host: then the device has done the step.
 
     Attributes:
-      waited: seconds of this interval in which the host waited for batches; the loop adds to it.
+      waited: seconds of this interval in which the host waited for batches. The loop adds to it; it
+        may be a tensor, which only `read` waits for.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Meter:
         self._smoothing = smoothing
         self._clock = clock
         self._num_reads = 0
-        self._smoothed: float | None = None  # seconds per step
+        self._smoothed: float | None = None  # seconds per step, a moving average for `eta`
         self._pause_began: float | None = None
         self.start(0)
 
@@ -54,12 +55,12 @@ class Meter:
         """Returns the rates since `start` or the last `read`, and begins the next interval.
 
         Returns:
-          "examples_per_second" and the same per device; "seconds_per_step"; "input_stall", the
-          share of the interval that went by in `waited`. An accelerator works on while the host
-          waits, so it loses at most that share.
+          "examples_per_second" and "examples_per_second_per_device"; "seconds_per_step";
+          "input_stall", `waited` as a share of the interval. An accelerator works on while the host
+          waits, so it loses at most that share of its time.
         """
         assert step > self._step, f"no step between {self._step} and {step}"
-        # A clock may not have moved; no rate is infinite.
+        # At least 1e-9 s: a coarse clock may not have moved, and a rate must not be infinite.
         interval = max(self._clock() - self._began - self._paused, 1e-9)
         stall = min(float(self.waited) / interval, 1.0)
         seconds = interval / (step - self._step)
@@ -79,7 +80,8 @@ class Meter:
 
     def _smooth(self, seconds: float) -> None:
         self._num_reads += 1
-        # The first interval holds tracing and compilation: it counts only until there is another.
+        # The first interval contains tracing and compilation: the second one replaces it, and only
+        # later ones are averaged.
         if self._smoothed is None or self._num_reads == 2:
             self._smoothed = seconds
         else:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vit_dist.monitoring.log import detail
 
+# Short names, for a terminal of 80 columns; metrics.jsonl and TensorBoard have the full ones.
 _SHORT_NAMES = {
     "learning_rate": "lr",
     "examples_per_second": "img/s",
@@ -20,7 +21,7 @@ _SHORT_NAMES = {
 
 
 class Progress:
-    """Shows how far a run is. Use as a context manager.
+    """Shows how far a run has come; use it as a context manager.
 
     On an interactive terminal: a bar, and below it the latest metrics. Anywhere else (a pipe, a log
     file, a scheduler): one plain line for each `update`. Lines also go to the log of the run.
@@ -35,7 +36,7 @@ class Progress:
         waits: str = "",
         console: Console | None = None,
     ):
-        """`waits` stands on the terminal until the first metrics do: what takes so long."""
+        """`waits` is shown in place of metrics until the first ones come: what takes so long."""
         self._total = total_steps
         self._title = title
         self._console = console or Console()
@@ -68,6 +69,7 @@ class Progress:
         percent = 100 * step // max(self._total, 1)
         parts = (f"step {step}/{self._total}", f"{percent}%", shown, left)
         line = "  ".join(part for part in parts if part)
+        # The bar overwrites itself; the log of the run keeps a line of each update.
         if self._bar:
             self._bar.update(self._task, completed=step, metrics=shown, left=left, refresh=True)
             detail("%s", line)
@@ -83,12 +85,13 @@ class Progress:
     def _redirect_warnings(self) -> None:
         """Prints warnings above the bar, not into it.
 
-        While the bar is there, rich replaces sys.stderr. absl's handler still holds the stream that
-        was sys.stderr when absl was imported.
+        While the bar is shown, rich replaces sys.stderr by a stream that prints above the bar. But
+        absl's handler still holds the sys.stderr from when absl was imported.
         """
         handler = logging.get_absl_handler().python_handler
         before = handler.setStream(sys.stderr)
-        if before is not None:  # None: it had this one already
+        # setStream returns None if the handler had this stream already: nothing to put back.
+        if before is not None:
             self._at_exit.callback(handler.setStream, before)
 
 
@@ -98,14 +101,16 @@ class _Bar(progress.Progress):
     def __init__(self, console: Console):
         super().__init__(
             progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=None),  # what the others leave
+            # None: as wide as the other columns leave room for.
+            progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
             progress.TaskProgressColumn(),
             progress.TextColumn("{task.fields[left]}", markup=False),
             console=console,
-            refresh_per_second=2,  # the thread that draws competes with the one that trains
+            # Seldom: the thread that draws takes Python's lock from the thread that trains.
+            refresh_per_second=2,
             expand=True,
-            # Where standard error goes to a file it belongs there, not to this terminal.
+            # If standard error goes to a file, it is to stay there, not to appear above the bar.
             redirect_stderr=sys.stderr.isatty(),
         )
 

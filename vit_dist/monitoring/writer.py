@@ -1,10 +1,8 @@
-"""Metrics on disk: metrics.jsonl, one JSON object a line, and the same for TensorBoard.
+"""Metrics on disk: metrics.jsonl, one JSON object a line, and the same numbers for TensorBoard.
 
-Event files lie in the run's folder itself, so that `tensorboard --logdir runs` calls the run by the
-name of its folder.
-
-They are written in TensorBoard's own format rather than with `tf.summary`, because the ops of
-`tf.summary` run eagerly on the default device and would make the training loop wait for it.
+TensorBoard's event files are in the run's folder itself, so that `tensorboard --logdir runs` shows
+the run under the name of its folder. They are written in TensorBoard's format directly and not with
+`tf.summary`, whose ops run eagerly on the default device and would make the training loop wait.
 """
 
 import io
@@ -29,17 +27,18 @@ from vit_dist.storage.files import exists, make_folder, write_whole
 T = TypeVar("T")
 
 METRICS_FILE = "metrics.jsonl"
-OLD_TENSORBOARD_DIR = "tensorboard"  # in the run's folder, where version 0.1 put the events
-# Last parts of names of metrics whose value never changes. Rows have them, TensorBoard does not.
+# The folder in a run's folder where version 0.1 put the events.
+OLD_TENSORBOARD_DIR = "tensorboard"
+# Metrics whose value never changes, by the last part of their names: in rows, not in TensorBoard.
 CONSTANTS = ("examples",)
 
 
 def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = True) -> "Writer":
-    """Opens the metrics of `workdir` for a run that has `first_step` steps behind it.
+    """Opens the metrics of `workdir` for a run that has done `first_step` steps.
 
-    What was logged after `first_step` is dropped with the first new row, and not before: a run that
-    was killed had logged ahead of the checkpoint from which this one goes on, but a start that
-    fails before it has trained a step leaves the metrics as they are.
+    A run that was killed had logged beyond the checkpoint from which this one goes on. Its rows
+    after `first_step` are dropped when the first new row is written, and not before, so that a
+    start which fails before it has trained a step does not lose them.
 
     Hosts other than the chief pass `active=False` and get a writer that does nothing.
 
@@ -59,6 +58,7 @@ def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
     path = expand(workdir) / METRICS_FILE
     if not exists(path):
         return False
+    # split("\n") and not splitlines(): only a newline ends a row.
     rows = (line for line in path.read_text().split("\n") if _is_row_until(line, step))
     return any(row["step"] == step and name in row for row in map(json.loads, rows))
 
@@ -84,8 +84,10 @@ class Writer:
                 f"a metric may not be called {sorted(reserved)[0]!r}: every row has one"
             )
         values = {name: float(value) for name, value in scalars.items()}
+        # allow_nan=False below would refuse what a strict JSON reader cannot read either.
         row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        # Before the first row of this start, for the same reason as in make_writer.
         if not self._rows.begun:
             self._events.add(_session_start(self._rows.first_step))
         self._rows.add(json.dumps(row, allow_nan=False) + "\n")
@@ -93,19 +95,20 @@ class Writer:
         self._add(step, [_Value(tag=k, simple_value=v) for k, v in curves.items()])
 
     def text(self, step: int, name: str, markdown: str) -> None:
-        """Shows `markdown` in TensorBoard's text tab."""
+        """Shows `markdown` in TensorBoard's text tab; metrics.jsonl has no texts."""
         metadata = text_metadata.create_summary_metadata(name, "")
         tensor = _string_tensor([markdown.encode()])
         self._add(step, [_Value(tag=name, metadata=metadata, tensor=tensor)])
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Shows uint8 images [N, H, W, C], C = 1 or 3, in TensorBoard's image tab."""
+        """Shows uint8 images (N, H, W, C), C = 1 or 3, in TensorBoard's image tab."""
         if self._events is None:
             return
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
             raise ValueError(
                 f"images must be uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
             )
+        # The image plugin's format: a tensor of strings with width, height, and each image as PNG.
         height, width = images.shape[1:3]
         content = [str(width).encode(), str(height).encode(), *map(_encode_png, images)]
         metadata = image_metadata.create_summary_metadata(name, "")
@@ -147,9 +150,9 @@ _Value = summary_pb2.Summary.Value
 
 
 def _events_folder(workdir: epath.Path) -> epath.Path:
-    """The run's folder; for a run of an older version the folder in it with the events so far.
+    """The folder for events: the run's, or the one inside it where version 0.1 began to write them.
 
-    TensorBoard takes each folder with events for a run, so a curve goes on only in the same one.
+    TensorBoard takes each folder with events for a run, so a curve goes on only in the same folder.
     """
     old = workdir / OLD_TENSORBOARD_DIR
     has_events = old.is_dir() and any("tfevents" in path.name for path in old.iterdir())
@@ -157,9 +160,10 @@ def _events_folder(workdir: epath.Path) -> epath.Path:
 
 
 class _Rows:
-    """metrics.jsonl, of which the rows after `first_step` go when the first new one comes.
+    """metrics.jsonl; rows after `first_step` are dropped when the first new row is added.
 
-    It is opened for appending at once, so that a folder which cannot be written fails the start.
+    The file is opened for appending at once, so that a folder which cannot be written fails the
+    start and not the first log, minutes later.
     """
 
     def __init__(self, path: epath.Path, first_step: int):
@@ -181,6 +185,7 @@ class _Rows:
         return open_rows(self._path)
 
     def _begin(self) -> None:
+        # Closed while the file is replaced by one without the rows: the open file would be the old.
         self._file.close()
         _drop_rows_after(self._path, self.first_step)
         self._file = self._open()
@@ -202,11 +207,12 @@ class _Rows:
 
 
 def _drop_rows_after(path: epath.Path, step: int) -> None:
-    """Rewrites the file with the rows up to `step`; a torn line, left by a kill, goes too."""
+    """Rewrites the file with the rows up to `step`, and without a torn line that a kill left."""
     if not exists(path):
         return
     text = path.read_text()
     kept = "".join(line + "\n" for line in text.split("\n") if _is_row_until(line, step))
+    # By way of another name: a kill in between leaves either the old rows or the new ones.
     if kept != text:
         write_whole(path, kept.encode())
 
@@ -219,7 +225,7 @@ def _is_row_until(line: str, step: int) -> bool:
 
 
 def _session_start(first_step: int) -> event_pb2.Event:
-    """Makes TensorBoard forget points of this and later steps; that of `first_step` stays."""
+    """An event that makes TensorBoard drop the points after `first_step` of earlier files."""
     return event_pb2.Event(
         step=first_step + 1,
         wall_time=time.time(),

@@ -1,7 +1,7 @@
 """Warnings before a run starts: what its data and its durations are likely to do to it.
 
-None of it is a mistake, which would end the run. With each of these a run goes through, and ends
-with a poor accuracy, or one that tells little.
+None of it is a mistake: a mistake would end the run. Whatever is warned of here lets a run go
+through, and end with a poor accuracy, or with one that tells little.
 """
 
 import io
@@ -36,7 +36,7 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
     """What deserves a look before training; reads labels and the headers of some images.
 
     Args:
-      sources: split -> Source; those with labels and paths, such as folders, are looked at.
+      sources: split -> Source; only sources with labels and paths, such as folders, are looked at.
       image_size: (height, width) that the model takes.
 
     Returns:
@@ -50,6 +50,7 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
             "no val split: nothing will tell when to stop, or which run was best. Set "
             "config.data.val_split, and for a folder without val/ config.data.val_fraction"
         )
+    # Labels that are known without reading images: folders have them, streams do not.
     for name, source in sources.items():
         labels = getattr(source, "labels", None)
         if labels is not None and len(labels):
@@ -81,8 +82,8 @@ def average_warnings(decay: float | None, num_steps: int) -> list[str]:
     """One line if the moving average, which is what gets evaluated, hardly follows so short a run.
 
     Args:
-      decay: of the moving average; None for none.
-      num_steps: of the run.
+      decay: of the moving average; None for no average.
+      num_steps: steps of the run.
     """
     if not decay or num_steps < 1 or decay**num_steps < _STALE:
         return []
@@ -98,6 +99,7 @@ def average_warnings(decay: float | None, num_steps: int) -> list[str]:
 
 
 def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    # counts[i]: the number of images of class i, 0 included.
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[int(i)] for i in np.flatnonzero(counts == 0)]
     if split != "train":
@@ -122,7 +124,7 @@ def _class_warnings(split: str, labels: np.ndarray, names: Sequence[str]) -> lis
 
 
 def _size_warnings(paths: Sequence[str], image_size: tuple[int, int]) -> list[str]:
-    # Spread over all classes: the paths are in the order of their folders.
+    # Every step-th image: the paths are sorted by class, and the first _SAMPLE would be of few.
     step = max(len(paths) // _SAMPLE, 1)
     sizes = [size for path in paths[::step] if (size := _size(path)) is not None]
     small = [s for s in sizes if s[0] < image_size[0] or s[1] < image_size[1]]

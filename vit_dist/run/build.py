@@ -19,7 +19,8 @@ from vit_dist.training.step import choose_jit, make_train_step
 
 
 def make_model(options: ModelOptions, strategy: tf.distribute.Strategy) -> ViT:
-    """The model with new weights, under the strategy's scope."""
+    """The model with new weights, made under the strategy's scope."""
+    # Under the scope each variable becomes a copy on every replica, with the same initial values.
     with strategy.scope():
         return build_vit(
             dict(options.network),
@@ -32,10 +33,11 @@ def make_model(options: ModelOptions, strategy: tf.distribute.Strategy) -> ViT:
 
 
 def make_state(options: RunOptions, strategy: tf.distribute.Strategy) -> TrainState:
-    """Model, optimizer and moving average, new, under the strategy's scope."""
+    """A new model, optimizer and moving average, made under the strategy's scope."""
     model = make_model(options.model, strategy)
+    # The same seed again: TrainState copies the model's weights into the average in any case.
     ema = make_model(options.model, strategy) if options.step.ema_decay else None
-    # A slot of sharded state is on one device; under the scope it would be on all of them.
+    # A slot of sharded state is on its owner's device; the scope would put it on all devices.
     sharded = options.optimizer.shard_state
     with contextlib.nullcontext() if sharded else strategy.scope():
         optimizer = make_optimizer(
@@ -67,12 +69,12 @@ def make_step(
 
 
 class Evaluation:
-    """Judges a model on the splits of a run; its data sets are made at their first use.
+    """Judges a model on the splits of a run; a split's data set is made at its first use.
 
     Args:
       options, data: checked; see check.check_evaluation.
       model: its weights are read at each call.
-      strategy: whose replicas share the work.
+      strategy: its replicas share the work.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Evaluation:
             preprocess=options.pipe.device,
             jit=jit != "off",
         )
-        # Made once: tf.data sets up its threads anew for each data set, not for each pass over one.
+        # Split -> data set, kept: tf.data sets up its threads for each data set, not for each pass.
         self._datasets: dict[str, Any] = {}
 
     def __call__(
@@ -111,6 +113,7 @@ class Evaluation:
         except tf.errors.OpError as error:
             reading = Reading(split, pipe=self._options.pipe)
             raise explain_reading(error, reading, self._data) or error from error
+        # Masked examples are what the evaluator did not count; None means it was given up midway.
         if metrics is not None and split in self._data.damage:
             count = self._data.sources[split].num_examples
             masked = count - round(metrics["examples"])

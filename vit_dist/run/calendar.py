@@ -7,9 +7,11 @@ import dataclasses
 class Calendar:
     """The events of a run by its steps; an event at step n comes after n steps have been done.
 
+    All methods are functions of the step alone, so a resumed run has the same events.
+
     Attributes:
       total: steps of the run; at its end it logs and saves in any case.
-      log, save, evaluate: every so many steps; 0 for never before the end.
+      log, save, evaluate: steps from one event to the next; 0 for none before the end.
     """
 
     total: int
@@ -26,12 +28,14 @@ class Calendar:
         return step == self.total or _due(self.save, step)
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether "val" is judged at `step`; at the end that comes after the training."""
+        """Whether "val" is judged at `step`, before the end of the training."""
+        # At the end `train` judges val and test in any case, when the last checkpoint is saved.
         return step < self.total and _due(self.evaluate, step)
 
     def steps_to_event(self, step: int) -> int:
-        """How many steps from `step`, before the end, to the next event."""
+        """How many steps from `step`, which is before the end, to the next event."""
         ends = [self.total - step]
+        # At a multiple of `every` the next event is a whole period away, never 0 steps.
         ends += [every - step % every for every in (self.log, self.save, self.evaluate) if every]
         return min(ends)
 
@@ -43,9 +47,9 @@ def _due(every: int, step: int) -> bool:
 class Pace:
     """How many steps one call may run, so that it ends within `seconds`.
 
-    A wish to stop is seen between calls only, and a scheduler that takes a machine away gives some
-    30 s. So the first call has one step, each later one at most twice as many as the one before,
-    and none more than fit by the slowest time per step of the last two calls.
+    A signal to stop is acted on only between calls, and a scheduler that takes a machine away gives
+    some 30 s. So the first call has one step, and each later one at most twice as many steps as the
+    call before, and no more than fit by the slower time per step of the last two calls.
     """
 
     def __init__(self, seconds: float = 10.0):
@@ -60,10 +64,13 @@ class Pace:
 
     def done(self, steps: int, seconds: float) -> None:
         """Notes that a call of so many steps took so long."""
-        # The very first call traces and compiles, which says nothing of the next.
+        # The first call traces and compiles, so its time says nothing of the next: it is noted as
+        # 0, and the second call may have two steps.
         before, self._per_step = self._per_step, seconds / steps
         if before is None:
             self._limit, self._per_step = 2, 0.0
             return
+        # The slower of two calls: one that was slow by chance, such as for a read that hung, is
+        # forgotten after two more. 1e-9: a clock may show no time at all.
         fits = self._seconds / max(before, self._per_step, 1e-9)
         self._limit = max(min(2 * self._limit, int(fits)), 1)

@@ -39,7 +39,8 @@ from vit_dist.training.schedules import Schedule
 from vit_dist.training.sharding import NOT_ON_TPUS
 from vit_dist.training.step import StepOptions, check_batch
 
-_BUILD_KEYS = ("head_bias", "posemb_stddev")  # of config.model, for build_vit; the rest: vit_config
+# Keys of config.model that are arguments of build_vit; all others are arguments of vit_config.
+_BUILD_KEYS = ("head_bias", "posemb_stddev")
 
 
 def check(config: ConfigDict) -> tuple[RunOptions, Data]:
@@ -51,10 +52,12 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     """
     config = _finalized(config)
     import_modules(check_imports(config.imports))
-    # Whatever a glance finds comes first: opening the data can take minutes.
+    # What can be checked without the data comes first: opening it can take minutes.
     optimizer = _check_optimizer(config)
     step = StepOptions(**bind(StepOptions, config.step, name="step"))
     mixing = make_mixing(**bind(make_mixing, config.mixing, name="mixing"))
+    # The number of replicas is known only once devices are started, unless virtual CPUs fix it; the
+    # command checks again then.
     check_parts(
         config.input.batch_size,
         step,
@@ -64,8 +67,8 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     )
     _check_choices(config)
     loss = make_loss(**bind(make_loss, config.loss, name="loss"))
-    # With a made-up number of examples: it finds durations that are missing or negative, minutes
-    # before a data set has been downloaded and counted.
+    # With a made-up number of examples: this finds durations that are missing or negative, minutes
+    # before a data set has been downloaded and counted. The real number follows below.
     _durations(config, num_examples=1)
     evaluation, data = _check_evaluation(config, training=True)
     train = data.sources["train"]
@@ -74,6 +77,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
             f"{train} has one class alone ({train.class_names[0]!r}): there is nothing to tell "
             "apart. A folder wants one directory for each class"
         )
+    # The rest needs the network, which needs the number of classes, which only the data knows.
     _check_patterns(optimizer, evaluation.model.network)
     pipe = _parse_pipe(config.input.train_ops, evaluation.model.network)
     _check_images([train], pipe, "train_ops", evaluation.model.network)
@@ -96,6 +100,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         loss=loss,
         seed=config.seed,
         total_steps=durations["total"],
+        # A share of a short run may round to 0 steps; logging then means every step, not never.
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
@@ -110,14 +115,14 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
 def check_evaluation(
     config: ConfigDict, *, splits: Sequence[str] | None = None
 ) -> tuple[EvaluationOptions, Data]:
-    """Checks what judging a model needs of a config, and opens the splits to judge it on.
+    """Checks the part of a config that an evaluation uses, and opens the splits to evaluate on.
 
     Args:
-      config: its training split need not be there, its optimizer and schedule are not looked at.
-      splits: of "train", "val", "test"; None for val and test, as far as configured.
+      config: its training split need not exist; optimizer and schedule are not checked.
+      splits: some of "train", "val", "test"; None for val and test, those that are configured.
 
     Raises:
-      ConfigError: a mistake there, or a split that is not configured.
+      ConfigError: a mistake in that part, or a split that is not configured.
       DataError: the data is not there, or not what the config says.
     """
     config = _finalized(config)
@@ -127,7 +132,9 @@ def check_evaluation(
 
 
 def _finalized(config: ConfigDict) -> FrozenConfigDict:
-    """As `finalize` gives it; a config of the command line went through it with its flags."""
+    """The config as `finalize` returns it."""
+    # Frozen: the command line's, which load_config has finalised together with its flags. Others
+    # come from a notebook or a test.
     return config if isinstance(config, FrozenConfigDict) else config_lib.finalize(config)
 
 
@@ -138,11 +145,12 @@ def _check_evaluation(
     check_strategy(**strategy)
     size = config_lib.parse_image_size(config.image_size)
     check_input(config)
-    # The model needs the number of classes, which only the data knows.
+    # The model's head needs the number of classes, which only the data knows.
     sources = open_sources(config, training=training, splits=splits)
     num_classes = next(iter(sources.values())).num_classes
     model = _check_model(config, size, num_classes)
     pipe = _parse_pipe(config.input.eval_ops, model.network)
+    # "train" has a pipe of its own; evaluate may judge it like any other split.
     judged = [source for name, source in sources.items() if not (training and name == "train")]
     _check_images(judged, pipe, "eval_ops", model.network)
     masked = config.input.on_bad_example == "mask"
@@ -152,7 +160,8 @@ def _check_evaluation(
         pipe=pipe,
         batch_size=config.input.eval_batch_size,
         num_threads=config.input.num_threads,
-        # The kind of loss alone: with smoothed labels it would not tell how sure the model is.
+        # Without label smoothing, reduction and threshold: the loss of an evaluation tells how sure
+        # the model is of the true labels.
         loss=make_loss(name=config.loss.name),
         labels_sum_to_one=config.loss.name != "sigmoid",
         jit=config.step.jit,
@@ -183,7 +192,9 @@ def check_parts(
     num_replicas: int,
     shard_state: bool = False,
 ) -> None:
-    """Checks that the global batch can be cut into replicas and micro-batches, partners together.
+    """Checks that the global batch can be cut into replicas and micro-batches.
+
+    Examples that mixup or CutMix pair have to come into the same micro-batch.
 
     Raises:
       ConfigError: it cannot.
@@ -214,6 +225,7 @@ def _check_choices(config: FrozenConfigDict) -> None:
 
 
 def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: int) -> ModelOptions:
+    # bind() names unknown keys, with a guess at what was meant; vit_config checks the values.
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
     network = vit_config(
         **bind(vit_config, section, name="model", image_size=size, num_classes=num_classes)
@@ -226,11 +238,12 @@ def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: i
 
 
 def _check_patterns(optimizer: OptimizerOptions, network: Mapping[str, Any]) -> None:
-    """Patterns for weights must match some; to list the model's weights takes a second."""
+    """Raises ConfigError where a pattern of the config matches no weight of the model."""
     patterns = {
         "decay_multipliers": optimizer.decay_multipliers,
         "lr_multipliers": optimizer.lr_multipliers,
     }
+    # Listing the model's weights takes a second, and the default patterns fit every model.
     defaults = {field.name: field.default for field in dataclasses.fields(OptimizerOptions)}
     if any(tuple(rules) != defaults[key] for key, rules in patterns.items()):
         check_names(weight_shapes(dict(network)), **patterns)
@@ -257,6 +270,7 @@ def _check_images(
                 f"{shape[:2]} and config.model.channels {shape[2]}: end the pipe with resize(size) "
                 "or a crop to size"
             )
+        # Images travel as uint8 (law 5); only an op on the device makes floats of a known range.
         if not any(step.op.on_device for step in pipe.steps):
             raise ConfigError(
                 f"config.input.{key} leaves images at 0..255: add value_range(-1, 1), as the "
@@ -268,7 +282,7 @@ def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:
     """Steps of "total", "log", "eval" and "save"."""
     known = {"batch_size": config.input.batch_size, "num_examples": num_examples}
     total = durations_lib.duration(config, "total", **known)
-    # More than one: not in the first look, which knows no number of examples.
+    # num_examples is 1 in the first look, which does not know how many there are.
     if total < 1 and num_examples > 1:
         given = [
             f"{k}={config[k]}" for k in config if k.startswith("total_") and config[k] is not None
@@ -285,6 +299,7 @@ def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:
 
 
 def _make_schedule(config: FrozenConfigDict, total_steps: int, num_examples: int) -> Schedule:
+    # The config gives durations in a unit of the user's choice, Schedule takes steps.
     steps = {
         f"{name}_steps": durations_lib.duration(
             config.schedule,

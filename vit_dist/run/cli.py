@@ -26,6 +26,7 @@ from vit_dist.run import notices
 @contextlib.contextmanager
 def _hidden(*names: str) -> Iterator[None]:
     """Within it these packages cannot be imported, as if they were not installed."""
+    # An entry None in sys.modules makes Python's import of that name fail.
     absent = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
@@ -35,12 +36,13 @@ def _hidden(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-# TensorFlow's own log shows errors only: its notices drown what we print. What it writes before it
+# TensorFlow reads this variable while it is imported, so it stands before the imports that follow.
+# 2: only errors, because notices and warnings drown what we print. What TensorFlow writes before it
 # has read the variable is hidden by `notices`.
 os.environ.setdefault(notices.LEVEL_VARIABLE, "2")
 
-# Where these three are installed, Keras loads them for wrappers and plots that nothing here uses: a
-# third of the time to import TensorFlow, and 100 MB. Afterwards they can be imported as ever.
+# Where these three are installed, Keras imports them for wrappers and plots that nothing here uses:
+# a third of the time to import TensorFlow, and 100 MB. Afterwards they can be imported as before.
 with notices.hidden(), _hidden("matplotlib", "scipy", "sklearn"):
     importlib.import_module("keras")
 
@@ -53,14 +55,16 @@ USAGE_ERROR = 2  # exit code of a user's mistake, as in GNU tools and argparse
 _INTERRUPTED = 130  # as shells report a program that SIGINT ended
 
 
-_DEFAULT_FROM: list[str] = []  # the flag whose run lends its config where --config is not given
+# The flag whose run gives its recorded config where --config is not given. A list, because
+# define_config fills it: absl's flags are global to the process, and so is this.
+_DEFAULT_FROM: list[str] = []
 
 
 def define_config(*, default_from: str | None = None) -> None:
     """Defines --config FILE[:arg] and --config.key=value.
 
     Args:
-      default_from: name of a flag that names a run; without --config that run's own is taken.
+      default_from: name of a flag that names a run; without --config that run's config is taken.
     """
     _DEFAULT_FROM[:] = [default_from] if default_from else []
     config_flags.DEFINE_config_file(
@@ -85,16 +89,20 @@ def load_config() -> FrozenConfigDict:
 
 
 def _with_recorded_config(arguments: list[str]) -> list[str]:
-    """The command line, where --config may be a run's folder or its config.json.
+    """The command line, with --config RUN turned into a config file that ml_collections can read.
 
-    ml_collections reads Python files alone; config/recorded.py is one that reads what a run left.
+    RUN is a run's folder or its config.json. ml_collections reads Python files only, so RUN becomes
+    config/recorded.py:RUN, a config file whose argument says which run's config to read.
     """
+    # Done on the words of the command line: --config.key=value can be parsed only once the config
+    # file has told which keys there are, so all has to be in place before absl parses anything.
     found, given = list(arguments), False
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag not in ("--config", "-config"):
             continue
         given = True
+        # Where the file's name stands: in this word (--config=FILE) or in the next (--config FILE).
         place = i if equals else i + 1
         if not equals and place < len(arguments):
             value = arguments[place]
@@ -102,7 +110,7 @@ def _with_recorded_config(arguments: list[str]) -> list[str]:
             found[place] = (f"{flag}=" if equals else "") + f"{recorded.__file__}:{value}"
     run = _value_of(_DEFAULT_FROM[0], arguments) if _DEFAULT_FROM and not given else None
     if run and recorded.find(run):
-        # Before all --config.key=value, which can be parsed only once the keys are known.
+        # Behind the program's name (word 0) and before all --config.key=value.
         found.insert(1, f"--config={recorded.__file__}:{run}")
     return found
 
@@ -131,13 +139,16 @@ def run(main: Callable[[], int | None]) -> None:
     if {"--help", "-h", "-help", "--helpshort"} & set(sys.argv[1:]):
         print(_help_text(sys.modules[main.__module__]))
         return  # absl would exit with 1
-    # TensorFlow prints its notices itself, and again by way of absl.
+    # TensorFlow prints its notices itself; passed on to absl's handler they would appear twice.
     std_logging.getLogger("tensorflow").propagate = False
     std_logging.getLogger("tensorflow").setLevel(std_logging.WARNING)
     # Not only at the start: TensorFlow logs wherever a device, a kernel or XLA is first used.
     with notices.hidden(python_apart=True):
-        if sys.stderr.isatty():  # a file, such as another host's, keeps times and places
+        # A person at a terminal reads plain lines. A file, such as another host's log, keeps times
+        # and the places in the source.
+        if sys.stderr.isatty():
             logging.get_absl_handler().setFormatter(LineFormatter())
+        # Both are guarded: the config file runs, and may fail, while the flags are parsed.
         try:
             app.run(_guard(wrapped), flags_parser=_guard(_parse_flags))
         finally:
@@ -173,6 +184,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, with failures printed and turned into exit codes."""
+
     def guarded(argument: Any) -> Any:
         try:
             return function(argument)
@@ -206,7 +219,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     message = _config_message(error)
     if message:
         return message, USAGE_ERROR
-    if isinstance(error, FileNotFoundError) and not error.errno:  # data that our own check misses
+    # Raised by a library with a text of its own, not by the system: data that our checks miss.
+    if isinstance(error, FileNotFoundError) and not error.errno:
         return str(error), USAGE_ERROR
     explained = _explain_memory(error) or storage_errors.explain(error)
     if explained is not None:
@@ -217,6 +231,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
 
 
 def _explain_memory(error: BaseException) -> UserError | None:
+    # A remedy may only name flags that the command has (law 3); --workdir tells a training.
     remedy = out_of_memory.OTHER
     if "config" in flags.FLAGS:
         training = "workdir" in flags.FLAGS
@@ -229,7 +244,7 @@ def _text(error: BaseException) -> str:
         text = error.strerror or str(error) or type(error).__name__
         return text + (f": {error.filename}" if error.filename else "")
     if isinstance(error, (AttributeError, KeyError)):
-        # ml_collections lists every key and value there is.
+        # ml_collections' message lists every key and value there is; two names of it are enough.
         key = re.search(r'Key "(\w+)" does not exist', str(error))
         near = re.search(r'Did you mean "(\w+)"', str(error))
         if key:
@@ -245,6 +260,7 @@ def _flag_message(error: flags.Error) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     if not any(line.startswith("Traceback") for line in lines):
         return str(error)
+    # The last line is "ValueError: text"; of the frames the last one in the config file is named.
     text = lines[-1].partition(": ")[2] or lines[-1]
     file = _config_file()
     places = [line.split(", ") for line in lines if line.strip().startswith(f'File "{file}"')]
@@ -259,9 +275,12 @@ def _config_message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and not os.path.exists(file):
         return f"config file {file} does not exist"
     if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
-        return _config_message(error.__cause__)  # what get_config raised, kept by ml_collections
+        # ml_collections wraps what get_config() raised in an OSError of its own.
+        return _config_message(error.__cause__)
     if isinstance(error, SyntaxError) and error.filename == file:
         return f"{file}:{error.lineno}: {error.msg}"
+    # An error whose traceback passes through the config file is that file's: its last frame there
+    # is the line to name.
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.filename == file]
     if own:

@@ -20,9 +20,10 @@ from vit_dist.run.options import Data
 from vit_dist.storage import errors as storage_errors
 from vit_dist.storage.errors import Kind
 
-# Only what a data iterator raised can be the data's fault: its node stands in the message.
+# An error can be the data's fault only if a data iterator raised it: the message then names the
+# iterator's node in the graph.
 _ITERATOR = re.compile(r"Iterator\w*GetNext")
-# How the others notice that a host is gone, whatever it died of.
+# The errors by which the remaining hosts notice that a host is gone, whatever it died of.
 _LOST = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -43,8 +44,9 @@ class Reading:
 
     Attributes:
       split: "train", "val" or "test".
-      pipe: that prepared the images.
-      indices: called to list the examples that may have been read; they are looked at first.
+      pipe: the pipe that prepared the images.
+      indices: called only after a failure; lists the examples that may have been read, to be looked
+        at first.
     """
 
     split: str
@@ -64,12 +66,12 @@ def explain(
     """What to raise in place of an error that ended a run; see the module.
 
     Args:
-      error: what ended it.
+      error: what ended the run.
       reading: what was being read then.
       data: the opened splits.
-      strategy: what it ran on.
+      strategy: the run's.
       workdir: the run's folder.
-      blame: called to learn which host an error between hosts is due to; see Watchdog.lost.
+      blame: returns which host an error between hosts is due to; see Watchdog.lost.
     """
     if isinstance(error, UserError):
         return None
@@ -96,18 +98,21 @@ def explain(
 
 def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> UserError | None:
     """The damaged example, or the data service that failed, behind what an iterator raised."""
-    # Memory that ran out, or a fault of TensorFlow's, is no want of good data.
+    # Memory that ran out, or a fault of TensorFlow's, says nothing about the data.
     if isinstance(error, tf.errors.ResourceExhaustedError | tf.errors.InternalError):
         return None
     failed = find_failure(error)
     if isinstance(failed, ConnectionError):
         return HostLostError(str(failed))
+    # TensorFlow does not say which example failed: examples are decoded again, one by one, until
+    # one fails. Those of a stream have no numbers.
     source = data.sources[reading.split]
     indices = reading.indices() if source.indexable else ()
     reason = explain_data_error(source, error, pipe=reading.pipe, indices=indices)
     if reason is not None:
         return DataError(reason)
-    if failed is not None:  # every example is readable here: it is the service's own trouble
+    # Every example is readable in this process, so the service cannot read what this host can.
+    if failed is not None:
         return DataError(f"{failed}. The data must be readable there under the same paths")
     return None
 

@@ -1,7 +1,8 @@
 """What all hosts of a run must have in common: config, data, code and the checkpoint to begin with.
 
-Each host reads them for itself, and `cluster.meeting.Meeting.agree` compares. They would train
-without an error on other examples, or from other weights, and the result would be none.
+Each host reads its own facts, and `cluster.meeting.Meeting.agree` compares them. Hosts that differ
+would train without an error, on other examples or from other weights, and the result would be
+worth nothing.
 """
 
 import hashlib
@@ -18,17 +19,20 @@ from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.origins import Origin
 from vit_dist.run.start import Start
 
-# Where this host finds the data, and with how many threads it reads them. The fingerprints in
-# "data" tell whether they are the same.
+# Keys by which hosts may differ: where each finds the data, and with how many threads it reads. The
+# fingerprints in "data" tell whether the examples are the same.
 _OWN_OF_A_HOST = {
     "data": {"data_dir", "files", "class_file"},
     "input": {"num_threads", "prefetch", "cache_dir"},
 }
-_SMALL = 10_000  # entries of a tensor that is read to tell two files of weights apart
+# Tensors of up to so many entries are read to tell two files of weights apart. Biases and scales
+# differ between any two trainings, and reading gigabytes on every host would take minutes.
+_SMALL = 10_000
 
 
 def host_facts(options: RunOptions, data: Data, start: Start) -> dict[str, Any]:
-    """What this host has to train with, for `Meeting.agree`; takes a second with many files."""
+    """What this host would train with, for `Meeting.agree`; takes a second with many files."""
+    # Sections of a message: agree() names the first key in which hosts differ.
     return {
         "config": _config_facts(options.record),
         "data": {split: source.fingerprint() for split, source in data.sources.items()},
@@ -56,6 +60,7 @@ def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code_facts() -> dict[str, str]:
+    # The sources and not only the version: one host may run an edited checkout.
     root = Path(vit_dist.__file__).parent
     sources = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -76,7 +81,7 @@ def _checkpoint_facts(start: Start) -> dict[str, Any]:
 
 
 def _weights_digest(origin: Origin) -> str:
-    """Of all names and shapes, and of the values of small tensors: biases and scales."""
+    """A digest of all names and shapes, and of the values of small tensors (biases, scales)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(origin.tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -86,6 +91,6 @@ def _weights_digest(origin: Origin) -> str:
 
 
 def _device_facts() -> Mapping[str, Any]:
-    """The collectives between hosts hang where one has GPUs and another has none."""
+    """Kind and number of devices: collectives hang where one host has GPUs and another has none."""
     gpus = tf.config.get_visible_devices("GPU")
     return {"kind": "GPU" if gpus else "CPU", "number": max(len(gpus), 1)}

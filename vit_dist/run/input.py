@@ -16,7 +16,8 @@ from vit_dist.run.options import Data, EvaluationOptions, RunOptions
 def train_data(
     options: RunOptions, data: Data, strategy: tf.distribute.Strategy, *, first_step: int
 ) -> Any:
-    """The distributed training set from the batch of `first_step` on."""
+    """The distributed training set, endless, from the batch of `first_step` on."""
+    # An element of the data set is one replica's batch, the option is in batches of all replicas.
     prefetch = options.input.prefetch * len(host_replicas(strategy))
     make = functools.partial(_train_dataset, options, data, strategy, first_step=first_step)
     if options.input.services:
@@ -29,8 +30,8 @@ def train_data(
         )
     else:
         dataset = make(prefetch=prefetch)
-    # From a function: TensorFlow would otherwise shard the data set among the hosts by itself, and
-    # each host makes its own examples alone already.
+    # "from_function", because TensorFlow would otherwise shard the data set among the hosts. Each
+    # host's data set holds only the examples of its own replicas already.
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 
 
@@ -45,22 +46,26 @@ def first_images(
     """The first images of a step's batch on this host as the model sees them, with their classes.
 
     Returns:
-      Cells of a sheet, `count` or as many as this host has, each with a uint8 (H, W, 3) image.
+      Cells of a sheet, `count` or as many as the first replica has, each with a uint8 (H, W, 3)
+      image.
 
     Raises:
-      tf.errors.OpError: they cannot be read; run/explain.py finds which.
+      tf.errors.OpError: an image cannot be read; run/explain.py finds which.
     """
     source, mixing, only = data.sources["train"], options.input.mixing, count
-    if mixing is not None:  # an image is mixed with others of its group: whole groups only
+    # An image is mixed with others of its group, so whole groups are needed: -(-a // b) rounds up.
+    if mixing is not None:
         only = -(-count // mixing.group_size) * mixing.group_size
     dataset = _train_dataset(options, data, strategy, first_step=first_step, prefetch=1, only=only)
+    # On the CPU: a look at 16 images must not compile anything for an accelerator.
     with tf.device("CPU:0"):
         batch = next(iter(dataset))
         images, labels = batch_images(
             options.input.pipe, batch, mixing, num_classes=source.num_classes
         )
     captions = [describe_label(label, source.class_names) for label in labels]
-    if "mask" in batch:  # an image that could not be read is black, and is not trained on
+    # An image that could not be read is black and has mask 0: it is not trained on.
+    if "mask" in batch:
         readable = batch["mask"].numpy() > 0
         captions = [c if ok else "unreadable" for c, ok in zip(captions, readable, strict=True)]
     return [Cell(*pair) for pair in zip(images, captions, strict=True)][:count]
@@ -100,7 +105,8 @@ def eval_data(
 ) -> Any:
     """A distributed evaluation set: each example once, padding masked."""
     source, replicas = data.sources[split], strategy.num_replicas_in_sync
-    # At most one padded batch: a small split would be mostly padding otherwise.
+    # The last batch is padded with masked examples. A split smaller than the batch size takes one
+    # batch, no larger than it needs, rounded up to a multiple of the replicas.
     needed = min(options.batch_size, source.num_examples)
     dataset = make_eval_data(
         source,

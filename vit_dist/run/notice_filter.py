@@ -1,7 +1,7 @@
 """The program behind notices.hidden: copies its input to standard error, except notices.
 
-Those of TensorFlow go to standard output. It is started as a file, isolated, while the main process
-imports TensorFlow, so it imports next to nothing.
+TensorFlow's notices go to standard output, which is a file that notices.py keeps. This program runs
+beside the main process while that imports TensorFlow, so it imports next to nothing itself.
 """
 
 import os
@@ -29,7 +29,7 @@ _HARMLESS = (
     (b"common_lib.cc", b"Could not set metric server port"),  # TPU VMs
     (b"py_utils.cc", b"TF-TRT Warning: Could not find TensorRT"),
 )
-# Errors that say that there is no GPU, which is news only where there is one.
+# Errors that say that there is no GPU: worth showing only on a machine that has one.
 _NO_GPU = (
     (b"cuda_platform.cc", b"failed call to cuInit"),
     (b"cuda_driver.cc", b"failed call to cuInit"),
@@ -41,7 +41,8 @@ def is_notice(line: bytes, *, has_gpus: bool) -> bool:
 
     Args:
       line: one line.
-      has_gpus: the machine has GPUs that the process may use, so one that cannot be used is news.
+      has_gpus: whether the machine has GPUs that the process may use; a line that says there is
+        none is no notice then.
     """
     found = _LOGGED.match(line)
     if not found:
@@ -61,7 +62,8 @@ def _has_gpus() -> bool:
 
 
 def _main() -> None:
-    # Ctrl-C and a scheduler's signals reach the whole group, and what follows them has to be shown.
+    # Ctrl-C and a scheduler's signals reach the whole process group. The filter ignores them: what
+    # the main process prints after them has to pass, and the filter ends when the pipe is closed.
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

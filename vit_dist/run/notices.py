@@ -22,23 +22,26 @@ from typing import TextIO
 LEVEL_VARIABLE = "TF_CPP_MIN_LOG_LEVEL"
 _PROGRAM = Path(__file__).with_name("notice_filter.py")
 _STDERR = 2
-_PATIENCE = 5  # seconds to wait for the last lines; a child of ours may keep the pipe open longer
+# Seconds to wait for the last lines: the filter ends when the pipe's last writer closes it, and a
+# child of this process, which has inherited the pipe, may live longer.
+_PATIENCE = 5
 
-_kept: int | None = None  # descriptor of a file with the notices so far; the filters append to it
+# Descriptor of a temporary file with the notices so far; each filter appends to it.
+_kept: int | None = None
 
 
 @contextlib.contextmanager
 def hidden(*, python_apart: bool = False) -> Iterator[None]:
-    """Hides TensorFlow's notices from whoever reads standard error, until the `with` ends.
+    """Hides TensorFlow's notices from standard error, until the `with` ends.
 
-    It does nothing where TF_CPP_MIN_LOG_LEVEL is 0 or 1, as set by whoever wants to see them; where
-    no second process can be started; and in the first process of a container, at whose end the
-    system kills all others, so that the filter could not pass on the last words of a crash.
+    It does nothing in three cases: TF_CPP_MIN_LOG_LEVEL is 0 or 1, which asks for notices; no
+    second process can be started; or this is the first process of a container. When that one ends,
+    the system kills all others, so the filter could not pass on the last words of a crash.
 
     Args:
       python_apart: what Python itself writes goes past the filter, unchanged and without delay, so
-        that progress bars find a terminal as ever. For the rest of a process: it costs a file
-        descriptor, which stays open for the log handlers made in between.
+        that progress bars find a terminal. To be used once in a process: it costs a file descriptor
+        that stays open, because log handlers made within the `with` keep writing to it.
     """
     wanted = os.environ.get(LEVEL_VARIABLE) in ("0", "1")
     started = None if wanted or os.getpid() == 1 or sys.stderr is None else _start()
@@ -46,8 +49,10 @@ def hidden(*, python_apart: bool = False) -> Iterator[None]:
         yield
         return
     process, pipe, real = started
+    # Flushed first: what Python has buffered so far must not go into the pipe.
     before = sys.stderr
     before.flush()
+    # From here on descriptor 2 is the pipe's end, for C++ code and for children too.
     os.dup2(pipe, _STDERR)
     os.close(pipe)
     if python_apart and _writes_to_stderr(before):
@@ -57,7 +62,8 @@ def hidden(*, python_apart: bool = False) -> Iterator[None]:
     finally:
         sys.stderr.flush()
         sys.stderr = before
-        os.dup2(real, _STDERR)  # closes our end of the pipe: the filter ends once all has passed
+        # This closes our end of the pipe: the filter ends once it has passed on all.
+        os.dup2(real, _STDERR)
         if not python_apart:
             os.close(real)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -73,11 +79,12 @@ def notices() -> str:
 
 
 def _start() -> tuple[subprocess.Popen, int, int] | None:
-    """(filter, the pipe's end to write to, the real standard error); None if it cannot be."""
+    """(filter, the pipe's end to write to, the real standard error); None if it cannot start."""
     global _kept
     with contextlib.ExitStack() as on_failure:
         try:
             if _kept is None:
+                # The file has no name; a second descriptor keeps it when the `with` closes it.
                 with tempfile.TemporaryFile(prefix="vit_dist-") as file:
                     _kept = os.dup(file.fileno())
             real = os.dup(_STDERR)
@@ -85,19 +92,24 @@ def _start() -> tuple[subprocess.Popen, int, int] | None:
             read, write = os.pipe()
             on_failure.callback(os.close, write)
             try:
-                # Isolated and without site: nothing of the environment's is imported.
+                # -I, -S: without PYTHON* variables and site-packages, whose start-up code would
+                # take time or print.
                 command = [sys.executable, "-I", "-S", str(_PROGRAM)]
                 process = subprocess.Popen(command, stdin=read, stdout=_kept, stderr=real)
             finally:
                 os.close(read)
-        except OSError:  # standard error is closed, or there is no room or no second process
+        # Standard error is closed, the disk is full, or no second process can be started. To hide
+        # notices is not worth failing for.
+        except OSError:
             return None
+        # All went well: the descriptors stay open.
         on_failure.pop_all()
     return process, write, real
 
 
 def _stream_to(descriptor: int, *, like: TextIO) -> TextIO:
-    # It stays open: handlers of logs may hold it, and write at exit.
+    # closefd=False: the descriptor stays open, as log handlers may hold the stream and write to it
+    # at exit.
     file = io.FileIO(descriptor, "w", closefd=False)
     return io.TextIOWrapper(
         io.BufferedWriter(file), encoding=like.encoding, errors=like.errors, line_buffering=True

@@ -1,7 +1,7 @@
-"""What a run does, decided: a config turned into typed values, every one of them checked.
+"""The options of a run: a config turned into typed values that have all been checked.
 
-`run/check.py` makes these from a config; nothing behind it reads the config again. Durations are in
-steps, names are resolved, what can be built without a device (loss, schedule, pipes) is built.
+`run/check.py` makes them from a config; after it nothing reads the config again. Durations are in
+steps, names are resolved, and what can be built without a device (loss, schedule, pipes) is built.
 """
 
 import dataclasses
@@ -20,11 +20,13 @@ from vit_dist.training.step import StepOptions
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The opened splits of a run, and what was found damaged in them. These live, and count.
+    """The opened splits of a run, and the count of examples found damaged in them.
+
+    Unlike the options in this file these objects change: files are opened, damage is counted.
 
     Attributes:
-      sources: split -> source: "train", "val", "test", as far as the config names them.
-      damage: the same keys where damaged examples are masked; else empty.
+      sources: split -> source, for those of "train", "val" and "test" that the config names.
+      damage: split -> its count of damaged examples; empty unless damaged examples are masked.
     """
 
     sources: Mapping[str, Source]
@@ -37,9 +39,9 @@ class ModelOptions:
 
     Attributes:
       network: the arguments of ViT, see model.variants.vit_config.
-      precision: of activations: "float32", "bfloat16" or "float16".
-      seed: of the initial weights.
-      head_bias, posemb_stddev: of the initial weights; see model.vit.build_vit.
+      precision: dtype of activations, "float32", "bfloat16" or "float16".
+      seed: decides the initial weights.
+      head_bias, posemb_stddev: numbers of the initial weights; see model.vit.build_vit.
     """
 
     network: Mapping[str, Any]
@@ -56,8 +58,9 @@ class WeightsOptions:
     Attributes:
       posemb_method: how position embeddings are resampled; see model.posemb.
       patch_method: what to do about a patch kernel of another size; see model.weights.
-      ignore: regex of tensors of the file that may be left out.
-      image_size: (height, width) that the weights were trained at, where the file does not tell.
+      ignore: regex; tensors of the file whose names it matches may be left out.
+      image_size: pixels, (height, width) or one number for both, of the images that the weights
+        were trained on, where the file does not tell.
     """
 
     posemb_method: str = "align_corners"
@@ -75,9 +78,9 @@ class EvaluationOptions:
       strategy: arguments of cluster.strategy.make_strategy.
       pipe: prepares the images of val and test.
       batch_size: over all replicas.
-      num_threads: that make batches; None for as many as tf.data finds useful.
-      loss: the training's, without label smoothing.
-      labels_sum_to_one: whether labels that are rows must be distributions; not for a sigmoid loss.
+      num_threads: threads that make batches; None for as many as tf.data finds useful.
+      loss: the training's kind of loss, without label smoothing.
+      labels_sum_to_one: whether a label given as a row must sum to 1; not for a sigmoid loss.
       jit: "auto", "whole", "split" or "off"; see training.step.choose_jit.
       weights: how weights from elsewhere are fitted.
     """
@@ -100,12 +103,12 @@ class InputOptions:
     Attributes:
       pipe: prepares the images.
       batch_size: examples per optimizer step, over all replicas.
-      num_threads: that make batches; None for as many as tf.data finds useful.
+      num_threads: threads that make batches; None for as many as tf.data finds useful.
       prefetch: batches per replica that are kept ready.
       repeats: copies of each example in a batch.
       mixing: mixup and CutMix; None for none.
       services: addresses of data services; empty where this process makes the batches.
-      service_timeout: seconds.
+      service_timeout: seconds that a service may send nothing before the run ends.
     """
 
     pipe: Pipe
@@ -126,13 +129,14 @@ class RunOptions:
       evaluation: model, devices, and how val and test are judged.
       input: how batches are made.
       optimizer, step, schedule, loss: what a step does with them.
-      seed: of data order, augmentation and dropout.
-      total_steps: of the whole run.
+      seed: decides data order, augmentation and dropout.
+      total_steps: steps of the whole run.
       log_steps, eval_steps, save_steps: how often; 0 for never before the end.
       save_minutes: how often by the clock, beside save_steps; 0 for never.
       keep_checkpoints: how many of the newest stay.
-      resume_from, init_from: where an empty workdir takes its state or weights from; "" for none.
-      record: the resolved config as JSON values, to be written beside what the run leaves.
+      resume_from, init_from: where a run in an empty workdir takes its state or its weights from;
+        "" for none.
+      record: the resolved config as JSON values, which is saved with the run and its checkpoints.
     """
 
     evaluation: EvaluationOptions

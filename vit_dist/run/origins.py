@@ -27,13 +27,16 @@ from vit_dist.paths import expand, is_remote
 from vit_dist.training.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 
 _HUB = "hf://"
-_BESIDE = ("config.json", "preprocessor_config.json")  # files that tell of the weights beside them
-# From what would make weights fit (see UnfitError) to how the command at hand is told so.
+# Files beside the weights that tell their network and how images were scaled for it.
+_BESIDE = ("config.json", "preprocessor_config.json")
+# Turns the settings that would make weights fit (see UnfitError.settings) into a sentence that says
+# how to set them in the command at hand: each command has its own flags.
 Hint = Callable[[Mapping[str, Any]], str]
 
 
 def config_hint(settings: Mapping[str, Any]) -> str:
-    """How train and evaluate are told: Set --config.model.width=192 --config.init_ignore='...'."""
+    """The Hint of train and evaluate: Set --config.model.width=192 --config.init_ignore='...'."""
+    # Quoted for the shell, as the user will copy it.
     return "Set " + " ".join(f"--config.{k}={shlex.quote(str(v))}" for k, v in settings.items())
 
 
@@ -42,6 +45,7 @@ class _Download:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vit_dist-"))
+        # finalize() also runs when Python exits, unlike __del__ of an object that is still there.
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
@@ -51,15 +55,15 @@ class Origin:
 
     Attributes:
       path: as it was given.
-      tensors: by the names of our variables; read one at a time, when np.asarray asks for them.
-      network: ViT.get_config()'s keys, as far as known.
+      tensors: name of our variable -> tensor; read one at a time, when np.asarray asks for it.
+      network: keys of ViT.get_config(), those that are known.
       unused, unknown, assumed, notes: see formats.pretrained.Pretrained.
-      mean, std: of images in 0..1; None where the file does not tell, and for runs of ours.
-      pipe: of a run, its own for evaluation; else None.
+      mean, std: by channel, of images in 0..1; None where the file does not tell, and for runs.
+      pipe: the pipe by which the run evaluates; None for weights of other systems.
       class_names: in the order of the head's outputs; may be empty.
-      checkpoint: of a run of ours, else None.
+      checkpoint: the run's; None for weights of other systems.
       download: kept so that the folder of copied files lives as long as the tensors.
-      hint: how messages say what to set.
+      hint: says in messages what to set.
     """
 
     path: str
@@ -82,12 +86,13 @@ class Origin:
 
         Args:
           model: takes the weights.
-          class_names: of the data, in the order of its labels: the head is reordered to it, or new
-            where names are others; () to take the head as it is.
+          class_names: of the data, in the order of its labels. The head is reordered to it, and is
+            new where the names differ; () takes the head as it is.
           **options: method, patch_method and ignore of weights.adapt_weights.
 
         Raises:
-          DataError: they are another network's; names the file, all that differs, what to set.
+          DataError: the weights are of another network; names the file, all that differs, and what
+            to set.
         """
         try:
             return adapt_weights(
@@ -105,7 +110,7 @@ class Origin:
             raise _explained(error, self.path, self.hint) from error
 
     def black_and_white(self, channels: int) -> np.ndarray | None:
-        """What pixels of 0 and 255 become: (2, 1 or channels); None where nothing tells."""
+        """What pixels of 0 and 255 become, float32 (2, 1 or channels); None where nothing tells."""
         if self.pipe is not None:
             return scaled(self.pipe, channels)
         if self.mean is None or self.std is None:
@@ -115,13 +120,14 @@ class Origin:
 
 
 def _explained(error: DataError, path: str, hint: Hint) -> DataError:
-    """The error with the file's name, and with what to do in terms of the command."""
+    """The error with the file's name in front, and behind it what to set in this command."""
     text = str(error) if path in str(error) else f"{path}: {error}"
     return DataError(f"{text}. {hint(error.settings)}" if isinstance(error, UnfitError) else text)
 
 
 def scaled(pipe: Pipe, channels: int) -> np.ndarray:
-    """What the pipe's op on the device makes of pixels of 0 and 255: (2, channels)."""
+    """What the pipe's ops on the device make of pixels of 0 and 255, float32 (2, channels)."""
+    # A batch of two images of one pixel each, (2, 1, 1, channels).
     pixels = np.array([[[[value] * channels]] for value in (0, 255)], np.uint8)
     return pipe.device(tf.constant(pixels)).numpy()[:, 0, 0]
 
@@ -132,9 +138,9 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
     Args:
       path: a run's or a checkpoint's folder; a .npz, .safetensors or .pth; a folder of Hugging
         Face's or timm's; each local or gs://; or hf://org/name[/file].
-      image_size: in pixels, of the images that a file of another system was trained on, where it
+      image_size: pixels, of the images that a file of another system was trained on, where the file
         does not tell; see open_pretrained.
-      hint: how messages say what to set; the default is for commands with --config.
+      hint: says in messages what to set; the default is for commands with --config.
 
     Raises:
       ConfigError: a path of a kind that is not read.
@@ -176,6 +182,7 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
 
 
 def _has_weights(path: epath.Path) -> bool:
+    """Whether this is a file of weights by its name, or a folder that holds one."""
     if path.is_dir():
         return any(p.name.endswith(SUFFIXES) for p in path.iterdir())
     return path.exists() or path.name.endswith(SUFFIXES)
@@ -185,7 +192,7 @@ def _of_run(path: str) -> Origin:
     """The weights of a run: their moving average where the run has one."""
     checkpoint = open_checkpoint(path, weights=True)
     notes = checkpoint.notes
-    # Modules of the user's own, which register ops that the pipe names.
+    # The user's own modules register ops; they have to be imported before the pipe is parsed.
     import_modules(check_imports(notes["config"].get("imports", ())))
     network = notes["model"]
     size, classes = tuple(network["image_size"]), network["num_classes"]
@@ -200,7 +207,7 @@ def _of_run(path: str) -> Origin:
 
 
 def _copied(path: epath.Path, folder: Path) -> Path:
-    """The file, or the files of the folder that matter, on the local disk."""
+    """Copies a file and what tells of it, or the weights of a folder, to the local disk."""
     if not path.exists():
         raise DataError(f"there is no {path}")
     files = [path]
@@ -215,6 +222,7 @@ def _copied(path: epath.Path, folder: Path) -> Path:
 
 def _from_hub(path: str) -> Path:
     """Downloads hf://org/name[/file] into the hub's own cache, or finds it there."""
+    # An optional library, imported where it is needed.
     try:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
@@ -229,11 +237,12 @@ def _from_hub(path: str) -> Path:
     try:
         folder = Path(hub.snapshot_download(repository, allow_patterns=patterns))
         if not file and not any(p.name.endswith(SUFFIXES) for p in folder.iterdir()):
-            # A repository that has PyTorch's files alone.
+            # Only now PyTorch's files: many repositories hold both, and safetensors is read lazily.
             folder = Path(
                 hub.snapshot_download(repository, allow_patterns=["pytorch_model*.bin", *patterns])
             )
-    except Exception as error:  # the library raises its own and those of several others
+    # The library raises errors of its own and of several libraries below it.
+    except Exception as error:
         raise DataError(
             f"{path} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error

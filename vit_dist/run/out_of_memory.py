@@ -8,7 +8,7 @@ from vit_dist.storage.errors import Kind, cause, kind_of
 # What TensorFlow's allocators, XLA and CUDA say, under several codes.
 _WORDS = ("OOM when allocating", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
-# Keys of the config, what costs least first: the same step in smaller parts, then other numerics.
+# Keys of the config, the least costly first: the same step in smaller parts, then other numerics.
 TRAINING = (
     "double config.step.accumulation (the same step in smaller parts), or set "
     "--config.precision=bfloat16, --config.model.remat=full, a smaller config.input.batch_size or "
@@ -21,9 +21,10 @@ OTHER = "use a machine with more memory, or close other programs"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short; a disk that is full is not meant, though the code is the same."""
+    """Whether memory was short, of the device or the host."""
     if isinstance(error, MemoryError):
         return True
+    # First, because a full disk or a quota comes with the same code, RESOURCE_EXHAUSTED.
     kind = kind_of(error)
     if kind is not None:
         return kind is Kind.NO_MEMORY

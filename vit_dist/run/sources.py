@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 
 
 def check_input(config: ConfigDict) -> None:
-    """Checks config.input but for the pipes; opens nothing.
+    """Checks config.input except for its pipes; opens nothing.
 
     Raises:
       ConfigError: the first mistake.
@@ -50,21 +50,23 @@ def open_sources(
     Args:
       config: finalised.
       training: whether "train" is to be trained on; else it is a split like any other.
-      splits: of "train", "val", "test", those to open; None for all that the config names, without
-        a training for all of these but "train".
+      splits: which of "train", "val", "test" to open. None for all that the config names, without
+        "train" if nothing is trained.
+
+    Returns:
+      Name of the split -> source, in the order of SPLITS or of `splits`.
 
     Raises:
       ConfigError: a split that is not configured, or an option that cannot work.
-      DataError: a split that is not there or not fit for use, or sets of classes that differ.
+      DataError: a split that is not there or not fit for use, or splits with different classes.
     """
-    # Each split is opened alone, by the same options.
     names = _splits(config, training, splits)
     options = _options(config)
     sources = {
         name: open_source(config.data.source, split=config.data[f"{name}_split"], **options)
         for name in names
     }
-    # Around the source, so that whatever reads "train" reads the cache.
+    # The cache wraps the source and takes its place: whatever reads "train" reads the cache.
     if training and config.input.cache != "off":
         sources["train"] = CachedSource(
             sources["train"],
@@ -80,15 +82,18 @@ def open_sources(
 
 
 def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
-    """Checks that batches of a source can be made in other processes than this one.
+    """Checks that other processes than this one can make batches of a source.
+
+    Python functions inside a pipeline run only in the process that made them, so a pipeline that is
+    sent elsewhere must have none.
 
     Args:
-      source: of the training split.
+      source: the training split's.
       section: config.input.
       reader: what makes the batches there, such as "config.input.service" or "a TPU slice".
 
     Raises:
-      ConfigError: making them calls Python in this process; says which part does.
+      ConfigError: making the batches calls Python in this process; says which part does.
     """
     if section.on_bad_example == "mask":
         raise ConfigError(
@@ -122,20 +127,22 @@ def _splits(config: ConfigDict, training: bool, splits: Sequence[str] | None) ->
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of the config's source, but for the split."""
+    """The arguments of the config's source, except for the split."""
     options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
-    # Sources know nothing of configs: a dict that a config holds, such as counts, is one again.
+    # Below run/ nobody takes a ConfigDict: a dict of the config, such as counts, becomes plain.
     options = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in options.items()}
     own = options.pop("options")
     if own is not None and not hasattr(own, "items"):
         raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")
-    # What follows from other sections of the config, for sources that have an option for it.
+    # Options that follow from other keys of the config, for sources that take them.
     taken = _taken(config.data.source)
-    if "train_split" in taken:  # its directories are the classes of all splits
+    # The directories of the training split are the classes of all splits.
+    if "train_split" in taken:
         options["train_split"] = config.data.train_split or None
+    # A check of all files at the start would refuse damaged ones, which are to be masked instead.
     if "check_files" in taken and config.input.on_bad_example == "mask":
-        options["check_files"] = False  # what is damaged is masked when it is met
-    # The user's own go last: they may replace any.
+        options["check_files"] = False
+    # config.data.options goes last: it may replace any of these.
     return options | dict(own or {})
 
 
@@ -146,11 +153,13 @@ def _taken(name: str) -> set[str]:
 
 
 def _check_classes(sources: Mapping[str, Source]) -> None:
-    """Labels are numbers: each must stand for the same class in all splits.
+    """Checks that a label, a number, stands for the same class in all splits.
 
     Raises:
-      DataError: a split has other classes than another, or the same in another order.
+      DataError: a split has other classes than another, or the same classes in another order.
     """
+    # All are compared with the first split, by number: the same set of names in another order
+    # would give wrong accuracies without a word (law 9).
     (first, one), *others = sources.items()
     for name, source in others:
         if source.num_classes != one.num_classes:
@@ -158,7 +167,6 @@ def _check_classes(sources: Mapping[str, Source]) -> None:
                 f"split {name!r} has {source.num_classes} classes, {first} has {one.num_classes}"
             )
         pairs = zip(source.class_names, one.class_names, strict=True)
-        # Labels are numbers: the same set of names in another order would be wrong without a word.
         differ = [(i, mine, its) for i, (mine, its) in enumerate(pairs) if mine != its]
         if differ:
             number, mine, its = differ[0]
@@ -172,6 +180,6 @@ def _check_classes(sources: Mapping[str, Source]) -> None:
 
 
 def _decoding(config: ConfigDict, num_classes: int) -> dict[str, Any]:
-    """How training decodes images, for a cache of decoded ones."""
+    """How training decodes images; a cache of decoded images has to decode in the same way."""
     size = parse_image_size(config.image_size)
     return decoding_of(parse(config.input.train_ops, size=size, num_classes=num_classes))

@@ -24,8 +24,8 @@ from vit_dist.training.state import TrainState
 # Keys of the config that decide which examples a step sees, in which order.
 _ORDER = ("seed:", "input.batch_size:", "input.repeats:", "data.")
 _NOT_ORDER = ("data.val_split:", "data.test_split:", "data.counts:")
-# Where the data lies, and in which kind of file, does not decide it: the fingerprint tells whether
-# the examples are the same, and in the same order.
+# Where the data lies, and in which kind of file, does not decide which examples a step sees: the
+# data's fingerprint tells whether the examples are the same, and come in the same order.
 _WHERE = (
     "data.data_dir:",
     "data.files:",
@@ -49,11 +49,13 @@ def find_start(workdir: str, options: RunOptions) -> Start:
     """Finds and reads the checkpoint to begin with; touches no device.
 
     Raises:
-      ConfigError: there is none where one was named, or that of the workdir has another order of
-        the data.
+      ConfigError: resume_from or init_from names a place without a checkpoint, or the workdir's
+        checkpoint is of a run with another order of the data.
       DataError: there are checkpoints, and none is whole.
-      StorageError: one cannot be read at the moment.
+      StorageError: a checkpoint cannot be read at the moment.
     """
+    # The workdir's own checkpoint wins over resume_from and init_from: the same command run again
+    # after an interruption has to go on, not to begin again.
     checkpointer = Checkpointer(workdir)
     found = checkpointer.newest()
     if found is not None:
@@ -69,11 +71,11 @@ def find_start(workdir: str, options: RunOptions) -> Start:
 
 
 def check_data(start: Start, data: Data) -> None:
-    """The training examples must be those of the checkpoint, and come in the same order.
+    """Compares the training examples and their order with those that the checkpoint was trained on.
 
     Raises:
-      DataError: resuming, and some were added, removed, renamed or replaced since, or they can
-        only be read in another order.
+      DataError: on a resume, if examples were added, removed, renamed or replaced since, or can
+        only be read in another order. Going on from another run (resume_from) is a warning only.
     """
     checkpoint, source = start.checkpoint, data.sources["train"]
     if checkpoint is None or start.how == "init_from":
@@ -83,6 +85,7 @@ def check_data(start: Start, data: Data) -> None:
     then = checkpoint.notes.get("data")
     if then is None:
         return
+    # A source that can read its files by index and as a stream takes the way of the checkpoint.
     if start.how == "resume" and "order" in then:
         source.follow(then["order"])
     other, noticed = compare(then, source.fingerprint())
@@ -119,8 +122,10 @@ def _check_classes(checkpoint: Checkpoint, source: Source) -> None:
 
 
 def _check_order(found: Checkpoint, record: Mapping[str, object]) -> None:
+    """Raises ConfigError where the config now asks for another order of the examples."""
     known = found.notes.get("data") or {}
-    # Older fingerprints tell neither order nor contents: then paths are all there is to compare.
+    # A fingerprint without "order" (version 0.1) tells neither order nor contents; then the keys in
+    # _WHERE, the paths, are all there is to compare.
     other = (*_NOT_ORDER, *_WHERE) if "order" in known else _NOT_ORDER
     changed = [c for c in changes(found.notes["config"], record) if not c.startswith(other)]
     order = [c for c in changed if c.startswith(_ORDER)]
@@ -133,7 +138,7 @@ def _check_order(found: Checkpoint, record: Mapping[str, object]) -> None:
 
 
 def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: Start) -> str:
-    """Gives the state what the start holds; returns lines that say what was done.
+    """Fills the state from the start's checkpoint or weights; returns lines that say what was done.
 
     Raises:
       ConfigError: the checkpoint does not fit the config.
@@ -147,6 +152,7 @@ def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: S
             pipes=pipes,
             class_names=data.sources["train"].class_names,
         )
+        # TrainState copied the initial weights into the average; now it begins at the loaded ones.
         if state.ema is not None:
             for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
                 average.assign(weight)
@@ -161,10 +167,12 @@ def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: S
         logging.warning("going on with a changed config: %s", change)
     arrays = checkpoint.arrays
     if checkpoint.notes["config"]["precision"] != options.model.precision:
-        # Loss scaling begins anew: another precision's scale is none, or one that nothing undoes.
-        anew = {name: getattr(state, name).numpy() for name in ("loss_scale", "good_steps")}
-        arrays = {**arrays, **anew}
+        # Loss scaling restarts from the new state's values. float32's scale of 1 would be none for
+        # float16, and float16's scale would stay in float32, whose gradients nothing divides by it.
+        fresh = {name: getattr(state, name).numpy() for name in ("loss_scale", "good_steps")}
+        arrays = {**arrays, **fresh}
     state.from_arrays(arrays)
+    # An open file takes up room even after the run has pruned its checkpoint.
     checkpoint.close()
     verb = "resumed from" if start.how == "resume" else "continuing from"
     return f"{verb} step {checkpoint.step} ({checkpoint.path})"
@@ -183,13 +191,13 @@ def fill(
     Args:
       model: new.
       origin: the opened weights.
-      options: how they are fitted.
+      options: how the weights are fitted to the model.
       pipes: key of config.input -> pipe; each must scale images as the weights were trained.
-      class_names: of the data, in the order of its labels: a head whose classes have these names in
-        another order is reordered, one of other classes stays new.
+      class_names: of the data, in the order of its labels. A head for the same names in another
+        order is reordered; where the names differ the head stays new.
 
     Raises:
-      ConfigError: they are of another network, or of images scaled otherwise.
+      ConfigError: the weights are of another network, or of images scaled otherwise.
     """
     _check_scaling(origin, pipes, model.channels)
     report = origin.fill(
@@ -230,10 +238,14 @@ def fill_whole(
 
 
 def _check_scaling(origin: Origin, pipes: Mapping[str, Pipe], channels: int) -> None:
-    """What a black and a white pixel become must be what the weights were trained on."""
+    """Raises ConfigError where a pipe scales images otherwise than the weights were trained on.
+
+    Two pixels, black and white, tell any linear scaling, by whichever op it is written.
+    """
     expected = origin.black_and_white(channels)
+    # The file does not tell, or weights of colour images were fitted to grey ones.
     if expected is None or expected.shape[1] not in (1, channels):
-        return  # the file does not tell, or weights of colour images were fitted to grey ones
+        return
     for key, pipe in pipes.items():
         got = scaled(pipe, channels)
         # 2e-2: the mean and deviation of ImageNet are published with two to four digits.

@@ -1,10 +1,10 @@
-"""What a file system says when it fails, local or remote, in one vocabulary.
+"""Errors of file systems, local or remote, in one vocabulary.
 
 A full disk is an OSError from Python, a ResourceExhaustedError from TensorFlow's file functions, an
-UnknownError from a tf.data pipeline, and an HTTP code from a bucket. `kind_of` tells what is wrong
-whoever reported it; `explain` says it to a person, with a remedy that fits the place; `retry` tries
-again what may recover. Failing storage is neither the user's mistake nor damaged data, so these
-errors are kept apart from both.
+UnknownError from a tf.data pipeline, and an HTTP code from a bucket. `kind_of` tells what is wrong,
+whichever library reported it; `explain` tells it to a person, with a remedy that fits the place;
+`retry` tries again what may recover. Failing storage is neither the user's mistake nor damaged
+data, so errors of storage are kept apart from both.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ T = TypeVar("T")
 # file's user and group, and containers have files of users without a name.
 FAILURES = (OSError, tf.errors.OpError, KeyError)
 
-# Seconds between the attempts of `retry`. 15 s bridge a server that fails over; a schedule of
-# minutes would only keep accelerators idle, as the run can be started again at no loss.
+# Seconds between the attempts of `retry`. 15 s in all bridge a server that fails over. To wait for
+# minutes would only keep accelerators idle, as the run can be started again and resumes.
 WAITS = (1.0, 2.0, 4.0, 8.0)
 # TensorFlow's own gs:// file system tries 10 times, for 3 minutes, before it raises at all. What
 # took longer than this many seconds is not tried again.
@@ -37,7 +37,7 @@ PATIENCE = 60.0
 
 
 class Kind(enum.Enum):
-    """What is wrong, whichever file system reported it."""
+    """What is wrong, whichever file system or library reported it."""
 
     MISSING = enum.auto()  # nothing of this name
     MISNAMED = enum.auto()  # a file where a folder is needed, a name too long, no such scheme
@@ -51,6 +51,7 @@ class Kind(enum.Enum):
     OTHER = enum.auto()
 
 
+# Numbers that are in no row are Kind.OTHER.
 _BY_ERRNO = {
     errno.ENOENT: Kind.MISSING,
     **dict.fromkeys(
@@ -88,6 +89,7 @@ _BY_ERRNO = {
     errno.ENOMEM: Kind.NO_MEMORY,
 }
 
+# Codes of TensorFlow's errors, for messages that tell no number of the system's.
 _BY_CODE = {
     tf.errors.NOT_FOUND: Kind.MISSING,
     tf.errors.ALREADY_EXISTS: Kind.MISNAMED,
@@ -103,28 +105,32 @@ _BY_CODE = {
     tf.errors.DATA_LOSS: Kind.DAMAGED,
 }
 
-# TensorFlow ends the message of a failed system call with "; " and the system's words; gRPC, whose
-# errors are those of a lost worker, puts a colon there.
+# TensorFlow makes text of a failed system call: "PATH; No space left on device". The words are
+# turned back into the number. gRPC, whose errors tell of a lost host, puts a colon in place of the
+# semicolon, so its errors are not taken for the storage's.
 _ERRNO_OF_WORDS = {os.strerror(number): number for number in errno.errorcode}
 _SYSTEM_CALL = re.compile(
     r"(?P<path>[^;\n]*); (?P<words>"
+    # The longest words first: of alternatives a regex takes the first that fits.
     + "|".join(re.escape(words) for words in sorted(_ERRNO_OF_WORDS, key=len, reverse=True))
     + ")"
 )
+# An OSError of Python as text, in the message of a pipeline that called Python.
 _PYTHON = re.compile(r"\[Errno (?P<number>\d+)\] [^:\n]*(: '(?P<path>[^'\n]*)')?")
+# Words by which an OpError is known to come from a bucket or an unknown scheme.
 _BUCKET = re.compile(r"gs://|HTTP response code|libcurl|retry attempts failed|File system scheme")
-_NODE = re.compile(r"\{\{[^}]*\}\}\s*|\s*\[Op:.*|\s*\[\[.*")  # names of a graph's nodes
+# Names of a graph's nodes, which mean nothing to a user: {{node IteratorGetNext}}, [[...]], [Op:...
+_NODE = re.compile(r"\{\{[^}]*\}\}\s*|\s*\[Op:.*|\s*\[\[.*")
 
 
 def kind_of(error: BaseException) -> Kind | None:
-    """What is wrong with the storage; None where the error is about something else.
-
-    Errors that are explained already (UserError) are about something else too.
-    """
+    """What is wrong with the storage; None if the error is about something else."""
+    # Explained already; StorageError is an OSError and would be explained a second time.
     if isinstance(error, UserError):
         return None
     if isinstance(error, OSError):
         return _kind_of_os_error(error)
+    # "getpwuid(): uid not found: 1000"; any other KeyError is not about files.
     if isinstance(error, KeyError):
         return Kind.OTHER if "id not found" in str(error) else None
     if not isinstance(error, tf.errors.OpError):
@@ -132,6 +138,7 @@ def kind_of(error: BaseException) -> Kind | None:
     number = _errno_of(error)
     if number is not None:
         return _BY_ERRNO.get(number, Kind.OTHER)
+    # The same codes also come from kernels and from lost hosts, so more than the code is needed.
     if _BUCKET.search(error.message or "") or _raised_by_file_functions(error):
         return _BY_CODE.get(error.error_code, Kind.OTHER)
     return None
@@ -140,7 +147,7 @@ def kind_of(error: BaseException) -> Kind | None:
 def _kind_of_os_error(error: OSError) -> Kind | None:
     if error.errno is not None:
         return _BY_ERRNO.get(error.errno, Kind.OTHER)
-    # etils.epath turns some errors of buckets into these, with a text and no number.
+    # etils.epath turns some errors of buckets into classes of OSError with a text and no number.
     for numbered, kind in (
         (FileNotFoundError, Kind.MISSING),
         ((NotADirectoryError, IsADirectoryError, FileExistsError), Kind.MISNAMED),
@@ -148,20 +155,22 @@ def _kind_of_os_error(error: OSError) -> Kind | None:
     ):
         if isinstance(error, numbered):
             return kind
-    return None  # raised with a message alone: sockets, libraries
+    # With a message only: raised by sockets or by libraries, not by a file system.
+    return None
 
 
 def _errno_of(error: tf.errors.OpError) -> int | None:
-    """The system's error number, out of the message that TensorFlow made of it."""
+    """The system's error number, read from the message that TensorFlow made of it; None if none."""
     message = error.message or ""
     if found := _SYSTEM_CALL.search(message):
         return _ERRNO_OF_WORDS[found["words"]]
-    if found := _PYTHON.search(message):  # raised in a Python function of a pipeline
+    if found := _PYTHON.search(message):
         return int(found["number"])
     return None
 
 
 def _raised_by_file_functions(error: BaseException) -> bool:
+    """Whether the traceback ends in tf.io.gfile, whose every error is about files."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -179,7 +188,8 @@ def retry(what: str, function: Callable[[], T], *, refused: bool = True) -> T:
     Args:
       what: is being done, for the log: "reading /path".
       function: takes no argument, and can be called again.
-      refused: whether missing permissions may recover, as they do where they were there before.
+      refused: whether to try again when permission is missing. True where access worked before, as
+        tickets and tokens lapse and are renewed; false for a first access, where the path is wrong.
 
     Raises:
       Whatever the last attempt raised.
@@ -200,15 +210,16 @@ def retry(what: str, function: Callable[[], T], *, refused: bool = True) -> T:
                 number,
                 len(WAITS),
             )
+        # Outside of `except`: a Ctrl-C in the wait would else show the storage's error, too.
         time.sleep(wait)
     return function()
 
 
 @contextlib.contextmanager
 def only_warn(what: str) -> Iterator[None]:
-    """Logs a failure of the storage within it instead of raising, as clean-up must.
+    """Logs a failure of the storage within the `with` instead of raising it.
 
-    What fails while an earlier error is on its way must not take that error's place.
+    For clean-up: what fails while an earlier error is on its way must not take that error's place.
     """
     try:
         yield
@@ -225,6 +236,7 @@ def cause(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"a file's owner has no name on this machine ({error.args[0]})"
     text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    # The system's words alone; the path is told by path_of.
     if found := _SYSTEM_CALL.search(text or "") or _PYTHON.search(text or ""):
         number = found.groupdict().get("number")
         return os.strerror(int(number)) if number else found["words"]
@@ -232,7 +244,7 @@ def cause(error: BaseException) -> str:
 
 
 def path_of(error: BaseException) -> str | None:
-    """The file that the error is about, as far as it tells."""
+    """The path of the file that the error is about; None if the error does not tell."""
     if isinstance(error, OSError) and error.filename:
         return os.fsdecode(error.filename)
     text = _NODE.sub("", getattr(error, "message", None) or str(error))
@@ -250,8 +262,8 @@ def explain(
 
     Args:
       error: what was raised.
-      what: failed, with the path: "could not save step 5 to /path". By default the path alone.
-      place: path that the remedy is for, where the error tells none.
+      what: what failed, with the path: "could not save step 5 to /path". By default only the path.
+      place: path that the remedy is for, if the error tells none.
       note: said before the remedy: "Earlier checkpoints are untouched".
       then: said after the remedy: "and run again to resume".
 
@@ -306,19 +318,22 @@ _REMEDIES_REMOTE = {
 
 
 def check_bucket(path: str, key: str) -> None:
-    """Looks for the bucket of a remote path; to make a folder in one that is not there never ends.
+    """Checks that the bucket of a remote path exists and answers.
+
+    TensorFlow's mkdir in a bucket that does not exist never ends, so this comes first.
 
     Args:
-      path: local paths are not looked at.
-      key: the flag or config key that gave it, for messages.
+      path: a local path passes without a look.
+      key: the flag or config key that gave the path, for messages.
 
     Raises:
-      ConfigError: there is none, or this user may not see it.
-      StorageError: it does not answer.
+      ConfigError: there is no such bucket, or this user may not see it.
+      StorageError: the bucket does not answer.
     """
     bucket = re.match(r"\w+://[^/]*", str(path))
     if not bucket:
         return
+    # The path first: a user may be allowed to read in a bucket whose own entry he may not see.
     try:
         found = tf.io.gfile.exists(str(path)) or tf.io.gfile.exists(bucket[0])
     except tf.errors.OpError as error:

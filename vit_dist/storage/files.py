@@ -1,13 +1,13 @@
-"""Files and folders, local or in a bucket: asked about strictly, written to stay.
+"""Files and folders, local or in a bucket: "not there" told from "cannot be read", durable writes.
 
 `Path.exists()` answers False for a folder that cannot be read at the moment, and etils' `stat()`
-fails for a file whose user has no name. Both would make a run that has checkpoints begin at zero.
-The functions here tell "not there" from "cannot be read": only the former is an answer, the latter
-is raised (see `errors`).
+fails for a file whose user has no name. Either would make a run that has checkpoints begin at zero.
+So the functions here answer "not there" only when that is certain, and raise where a path cannot be
+read (see `errors`).
 
-Durable means: a loss of power at any later moment leaves it. On a local or network file system that
-takes an fsync of the file and one of each folder that got a new name in it. A bucket has neither:
-an object is there when it is closed.
+Durable means that a loss of power at any later moment does not lose what was written. On a local or
+network file system that takes an fsync of the file, and an fsync of each folder in which a name is
+new. A bucket knows no fsync: an object is durable when it is closed.
 """
 
 import errno
@@ -21,8 +21,8 @@ from etils import epath
 from vit_dist.paths import expand, is_remote, temporary_name
 from vit_dist.storage.errors import only_warn
 
-# What fsync says of a folder where the file system cannot do that (FUSE, SMB), or of one that may
-# be entered but not listed. Nothing is wrong then, and nothing better can be done.
+# Errors of fsync on a folder that are no failure: the file system cannot do it (FUSE, SMB), or the
+# folder may be entered but not listed. Nothing better can be done then.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
@@ -38,14 +38,14 @@ def exists(path: epath.PathLike) -> bool:
 
 
 def file_size(path: epath.PathLike) -> int:
-    """Bytes of a file."""
+    """The size of a file in bytes; raises OSError or OpError if it is not there."""
     if is_remote(path):
         return tf.io.gfile.stat(str(path)).length
     return os.stat(expand(path)).st_size
 
 
 def list_folder(path: epath.PathLike) -> list[epath.Path]:
-    """What is in a folder, sorted by name; nothing where the folder does not exist."""
+    """The paths in a folder, sorted by name; none if the folder does not exist."""
     path = expand(path)
     try:
         names = _list_remote(path) if is_remote(path) else os.listdir(path)
@@ -59,10 +59,11 @@ def _list_remote(path: epath.Path) -> list[str]:
     try:
         return tf.io.gfile.listdir(str(path))
     except tf.errors.NotFoundError:
-        # TensorFlow says so too where the bucket does not answer at all: it asks whether there is
-        # such a folder, and takes any failure for a no. exists() tells, or raises the failure.
+        # TensorFlow also raises NotFound where the bucket does not answer at all: it asks whether
+        # the folder exists and takes any failure for a no. exists() tells, or raises the failure.
         if not exists(path):
             return []
+    # The folder exists, so the first answer was a failure of the bucket: ask once more.
     try:
         return tf.io.gfile.listdir(str(path))
     except tf.errors.NotFoundError as error:
@@ -71,11 +72,12 @@ def _list_remote(path: epath.Path) -> list[str]:
 
 
 def make_folder(path: epath.PathLike) -> None:
-    """Makes a folder and those above it, where they are missing; durable."""
+    """Makes a folder and the missing folders above it, durably."""
     path = expand(path)
     if is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
         return
+    # From the innermost outwards, to know which folders get a new name and need an fsync.
     missing = []
     while not exists(path):
         missing.append(path)
@@ -83,14 +85,15 @@ def make_folder(path: epath.PathLike) -> None:
     if not os.path.isdir(path):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     for folder in reversed(missing):
-        os.makedirs(folder, exist_ok=True)  # another host may have been faster
+        # exist_ok: another host may make the same folder at this moment.
+        os.makedirs(folder, exist_ok=True)
         sync_folder(folder.parent)
 
 
 def write_file(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> None:
-    """Writes a file from its parts in turn; its bytes are durable, its name is not yet.
+    """Writes a file from its parts in turn. Its bytes are durable then, its name is not yet.
 
-    Call `sync_folder` on its folder when all files there are written.
+    Call `sync_folder` on the file's folder when all files there are written.
     """
     if is_remote(path):
         with epath.Path(path).open("wb") as remote:
@@ -101,6 +104,7 @@ def write_file(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> Non
     with open(expand(path), "wb", buffering=0) as file:
         for part in parts:
             rest = memoryview(part).cast("B")
+            # An unbuffered write may take only a part of the bytes: Linux takes 2 GB at most.
             while len(rest):
                 rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
@@ -110,6 +114,7 @@ def sync_folder(path: epath.PathLike) -> None:
     """Makes the names in a folder durable: of files made, renamed or removed there."""
     if is_remote(path):
         return
+    # A folder is opened to be read; one that may only be written and entered cannot be synced.
     try:
         descriptor = os.open(expand(path), os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:
@@ -124,13 +129,13 @@ def sync_folder(path: epath.PathLike) -> None:
 
 
 def write_whole(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that it is never seen half written, by way of another name; durable."""
+    """Writes a file durably and so that it is never seen half written: under another name first."""
     temporary = temporary_name(path)
     try:
         write_file(temporary, [data])
         temporary.replace(path)
     except BaseException:
-        # On a full disk the half would take up the room that a later attempt needs.
+        # Also on Ctrl-C. On a full disk half a file takes up the room that a later attempt needs.
         with only_warn(f"removing {temporary}"):
             temporary.unlink(missing_ok=True)
         raise
@@ -138,7 +143,7 @@ def write_whole(path: epath.Path, data: bytes) -> None:
 
 
 def remove_tree(path: epath.PathLike) -> None:
-    """Removes a folder with all in it; one that is not there is fine."""
+    """Removes a folder with all that is in it; does nothing if there is no such folder."""
     path = expand(path)
     try:
         if is_remote(path):

@@ -8,8 +8,8 @@ import platform
 import time
 import uuid
 
-# TensorFlow remembers the sizes of a bucket's objects for some seconds. With one size for all, an
-# object that another host has overwritten meanwhile is still read to its end.
+# Bytes. TensorFlow remembers the sizes of a bucket's objects for some seconds; as all owners are of
+# one size, an object that another host has just overwritten is still read to its end.
 _LENGTH = 1024
 
 
@@ -18,11 +18,11 @@ class Owner:
     """A process that holds a lock.
 
     Attributes:
-      host, pid, since: for people.
-      boot: names one boot of one kernel, so that two containers of a machine are known as such.
-      namespace: of the process number, which repeats from container to container.
-      started: clock ticks from boot to the start of the process; a process that got the number of
-        one that has ended differs in this.
+      host, pid, since: name of the machine, number of the process, time of the lock; for messages.
+      boot: identifies one boot of one kernel, so the same in all containers of a machine.
+      namespace: the namespace of `pid`; process numbers repeat from container to container.
+      started: clock ticks from boot to the start of the process. Numbers of processes that have
+        ended are used again, by processes with another start.
       token: different for each lock ever taken.
       beat: counts the renewals of the lock.
     """
@@ -49,7 +49,7 @@ class Owner:
 
 
 def parse_owner(data: bytes) -> Owner | None:
-    """The owner that `to_bytes` wrote; None for anything else, such as a file left empty."""
+    """The owner that `to_bytes` wrote; None for any other bytes, such as those of an empty file."""
     try:
         return Owner(**json.loads(data))
     except (ValueError, TypeError):
@@ -57,10 +57,11 @@ def parse_owner(data: bytes) -> Owner | None:
 
 
 def this_process() -> Owner:
-    """This process as an owner, with another token at each call."""
+    """This process as an owner, with a new token at each call."""
+    # "" and the host's name stand in where there is no /proc, as on macOS.
     try:
         namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
+    except OSError:
         namespace = ""
     return Owner(
         host=platform.node(),
@@ -74,13 +75,17 @@ def this_process() -> Owner:
 
 
 def is_alive(owner: Owner) -> bool | None:
-    """Whether the process runs; None where its number means nothing to this process."""
+    """Whether the process runs; None if its number means nothing here (another machine, or another
+    container).
+    """
     here = this_process()
     if (owner.boot, owner.namespace) != (here.boot, here.namespace):
         return None
     if here.started:
         return _start_of(owner.pid) == owner.started
-    try:  # no /proc: by the number alone
+    # Without /proc only the number can be asked about. Signal 0 is not delivered: kill() just tells
+    # whether there is such a process, ESRCH if not.
+    try:
         os.kill(owner.pid, 0)
     except OSError as error:
         return error.errno != errno.ESRCH
@@ -92,9 +97,11 @@ def _start_of(pid: int) -> str | None:
     text = _line_of(f"/proc/{pid}/stat")
     if text is None:
         return None
-    # The program's name comes before the state, in brackets, and may hold brackets and spaces.
+    # "PID (NAME) STATE ...": the name may hold brackets and spaces, so fields are counted from
+    # behind the last bracket on.
     state, *fields = text.rpartition(")")[2].split()
-    # Z and X: it has ended, and its parent has not asked how. Field 22 of proc(5) is the start.
+    # States Z and X: the process has ended, and its parent has not asked for its exit code. The
+    # start is field 22 of proc(5); STATE is field 3, so fields[0] is field 4.
     return None if state in ("Z", "X") else fields[18]
 
 

@@ -4,16 +4,18 @@
     <workdir>/checkpoints/000000500/manifest.json        step, size and CRC-32 of the state, config
     <workdir>/checkpoints/000000500.unfinished           only while the two above are being written
 
-A checkpoint counts only if its manifest parses and the state has that size and checksum. So neither
-a kill, a full disk nor an object store without atomic renames can make a run start from half a
-state. Files and folders are on the disk (fsync) before an older checkpoint is deleted.
+A checkpoint counts only if its manifest parses and state.safetensors has the size and the checksum
+that the manifest notes. So neither a kill, a full disk nor an object store without atomic renames
+can make a run start from half a state. Files and folders are on the disk (fsync) before an older
+checkpoint is deleted.
 
 Four cases are kept apart when a run looks for its newest checkpoint:
 
 - whole: it is taken.
 - proved damaged (no manifest, a short file, a wrong checksum): passed over. If every checkpoint is
   damaged the search fails: a run that has lost its state must not begin at zero in silence.
-- unfinished: a save that was interrupted. Passed over, and no loss: it never was a checkpoint.
+- unfinished: a save that was interrupted. Passed over, and nothing is lost: it never was a
+  checkpoint.
 - unreadable at the moment (I/O error, no permission, a bucket's 503): tried again for some seconds,
   then an error. An older checkpoint, or none, would be a wrong answer.
 """
@@ -47,7 +49,8 @@ STATE, MANIFEST = "state.safetensors", "manifest.json"
 _FOLDER, _UNFINISHED = re.compile(r"\d{9,}"), re.compile(r"\d{9,}\.unfinished")
 _LISTINGS = 3  # how often a folder is listed in which a running job removes checkpoints meanwhile
 _UNTOUCHED = "Earlier checkpoints are untouched"
-_ABSENT = (Kind.MISSING, Kind.MISNAMED)  # a folder in the place of a file is no file either
+# A folder (MISNAMED) in the place of a file is no file either.
+_ABSENT = (Kind.MISSING, Kind.MISNAMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Checkpoint:
       path: its folder.
       step: number of steps done.
       notes: what was saved beside the arrays: "config", "model", "data", "class_names".
-      arrays: by name; those of a file are read each time they are asked for.
-      digest: SHA-256 of the manifest, which holds the state's checksum: equal on two hosts only if
-        they see the same checkpoint.
+      arrays: name -> array; a StateFile reads an array each time it is asked for.
+      digest: SHA-256 (hex) of the manifest, which holds the state's checksum: equal on two hosts
+        only if they see the same checkpoint.
     """
 
     path: epath.Path
@@ -70,12 +73,14 @@ class Checkpoint:
     digest: str = ""
 
     def weights(self) -> dict[str, LazyArray]:
-        """The weights to use, the moving average's where there is one, by the model's own names."""
+        """The weights to judge or to take over, by the model's own names: the moving average's if
+        the run kept one, else the model's.
+        """
         assert isinstance(self.arrays, StateFile)
         return self.arrays.below(_weights_prefix(self.arrays))
 
     def close(self) -> None:
-        """Closes the file of the arrays: one that is pruned takes up room as long as it is open."""
+        """Closes the file of the arrays: while it is open it takes up room, even if pruned."""
         if isinstance(self.arrays, StateFile):
             self.arrays.close()
 
@@ -86,10 +91,10 @@ class Checkpointer:
     Only one process may save into a workdir at a time; see storage.lock.
 
     Args:
-      workdir: of the run; checkpoints go into its folder "checkpoints".
-      keep: how many of the newest whole ones stay. Damaged ones do not count.
+      workdir: folder of the run; checkpoints go into "checkpoints" in it.
+      keep: how many of the newest whole checkpoints stay. Damaged ones do not count.
       permit: called before each save; raises if this process may not save any more.
-      damaged: names of folders that were proved damaged when the run looked for its beginning.
+      damaged: names of folders that `newest` of another Checkpointer proved damaged.
     """
 
     def __init__(
@@ -104,16 +109,24 @@ class Checkpointer:
             raise ConfigError(f"keep_checkpoints must be 1 or more, got {keep}")
         self.folder, self.keep = expand(workdir) / "checkpoints", keep
         self._permit = permit
+        # One thread: training goes on while a checkpoint is written, and two never overlap.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self.damaged = set(damaged)
 
     def save(self, arrays: Mapping[str, np.ndarray], *, step: int, notes: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; waits for the one before.
+        """Starts to write a checkpoint in the background; first waits for the one before.
+
+        Args:
+          arrays: name -> array; not changed by anyone until the checkpoint is written.
+          step: number of steps done, which names the folder.
+          notes: goes into the manifest as JSON.
 
         Raises:
-          StorageError: the one before could not be written (a full disk, say).
+          StorageError: the checkpoint before could not be written (a full disk, say), or this
+            process may not save any more.
         """
+        # An error of the background thread surfaces here, one save later at the latest.
         self.wait()
         self._permit()
         self._pending = self._thread.submit(self._save, dict(arrays), step, notes)
@@ -121,6 +134,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when everything is on disk; raises StorageError where that failed."""
         if self._pending is not None:
+            # Forgotten before result() raises: an error is reported once, not at every later call.
             pending, self._pending = self._pending, None
             pending.result()
 
@@ -132,7 +146,7 @@ class Checkpointer:
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, every byte of it checked; None where there never was one.
 
-        Damaged and unfinished ones are named in the log.
+        The log names damaged and unfinished checkpoints that are passed over.
 
         Raises:
           DataError: there are checkpoints, and all are damaged.
@@ -145,7 +159,8 @@ class Checkpointer:
             raise DataError(
                 f"{self.folder} holds checkpoints, and none of them is whole: {_reasons(damaged)}. "
                 "The run does not begin at step 0 by itself. To go on, put a whole checkpoint "
-                f"back; to begin anew on purpose, move {self.folder} away or give another --workdir"
+                f"back; to start from step 0 on purpose, move {self.folder} away or give another "
+                "--workdir"
             )
         return found
 
@@ -155,7 +170,9 @@ class Checkpointer:
             retry(f"saving {path}", lambda: _write(path, arrays, step, notes))
         except FAILURES as error:
             with only_warn(f"removing {path}"):
-                files.remove_tree(path)  # a torn checkpoint would only take up the room
+                # A torn checkpoint would only take up room. Its marker goes last: as long as the
+                # folder is there, the marker tells that it is no damaged checkpoint.
+                files.remove_tree(path)
                 _unfinished(path).unlink(missing_ok=True)
             raise (
                 explain(
@@ -173,10 +190,12 @@ class Checkpointer:
             self._prune(step)
 
     def _prune(self, newest: int) -> None:
-        """Removes what is older than the newest `keep` whole checkpoints, and older damaged ones.
+        """Removes whole checkpoints older than the newest `keep`, and damaged ones before `newest`.
 
-        Later steps stay: a torn one of a run that was abandoned goes when it is overtaken.
+        Folders of later steps stay. A run that began again at an earlier checkpoint finds them;
+        each goes when the run has passed its step.
         """
+        # From the newest to the oldest: `room` counts how many whole ones may still stay.
         room = self.keep
         for path in _folders(self.folder):
             if int(path.name) > newest:
@@ -190,7 +209,7 @@ class Checkpointer:
             files.remove_tree(path)
             files.sync_folder(self.folder)
         for path in files.list_folder(self.folder):
-            # Of saves that were killed, perhaps before they had made their folder.
+            # Markers of saves that were killed, perhaps before they had made their folder.
             if _UNFINISHED.fullmatch(path.name) and int(path.stem) < newest:
                 path.unlink(missing_ok=True)
 
@@ -198,8 +217,10 @@ class Checkpointer:
 def _write(
     path: epath.Path, arrays: Mapping[str, np.ndarray], step: int, notes: Mapping[str, Any]
 ) -> None:
-    """Writes one checkpoint, durably; replaces what an earlier attempt left in its folder."""
-    # Before the folder: should this save be interrupted, what it leaves is no damaged checkpoint.
+    """Writes one checkpoint, durably; replaces the folder of an earlier attempt."""
+    # The order of what follows is what keeps a checkpoint whole at a loss of power: marker, state,
+    # manifest, each on the disk before the next begins (tests/training/test_power_loss.py).
+    # The marker comes first, so that an interrupted save is never taken for a damaged checkpoint.
     files.make_folder(path.parent)
     note = f"process {os.getpid()} on {platform.node()} began to save here, {time.ctime()}\n"
     files.write_file(_unfinished(path), [note.encode()])
@@ -214,16 +235,19 @@ def _write(
         "arrays": dict(sums.arrays),
         "notes": notes,
     }
+    # The state's name has to be durable before a manifest vouches for it.
     files.sync_folder(path)
     files.write_file(path / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    # Then the manifest's own name, and last the folder's name in "checkpoints".
     files.sync_folder(path)
     files.sync_folder(path.parent)
+    # Beside a manifest the marker means nothing, so failing to remove it does no harm.
     with only_warn(f"removing {_unfinished(path)}"):
-        _unfinished(path).unlink()  # beside a manifest it means nothing
+        _unfinished(path).unlink()
 
 
 def _unfinished(path: epath.Path) -> epath.Path:
-    """The file that stands beside a checkpoint's folder while it is being written."""
+    """The marker: a file beside a checkpoint's folder, there while the checkpoint is written."""
     return path.with_name(f"{path.name}.unfinished")
 
 
@@ -236,7 +260,10 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
 def _newest(
     folder: epath.Path, *, weights: bool = False
 ) -> tuple[Checkpoint | None, dict[epath.Path, str]]:
-    """The newest whole checkpoint, if any, and what is wrong with those that were passed over."""
+    """The newest whole checkpoint, if any, and (path -> what is wrong) of newer, damaged ones.
+
+    With `weights` only the weights of a checkpoint are checked, see open_checkpoint.
+    """
     damaged: dict[epath.Path, str] = {}
     for _ in range(_LISTINGS):
         damaged, vanished = {}, False
@@ -244,10 +271,12 @@ def _newest(
             try:
                 return _open(path, weights=weights), damaged
             except DataError as error:
+                # A running job has removed this one, and has a newer one by now: list again.
                 if not _read(path, functools.partial(files.exists, path)):
-                    vanished = True  # removed by a running job, which has a newer one by now
+                    vanished = True
                     continue
-                # As text: the error itself refers to frames, and those to files that are open.
+                # Kept as text: the error itself holds its traceback's frames, and with them open
+                # files.
                 logging.warning("passing over a damaged checkpoint: %s", str(error))
                 if not _is_unfinished(path):
                     damaged[path] = str(error)
@@ -257,6 +286,8 @@ def _newest(
 
 
 def _is_unfinished(path: epath.Path) -> bool:
+    """Whether a save into this folder was interrupted: a marker, and no manifest."""
+
     def look() -> bool:
         return files.exists(_unfinished(path)) and not files.exists(path / MANIFEST)
 
@@ -264,7 +295,10 @@ def _is_unfinished(path: epath.Path) -> bool:
 
 
 def _looks_whole(path: epath.Path) -> bool:
-    """Whether the manifest parses and the state has its size; the checksum is not computed."""
+    """Whether the manifest parses and the state has the size noted there.
+
+    The checksum is not computed: _prune asks at every save, and would read gigabytes each time.
+    """
     try:
         _, _, sums, _ = _read_manifest(path)
         return files.file_size(path / STATE) == sums.size
@@ -277,6 +311,7 @@ def _looks_whole(path: epath.Path) -> bool:
 
 
 def _reasons(damaged: Mapping[epath.Path, str]) -> str:
+    """What is wrong with the first three damaged checkpoints, and how many more there are."""
     more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
     return "; ".join(list(damaged.values())[:3]) + more
 
@@ -292,21 +327,24 @@ def is_checkpoint(folder: epath.Path) -> bool:
 
 
 def open_checkpoint(path: str, *, weights: bool = False) -> Checkpoint:
-    """The checkpoint at `path`: one checkpoint's folder, or a run's, of which the newest whole one.
+    """Opens the checkpoint in `path`, or the newest whole one of the run in `path`.
 
     Args:
-      path: local or gs://.
-      weights: only `Checkpoint.weights` will be used. The rest of the state, some two thirds, is
-        then neither read nor checked (of checkpoints since version 0.2; before, all was).
+      path: folder of a checkpoint or of a run, local or gs://.
+      weights: only `Checkpoint.weights` will be used. The rest of the state, two thirds or more, is
+        then neither read nor checked. (Checkpoints of version 0.1 have no checksum for each array:
+        of these everything is read.)
 
     Raises:
-      ConfigError: there is none; the message says what was looked for.
-      DataError: it is damaged, or all those of the run are.
-      StorageError: it cannot be read at the moment.
+      ConfigError: there is no checkpoint; the message says what was looked for.
+      DataError: the checkpoint is damaged, or all checkpoints of the run are.
+      StorageError: a checkpoint cannot be read at the moment.
     """
     folder = expand(path)
     if not _read(folder, lambda: files.exists(folder)):
         raise ConfigError(f"there is no checkpoint at {path}: no such folder")
+    # A folder named like a step counts even without a manifest: then it is reported as damaged,
+    # rather than as a run without checkpoints.
     alone = _read(folder, lambda: files.exists(folder / MANIFEST))
     if alone or _FOLDER.fullmatch(folder.name):
         return _open(folder, weights=weights)
@@ -323,7 +361,7 @@ def open_checkpoint(path: str, *, weights: bool = False) -> Checkpoint:
 
 
 def _open(path: epath.Path, *, weights: bool = False) -> Checkpoint:
-    """Opens and checks one checkpoint.
+    """Opens one checkpoint and checks its bytes, with `weights` only the bytes of the weights.
 
     Raises:
       DataError: it is proved damaged.
@@ -350,7 +388,7 @@ def _weights_prefix(arrays: StateFile) -> str:
 
 
 def _read_manifest(path: epath.Path) -> tuple[int, dict[str, Any], Sums, str]:
-    """Step, notes, sums of the state, and the digest; raises DataError where it is no manifest."""
+    """Reads (step, notes, sums of the state, digest); raises DataError if that is no manifest."""
     manifest = path / MANIFEST
     try:
         data = manifest.read_bytes()
@@ -359,6 +397,8 @@ def _read_manifest(path: epath.Path) -> tuple[int, dict[str, Any], Sums, str]:
             raise
         raise DataError(f"{path} has no {MANIFEST}: it was not written to the end") from None
     try:
+        # Not `.get` for what every manifest has: a manifest without it is damaged. Checkpoints of
+        # version 0.1 have no "arrays".
         parsed = json.loads(data)
         sums = Sums(parsed["size"], parsed["crc32"], parsed.get("arrays", {}))
         return parsed["step"], parsed["notes"], sums, hashlib.sha256(data).hexdigest()
@@ -367,7 +407,11 @@ def _read_manifest(path: epath.Path) -> tuple[int, dict[str, Any], Sums, str]:
 
 
 def _read(path: epath.Path, function: Callable[[], T]) -> T:
-    """Calls a function that reads; what it cannot read after some attempts is a StorageError."""
+    """Calls a function that reads, again while the storage may recover.
+
+    Raises:
+      StorageError: it could not be read in any attempt.
+    """
     try:
         return retry(f"reading {path}", function)
     except FAILURES as error:

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from vit_dist.config.errors import ConfigError
 
+# (logits (b, C), labels (b,) or (b, C)) -> (b,).
 Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
@@ -23,10 +24,10 @@ REDUCTIONS = ("sum", "mean")
 
 
 def as_distribution(labels: tf.Tensor, num_classes: int) -> tf.Tensor:
-    """Labels as float32 (B, C): class numbers (B,) become one-hot rows, rows stay as they are.
+    """Labels as float32 (b, C): class numbers (b,) become one-hot rows, rows (b, C) stay.
 
-    A number outside of 0..C-1 becomes a row of NaN, so that its step is found not to be finite; as
-    tf.one_hot has it, a row of zeros, it would train towards nothing without a word.
+    A number outside of 0..C-1 becomes a row of NaN, so that its step ends the run as not finite.
+    tf.one_hot would make it a row of zeros, which trains towards no class without a word.
     """
     if labels.shape.rank == 1:
         known = (labels >= 0) & (labels < num_classes)
@@ -41,20 +42,22 @@ def make_loss(
     reduction: str = "sum",
     threshold: float | None = None,
 ) -> Loss:
-    """Makes loss(logits, labels) -> float32 (B,).
+    """Makes loss(logits, labels) -> float32 (b,).
 
     Args:
       name: "softmax" cross-entropy, or "sigmoid": binary cross-entropy over the classes.
-      label_smoothing: s in labels * (1 - s) + s / C (arXiv 1512.00567); the same for both.
+      label_smoothing: s in labels * (1 - s) + s / C (arXiv 1512.00567), for both losses.
       reduction: of "sigmoid" over the classes: "sum" as AugReg, "mean" as PyTorch and DeiT III.
-      threshold: of "sigmoid": shares of a label above it count as 1, the others as 0; 0.0 for
-        DeiT III, where mixup and CutMix leave two whole labels. None takes shares as they are.
+      threshold: of "sigmoid": the share that a label gives a class counts as 1 if it is above the
+        threshold, else as 0. 0.0 is DeiT III's: an image mixed of two has both labels in full.
+        None takes shares as they are.
 
     Returns:
-      A function of logits (B, C), any float type, and labels: int (B,) or float (B, C).
+      A function of logits (b, C), any float type, and labels, int (b,) or float (b, C).
 
     Raises:
-      ConfigError: unknown name or reduction, a number out of range, or what is sigmoid's alone.
+      ConfigError: unknown name or reduction, a number out of range, or an option of "sigmoid" given
+        for "softmax".
     """
     if name not in LOSSES:
         raise ConfigError(f"loss {name!r} is unknown; allowed: {', '.join(LOSSES)}")
@@ -76,7 +79,7 @@ def make_loss(
         # Half precision would round a loss near 0 away, and overflow in the sum over 21k classes.
         logits = tf.cast(logits, tf.float32)
         num_classes = logits.shape[-1]
-        # In timm's order: mixup before, then the threshold, then smoothing.
+        # timm's order of operations: mixup (done by the step), then the threshold, then smoothing.
         targets = as_distribution(labels, num_classes)
         if threshold is not None:
             targets = tf.cast(targets > threshold, tf.float32)

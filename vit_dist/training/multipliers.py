@@ -1,4 +1,4 @@
-"""Which variables decay, how fast each learns and which stay as they are, by patterns in names."""
+"""Which variables decay, how fast each learns and which are frozen, by patterns in their names."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -8,7 +8,8 @@ from vit_dist.config.errors import ConfigError
 
 Rules = Sequence[tuple[str, float]]
 
-_FIRST = re.compile(r"^(embedding/|cls$|registers$|pos_embedding$)")  # what the first block reads
+# What the first block reads. A variable that is neither here nor in a block comes after the blocks.
+_FIRST = re.compile(r"^(embedding/|cls$|registers$|pos_embedding$)")
 _BLOCK = re.compile(r"^encoderblock_(\d+)/")
 _TO_HEADS = re.compile(r"(^|/)attention/(query|key|value)/(kernel|bias)$")
 _FROM_HEADS = re.compile(r"(^|/)attention/out/kernel$")
@@ -16,9 +17,11 @@ _FROM_HEADS = re.compile(r"(^|/)attention/out/kernel$")
 
 def check_rules(key: str, rules: Any) -> None:
     """Raises ConfigError where `rules` is no sequence of (regex, number of 0 or more)."""
+    # A single wrong value, wrapped so that the loop below refuses it and shows it.
     if not isinstance(rules, tuple | list):
-        rules = (rules,)  # shown below as what it is
+        rules = (rules,)
     for rule in rules:
+        # True and False are ints to Python, and no factors.
         pair = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[0], str)
         number = pair and isinstance(rule[1], int | float) and not isinstance(rule[1], bool)
         if not number or not rule[1] >= 0:
@@ -38,9 +41,10 @@ def multiplier(rules: Rules, name: str, default: float) -> float:
 
 
 def depth_of(name: str, num_blocks: int) -> int:
-    """A variable's place as BEiT counts (arXiv 2106.08254).
+    """A variable's depth as BEiT counts layers (arXiv 2106.08254).
 
-    0 for patches, cls token and positions, i + 1 for block i, num_blocks + 1 for all behind them.
+    0 for patch embedding, cls token and positions, i + 1 for block i (from 0), num_blocks + 1 for
+    all that comes behind the blocks.
     """
     block = _BLOCK.match(name)
     if block:
@@ -51,8 +55,9 @@ def depth_of(name: str, num_blocks: int) -> int:
 def split_heads(name: str, shape: Sequence[int], num_heads: int) -> tuple[int, ...]:
     """A variable's shape with attention's heads as an axis, as flax and big_vision store it.
 
-    (D, H, K) for the kernels of query, key and value, (H, K) for their biases, (H, K, D) for the
-    kernel of out, where ours have D = H K in one axis; every other variable's own shape.
+    With H heads of width K, where our variables have H K in one axis: (D, H, K) for the kernels of
+    query, key and value, (H, K) for their biases, (H, K, D) for the kernel of out. Every other
+    variable keeps its own shape.
     """
     if _TO_HEADS.search(name):
         return (*shape[:-1], num_heads, shape[-1] // num_heads)
@@ -67,15 +72,17 @@ def rate_multipliers(
     """What each variable's learning rate is multiplied by; 0 freezes the variable.
 
     Args:
-      names: of the variables.
-      lr_multipliers: (regex, factor) pairs, of which the first that matches counts; else 1.
-      layer_decay: times layer_decay ** (num_blocks + 1 - depth_of(name)); None for none.
+      names: the names of the variables.
+      lr_multipliers: (regex, factor) pairs; the first that matches counts, without a match 1.
+      layer_decay: also multiplies by layer_decay ** (num_blocks + 1 - depth_of(name)); None for no
+        such factor.
     """
     # The depth comes from the names, so that it is right for any model with such names.
     blocks = [_BLOCK.match(name) for name in names]
     num_blocks = 1 + max((int(b[1]) for b in blocks if b), default=-1)
     factors = {}
     for name in names:
+        # Layers between this variable and the head, which has 0 of them and the full rate.
         below = num_blocks + 1 - depth_of(name, num_blocks)
         factors[name] = multiplier(lr_multipliers, name, 1.0) * (layer_decay or 1.0) ** below
     return factors
@@ -90,6 +97,8 @@ def check_names(
         ("lr_multipliers", lr_multipliers),
     ):
         for regex, _ in rules:
+            # A pattern without a match is a typo, or written for another model: it would have no
+            # effect without a word (law 9).
             if not any(re.search(regex, name) for name in names):
                 shown = ", ".join(sorted(names)[:3])
                 raise ConfigError(

@@ -21,7 +21,8 @@ from vit_dist.training.multipliers import (
 )
 from vit_dist.training.sharding import Remote, Shards
 
-# Name -> what a None in OptimizerOptions stands for: the value of the rule's paper.
+# Name of a rule -> the options that it has and what a None there stands for, the value of the
+# rule's paper. A key that is missing here is an option that the rule does not have.
 NAMES: dict[str, dict[str, float]] = {
     "adamw": {"beta_2": 0.999, "epsilon": 1e-8},
     "sgd": {"momentum": 0.9},
@@ -39,9 +40,9 @@ class Optimizer:
     """A rule, the variables that it updates, and how fast each learns and decays.
 
     Attributes:
-      variables: name -> variable, of those that train; frozen ones are left out and have no slots.
-      rates: name -> what its learning rate is multiplied by.
-      decays: name -> d in w -= rate * d * w, for those that decay.
+      variables: name -> variable, for the variables that train; frozen ones have no slots.
+      rates: name -> what the variable's learning rate is multiplied by; 0 for frozen ones.
+      decays: name -> d in w -= rate * d * w, for the variables that decay.
       slots: the optimizer's state by name, such as "encoderblock_0/norm_0/gamma/momentum"; a
         Remote stands for a slot on another host.
       shards: which replica has which slots; None: each replica has all slots.
@@ -59,7 +60,8 @@ class Optimizer:
         self.rule, self.rates, self.decays = rule, rates, decays
         self.variables = {name: v for name, v in variables.items() if rates[name]}
         self.decayed = set(decays)
-        # LAMB's trust ratio is of the update with its decay, so the rule applies the decay itself.
+        # LAMB's trust ratio is computed from the update with its decay, so the rule applies the
+        # decay itself, and `apply` must not do it a second time.
         if isinstance(rule, update_rules.Lamb):
             rule.decays = {id(variables[name]): decay for name, decay in decays.items()}
             self.decays = {}
@@ -68,15 +70,22 @@ class Optimizer:
         self._names = {id(v): name for name, v in self.variables.items()}
         self.slots: dict[str, keras.Variable | Remote] = {}
         self._slots_of: dict[str, list[keras.Variable]] = {name: [] for name in self.variables}
-        # Keras's build() asks for one slot after the other: by way of make_slot each of them gets a
-        # name and, with shards, a place.
+        # Keras's build() makes one slot after the other, and _Rule passes each through make_slot:
+        # there it gets a name for the checkpoint and, with shards, the device of its owner.
         rule.make_slot = self._make_slot
         rule.build(list(self.variables.values()))
 
     def _make_slot(
         self, variable: keras.Variable, kind: str, like: Remote, make: Callable[[], keras.Variable]
     ) -> keras.Variable | Remote:
-        """Makes a slot where its owner is; `like` is kept for a slot of another host."""
+        """Makes a slot on its owner's device; for a slot of another host it keeps `like` instead.
+
+        Args:
+          variable: the variable that the slot belongs to.
+          kind: such as "momentum"; the last part of the slot's name.
+          like: shape and dtype of the slot.
+          make: makes the slot on the current device.
+        """
         name = self._names[id(variable)]
         device = None if self.shards is None else self.shards.device(name)
         if self.shards is not None and device is None:
@@ -103,10 +112,9 @@ class Optimizer:
           gradients: one per variable, summed over replicas and clipped; float32.
           learning_rate: scalar float32.
           count: scalar int64, updates done before this one.
-          gate: scalar bool; where false, variables and slots keep their values. A select after the
-            update rather than a conditional around it: XLA fuses it into the update's own loop.
-          replica: needed with `shards`: the number of this replica, which updates the slots that it
-            owns.
+          gate: scalar bool; if false, variables and slots keep their values.
+          replica: needed with `shards`: the number of this replica, which updates the variables
+            that it owns and their slots.
 
         Returns:
           None; with `shards` the new weights of the variables that the replica owns, packed. The
@@ -152,33 +160,43 @@ class Optimizer:
             # variable is assigned once, behind the gate, rather than by the rule and again by the
             # gate: a quarter fewer operations to compile.
             owned = [variable, *self._slots_of[name]]
+            # The values before the update: the rule starts from them, and a closed gate returns to
+            # them.
             before = [(v, tf.convert_to_tensor(v.value)) for v in owned]
             with keras.StatelessScope(state_mapping=before) as scope:
                 self.rule.update_step(gradient, variable, rate)
+                # Decoupled decay (arXiv 1711.05101): it shrinks the weight from before the update.
                 if name in self.decays:
                     decay = rate * self.rule.scalar(self.decays[name])
                     variable.assign_sub(decay * before[0][1])
+            # A select after the update rather than a branch around it: XLA fuses a select into the
+            # update's own loop.
             values = [(v, tf.where(gate, scope.get_current_value(v), old)) for v, old in before]
             yield name, values
-        self.rule.begin(0)  # keep no tensor of a graph that is being traced
+        # The rule still holds tensors of the graph that is being traced here; another trace, or an
+        # eager call, could not use them.
+        self.rule.begin(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """What an optimizer is; make_optimizer makes it for the variables of a model.
+    """Rule and numbers of an optimizer; make_optimizer makes one for the variables of a model.
 
     Attributes:
-      name: one of NAMES; update_rules has the formulas and where they are from.
+      name: one of NAMES; update_rules.py has the formulas and their sources.
       learning_rate: the schedule's peak.
       weight_decay: d in w -= rate * d * w, decoupled (arXiv 1711.05101).
-      decay_scale: what decay is multiplied by: "learning_rate", the variable's current one, as in
-        PyTorch, or "schedule", the current over the peak, as in big_vision and the paper.
-      decay_multipliers: (regex, factor) pairs; the first found in a name counts, else 0.
-      lr_multipliers: such pairs for learning rates; a name that none matches has 1; 0 freezes.
-      layer_decay: of learning rates from the head down; see multipliers.rate_multipliers.
-      momentum_dtype: in which first moments are stored, "float32" or "bfloat16".
-      beta_1, beta_2, epsilon, momentum: of the rules that have them; None for the paper's.
-      shard_state: ZeRO-1, each replica holds the slots of a part of the variables (sharding.py).
+      decay_scale: `rate` in that formula: "learning_rate", the variable's current learning rate, as
+        in PyTorch, or "schedule", schedule(step) / peak, as in big_vision and the paper.
+      decay_multipliers: (regex, factor) pairs for weight_decay. The first regex found in a
+        variable's name counts; a variable whose name none matches does not decay.
+      lr_multipliers: (regex, factor) pairs for learning rates. A variable whose name none matches
+        has factor 1; factor 0 freezes a variable.
+      layer_decay: factor per block, from the head down; see multipliers.rate_multipliers.
+      momentum_dtype: dtype in which first moments are stored, "float32" or "bfloat16".
+      beta_1, beta_2, epsilon, momentum: numbers of the rules that have them; None stands for the
+        value of the rule's paper, see NAMES.
+      shard_state: ZeRO-1: each replica holds the slots of a part of the variables (sharding.py).
 
     Raises:
       ConfigError: unknown name, or a number out of range.
@@ -222,6 +240,7 @@ class OptimizerOptions:
             raise ConfigError(
                 f"optimizer.layer_decay must be in (0, 1], or None, got {self.layer_decay}"
             )
+        # _decays divides by the peak.
         if self.decay_scale == "schedule" and not self.learning_rate:
             raise ConfigError("optimizer.decay_scale 'schedule' needs a learning_rate above 0")
 
@@ -238,16 +257,17 @@ def make_optimizer(
     Args:
       variables: name -> variable; all of the model's.
       options: None for AdamW with the defaults of OptimizerOptions.
-      strategy: of the replicas, needed where options.shard_state. Call it outside of the
-        strategy's scope then: the scope would make every slot on every replica.
-      num_heads: of the model's attention, for adafactor_vit, which factors each head for itself.
+      strategy: needed with options.shard_state, for the replicas' devices. Call make_optimizer
+        outside of the strategy's scope then: the scope would make every slot on every replica.
+      num_heads: of the model's attention; adafactor_vit factors each head separately.
 
     Raises:
       ConfigError: a pattern that matches no variable, shard_state under a scope, without a
         strategy, or on TPUs, or adafactor_vit without num_heads for a model with attention.
     """
     options = options or OptimizerOptions()
-    # Without decay nobody minds patterns that match nothing, such as those of another model.
+    # Without weight decay its patterns have no effect, so it is no mistake if they match nothing,
+    # as the patterns of a recipe for another model.
     used = options.decay_multipliers if options.weight_decay else ()
     check_names(variables, decay_multipliers=used, lr_multipliers=options.lr_multipliers)
     rates = rate_multipliers(
@@ -256,6 +276,7 @@ def make_optimizer(
     peak = options.learning_rate if options.decay_scale == "schedule" else None
     decays = _decays(rates, options.weight_decay, options.decay_multipliers, peak)
     rule = _make_rule(options)
+    # Both attributes are read when Optimizer builds the rule, which makes the slots.
     rule.momentum_dtype = options.momentum_dtype
     if options.name == "adafactor_vit":
         rule.views = _views(variables, num_heads)
@@ -274,8 +295,9 @@ def _decays(
     decays = {}
     for name, rate in rates.items():
         factor = weight_decay * multiplier(rules, name, 0.0)
-        # With the schedule's scale decay is d * schedule / peak; Optimizer multiplies by the
-        # variable's own rate, so both are divided out here.
+        # Optimizer multiplies a decay by the variable's rate = schedule(step) * its multiplier. By
+        # decay_scale "schedule" w loses d * schedule(step) / peak, whatever the multiplier: so the
+        # peak and the multiplier are divided out here.
         if rate and factor:
             decays[name] = factor if peak is None else factor / (peak * rate)
     return decays
@@ -284,10 +306,11 @@ def _decays(
 def _views(
     variables: dict[str, keras.Variable], num_heads: int | None
 ) -> dict[int, tuple[int, ...]]:
-    """Returns id of variable -> its shape with an axis for heads, of attention's variables."""
+    """Returns id(variable) -> its shape with an axis for heads, for attention's variables."""
     found = {}
     for name, variable in variables.items():
         shape = tuple(variable.shape)
+        # One head: the shape changes if and only if the variable has heads at all.
         if split_heads(name, shape, 1) != shape:
             if num_heads is None:
                 raise ConfigError(f"adafactor_vit needs num_heads, to factor {name} by heads")
@@ -296,7 +319,7 @@ def _views(
 
 
 def _make_rule(options: OptimizerOptions) -> Any:
-    """The update rule with its numbers; where the options have None, the paper's."""
+    """The update rule with its numbers; None in the options stands for the paper's number."""
     name, rate, beta_1 = options.name, float(options.learning_rate), options.beta_1
     own = {}
     for key, papers in NAMES[name].items():
@@ -312,13 +335,18 @@ def _make_rule(options: OptimizerOptions) -> Any:
     if name == "muon":
         return update_rules.Muon(
             rate,
+            # The names that start with "adam" are for the variables that Muon leaves to AdamW.
             adam_beta_1=beta_1,
             adam_beta_2=own["beta_2"],
             epsilon=own["epsilon"],
             momentum=own["momentum"],
+            # Its authors train input and output layers with AdamW. Keras leaves out embeddings by
+            # itself; the head it cannot know.
             exclude_layers=["(^|/)head/"],
             name=name,
         )
+    # The paper and optax factor from 128 entries on and bound the update; big_vision factors from
+    # 32 on and caps beta_2, and has neither the bound nor the scaling by the weights.
     plain = name == "adafactor"
     return update_rules.Adafactor(
         rate,

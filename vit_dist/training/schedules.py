@@ -1,11 +1,11 @@
 """Learning-rate schedules, by the formulas of big_vision, optax and timm.
 
-The learning rate of the update that step t (from 0) does is the peak times a factor. In the first
+Step t (counted from 0) updates with a learning rate of peak * factor. During the first
 `warmup_steps` the factor is
 
     start_factor + (1 - start_factor) t / warmup
 
-and then, with p = (t - warmup) / (total - warmup), at most 1, and e = end_factor:
+and after them, with p = min(1, (t - warmup) / (total - warmup)) and e = end_factor:
 
     cosine      e + (1 - e) (1 + cos(pi p)) / 2
     linear      e + (1 - e) (1 - p)
@@ -14,10 +14,10 @@ and then, with p = (t - warmup) / (total - warmup), at most 1, and e = end_facto
     step        drop ** (number of milestones, in percent of the run, that t has reached)
     constant    1
 
-The last `cooldown_steps` multiply it by (total - t) / cooldown. With decay_from "start" p is
-t / total, as in timm; hold_steps above 1 change the rate only every so many steps, as timm does
-once an epoch. With a warmup and no start_factor the first update has learning rate 0, as
-big_vision's has.
+During the last `cooldown_steps` the factor is also multiplied by (total - t) / cooldown. With
+decay_from "start" p is t / total, as in timm. With hold_steps = h the rate changes only every h
+steps, as timm changes it once an epoch. With a warmup and start_factor 0 the first update has
+learning rate 0, as in big_vision.
 """
 
 import dataclasses
@@ -33,17 +33,18 @@ DECAY_FROM = ("warmup", "start")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Schedule(peak, total_steps=N, ...)(step) is the learning rate of the update that step does.
+    """Schedule(peak, total_steps=N, ...)(step) is the learning rate of the update of `step`.
 
     Attributes:
       learning_rate: the peak, which the factor multiplies.
-      total_steps: of the run.
-      name: one of NAMES, for their formulas see the module.
+      total_steps: steps of the run.
+      name: one of NAMES; the module's docstring has their formulas.
       warmup_steps, cooldown_steps, timescale_steps, hold_steps: durations in steps.
-      start_factor, end_factor: shares of the peak, at the first step and (where the formula has it)
-        at the last.
-      power: of "polynomial".
-      milestones, drop: of "step": percentages of the run that rise, and the factor at each.
+      start_factor: the factor at the first step of a warmup.
+      end_factor: the factor at the end, for the formulas that have an e.
+      power: the exponent of "polynomial".
+      milestones: for "step": percentages of the run, rising.
+      drop: for "step": what each milestone multiplies the rate by.
       decay_from: where p begins: at the end of the "warmup", or at the "start" of the run.
 
     Raises:
@@ -73,6 +74,7 @@ class Schedule:
                 )
         if self.total_steps < 0:
             raise ConfigError(f"total_steps must be 0 or more, got {self.total_steps}")
+        # Runs of 0 or 1 step are let through: no ramp fits into them, and the rate is finite.
         ramps = self.warmup_steps + self.cooldown_steps
         if ramps > max(self.total_steps - 1, 0) and self.total_steps > 1:
             raise ConfigError(
@@ -105,11 +107,14 @@ class Schedule:
             )
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
-        """The learning rate, float32, of the update that `step` (scalar or any shape, int) does."""
+        """The learning rates, float32, of steps (int, of any shape)."""
         step = tf.convert_to_tensor(step)
-        if self.hold_steps > 1:  # a TPU has no 64-bit division: it takes 2000 operations
+        # Only where it is needed: a TPU has no division of 64-bit integers, and XLA replaces one by
+        # 2000 operations.
+        if self.hold_steps > 1:
             step = step // self.hold_steps * self.hold_steps
-        # float32 is exact up to step 16,777,216, and a schedule is smooth there.
+        # float32 holds whole numbers exactly up to 2**24 = 16,777,216. A longer run rounds t by a
+        # step or so, which a smooth schedule does not show.
         t = tf.cast(step, tf.float32)
         factor = self._decay(t)
         if self.warmup_steps:
@@ -122,6 +127,7 @@ class Schedule:
     def _decay(self, t: tf.Tensor) -> tf.Tensor:
         """The factor after the warmup, by the formula of `name`."""
         begin = self.warmup_steps if self.decay_from == "warmup" else 0
+        # max(..., 1): no division by 0 where the whole run is warmup.
         p = tf.clip_by_value((t - begin) / max(self.total_steps - begin, 1), 0.0, 1.0)
         end = self.end_factor
         if self.name == "cosine":
@@ -131,7 +137,7 @@ class Schedule:
         if self.name == "rsqrt":
             return tf.math.rsqrt(1 + tf.maximum(t - begin, 0.0) / self.timescale_steps)
         if self.name == "step":
-            # Fractions of a step: timm's milestones need not fall on one.
+            # Milestones in steps, not rounded: a percentage need not fall on a whole step.
             milestones = [m * self.total_steps / 100 for m in self.milestones]
             reached = [tf.cast(t >= milestone, tf.float32) for milestone in milestones]
             return self.drop ** tf.add_n(reached)

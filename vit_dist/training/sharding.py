@@ -20,6 +20,7 @@ import tensorflow as tf
 from vit_dist.cluster.hosts import host_replicas
 from vit_dist.config.errors import ConfigError
 
+# The message of two checks: of run.check before a device starts, and of Shards itself.
 NOT_ON_TPUS = (
     "optimizer.shard_state is not for TPUs: their replicas all run the same program, and here each "
     "has variables of its own; set it to False"
@@ -52,11 +53,11 @@ class Shards:
     """Which replica owns which variable, and how weights and slots get from one to another.
 
     Args:
-      strategy: whose replicas share the work: mirrored, multi-worker or a single device.
-      shapes: of the variables that train, by name; float32.
+      strategy: mirrored, multi-worker or a single device; its replicas share the slots.
+      shapes: name -> shape of each variable that trains; all are float32.
 
     Attributes:
-      owners: name -> the number of its replica, over all hosts.
+      owners: name of a variable -> number of the replica that owns it, counted over all hosts.
 
     Raises:
       ConfigError: on TPUs, whose replicas all run one program.
@@ -69,11 +70,12 @@ class Shards:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
         self.owners = assign_owners(self.sizes, self.num_parts)
-        # An all-gather wants equal lengths.
+        # An all-gather wants equal lengths, so every replica sends as much as the fullest one.
         self.padded_length = max(
             sum(self.sizes[n] for n in self.names(r)) for r in range(self.num_parts)
         )
-        # Replica -> device, of this host's replicas alone.
+        # Replica -> device, of this host's replicas only. TensorFlow lists worker_devices in the
+        # order of the replicas' numbers, and only those of this process.
         local = zip(host_replicas(strategy), strategy.extended.worker_devices, strict=True)
         self.local_devices: dict[int, str] = dict(local)
 
@@ -97,7 +99,8 @@ class Shards:
         """Inverse of `pack`: the concatenation of all replicas' packs, (R*n,) -> name: weight."""
         values = {}
         for replica in range(self.num_parts):
-            # A replica's pack begins at a multiple of the padded length, its zeros are passed over.
+            # A replica's pack begins at a multiple of the padded length; its zeros at the end are
+            # skipped by starting the next one there.
             begin = replica * self.padded_length
             for name in self.names(replica):
                 part = gathered[begin : begin + self.sizes[name]]
@@ -107,11 +110,11 @@ class Shards:
 
     @property
     def on_several_hosts(self) -> bool:
-        """Whether some slots are on another host, so that all hosts have to read them together."""
+        """Whether some slots are on another host, so that `read` is a collective of all hosts."""
         return len(self.local_devices) < self.num_parts
 
     def read(self, name: str, slot: tf.Variable | Remote) -> np.ndarray:
-        """Fetches a slot of variable `name`, float32, to every host.
+        """Fetches a slot of variable `name` as float32 to every host, for a checkpoint.
 
         Collective: all hosts must call it, in the same order.
         """
@@ -124,11 +127,14 @@ class Shards:
                 return tf.zeros(int(np.prod(shape)))
             return tf.reshape(tf.cast(slot, tf.float32), [-1])
 
-        # The owner contributes the slot, every other replica zeros: their sum is the slot.
+        # tf.distribute has no broadcast. The owner contributes the slot, every other replica zeros:
+        # the sum is the slot, because x + 0 rounds nothing.
         parts = self.strategy.experimental_distribute_values_from_function(part)
         total = self._add(parts)
         return self.strategy.experimental_local_results(total)[0].numpy().reshape(shape)
 
+    # Slots have many lengths: from the second one on a trace with an unknown length serves them
+    # all, rather than one trace for each.
     @tf.function(reduce_retracing=True)
     def _add(self, parts: tf.Tensor) -> tf.Tensor:
         """All-reduce sum of one vector per replica."""

@@ -23,8 +23,8 @@ class TrainState:
       model: what is trained.
       optimizer: its Optimizer.
       ema: a second model that holds the exponential moving average of the weights, or None.
-      step: int64, the number of steps done; also the position in the data.
-      updates: int64, the steps whose update was applied (float16 skips those that overflow).
+      step: int64, the number of steps done; times the batch size the position in the data.
+      updates: int64, the number of steps whose update was applied (float16 skips overflows).
       first_bad_step: int64, the step whose loss or gradient was not finite; -1 while all were.
         From it on no step changes the weights.
       loss_scale, good_steps: float16's dynamic loss scale, and steps since it last changed.
@@ -40,6 +40,7 @@ class TrainState:
         self.loss_scale = tf.Variable(
             INITIAL_LOSS_SCALE if scaled else 1.0, trainable=False, name="loss_scale"
         )
+        # The average starts as a copy of the weights. Zeros would need a bias correction.
         if ema is not None:
             for average, weight in zip(ema.weights, model.weights, strict=True):
                 average.assign(weight)
@@ -51,6 +52,7 @@ class TrainState:
 
     def variables(self) -> dict[str, keras.Variable | tf.Variable | Remote]:
         """All state by name: "model/...", "optimizer/...", "ema/...", and the counters."""
+        # These names are in every checkpoint: to rename one is to refuse older runs' state.
         named: dict[str, keras.Variable | tf.Variable | Remote] = {
             f"model/{k}": v for k, v in named_weights(self.model).items()
         }
@@ -63,7 +65,7 @@ class TrainState:
 
     @property
     def read_by_all_hosts(self) -> bool:
-        """Whether to_arrays has to be called on all hosts at once: some of it is on others."""
+        """Whether all hosts have to call to_arrays together: some slots are on other hosts."""
         return self.optimizer.shards is not None and self.optimizer.shards.on_several_hosts
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -71,20 +73,27 @@ class TrainState:
         shards, arrays = self.optimizer.shards, {}
         for name, variable in self.variables().items():
             if shards is not None and name.startswith("optimizer/"):
-                of = name.removeprefix("optimizer/").rpartition("/")[0]
-                arrays[name] = shards.read(of, _raw(variable))
+                # "optimizer/encoderblock_0/norm_0/gamma/momentum" is a slot of the variable
+                # "encoderblock_0/norm_0/gamma". All hosts loop in the same order, as reading is a
+                # collective.
+                owner = name.removeprefix("optimizer/").rpartition("/")[0]
+                arrays[name] = shards.read(owner, _raw(variable))
             else:
+                # numpy() may show the variable's own memory, which the next step changes while the
+                # background thread still writes the checkpoint.
                 arrays[name] = np.array(_raw(variable).numpy())
+        # NumPy has no bfloat16 of its own, and float32 holds each of its values exactly.
         return {n: a if a.dtype != "bfloat16" else a.astype("float32") for n, a in arrays.items()}
 
     def from_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Takes over all state.
 
         Raises:
-          ConfigError: a name or shape of the two does not match; nothing is changed then.
+          ConfigError: `arrays` has other names or shapes than this state; nothing has changed then.
         """
         variables = self.variables()
-        # Of a checkpoint only the header is read here: an array is read each time it is asked for.
+        # Of a checkpoint only the header is read here: a StateFile reads an array each time it is
+        # asked for, so a loop over its items would read the whole file.
         if isinstance(arrays, StateFile):
             shapes = arrays.shapes
         else:
@@ -101,10 +110,13 @@ class TrainState:
                 f"the checkpoint does not fit the config: {'; '.join(wrong[:5])}{more}. Use the "
                 "config it was trained with, or config.init_from to take over the weights only."
             )
+        # Only now, after all names and shapes have been compared: a state that is refused must not
+        # be half replaced.
         for name, variable in variables.items():
             raw = _raw(variable)
+            # The host that has the slot takes it over.
             if isinstance(raw, Remote):
-                continue  # its own host takes it over
+                continue
             raw.assign(arrays[name].astype(raw.dtype.as_numpy_dtype))
 
 

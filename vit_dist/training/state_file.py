@@ -4,8 +4,9 @@
     header    JSON: name -> {"dtype", "shape", "data_offsets": [begin, end)}, padded with spaces
     data      the arrays, one after the other, C order, little-endian
 
-https://github.com/huggingface/safetensors#format. Its own library makes and reads the file as one
-piece, a second copy of the whole state in the host's memory; and it cannot read from a bucket.
+The format: https://github.com/huggingface/safetensors#format. The safetensors library makes and
+reads such a file in one piece, which is a second copy of the whole state in the host's memory; and
+it cannot read from a bucket.
 """
 
 import dataclasses
@@ -29,9 +30,11 @@ from vit_dist.storage.files import file_size, write_file
 # Bytes read at once while checking. A bucket answers each read with one request of about 0.1 s, so
 # small pieces would be slow.
 _PIECE = 2**24
-_ALIGNMENT = 8  # of the data's beginning: the format's own library reads numbers in place
+# The data begins at a multiple of so many bytes, because the safetensors library uses numbers where
+# they lie in the file.
+_ALIGNMENT = 8
 
-# The format's names of NumPy's types: F32, I64, U8, BOOL.
+# The format's names of NumPy's types: F32, I64, U8, BOOL. No BF16: NumPy has no such type.
 _DTYPES = {
     f"{letter.upper()}{8 * width}": np.dtype(f"<{letter}{width}")
     for letter, widths in (("f", (2, 4, 8)), ("i", (1, 2, 4, 8)), ("u", (1, 2, 4, 8)))
@@ -46,8 +49,8 @@ class Sums:
 
     Attributes:
       size: bytes of the file.
-      crc32: of the file.
-      arrays: CRC-32 of each array's bytes; empty for files of before these were noted.
+      crc32: of the whole file.
+      arrays: name -> CRC-32 of the array's bytes; empty for files of version 0.1, which noted none.
     """
 
     size: int
@@ -58,7 +61,7 @@ class Sums:
 def write_state(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Sums:
     """Writes the arrays into a file, durably, without a second copy of them; returns its sums."""
     # Wide types first: every array then begins at a multiple of its own width. `sorted` keeps the
-    # order among equals, and reading in the order in which the state asks is one pass.
+    # state's order among equals, so a resume, which asks in that order, reads forwards.
     names = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     header, begin = {}, 0
     for name in names:
@@ -71,11 +74,13 @@ def write_state(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Sums:
         }
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # -n % 8 is what n lacks to a multiple of 8; the 8 bytes of the length change nothing in that.
     text += b" " * (-len(text) % _ALIGNMENT)
     start = len(text).to_bytes(8, "little") + text
     total, crc = 0, 0
     each: dict[str, int] = {}
 
+    # A generator: the sums are of the very bytes that go to the file, and no array is copied.
     def parts() -> Iterator[bytes | memoryview]:
         nonlocal total, crc
         total, crc = len(start), zlib.crc32(start)
@@ -90,7 +95,7 @@ def write_state(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> Sums:
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
-    # A memoryview cannot be cast where it has no dimension, or one of size zero.
+    # By way of NumPy's view: memoryview.cast refuses arrays of no dimension, or with one of size 0.
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
@@ -102,10 +107,10 @@ class StateFile(Mapping[str, np.ndarray]):
 
     Args:
       path: of a file that `write_state` or the safetensors library wrote.
-      sums: what was noted then.
+      sums: what the manifest notes about the file.
 
     Raises:
-      DataError: it has another size, or its header is damaged.
+      DataError: the file has another size than noted, or its header is damaged.
       OSError, OpError: it cannot be read.
     """
 
@@ -115,11 +120,14 @@ class StateFile(Mapping[str, np.ndarray]):
             raise DataError(f"{path} is damaged: it has {self._size} bytes instead of {sums.size}")
         opened = ExitStack()
         self._file = opened.enter_context(self._path.open("rb"))
+        # Closes the file when this object is forgotten, also if the header below turns out damaged.
         self._finalizer = weakref.finalize(self, opened.close)
         self._entries = self._read_header()
 
     def _read_header(self) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
-        """Name -> type, shape, offset in the file; all of them checked against the file's size."""
+        """Name -> (dtype, shape, offset in the file), each checked against the file's size."""
+        # Nothing in a header is believed before it is checked: a damaged length or offset must not
+        # make Python allocate gigabytes or read behind the end.
         length = int.from_bytes(self._file.read(8), "little")
         if not 0 < length <= self._size - 8:
             raise DataError(f"{self._path} is damaged: its header has no right length")
@@ -152,6 +160,7 @@ class StateFile(Mapping[str, np.ndarray]):
     def _read(self, name: str) -> np.ndarray:
         dtype, shape, offset = self._entries[name]
         array = np.empty(shape, dtype)
+        # `into` shares the array's memory, so the bytes are read to where they belong.
         into, done = _bytes_of(array), 0
         for piece in self._pieces(offset, len(into)):
             into[done : done + len(piece)] = piece
@@ -159,7 +168,7 @@ class StateFile(Mapping[str, np.ndarray]):
         return array
 
     def close(self) -> None:
-        """Closes the file: nothing can be read any more, and what was removed frees its room."""
+        """Closes the file. Nothing can be read any more; a removed file's room becomes free."""
         self._finalizer()
 
     def __iter__(self) -> Iterator[str]:
@@ -169,7 +178,7 @@ class StateFile(Mapping[str, np.ndarray]):
         return len(self._entries)
 
     def below(self, prefix: str) -> dict[str, LazyArray]:
-        """The arrays whose names begin with `prefix`, by the rest of the name."""
+        """The arrays whose names begin with `prefix`, by the rest of their names; none is read."""
         return {
             name.removeprefix(prefix): LazyArray(
                 shape, functools.partial(self.__getitem__, name), name
@@ -182,11 +191,11 @@ class StateFile(Mapping[str, np.ndarray]):
         """Proves by checksums that the file is whole, in a constant amount of memory.
 
         Args:
-          names: arrays that will be used, where the others are not to be read. All is read where
-            no checksums of single arrays were noted.
+          names: of the arrays that will be used; only they are read. None for all. Without noted
+            checksums of single arrays the whole file is read.
 
         Raises:
-          DataError: it is damaged.
+          DataError: the file is damaged.
           OSError, OpError: it cannot be read.
         """
         if names is None or not self._sums.arrays:
@@ -215,7 +224,8 @@ class StateFile(Mapping[str, np.ndarray]):
             try:
                 piece = self._file.read(wanted)
             except OSError as error:
-                error.filename = str(self._path)  # which read() does not know
+                # read() knows a descriptor and no name; the message to the user needs the name.
+                error.filename = str(self._path)
                 raise
             if len(piece) != wanted:
                 raise DataError(f"{self._path} is damaged: it ends early")

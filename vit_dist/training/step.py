@@ -24,11 +24,13 @@ from vit_dist.training.update import Tensors, Updated, make_settle, make_update
 JITS = ("auto", "whole", "split", "off")
 ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 
-_INPUTS = ("image", "label", "mix", "mask")  # what the step takes of a batch, where it is there
+# The entries of a batch that the step uses; "mix" and "mask" are optional. Other entries that a
+# pipe keeps are not passed on: XLA could not take strings, for one.
+_INPUTS = ("image", "label", "mix", "mask")
 
 
 class Mixing(Protocol):
-    """Mixes the examples of a batch, by what its entry "mix" (b, ...) says."""
+    """Mixes the examples of a batch, as the batch's entry "mix" (b, ...), `rows` here, says."""
 
     def images(self, images: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
         """Images (b, H, W, C), float, mixed."""
@@ -45,8 +47,9 @@ class StepOptions:
       accumulation: micro-batches per replica and step; memory does not grow with their number.
       clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
       ema_decay: d in average = d * average + (1 - d) * weights; None for no moving average.
-      all_reduce_dtype: "bfloat16" halves what replicas send each other, and rounds each replica's
-        share of the gradient to 8 bits; "float32" does not. A single replica sends nothing.
+      all_reduce_dtype: dtype in which replicas send each other gradients. "bfloat16" halves the
+        traffic and rounds each replica's share of the gradient to 8 bits of mantissa; "float32"
+        rounds nothing. A single replica sends nothing.
       jit: "auto", "whole", "split" or "off"; see choose_jit.
 
     Raises:
@@ -83,8 +86,9 @@ def check_batch(
     """Checks that a global batch can be cut into replicas and micro-batches.
 
     Raises:
-      ConfigError: it cannot, or the ways to compile and to shard exclude each other.
+      ConfigError: it cannot, or step.jit and optimizer.shard_state exclude each other.
     """
+    # Every micro-batch of every replica has the same size: XLA compiles static shapes only (law 7).
     unit = num_replicas * options.accumulation
     if batch_size < 1 or batch_size % unit:
         raise ConfigError(
@@ -100,7 +104,7 @@ def check_batch(
 
 
 def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False) -> str:
-    """Where XLA compiles the step (law 7): what "auto" stands for, or the other choice as it is.
+    """Where XLA compiles the step (law 7): resolves "auto"; other choices come back unchanged.
 
     "whole" compiles the function that each replica runs, the sum of gradients over the replicas
     included: `auto` for one replica, which has no such sum. "split" compiles forward + backward,
@@ -111,7 +115,7 @@ def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False)
       jit: "auto", "whole", "split" or "off".
       kind: "CPU", "GPU" or "TPU".
       num_replicas: over all hosts.
-      sharded: whether the optimizer's state is, for which check_batch refuses "whole".
+      sharded: whether the optimizer's state is sharded; check_batch has refused "whole" then.
     """
     if kind == "TPU":
         return "off"
@@ -121,7 +125,7 @@ def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False)
 
 
 def jit_warnings(jit: str, *, kind: str, num_replicas: int) -> list[str]:
-    """What is to be said of `step.jit` as the config has it; nothing of what `auto` chooses."""
+    """Warnings about the `step.jit` that a config asks for; none about what "auto" chooses."""
     if jit != "whole" or kind == "TPU" or num_replicas == 1:
         return []
     # tensorflow#45940, #53140, #56423, #58787, #58961, #61314, keras#18145, models PR#10845:
@@ -145,13 +149,16 @@ def make_gradients(
 ) -> Callable[[Tensors, tf.Tensor], tuple[list[tf.Tensor], Tensors]]:
     """Makes gradients(batch, replica) -> (gradients, metrics), this replica's share of both.
 
-    The gradients (float32, one per variable that trains) are of the loss over the *global* batch,
-    times the loss scale; summed over the replicas they are those of the whole batch.
+    A gradient (float32, one per variable that trains) is that of this replica's sum of losses,
+    divided by the *global* batch size and multiplied by the loss scale. Summed over the replicas,
+    the shares are the gradient and the metrics of the global batch.
     """
     # `.value` is the tf.Variable behind Keras's variable, which is what a GradientTape watches.
     variables = [v.value for v in state.optimizer.variables.values()]
 
     def micro(batch: Tensors, key: tf.Tensor):
+        # Per micro-batch, so that only its images exist as floats: they take 2 to 4 times the room
+        # of the uint8 that the input delivers (law 5).
         images = preprocess(batch["image"])
         if mixing is not None:
             images = mixing.images(images, batch["mix"])
@@ -166,6 +173,7 @@ def make_gradients(
             # have to be added: no share weighs more than another (law 2).
             loss = _sum(loss_fn(logits, targets), batch) / batch_size
             scaled = loss * state.loss_scale
+        # Of a mixed image the label with the larger share counts as right.
         hits = tf.equal(tf.argmax(logits, -1), tf.argmax(targets, -1))
         # A variable that the loss does not reach has a gradient of zeros.
         grads = tape.gradient(scaled, variables, unconnected_gradients="zero")
@@ -176,7 +184,8 @@ def make_gradients(
 
     def gradients(batch: Tensors, replica: tf.Tensor):
         # Dropout's masks are a function of seed, step, replica and micro-batch (law 1): the step
-        # comes from the state, so that a resume draws what the run would have drawn.
+        # comes from the state, so that a resume draws what the run would have drawn. The algorithm
+        # is named, because the default "auto_select" gives other numbers on other devices.
         key = tf.stack([tf.constant(seed, tf.int32), tf.cast(state.step.value(), tf.int32)])
         key = tf.random.experimental.stateless_fold_in(key, replica, alg="philox")
         if accumulation == 1:
@@ -194,7 +203,8 @@ def make_gradients(
             sums = {k: sums[k] + v for k, v in metrics.items()}
             return i + 1, [a + b for a, b in zip(grads, more, strict=True)], sums
 
-        # A loop on the device rather than one unrolled: memory and program stay those of one part.
+        # tf.while_loop runs on the device, one micro-batch after the other. A Python loop would be
+        # traced once for each, and all micro-batches might be in memory at once.
         zeros = [tf.zeros(v.shape, v.dtype) for v in variables]
         names = ("loss", "accuracy", *(("masked",) if masked else ()))
         start = (tf.constant(0), zeros, {name: tf.constant(0.0) for name in names})
@@ -207,7 +217,7 @@ def make_gradients(
 
 
 def _sum(values: tf.Tensor, batch: Tensors) -> tf.Tensor:
-    """Sum over the examples, without masked ones: selected, as a product would keep their NaN."""
+    """Sum over the examples that are not masked: a select, because 0 * NaN would still be NaN."""
     return tf.reduce_sum(tf.where(batch["mask"] > 0, values, 0.0) if "mask" in batch else values)
 
 
@@ -228,23 +238,23 @@ def make_train_step(
 
     Args:
       state: what the steps change.
-      loss_fn: logits (b, C), labels -> (b,).
-      strategy: whose replicas run the step.
+      loss_fn: logits (b, C), label distributions (b, C) -> losses (b,), float32.
+      strategy: the one under whose scope `state` was made; its replicas run the step.
       schedule: step -> learning rate.
       preprocess: images as the input delivers them (uint8) -> as the model takes them; on device.
       batch_size: global.
-      seed: of dropout and stochastic depth.
-      options: None for the defaults of StepOptions. "auto" as `jit` is resolved by choose_jit.
+      seed: decides the masks of dropout and stochastic depth, with step, replica and micro-batch.
+      options: None for the defaults of StepOptions.
       mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
       masked: batches have a "mask", float32 (b,); examples where it is 0 add nothing to the sums.
 
     Returns:
       train_steps(batches, n): `batches` iterates over {"image", "label"}, with "mix" (by example
       what `mixing` takes) if there is mixing; n is a scalar int tensor.
-      It returns float32 scalars: "loss" and "accuracy" are means over the n steps, "grad_norm"
-      (before clipping) and "learning_rate" those of the last, "masked" (if so) is the number of
-      examples masked in them, "applied" (in float16) whether the last step changed the weights,
-      "input_wait" the seconds that the host waited for their batches.
+      It returns float32 scalars. Means over the n steps: "loss" and "accuracy". Of the last step:
+      "grad_norm" (before clipping), "learning_rate" and, in float16, "applied", 1.0 if it changed
+      the weights. Sums over the n steps: "masked", a number of examples, if `masked`, and
+      "input_wait", the seconds that the host waited for batches.
 
     Raises:
       ConfigError: the batch cannot be cut into replicas and micro-batches.
@@ -262,6 +272,8 @@ def make_train_step(
         mixing=mixing,
         masked=masked,
     )
+    # All functions made here are plain Python at first. Nothing is traced or compiled before the
+    # first call of train_steps, which knows the shapes of a batch.
     update: Any = make_update(
         state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=options.ema_decay
     )
@@ -276,6 +288,7 @@ def make_train_step(
     sent_as = options.all_reduce_dtype if replicas > 1 else None
     run = _make_replica_step(gradients, update, settle, sent_as=sent_as)
     run = compiled(run) if jit == "whole" else run
+    # The loop has to know the names of the metrics before it traces its body.
     applied = ("applied",) if state.model.compute_dtype == "float16" else ()
     last = ("grad_norm", "learning_rate", *applied)
     loop = _make_loop(run, strategy, counted=("masked",) if masked else (), last=last)
@@ -291,8 +304,8 @@ def without_grappler(function: Callable[..., Any]) -> Callable[..., Any]:
     """Calls the function with TensorFlow's graph optimizer off, and puts it back as it was.
 
     Grappler can do nothing for what XLA compiles, and took a second of the 12 to the first step.
-    Its setting belongs to the process and is read at each call, so a notebook's own functions, and
-    the input pipeline, keep theirs.
+    The setting belongs to the process and is read at each call. It is restored after each, so that
+    a notebook's own functions and the input pipeline keep their optimizer.
     """
 
     @functools.wraps(getattr(function, "python_function", function))
@@ -316,11 +329,15 @@ def _make_replica_step(
     *,
     sent_as: str | None,
 ) -> Callable[[Tensors], Tensors]:
-    """What each replica runs; `sent_as`: the dtype of gradients that are sent, None if none are."""
+    """Makes the function that each replica runs on its share of a batch.
+
+    `sent_as` is the dtype in which gradients are all-reduced, None if there is one replica only.
+    """
 
     def replica_step(batch: Tensors) -> Tensors:
         context = tf.distribute.get_replica_context()
-        # In TensorFlow's words; the number of the replica over all hosts, a tensor on TPUs.
+        # TensorFlow's name for the number of the replica over all hosts. On TPUs it is a tensor,
+        # since all replicas run one program.
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         grads, sums = gradients(batch, replica)
         if sent_as is not None:
@@ -328,9 +345,10 @@ def _make_replica_step(
         if settle is None:
             return update(grads, sums).metrics
         # With sharded state every replica updates other variables, so each traces a graph of its
-        # own: its number is a Python int there, not a tensor.
+        # own, and needs its number as a Python int while tracing.
         number = int(tf.get_static_value(context.replica_id_in_sync_group))
         done = update(grads, sums, number)
+        # (n,) -> (R n,), in the order of the replicas; a single replica has nothing to gather.
         packed = done.packed if sent_as is None else context.all_gather(done.packed, axis=0)
         settle(packed, done.apply_update)
         return done.metrics
@@ -341,7 +359,7 @@ def _make_replica_step(
 def _all_reduce(
     context: tf.distribute.ReplicaContext, grads: list[tf.Tensor], sums: Tensors, sent_as: str
 ) -> tuple[list[tf.Tensor], Tensors]:
-    """Gradients and metrics, summed over the replicas; gradients are sent as `sent_as`."""
+    """Gradients and metrics, float32, summed over the replicas; gradients travel as `sent_as`."""
     add = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
     if sent_as == "float32":
         return add((grads, sums))
@@ -357,12 +375,13 @@ def _make_loop(
     counted: tuple[str, ...],
     last: tuple[str, ...],
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
-    """The loop over n steps: metrics in `counted` are summed, `last` are those of the last step."""
+    """The loop over n steps: `counted` metrics are summed, `last` ones are the last step's."""
     means = ("loss", "accuracy")
     summed = means + counted
 
     # Traced once: `n` is a tensor, so any number of steps is the same program. AutoGraph turns the
-    # loop into one on the device's host, which asks the iterator for the next batch by itself.
+    # loop into a loop of the graph, which takes the next batch without going back to Python. Not
+    # compiled by XLA as a whole: an iterator cannot be read there.
     @tf.function
     def train_steps(batches: Iterator[Any], n: tf.Tensor) -> Tensors:
         # A loop's variables need a value, of their final dtype, before its first turn.
@@ -386,7 +405,8 @@ def _make_loop(
 @tf.autograph.experimental.do_not_convert
 def _timed_next(batches: Iterator[Any]) -> tuple[Any, tf.Tensor]:
     """The next batch, and the seconds until it was there, float64."""
-    # Without these control dependencies TensorFlow may read the clock before or after both.
+    # Without control dependencies the graph has no order between clock and iterator: TensorFlow
+    # could read the clock twice before the batch, or twice after it.
     began = tf.timestamp()
     with tf.control_dependencies([began]):
         batch = next(batches)

@@ -20,11 +20,11 @@ class Updated(NamedTuple):
     """What one update gives.
 
     Attributes:
-      metrics: the summed metrics, "grad_norm" before clipping, "learning_rate", and in float16
-        "applied": 1.0 if the weights changed, 0.0 if an overflow made the step pass; float32.
-      apply_update: scalar bool; false: this and later steps change no weight.
+      metrics: float32 scalars: the summed metrics, "grad_norm" before clipping, "learning_rate",
+        and in float16 "applied", 1.0 if the weights changed, 0.0 if an overflow skipped the step.
+      apply_update: scalar bool, whether this step changes weights and slots.
       packed: None, or with sharded optimizer state the new weights of the variables that this
-        replica owns, (n,) float32: the model changes when `settle` has those of all replicas.
+        replica owns, (n,) float32. The model changes when `settle` gets the packs of all replicas.
     """
 
     metrics: Tensors
@@ -48,14 +48,16 @@ def make_update(
 
     def update(grads: list[tf.Tensor], sums: Tensors, replica: int | None = None) -> Updated:
         step, scale = state.step.value(), state.loss_scale.value()
+        # First, so that grad_norm and clip_norm are about the gradient of the loss itself.
         if scaled:
             grads = [g / scale for g in grads]
-        # l2_loss is half the sum of squares. An infinity or NaN anywhere makes the norm one.
+        # l2_loss is half the sum of squares. One infinity or NaN anywhere makes the norm infinite
+        # or NaN. All replicas have the same sums, so all decide alike without another message.
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(g) for g in grads]))
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
         apply_update = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:
-            # 1e-30: a gradient of zeros stays one, rather than becoming 0 / 0.
+            # 1e-30: without it a gradient of zeros would become 0 * (c / 0) = NaN.
             factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
             grads = [g * factor for g in grads]
         rate = schedule(step)
@@ -66,16 +68,19 @@ def make_update(
             gate=apply_update,
             replica=replica,
         )
+        # With sharded state the model still has its old weights here; `settle` averages then.
         if packed is None:
             _update_average(state, ema_decay, apply_update)
         # In float16 an overflow only lowers the loss scale. In other precisions, or where the scale
-        # is 1 already, nothing can repair it: the first such step is remembered.
+        # is 1 already, nothing can repair it. The number of the first bad step closes the gate for
+        # good, and the host reads it at its next log or save (law 4).
         beyond_repair = ~finite & ((scale <= 1.0) if scaled else True)
         first = beyond_repair & (state.first_bad_step.value() < 0)
         state.first_bad_step.assign(tf.where(first, step, state.first_bad_step.value()))
         if scaled:
             _rescale(state, finite)
-        # `step` counts data, `updates` counts what Adam's bias corrections depend on.
+        # `step` is the position in the data and in the schedule, and moves always. Adam's bias
+        # corrections depend on `updates`, the number of gradients that its moments have seen.
         state.updates.assign_add(tf.cast(apply_update, tf.int64))
         state.step.assign_add(1)
         metrics = {**sums, "grad_norm": norm, "learning_rate": rate}
@@ -91,8 +96,8 @@ def make_settle(
 ) -> Callable[[tf.Tensor, tf.Tensor], None]:
     """Makes settle(gathered, apply_update), the end of an update of sharded optimizer state.
 
-    It writes the new weights of all replicas, gathered in their order, into the model, and then
-    updates the moving average.
+    It writes the new weights of all replicas, `gathered` (R n,) float32 in the replicas' order,
+    into the model, and then updates the moving average.
     """
 
     def settle(gathered: tf.Tensor, apply_update: tf.Tensor) -> None:
@@ -109,6 +114,7 @@ def _update_average(state: TrainState, decay: float | None, apply_update: tf.Ten
     for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
         old = tf.convert_to_tensor(average.value)
         new = old + (1 - decay) * (tf.convert_to_tensor(weight.value) - old)
+        # A select rather than a branch: XLA fuses it into the arithmetic above.
         average.value.assign(tf.where(apply_update, new, old))
 
 
@@ -117,5 +123,6 @@ def _rescale(state: TrainState, finite: tf.Tensor) -> None:
     good = tf.where(finite, state.good_steps.value() + 1, tf.zeros((), tf.int64))
     grow = good >= GROWTH_STEPS
     factor = tf.where(finite, tf.where(grow, 2.0, 1.0), 0.5)
+    # Not below 1: there scaling does nothing for float16, and an overflow counts as a bad step.
     state.loss_scale.assign(tf.maximum(state.loss_scale.value() * factor, 1.0))
     state.good_steps.assign(tf.where(grow, tf.zeros((), tf.int64), good))

@@ -1,7 +1,7 @@
 """How one variable is updated: rules in the form of Keras's update_step, on summed gradients.
 
-Slots may be stored in bfloat16. A rule computes in float32 and goes on with the float32 value, not
-with the rounded one that it stored, as optax does. Weight decay is applied by the Optimizer, except
+First moments may be stored in bfloat16. `_Rule.average` updates in float32 and returns the float32
+value, not the rounded one that it stores, as optax does. The Optimizer applies weight decay, except
 for LAMB, whose trust ratio includes it.
 """
 
@@ -18,7 +18,8 @@ from vit_dist.training.sharding import Remote
 class _Rule:
     """What Optimizer sets on every rule: number of updates, dtype of first moments, slot factory.
 
-    Keras's own counter of updates is advanced by Keras's apply(), which is not used here.
+    A mixin before one of Keras's optimizers, of which only build() and update_step() are used. Its
+    apply() is not, so Keras's own counter of updates never moves: `iterations` gives ours instead.
     """
 
     count: tf.Tensor | int = 0
@@ -34,6 +35,7 @@ class _Rule:
     def begin(self, count: tf.Tensor | int) -> None:
         """Begins an update; `count` updates were done before it."""
         self.count = count
+        # Tensors of one graph: kept for one update only.
         self._corrections, self._scalars = {}, {}
 
     def scalar(self, value: float | tf.Tensor) -> tf.Tensor:
@@ -63,7 +65,8 @@ class _Rule:
         return self._corrections[decay]
 
     # Optimizer.apply runs a rule inside a keras.StatelessScope, which records assignments instead
-    # of doing them. Keras's own versions of the next four methods bypass that scope.
+    # of doing them. On TensorFlow Keras's versions of the next four methods take the tf.Variable
+    # behind a keras.Variable, and so bypass that scope.
 
     def _var_key(self, variable: keras.Variable) -> int:
         return id(variable)
@@ -77,6 +80,7 @@ class _Rule:
     def assign_sub(self, variable: keras.Variable, value: tf.Tensor) -> None:
         variable.assign_sub(value)
 
+    # Keras's rules make each of their slots by this method, in build().
     def add_variable_from_reference(
         self, reference_variable: keras.Variable, name: str = "", initializer: Any = "zeros"
     ) -> Any:
@@ -86,6 +90,8 @@ class _Rule:
         self, variable: keras.Variable, shape: Any, kind: str, initializer: Any = "zeros"
     ) -> Any:
         """Makes a slot, named as Keras names its slots: the variable's path, then the kind."""
+        # Only first moments may be short: a second moment changes by less than the rounding of
+        # bfloat16 in each update, and would stand still.
         dtype = self.momentum_dtype if kind == "momentum" else variable.dtype
         name = f"{variable.path.replace('/', '_')}_{kind}"
 
@@ -102,7 +108,8 @@ def _read(variable: keras.Variable) -> tf.Tensor:
 class Adam(_Rule, keras.optimizers.Adam):
     """Adam (arXiv 1412.6980, algorithm 1), as PyTorch and optax: m^ / (sqrt(v^) + epsilon).
 
-    Keras adds epsilon to sqrt(v) before bias correction, 32 times as much in the first step.
+    Keras adds epsilon to sqrt(v) before bias correction: in the first step, where v^ is
+    v / (1 - beta_2), that epsilon weighs 1 / sqrt(0.001) = 32 times as much for beta_2 = 0.999.
     """
 
     def direction(self, gradient: tf.Tensor, variable: keras.Variable) -> tf.Tensor:
@@ -118,12 +125,12 @@ class Adam(_Rule, keras.optimizers.Adam):
 
 
 class Lamb(Adam):
-    """LAMB (arXiv 1904.00962), as Apex and timm: w -= lr |w| / |u| u, u = Adam's + decay w.
+    """LAMB (arXiv 1904.00962), as in Apex and timm: u = Adam's update + decay w, w -= lr |w|/|u| u.
 
     The trust ratio |w| / |u| is 1 where either norm is 0, and for variables that do not decay.
 
     Attributes:
-      decays: coefficient by the variable's id, for those that decay; set by the Optimizer.
+      decays: id(variable) -> coefficient, for the variables that decay; set by the Optimizer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -136,7 +143,7 @@ class Lamb(Adam):
             weight = _read(variable)
             update += self.decays[id(variable)] * weight
             size, length = tf.norm(weight), tf.norm(update)
-            # A new bias is all zeros: without this it could never move.
+            # A variable of zeros has |w| = 0: with a trust ratio of 0 it could never move.
             either = (size > 0) & (length > 0)
             update *= tf.where(either, tf.math.divide_no_nan(size, length), 1.0)
         self.assign_sub(variable, learning_rate * update)
@@ -145,11 +152,12 @@ class Lamb(Adam):
 class Sgd(_Rule, keras.optimizers.SGD):
     """SGD with momentum as optax, flax and PyTorch have it: m = mu m + g, w = w - lr m.
 
-    Keras's keeps lr inside m, which is another algorithm once the learning rate changes.
+    Keras's own SGD keeps lr inside m: another algorithm as soon as the learning rate changes.
     """
 
     def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
         if self.momentum:
+            # The weight moves by the float32 trace; only what is stored may be rounded.
             trace = self.momentums[self._get_variable_index(variable)]
             gradient = gradient + self.momentum * _read(trace)
             trace.assign(tf.cast(gradient, trace.dtype))
@@ -166,7 +174,7 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
     Keras's Adafactor keeps the second moment in full beside its factors, so it saves no memory.
 
     Args:
-      learning_rate: Keras wants one; the Optimizer hands over each step's.
+      learning_rate: Keras wants one; update_step is given the current one by the Optimizer.
       momentum: of an average over updates, not bias-corrected; 0 for none.
       beta_2_cap: b2 = min(beta_2_cap, 1 - t ** -0.8) at update t, from 1.
       factor_from: a tensor is factored over its two longest axes if both have so many entries.
@@ -175,8 +183,8 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
       epsilon: added to the squared gradient.
 
     Attributes:
-      views: by the variable's id the shape in which it is factored, where that is not its own; set
-        by make_optimizer.
+      views: id(variable) -> the shape in which it is factored, for variables that are not factored
+        in their own shape; set by make_optimizer.
     """
 
     def __init__(
@@ -202,7 +210,8 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         """(second longest, longest) axis, or None where the second moment is kept in full."""
         if len(shape) < 2:
             return None
-        # np.argsort breaks ties as optax does, which decides what is a row and what a column.
+        # np.argsort breaks ties as optax does. In a square matrix that decides which axis counts as
+        # rows, and so how the slots are named.
         second, longest = np.argsort(shape)[-2:]
         return (int(second), int(longest)) if shape[second] >= self.factor_from else None
 
@@ -215,6 +224,8 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
             shape = list(self._view(variable))
             axes = self.axes(shape)
             kinds = {"velocity": shape}
+            # "row" is the mean over the longest axis, "column" over the second longest: each has
+            # the variable's shape without the axis over which it is the mean.
             if axes is not None:
                 kinds = {
                     kind: shape[:axis] + shape[axis + 1 :]
@@ -228,6 +239,7 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         self, gradient: tf.Tensor, slots: dict[str, keras.Variable], axes: tuple[int, int] | None
     ) -> tf.Tensor:
         """The gradient over the square root of its second moment."""
+        # No bias correction is needed: at t = 1 beta is 0, and the average is its first value.
         t = tf.cast(self.count + 1, tf.float32)
         beta = tf.minimum(self.beta_2_cap, 1 - t**-0.8)
         squared = tf.square(gradient) + self.epsilon
@@ -238,7 +250,8 @@ class Adafactor(_Rule, keras.optimizers.Optimizer):
         second, longest = axes
         row = self.average(slots["row"], tf.reduce_mean(squared, longest), beta)
         column = self.average(slots["column"], tf.reduce_mean(squared, second), beta)
-        reduced = second - (second > longest)  # where the second longest axis is in `row`
+        # `row` has lost the longest axis, so axes behind that one have moved down by 1.
+        reduced = second - (second > longest)
         row = row / tf.reduce_mean(row, reduced, keepdims=True)
         row, column = tf.expand_dims(row, longest), tf.expand_dims(column, second)
         return gradient * tf.math.rsqrt(row) * tf.math.rsqrt(column)
