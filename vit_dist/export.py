@@ -394,7 +394,7 @@ def hint_without_flags(checkpoint: str) -> Hint:
 
     def hinted(settings: Mapping[str, Any]) -> str:
         return (
-            f"{hint(settings)} to python -m vit_dist.export --checkpoint={checkpoint} "
+            f"{hint(settings)} to python -m vit_dist.export --checkpoint={shlex.quote(checkpoint)} "
             "--format=timm --output=FOLDER, and take that FOLDER"
         )
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -152,6 +151,7 @@ def test_services_make_what_this_host_would(sources, services, kind, count, step
     assert_same(have, want, 7)
 
 
+@pytest.mark.compiles
 def test_ops_that_xla_compiles_travel(sources, services):
     pipe = "decode|resize(8)|trivial_augment|random_erasing|value_range"
     make = maker(sources["folder"], pipe=pipe)
@@ -186,14 +186,12 @@ def failure_of(iterator):
 
 
 def test_a_service_that_is_lost_ends_the_run(sources, services, one):
-    have = iter(served(maker(sources["folder"]), [services[0], one], timeout=4))
+    have = iter(served(maker(sources["folder"]), [services[0], one], timeout=15))
     next(have)
     one.kill()
-    begin = time.monotonic()
     failure = failure_of(have)
     assert isinstance(failure, ConnectionError)
-    assert f"data service {one.address} cannot be reached for 4 s" in str(failure)
-    assert time.monotonic() - begin < 60
+    assert f"data service {one.address} cannot be reached for 15 s" in str(failure)
 
 
 def test_a_service_that_never_was(sources):

