@@ -151,3 +151,25 @@ def test_the_commands(tmp_path):
 
 def call(*args, log):
     return processes.call(command, *args, log=log)
+
+
+def test_a_cache_changes_nothing(tmp_path):
+    """Also where it holds photographs upright that lie on their side in their files."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn right
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.random.default_rng(i).integers(0, 255, (8, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.png", exif=exif)
+    ops = f"decode(exif=True)|{tiny.ANY_SIZE}"
+    data = {"data__source": "folder", "data__data_dir": str(tmp_path), "input__train_ops": ops}
+    splits = {"data__val_split": "", "data__test_split": "", "input__eval_ops": ops}
+    sheets = []
+    for cache in ("off", "raw", "decoded"):
+        _, rows = make_rows(*check(tiny.make(input__cache=cache, **data, **splits)), count=2)
+        sheets.append([cell.image for row in rows for cell in row])
+        assert sheets[-1][0].shape == (8, 12, 3) and sheets[-1][1].shape == (12, 8, 3)
+    for sheet in sheets[1:]:
+        for one, other in zip(sheet, sheets[0], strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -21,6 +21,8 @@ from PIL import Image
 
 from vit_dist.data.mixing import Mixing
 from vit_dist.data.pipeline import train_records
+from vit_dist.data.sources.cache import CachedSource
+from vit_dist.data.sources.source import Source
 from vit_dist.data.view import stages, viewable
 from vit_dist.inspection.lettering import undrawable
 from vit_dist.inspection.sheet import Cell, describe_label, draw_sheet
@@ -100,11 +102,17 @@ def make_rows(
     # What is more than `count` is cut off below.
     group = mixing.group_size if training and mixing else 1
     most = options.input.batch_size if training else data.sources[split].num_examples
-    examples = _examples(options, data, split, step, min(-(-count // group) * group, most))
+    source = data.sources[split]
+    examples = _examples(options, source, split, step, min(-(-count // group) * group, most))
     pipe = options.input.pipe if training else options.evaluation.pipe
     # Only ops that change the image have a column.
     titles = ["stored", *(s.text for s in pipe.steps if s.op.image or s.op.on_device)]
-    rows = [stages(pipe, example) for example in examples]
+    # A cache of decoded images holds them upright already; behind it they are as stored.
+    cached = isinstance(source, CachedSource)
+    rows = [
+        stages(pipe, example, stored=source.peek(int(example["index"]))[0] if cached else None)
+        for example in examples
+    ]
     labels = np.array([int(example["label"]) for example in examples])
     names = data.sources[split].class_names
     if training and mixing:
@@ -121,10 +129,9 @@ def make_rows(
 
 
 def _examples(
-    options: RunOptions, data: Data, split: str, step: int, count: int
+    options: RunOptions, source: Source, split: str, step: int, count: int
 ) -> list[dict[str, tf.Tensor]]:
     """The records of `count` examples with the indices and seeds that the pipeline gives them."""
-    source = data.sources[split]
     source.prepare()
     # Positions and seeds as in training, so that the sheet shows what the step sees (law 1).
     if split == "train":

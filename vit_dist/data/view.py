@@ -10,18 +10,21 @@ from vit_dist.data.ops.pipe import Pipe
 Tensors = dict[str, tf.Tensor]
 
 
-def stages(pipe: Pipe, example: Tensors) -> list[np.ndarray]:
+def stages(
+    pipe: Pipe, example: Tensors, *, stored: bytes | np.ndarray | None = None
+) -> list[np.ndarray]:
     """Returns an example's image as stored and after each op of the pipe that works on images.
 
     Args:
       pipe: The pipe. Its first n ops alone draw the same random numbers as within the whole, since
         the numbers depend on an op's position.
       example: As a source gives it, with "index", "epoch" and "seed".
+      stored: The image as stored, where the example's has been decoded by a cache.
 
     Returns:
       uint8 (H, W, 3) each; their sizes differ.
     """
-    image = example["image"]
+    image = example["image"] if stored is None else tf.constant(stored)
     if image.dtype == tf.string:
         image = decode_whole(image)
     shown = [image.numpy()]
