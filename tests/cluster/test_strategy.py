@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.support import processes
+from tests.support.engines import SLURM
 from vit_dist.cluster import hosts
 from vit_dist.cluster import strategy as lib
 from vit_dist.cluster.environment import Cluster
@@ -24,7 +25,7 @@ def tf_config(index, workers=("host0:2222", "host1:2222")):
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
-    for name in ("TF_CONFIG", "TPU_WORKER_HOSTNAMES", *lib._TPU_VARIABLES):
+    for name in ("TF_CONFIG", *lib._TPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -42,6 +43,7 @@ def no_cluster(monkeypatch):
         ({"TF_CONFIG": ""}, "", 0, 1, "single"),
         ({"TPU_NAME": "x"}, "", 0, 1, "tpu"),
         ({"TPU_WORKER_ID": "0"}, "", 0, 1, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "", 0, 1, "tpu"),
         ({"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TF_CONFIG": tf_config(0)}, "", 0, 1, "tpu"),
         ({}, "local", 8, 1, "tpu"),
         # A cluster of one host, such as Vertex AI gives: its devices alone.
@@ -93,7 +95,6 @@ def test_auto_never_trains_alone_where_there_are_several_tasks(monkeypatch):
 
 
 def test_hosts_of_a_tpu_slice_do_not_train_alone(monkeypatch):
-    monkeypatch.setenv("TPU_WORKER_ID", "0")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     with pytest.raises(ConfigError, match="TPU_WORKER_HOSTNAMES names 2 hosts"):
         check_strategy()
@@ -105,6 +106,17 @@ def test_the_cluster_of_multiworker(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config(0, ["a:1"]))
     assert choose_cluster("multiworker") == Cluster(("a:1",), 0, "TF_CONFIG")
     assert choose_cluster("auto") is None
+
+
+@pytest.mark.parametrize("engine, kept", [("Slurm", ["g2", "g3"]), ("TF_CONFIG", None)])
+def test_tasks_of_a_node_share_its_gpus_where_slurm_shows_all_to_each(engine, kept, monkeypatch):
+    for name, value in {**SLURM, "SLURM_GPUS_ON_NODE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["g0", "g1", "g2", "g3"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, kind: chosen.append(gpus))
+    lib._take_own_gpus(Cluster(("a:1", "a:2"), 1, engine))
+    assert chosen == ([kept] if kept else [])
 
 
 NAMES = [name for name in lib.NAMES if name not in ("auto", "local")]
