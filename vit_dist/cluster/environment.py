@@ -53,7 +53,7 @@ def find_cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
             workers, index = found
             if not workers:  # an engine's way to say that there is one process
                 return None
-            problem = _address_problem(workers)
+            problem = address_problem(workers)
             if problem:
                 raise ConfigError(f"the cluster that {engine} gives cannot be: {problem}")
             if index >= len(workers):
@@ -66,7 +66,8 @@ def find_cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     return None
 
 
-def _address_problem(workers: Sequence[str]) -> str | None:
+def address_problem(workers: Sequence[str]) -> str | None:
+    """What is wrong with the addresses of a run's hosts; None if nothing is."""
     for worker in workers:
         found = _ADDRESS.fullmatch(worker)
         if not found or not 0 < int(found[1]) < 2**16:
@@ -118,7 +119,7 @@ def _from_tf_config(environ: Mapping[str, str]) -> _Found:
         if not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
             raise refuse(f"{job!r} is not a list of addresses")
     chiefs, others = jobs.get("chief", []), jobs.get("worker", [])
-    problem = _address_problem(chiefs + others)
+    problem = address_problem(chiefs + others)
     if problem or len(chiefs) > 1:
         raise refuse(problem or f"there is one chief, not {len(chiefs)}")
     if not re.fullmatch(r"\d+", str(index)) or int(str(index)) >= len(jobs.get(kind, [])):
@@ -161,7 +162,7 @@ def _node_list(addresses: str, rank: str, count: str) -> Callable[[Mapping[str, 
             )
         if len(nodes) == 1:
             return [], 0
-        return [_with_port(node, DEFAULT_PORT) for node in nodes], _number(environ.get(rank), rank)
+        return [with_port(node, DEFAULT_PORT) for node in nodes], _number(environ.get(rank), rank)
 
     return read
 
@@ -177,7 +178,8 @@ def _check_alone(environ: Mapping[str, str]) -> None:
             )
 
 
-def _with_port(host: str, port: int) -> str:
+def with_port(host: str, port: int) -> str:
+    """host:port; an IPv6 address goes into brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
