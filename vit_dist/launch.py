@@ -94,6 +94,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Of the latter --config* and --workdir are known here. Anything else that looks like a flag might
     be a misspelt one of this command, so others stand after --.
+
+    Raises:
+      ConfigError: --config or --workdir ends the words, or is followed by another flag.
     """
     own: list[str] = []
     train: list[str] = []
@@ -106,8 +109,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             break
         if name in ("--config", "--workdir") or name.startswith("--config."):
             train.append(word)
+            # A word that begins with - is a value only if it is a number, such as -1.
             if not equals and words and not re.match(r"-[^0-9.]", words[0]):
                 train.append(words.pop(0))
+            elif not equals and name in ("--config", "--workdir"):
+                raise ConfigError(f"{name} needs a value")
         elif word.startswith("--"):
             # --dry-run is --dry_run, as the scripts of launch/ spell it.
             own.append("--" + name[2:].replace("-", "_") + word[len(name) :])
@@ -263,11 +269,11 @@ def script() -> None:
 
 def _run(words: Sequence[str]) -> int:
     # Not by run/cli.py, as the other commands: that imports TensorFlow.
-    own, train_flags = split_arguments(words[1:])
-    if {"--help", "-h", "-help", "--helpshort"} & set(own):
-        print(help_text(sys.modules[main.__module__]))
-        return 0
     try:
+        own, train_flags = split_arguments(words[1:])
+        if {"--help", "-h", "-help", "--helpshort"} & set(own):
+            print(help_text(sys.modules[main.__module__]))
+            return 0
         rest = FLAGS([words[0], *own])[1:]
         if rest:
             raise ConfigError(f"unexpected {rest[0]!r} (see --help)")

@@ -13,7 +13,9 @@ import pytest
 
 from tests.support.launching import ROOT, make_env
 from tests.support.supervision import Launch, is_alive
-from tests.support.waiting import wait_for
+from tests.support.waiting import pause, wait_for
+from vit_dist.cluster.supervisor import Supervisor
+from vit_dist.cluster.worker import Worker
 from vit_dist.training.checkpoint import open_checkpoint
 
 NO_RESTART = "--max_restarts=0"
@@ -92,7 +94,7 @@ if not started:
     wait()
 """
     launched = launch(body, "--backoff=0.1")
-    code, out, err = launched.end()
+    code, _, err = launched.end()
     assert code == 0
     lines = err.splitlines()
     # The first line names the culprit, the next ones are its last words.
@@ -130,11 +132,13 @@ def test_a_crash_loop_ends_after_so_many_restarts_each_later_than_the_one_before
 
 
 SAVE_AND_CRASH = """
-if index == 0 and started < 4:
+if index:
+    wait_for('done')
+elif started < 4:
     save({step}, torn={torn})
     sys.exit(1)
-if started < 4:
-    wait()
+else:
+    (folder / 'done').touch()
 """
 
 
@@ -162,10 +166,10 @@ def test_a_mistake_is_not_tried_again(launch, order):
     first, last = (2, 1) if order == "mistake first" else (1, 2)
     body = f"""
 if index == 0:
-    wait_for('pid-1-0')
+    wait_for('listening')
     sys.exit({first})
 on_term(code={last})
-wait_for('pid-0-0')
+(folder / 'listening').touch()
 wait()
 """
     launched = launch(body)
@@ -174,11 +178,14 @@ wait()
     assert launched.starts(0) == 1
 
 
-def test_a_worker_that_cannot_be_started_is_a_failure(launch):
-    launched = launch("", NO_RESTART, "--", "x" * 200_000)  # longer than Linux lets a word be
-    code, _, err = launched.end()
-    assert code == 1
-    assert "worker 0 could not be started ([Errno 7]" in err
+def test_a_worker_that_cannot_be_started_is_a_failure(capfd):
+    too_long = Worker("worker 1", ("x" * 200_000,), {})  # for Linux, which allows 128 KiB a word
+    lasting = Worker("worker 0", (sys.executable, "-c", "import signal; signal.pause()"), {})
+    supervisor = Supervisor(
+        lambda: [lasting, too_long], newest_step=lambda: None, max_restarts=0, grace=0.5
+    )
+    assert supervisor.run() == 1
+    assert "worker 1 could not be started ([Errno 7]" in capfd.readouterr().err
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(launch, tmp_path):
@@ -243,6 +250,7 @@ def test_a_second_interrupt_kills(launch):
     launched.wait_until_ready()
     launched.send(signal.SIGINT)
     wait_for(lambda: "saving" in launched.log(0))
+    pause(0.2)  # two signals within 0.1 s are one press of Ctrl-C that came on two ways
     launched.send(signal.SIGINT)
     code, _, err = launched.end(30)
     assert code == 137
@@ -371,14 +379,14 @@ TRAIN = (
 
 
 def children_of(pid):
-    """Process -> the words of its command line."""
+    """Process -> its environment, as one string."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             if parent == pid:
-                words = (path.parent / "environ").read_bytes().decode(errors="replace")
-                found[int(path.parent.name)] = words
+                environment = (path.parent / "environ").read_bytes()
+                found[int(path.parent.name)] = environment.decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
@@ -424,7 +432,8 @@ def test_what_dry_run_prints_is_what_is_started(tmp_path):
     """Each line, pasted into a shell in another folder, does what the supervisor would."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys; print(os.environ['TF_CONFIG'], os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])"
+        "import os, sys\n"
+        "print(os.environ['TF_CONFIG'], os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:])"
     )
     command = [sys.executable, "-m", "vit_dist.launch", "--workers=2", "--port=5000"]
     command += [f"--program={program}", "--gpus_per_worker=1", f"--workdir={tmp_path}/a b"]

@@ -65,7 +65,7 @@ class Launch:
         self.process = subprocess.Popen(
             [*map(str, prefix), *map(str, words)],
             cwd=ROOT,
-            env=make_env(PYTHON=sys.executable, PYTHONPATH=str(ROOT)),
+            env=make_env(PYTHONPATH=str(ROOT)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -99,11 +99,8 @@ class Supervisor:
             while self._running:
                 if self._signals.first and self._kill_at is None:
                     self._stop(f"got {self._signals.first.name}", self._grace)
-                self._wait(self._seconds_to_kill())
-                for process in sorted(self._running, key=_is_consequence):
-                    if process.has_ended():
-                        self._running.remove(process)
-                        self._note_end(process)
+                self._wait(self._seconds_to_look())
+                self._harvest()
                 if self._kill_at is not None and time.monotonic() >= self._kill_at:
                     self._kill()
         finally:
@@ -122,6 +119,19 @@ class Supervisor:
                 self._stop(self._why, _FAILED_GRACE_SECONDS)
                 return len(self._running) + 1
         return len(self._running)
+
+    def _harvest(self) -> None:
+        """Takes out the workers that have ended, in the order in which they did."""
+        now = time.monotonic()
+        for process in self._running:
+            process.look(now)
+        gone = [process for process in self._running if process.gone_at is not None]
+        # Of those that are found at once, a 1 may be the end of one that has lost another.
+        for process in sorted(gone, key=lambda p: (p.gone_at, p.code == 1)):
+            if not process.is_over():
+                break  # its last words come before the end of the next one is reported
+            self._running.remove(process)
+            self._note_end(process)
 
     def _note_end(self, process: Process) -> None:
         """Keeps the exit code, reports a failure, and stops the others after the first."""
@@ -170,7 +180,9 @@ class Supervisor:
         self._kill_at = time.monotonic()  # also for a worker that is being started just now
         self._kill()
 
-    def _seconds_to_kill(self) -> float:
+    def _seconds_to_look(self) -> float:
+        if any(process.gone_at is not None for process in self._running):
+            return 0.02  # what a worker has left behind ends without a signal to us
         if self._kill_at is None:
             return _LOOK_SECONDS
         return min(max(self._kill_at - time.monotonic(), 0.1), _LOOK_SECONDS)
@@ -275,11 +287,6 @@ class _Signals:
             self._interrupted = now
         elif now - self._interrupted > ONE_PRESS_SECONDS:
             self._kill()
-
-
-def _is_consequence(process: Process) -> bool:
-    """Of ends that are noticed at once: a 1 may be how a worker ends that has lost another one."""
-    return process.has_ended() and process.code == 1
 
 
 def _describe(code: int) -> str:

@@ -88,6 +88,7 @@ class Process:
     ):
         self.worker = worker
         self.code: int | None = None  # once it has ended: as Popen's, negative for a signal
+        self.gone_at: float | None = None  # when it was found to have ended, by time.monotonic()
         self.last_lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
         self._show, self._say = show, say
         self._rest = b""  # of what it printed: a line that has not ended yet
@@ -130,45 +131,40 @@ class Process:
                 self._take(self._rest)
                 self._rest = b""
 
-    def has_ended(self) -> bool:
-        """Whether it is gone; its exit code is known then, and all that it printed is taken in."""
-        if self.code is None and self._process.poll() is not None:
-            self._end_group()
-            self.read()
-            self._close_output()
-            self.code = self._process.returncode
-            if self._log is not None:
-                self._log.close()
-        return self.code is not None
+    def look(self, now: float) -> None:
+        """Notes whether it has ended: `gone_at` is then `now`, and `code` is known."""
+        if self.code is None and (code := self._process.poll()) is not None:
+            self.code, self.gone_at = code, now
+
+    def is_over(self) -> bool:
+        """Whether it is gone, with all that it has started, and all that they printed is taken in.
+
+        What the worker has left behind, such as the filter of TensorFlow's notices, a process
+        through which stderr runs, has some seconds to pass on the worker's last words.
+        """
+        if self.gone_at is None:
+            return False
+        self.read()
+        late = time.monotonic() > self.gone_at + _LAST_WORDS_SECONDS
+        # As process 1 of a container we are the parent of all orphans, and have to bury them.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-self.pid, os.WNOHANG)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL if late else 0)  # 0: is there anybody?
+            if not late:
+                return False
+        self.read()
+        self._close()
+        return True
 
     def send(self, number: int) -> None:
         """Sends it a signal."""
-        if self.code is None:
-            self._process.send_signal(number)  # which knows whether it has been waited for
+        self._process.send_signal(number)  # does nothing once it is gone
 
     def kill(self) -> None:
         """Kills it with all that it has started."""
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-
-    def _end_group(self) -> None:
-        """Ends what the worker has left behind, once that has passed on the worker's last words.
-
-        Such as the filter of TensorFlow's notices, a process through which stderr runs.
-        """
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
         with contextlib.suppress(ProcessLookupError):
-            while True:
-                # As process 1 of a container we are the parent of all orphans.
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(-self.pid, os.WNOHANG)
-                late = time.monotonic() > deadline
-                os.killpg(self.pid, signal.SIGKILL if late else 0)  # 0: is there anybody?
-                if late:
-                    return
-                self.read()
-                time.sleep(0.02)
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _take(self, line: bytes) -> None:
         self._show(f"[{self.worker.name}] ".encode() + line + b"\n")
@@ -181,6 +177,12 @@ class Process:
         if self._rest:
             self._take(self._rest)
             self._rest = b""
+
+    def _close(self) -> None:
+        self._close_output()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def _open_log(self) -> BinaryIO | None:
         if self.worker.log is None:
