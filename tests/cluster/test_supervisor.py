@@ -61,6 +61,14 @@ def test_a_process_alone_writes_to_the_terminal_itself(tmp_path):
     assert done.stdout == "None ['x', '--config.strategy.name=local']\n"
 
 
+def test_the_mistake_of_a_process_alone_is_told_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import sys; print('error: no such key', file=sys.stderr); sys.exit(2)")
+    command = [sys.executable, "-m", "vit_dist.launch", f"--program={program}"]
+    done = subprocess.run(command, cwd=ROOT, env=make_env(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: no such key\n")
+
+
 def test_what_a_workers_child_passes_on_at_the_end_is_kept(launch):
     """As the filter of TensorFlow's notices does, through which the last error runs."""
     child = "import sys; text = sys.stdin.read(); print('passed on', text)"

@@ -146,7 +146,8 @@ class Supervisor:
         first = not self._why
         self._why = self._why or what
         log = f"; see {process.worker.log}" if process.worker.log else ""
-        self._say(f"{what}{log}")
+        if log or code not in (_MISTAKE, PREEMPTED):  # a process alone has just said so itself
+            self._say(f"{what}{log}")
         # A mistake cannot be mended by a restart, whichever worker reported it first. A failure
         # counts for more than a stop on request: what the chief did not save is lost.
         if code == _MISTAKE or self._status in (0, PREEMPTED):
