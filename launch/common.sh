@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the launchers: which Python, which words are flags of vit_dist.train, how commands are shown.
-# shellcheck disable=SC2034  # the launchers read DRY_RUN, TAKEN and CHECKOUT
+# shellcheck disable=SC2034  # the launchers read PYTHON, DRY_RUN, TAKEN and CHECKOUT
 
 TRAIN_FLAGS=()
 DRY_RUN=
@@ -22,14 +22,20 @@ show_help() {
   exit 0
 }
 
-# need_value OPTION VALUE... / need_number OPTION VALUE...: the first word has to be followed by one.
-need_value() {
-  [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value"
+# show_help_if_asked WORD...: shows the help if --help is among the launcher's own options, before any --.
+show_help_if_asked() {
+  local word
+  for word; do
+    case "$word" in
+      -h | --help) show_help ;;
+      --) return 0 ;;
+    esac
+  done
 }
 
-need_number() {
-  need_value "$@"
-  [[ $2 =~ ^[0-9]+$ ]] || fail "$1 needs a whole number, not '$2'"
+# need_value OPTION VALUE...: the first word has to be followed by one.
+need_value() {
+  [[ $# -ge 2 && $2 != --* ]] || fail "$1 needs a value"
 }
 
 # Moves the leading flag of vit_dist.train from the arguments to TRAIN_FLAGS; TAKEN counts its words.
@@ -99,9 +105,4 @@ quoted() {
     words+=("$word")
   done
   echo "${words[*]}"
-}
-
-# show_command WORD...: a line that can be pasted into a shell in any folder.
-show_command() {
-  echo "cd $(quoted "$CHECKOUT") && $(quoted "$@")"
 }

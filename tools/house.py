@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = "vit_dist"
-COMMANDS = ("train", "evaluate", "predict", "export", "convert", "show", "demo", "data_service")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "predict",
+    "export",
+    "convert",
+    "show",
+    "demo",
+    "data_service",
+    "launch",
+)
 SHARED = ("paths",)  # the one file at the top that is no command
 
 # Room -> the other rooms whose modules it imports. The table is as tight as the truth: an entry
@@ -40,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "show": {"run", "data", "inspection", "storage", "config"},
     "demo": {"train", "evaluate", "run", "config"},
     "data_service": {"run", "data", "config"},
+    "launch": {"run", "training", "cluster", "config", "paths"},
     "run": {
         "evaluators",
         "inspection",

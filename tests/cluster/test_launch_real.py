@@ -1,7 +1,5 @@
 """Both launchers with real training runs."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -16,7 +14,7 @@ def test_real_runs_of_both_launchers_agree(tmp_path):
     for script, option in (("local.sh", "--cpus=2"), ("workers.sh", "--workers=2")):
         workdir = tmp_path / script
         flags = ("--config=tests/support/tiny.py", f"--workdir={workdir}", "--config.total_steps=3")
-        done = launch(script, option, *flags, timeout=280, PYTHON=sys.executable)
+        done = launch(script, option, *flags, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "done: step 3, val accuracy" in done.stdout
         weights.append(open_checkpoint(str(workdir)).arrays)

@@ -22,7 +22,7 @@ _INTERRUPTED = 130  # exit code after a second Ctrl-C, as shells report a progra
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 # A launcher and the terminal may both hand on one press of Ctrl-C; nobody presses so fast twice.
-_ONE_PRESS_SECONDS = 0.1
+ONE_PRESS_SECONDS = 0.1
 _SHOW_CURSOR = "\x1b[?25h"  # what a progress bar on a terminal hides
 
 
@@ -138,7 +138,7 @@ def _end_at_second_interrupt(pipe: int) -> None:
         now = time.monotonic()
         if received[0] != signal.SIGINT:
             continue
-        if first is not None and now - first > _ONE_PRESS_SECONDS:
+        if first is not None and now - first > ONE_PRESS_SECONDS:
             _say((_SHOW_CURSOR if sys.stderr.isatty() else "") + "interrupted\n")
             os._exit(_INTERRUPTED)
         first = first or now

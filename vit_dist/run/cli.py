@@ -2,14 +2,12 @@
 
 import contextlib
 import importlib
-import inspect
 import logging as std_logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -22,6 +20,7 @@ from vit_dist.config.binding import did_you_mean
 from vit_dist.config.errors import ConfigError, UserError
 from vit_dist.monitoring.lines import LineFormatter
 from vit_dist.run import notices
+from vit_dist.run.help_text import help_text
 
 
 @contextlib.contextmanager
@@ -138,7 +137,7 @@ def run(main: Callable[[], int | None]) -> None:
         return main() or 0
 
     if {"--help", "-h", "-help", "--helpshort"} & set(sys.argv[1:]):
-        print(_help_text(sys.modules[main.__module__]))
+        print(help_text(sys.modules[main.__module__]))
         return  # absl would exit with 1
     # TensorFlow prints its notices itself; passed on to absl's handler they would appear twice.
     std_logging.getLogger("tensorflow").propagate = False
@@ -154,24 +153,6 @@ def run(main: Callable[[], int | None]) -> None:
             app.run(_guard(wrapped), flags_parser=_guard(_parse_flags))
         finally:
             logging.flush()
-
-
-def _help_text(command: ModuleType) -> str:
-    """What the command does and the flags that it takes, without those of libraries."""
-    own = {"config"} | {
-        flag.name
-        for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        for flag in defined
-        if module in ("__main__", command.__name__, sys.argv[0])
-    }
-    lines = [inspect.cleandoc(command.__doc__ or ""), "", "Flags:"]
-    for name in sorted(own & set(flags.FLAGS)):
-        flag = flags.FLAGS[name]
-        default = f" (default: {flag.default})" if flag.default not in (None, "") else ""
-        lines.append(f"  --{name}: {flag.help}{default}")
-    if "config" in flags.FLAGS:
-        lines.append("  --config.KEY=VALUE: any key of the config; docs/config.md lists them")
-    return "\n".join(lines)
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:

@@ -41,12 +41,12 @@ from vit_dist.model.formats.tensors import LazyArray
 from vit_dist.paths import expand
 from vit_dist.storage import files
 from vit_dist.storage.errors import FAILURES, Kind, explain, kind_of, only_warn, path_of, retry
+from vit_dist.training.layout import FOLDER, MANIFEST, STATE, STEP
 from vit_dist.training.state_file import StateFile, Sums, write_state
 
 T = TypeVar("T")
 
-STATE, MANIFEST = "state.safetensors", "manifest.json"
-_FOLDER, _UNFINISHED = re.compile(r"\d{9,}"), re.compile(r"\d{9,}\.unfinished")
+_UNFINISHED = re.compile(STEP.pattern + r"\.unfinished")
 _LISTINGS = 3  # how often a folder is listed in which a running job removes checkpoints meanwhile
 _UNTOUCHED = "Earlier checkpoints are untouched"
 # A folder (MISNAMED) in the place of a file is no file either.
@@ -107,7 +107,7 @@ class Checkpointer:
     ):
         if keep < 1:
             raise ConfigError(f"keep_checkpoints must be 1 or more, got {keep}")
-        self.folder, self.keep = expand(workdir) / "checkpoints", keep
+        self.folder, self.keep = expand(workdir) / FOLDER, keep
         self._permit = permit
         # One thread: training goes on while a checkpoint is written, and two never overlap.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -253,7 +253,7 @@ def _unfinished(path: epath.Path) -> epath.Path:
 
 def _folders(folder: epath.Path) -> list[epath.Path]:
     """The folders of checkpoints, the latest step first."""
-    found = [path for path in files.list_folder(folder) if _FOLDER.fullmatch(path.name)]
+    found = [path for path in files.list_folder(folder) if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
@@ -318,11 +318,11 @@ def _reasons(damaged: Mapping[epath.Path, str]) -> str:
 
 def is_checkpoint(folder: epath.Path) -> bool:
     """Whether it is a run's folder with checkpoints, or one checkpoint's, whole or not."""
-    if _FOLDER.fullmatch(folder.name):
+    if STEP.fullmatch(folder.name):
         return True
     return any(
         _read(path, functools.partial(files.exists, path))
-        for path in (folder / MANIFEST, folder / "checkpoints")
+        for path in (folder / MANIFEST, folder / FOLDER)
     )
 
 
@@ -346,9 +346,9 @@ def open_checkpoint(path: str, *, weights: bool = False) -> Checkpoint:
     # A folder named like a step counts even without a manifest: then it is reported as damaged,
     # rather than as a run without checkpoints.
     alone = _read(folder, lambda: files.exists(folder / MANIFEST))
-    if alone or _FOLDER.fullmatch(folder.name):
+    if alone or STEP.fullmatch(folder.name):
         return _open(folder, weights=weights)
-    found, damaged = _newest(folder / "checkpoints", weights=weights)
+    found, damaged = _newest(folder / FOLDER, weights=weights)
     if found is not None:
         return found
     text = f"there is no whole checkpoint at {path}"
