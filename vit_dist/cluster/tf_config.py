@@ -67,7 +67,9 @@ def _read(
     if not cluster:
         return [], 0  # Vertex AI's and Kubeflow's way to say that there is one process
     task = parsed.get("task")
-    kind, index = (task.get("type"), task.get("index")) if isinstance(task, dict) else (None, None)
+    # Of any type: they are what somebody wrote.
+    kind: Any = task.get("type") if isinstance(task, dict) else None
+    index: Any = task.get("index") if isinstance(task, dict) else None
     problem = _job_problem([*cluster, kind], names)
     if problem is None:
         problem = _addresses_problem(cluster)
