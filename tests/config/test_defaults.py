@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from vit_dist.config import defaults as config_lib
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.binding import bind
 from vit_dist.config.defaults import DEFAULTS, changes
+from vit_dist.config.errors import ConfigError
 from vit_dist.config.durations import without_durations
 from vit_dist.data.mixing import make_mixing
 from vit_dist.data.sources.open import SOURCES, _open_mixture
@@ -317,3 +319,15 @@ def test_json_of_the_config_and_back():
 )
 def test_changes(old, new, lines):
     assert changes(old, new) == lines
+
+
+@pytest.mark.parametrize("key", [1, None, "a.b"])
+def test_keys_of_sections_of_ones_own_are_names(key):
+    config = get_defaults()
+    config.total_steps = 1
+    with config.ignore_type(), config.unlocked():
+        config.data.counts = {"train": {key: 2}}
+    with pytest.raises(
+        ConfigError, match=re.escape(f"config.data.counts.train has the key {key!r}")
+    ):
+        finalize(config)

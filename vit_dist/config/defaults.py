@@ -260,6 +260,7 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
     if not hasattr(config, "copy_and_resolve_references"):
         raise ConfigError(f"get_config() must return a config, got {config!r}")
     config = config.copy_and_resolve_references()
+    _check_names(config, "config")
     _check_keys(config, DEFAULTS, "config")
     # "" stands for the top of the config, which has durations of its own.
     for section_name in ("", *(k for k, v in DEFAULTS.items() if isinstance(v, dict))):
@@ -271,6 +272,15 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
             _keep_one(section, default, name, prefix, overrides or {})
     _freeze_lists(config)
     return FrozenConfigDict(config)
+
+
+def _check_names(config: ConfigDict, where: str) -> None:
+    """FrozenConfigDict takes no other keys, and says so with an assertion."""
+    for key in config:
+        if not isinstance(key, str) or "." in key:
+            raise ConfigError(f"{where} has the key {key!r}: keys are names, without dots")
+        if isinstance(config[key], ConfigDict):
+            _check_names(config[key], f"{where}.{key}")
 
 
 def _freeze_lists(config: ConfigDict) -> None:
