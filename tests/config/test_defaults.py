@@ -3,7 +3,6 @@
 import ast
 import inspect
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from vit_dist.config import defaults as config_lib
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.binding import bind
 from vit_dist.config.defaults import DEFAULTS, changes
-from vit_dist.config.errors import ConfigError
 from vit_dist.config.durations import without_durations
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.mixing import make_mixing
 from vit_dist.data.sources.open import SOURCES, _open_mixture
 from vit_dist.model.variants import vit_config
@@ -321,13 +320,10 @@ def test_changes(old, new, lines):
     assert changes(old, new) == lines
 
 
-@pytest.mark.parametrize("key", [1, None, "a.b"])
-def test_keys_of_sections_of_ones_own_are_names(key):
+def test_keys_of_sections_of_ones_own_are_names():
     config = get_defaults()
     config.total_steps = 1
     with config.ignore_type(), config.unlocked():
-        config.data.counts = {"train": {key: 2}}
-    with pytest.raises(
-        ConfigError, match=re.escape(f"config.data.counts.train has the key {key!r}")
-    ):
+        config.data.counts = {"train": {1: 2}}
+    with pytest.raises(ConfigError, match=r"config\.data\.counts\.train has the key 1: keys are"):
         finalize(config)
