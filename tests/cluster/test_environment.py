@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from vit_dist.cluster import slurm
-from vit_dist.cluster.environment import Cluster, find_cluster
+from vit_dist.cluster.environment import Cluster, find_cluster, names_other_hosts
 from vit_dist.cluster.slurm import expand_nodes
 from vit_dist.config.errors import ConfigError
 
@@ -184,6 +184,11 @@ def test_one_process(environ):
 def test_several_processes_of_which_nobody_knows(environ, message):
     with pytest.raises(ConfigError, match=message):
         find_cluster(environ)
+
+
+def test_whether_there_are_others():
+    assert not names_other_hosts({}) and not names_other_hosts({"TF_CONFIG": '{"cluster": {}}'})
+    assert names_other_hosts(SKYPILOT) and names_other_hosts({"WORLD_SIZE": "2"})
 
 
 # Slurm's short forms

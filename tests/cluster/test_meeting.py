@@ -175,7 +175,7 @@ def test_many_differences_are_counted():
     "error, kind, said",
     [
         (ConfigError("no such file"), ConfigError, " ended: no such file"),
-        (ValueError("no such file"), ConfigError, " ended: no such file"),
+        (ValueError("a fault of ours"), HostLostError, " ended: a fault of ours"),
         (OSError("no space"), HostLostError, " ended: no space"),
         (KeyboardInterrupt(), HostLostError, " ended: KeyboardInterrupt"),
         (SystemExit(42), SystemExit, "42"),

@@ -183,8 +183,6 @@ def parting(error: BaseException | None) -> Message:
         code = error.exit_code
     elif isinstance(error, SystemExit) and isinstance(error.code, int):
         code = error.code
-    elif isinstance(error, ValueError):
-        code = ConfigError.exit_code
     return {"left": str(error) or type(error).__name__, "code": code}
 
 

@@ -66,6 +66,14 @@ def find_cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
     return None
 
 
+def names_other_hosts(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment speaks of other processes, be it in a way that cannot be."""
+    try:
+        return find_cluster(environ) is not None
+    except ConfigError:
+        return True
+
+
 def _address_problem(workers: Sequence[str]) -> str | None:
     for worker in workers:
         found = _ADDRESS.fullmatch(worker)

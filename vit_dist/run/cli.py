@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from vit_dist.cluster.environment import names_other_hosts
 from vit_dist.config import defaults as config_lib
 from vit_dist.config import recorded
 from vit_dist.config.binding import did_you_mean
@@ -201,8 +202,8 @@ def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exits; as one of several workers at once, without waiting 10-20 s for the others' goodbye."""
-    if "TF_CONFIG" in os.environ:
+    """Exits; one of several hosts at once, because TensorFlow would wait 10-20 s for the others."""
+    if names_other_hosts():
         logging.flush()
         sys.stdout.flush()
         sys.stderr.flush()

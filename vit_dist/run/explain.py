@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import num_hosts
-from vit_dist.config.errors import DataError, HostLostError, StorageError, UserError
+from vit_dist.config.errors import DataError, HostLostError, UserError
 from vit_dist.data.damage import explain_data_error
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.service import find_failure
@@ -30,10 +30,6 @@ _LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.CancelledError,
 )
-# What TensorFlow's bucket client says is UNAVAILABLE, too, when the bucket answers 503.
-_REMOTE = re.compile(r"HTTP (?:request|response)|\b(?:gs|s3|hdfs)://")
-
-
 # A file of the data that is not there, or is damaged, is looked for and named with its example.
 _OF_DATA = (Kind.MISSING, Kind.MISNAMED, Kind.DAMAGED)
 
@@ -117,13 +113,11 @@ def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> U
     return None
 
 
-def _explain_loss(error: tf.errors.OpError, blamed: str | None) -> UserError | None:
-    """An error in a collective, in which another host is missing, or in a remote file system."""
+def _explain_loss(error: tf.errors.OpError, blamed: str | None) -> HostLostError:
+    """An error in a collective: mostly because another host is gone."""
     found = re.search(r"Collective (?:ops is|has)[^\n]*", error.message)
     what = (found[0] if found else error.message.strip().splitlines()[0])[:300]
     again = "Start all of them again: they go on from the newest checkpoint"
     if blamed is not None:
         return HostLostError(f"lost another worker: {blamed}. {again}. ({what})")
-    if found is None and _REMOTE.search(error.message):
-        return StorageError(f"{what}. {again}")
     return HostLostError(f"the hosts lost each other, though all of them answer. {again}. ({what})")
