@@ -1,24 +1,31 @@
 """The cluster that each engine's variables describe, exactly as the engine sets them."""
 
-import json
 import socket
 
 import pytest
 
+from tests.support.engines import (
+    DSTACK,
+    JOBSET,
+    OWN,
+    SKYPILOT,
+    SLURM,
+    SLURM_ADDRESSES,
+    cluster_spec,
+    tf_config,
+    without,
+)
 from vit_dist.cluster import slurm
+from vit_dist.cluster.addresses import expand_names
 from vit_dist.cluster.environment import Cluster, find_cluster, names_other_hosts
-from vit_dist.cluster.slurm import expand_nodes
 from vit_dist.config.errors import ConfigError
-
-
-def tf_config(cluster, kind="worker", index=0):
-    return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})}
 
 
 @pytest.fixture(autouse=True)
 def names_that_resolve(monkeypatch):
     """Nobody's name server is asked."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [])
+    slurm._find_addresses.cache_clear()
 
 
 # TF_CONFIG
@@ -99,6 +106,44 @@ def test_other_jobs_are_named(job, task):
         find_cluster(tf_config(cluster, task or job))
 
 
+# CLUSTER_SPEC, of Vertex AI
+
+POOLS = {"workerpool0": ["c:1"], "workerpool1": ["a:2", "b:3"]}
+
+
+@pytest.mark.parametrize(
+    "cluster, kind, index, workers, number",
+    [
+        (POOLS, "workerpool0", 0, ["c:1", "a:2", "b:3"], 0),
+        (POOLS, "workerpool1", 1, ["c:1", "a:2", "b:3"], 2),
+        ({"workerpool0": ["c:1"]}, "workerpool0", 0, ["c:1"], 0),
+    ],
+)
+def test_cluster_spec(cluster, kind, index, workers, number):
+    found = find_cluster(cluster_spec(cluster, kind, index))
+    assert found == Cluster(tuple(workers), number, "Vertex AI")
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        (
+            cluster_spec({**POOLS, "workerpool2": ["p:1"]}),
+            r"a job 'workerpool2' \(ps\) has nothing",
+        ),
+        (cluster_spec(POOLS, "workerpool3"), r"a job 'workerpool3' \(evaluator\) has nothing"),
+        (cluster_spec(POOLS, "worker"), "there are 0 of job 'worker'"),
+        (cluster_spec(POOLS, "pool"), "is called workerpool0 or workerpool1, not 'pool'"),
+        (cluster_spec(POOLS, 3), "is called workerpool0 or workerpool1, not 3"),
+        (cluster_spec({"workerpool0": ["a:1", "b:1"]}), "there is one chief, not 2"),
+        ({"CLUSTER_SPEC": "{"}, 'CLUSTER_SPEC must be JSON such as {"cluster": {"workerpool0":'),
+    ],
+)
+def test_cluster_spec_that_cannot_be(environ, message):
+    with pytest.raises(ConfigError, match=message):
+        find_cluster(environ)
+
+
 @pytest.mark.parametrize("address", ["a", "a:", ":1", "::1:2222", "a:0", "a:65536", "a b:1", ""])
 def test_what_is_no_address(address):
     with pytest.raises(ConfigError, match="is no address, which is host:port"):
@@ -106,28 +151,6 @@ def test_what_is_no_address(address):
 
 
 # engines
-
-SKYPILOT = {
-    "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n",
-    "SKYPILOT_NODE_RANK": "1",
-    "SKYPILOT_NUM_NODES": "2",
-    "SKYPILOT_NUM_GPUS_PER_NODE": "8",
-}
-DSTACK = {"DSTACK_NODES_IPS": "fd00::1\nfd00::2", "DSTACK_NODE_RANK": "0", "DSTACK_NODES_NUM": "2"}
-OWN = {"VIT_DIST_HOSTS": "a:1, b:2", "VIT_DIST_INDEX": "1"}
-# An Indexed Job sets its own number; whoever wrote the manifest, the names.
-JOBSET = {"VIT_DIST_HOSTS": "j-w-0-0.j:1,j-w-0-1.j:1", "JOB_COMPLETION_INDEX": "1"}
-SLURM = {
-    "SLURM_JOB_ID": "100",
-    "SLURM_JOB_NODELIST": "gpu[01-02]",
-    "SLURM_NTASKS": "4",
-    "SLURM_NTASKS_PER_NODE": "2",
-    "SLURM_TASKS_PER_NODE": "2(x2)",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_ID": "0",
-}
-SLURM_ADDRESSES = ["gpu01:18400", "gpu01:18401", "gpu02:18400", "gpu02:18401"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +161,14 @@ SLURM_ADDRESSES = ["gpu01:18400", "gpu01:18401", "gpu02:18400", "gpu02:18401"]
         (OWN, ["a:1", "b:2"], 1, "VIT_DIST_HOSTS"),
         (JOBSET, ["j-w-0-0.j:1", "j-w-0-1.j:1"], 1, "VIT_DIST_HOSTS"),
         (SLURM, SLURM_ADDRESSES, 3, "Slurm"),
+        # One process as far as SkyPilot knows, and below it a scheduler that knows of more.
+        ({**SLURM, "SKYPILOT_NUM_NODES": "1"}, SLURM_ADDRESSES, 3, "Slurm"),
+        (
+            {**DSTACK, "JOB_COMPLETION_INDEX": "0"},
+            ["[fd00::1]:2222", "[fd00::2]:2222"],
+            0,
+            "dstack",
+        ),
         ({**SLURM, **tf_config({"worker": TWO})}, TWO, 0, "TF_CONFIG"),  # somebody chose it
     ],
 )
@@ -145,20 +176,20 @@ def test_engines(environ, workers, index, engine):
     assert find_cluster(environ) == Cluster(tuple(workers), index, engine)
 
 
-def without(environ, *names):
-    return {name: value for name, value in environ.items() if name not in names}
-
-
 @pytest.mark.parametrize(
     "environ",
     [
         {},
         {**SKYPILOT, "SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NUM_NODES": "1"},
+        {**DSTACK, "DSTACK_NODES_IPS": "", "DSTACK_NODES_NUM": "1"},
         {**SLURM, "SLURM_NTASKS": "1"},
+        {"SLURM_JOB_NUM_NODES": "1", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},
         # A step of one task in a job of several: `srun --ntasks=1`.
         {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},
         {"WORLD_SIZE": "1"},
         {"WORLD_SIZE": ""},
+        # Whoever sets TF_CONFIG knows better than what is left of other launchers.
+        {**tf_config({}), "WORLD_SIZE": "4", "JOB_COMPLETION_INDEX": "1"},
     ],
 )
 def test_one_process(environ):
@@ -173,11 +204,25 @@ def test_one_process(environ):
         (without(SKYPILOT, "SKYPILOT_NODE_RANK"), "SKYPILOT_NODE_RANK must be a whole number"),
         ({**OWN, "VIT_DIST_INDEX": "2"}, r"this is host 2, counted from 0, of 2 \(a:1, b:2\)"),
         ({**OWN, "VIT_DIST_HOSTS": "a,b"}, "VIT_DIST_HOSTS gives cannot be: 'a' is no address"),
+        ({**OWN, "VIT_DIST_HOSTS": "h[3-1]:1"}, r"'3-1' in 'h\[3-1\]:1' is no range of numbers"),
+        (
+            {"VIT_DIST_HOSTS": "a:1,b:2"},
+            "VIT_DIST_INDEX must be a whole number from 0 on, got None",
+        ),
+        ({**JOBSET, "JOB_COMPLETION_INDEX": "x"}, "JOB_COMPLETION_INDEX must be a whole number"),
         ({"JOB_COMPLETION_INDEX": "0"}, "pod 0 of an indexed job .* set VIT_DIST_HOSTS="),
         (without(SLURM, "SLURM_PROCID"), "gave this job 4 tasks, and this process is none .* srun"),
+        # A batch script that calls Python itself is "task 0", as the first task of srun is.
+        ({**without(SLURM, "SLURM_STEP_ID"), "ENVIRONMENT": "BATCH"}, "4 tasks, .* with srun"),
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, "2 nodes, "),
+        ({"SLURM_NNODES": "2"}, "gave this job 2 nodes, and this process is none of its tasks"),
+        ({**SLURM, "SLURM_PROCID": "4"}, "this is task 4, counted from 0, of 4"),
         ({**SLURM, "SLURM_TASKS_PER_NODE": "2,1"}, "4 tasks .* on 2 nodes, but by node '2,1'"),
         ({**SLURM, "SLURM_LOCALID": "0"}, "task 3 is local task 0 .* --distribution=block"),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, "one of 8 processes, .* each would train alone"),
+        ({"SLURM_NTASKS": "1", "PMI_SIZE": "8"}, "one of 8 processes, .* each would train alone"),
+        ({"LWS_GROUP_SIZE": "2"}, "LWS_GROUP_SIZE says"),
+        ({"AWS_BATCH_JOB_NUM_NODES": "2"}, "AWS_BATCH_JOB_NUM_NODES says"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE says"),
     ],
 )
@@ -191,7 +236,7 @@ def test_whether_there_are_others():
     assert names_other_hosts(SKYPILOT) and names_other_hosts({"WORLD_SIZE": "2"})
 
 
-# Slurm's short forms
+# Slurm's short form
 
 
 @pytest.mark.parametrize(
@@ -201,36 +246,10 @@ def test_whether_there_are_others():
         ("n1,m2", ["n1", "m2"]),
         ("n[1-3]", ["n1", "n2", "n3"]),
         ("n[08-10,12],m", ["n08", "n09", "n10", "n12", "m"]),
+        ("n[0-1]:2222, m:1", ["n0:2222", "n1:2222", "m:1"]),
+        ("[fd00::1]:2222,[fd00::2]:2222", ["[fd00::1]:2222", "[fd00::2]:2222"]),
         ("r[1-2]n[1-2]-ib", ["r1n1-ib", "r1n2-ib", "r2n1-ib", "r2n2-ib"]),
     ],
 )
 def test_node_lists(text, names):
-    assert expand_nodes(text) == names
-
-
-def test_tasks_that_fill_nodes_unevenly():
-    environ = {**SLURM, "SLURM_TASKS_PER_NODE": "3,1", "SLURM_LOCALID": "0"}
-    found = find_cluster(environ)
-    assert found.workers == ("gpu01:18400", "gpu01:18401", "gpu01:18402", "gpu02:18400")
-
-
-def test_a_step_of_part_of_a_job():
-    step = {
-        "SLURM_STEP_NODELIST": "gpu02",
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-        "SLURM_STEP_ID": "1",
-        "SLURM_PROCID": "1",
-    }
-    found = find_cluster({**SLURM, **step})
-    assert found.workers == ("gpu02:18408", "gpu02:18409") and found.index == 1
-
-
-def test_names_that_only_slurm_knows(monkeypatch):
-    def fail(host, port):
-        raise socket.gaierror("unknown")
-
-    shown = {"gpu01": "NodeName=gpu01 NodeAddr=127.0.0.1 NodeHostName=x", "gpu02": ""}
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-    monkeypatch.setattr(slurm, "_output", lambda *command: shown[command[-1]])
-    assert find_cluster(SLURM).workers[::2] == ("127.0.0.1:18400", "gpu02:18400")
+    assert expand_names(text) == names

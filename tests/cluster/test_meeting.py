@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from absl import logging
 
 from tests.support.clusters import free_addresses, in_threads
 from vit_dist.cluster.environment import Cluster
@@ -33,6 +34,15 @@ def test_workers_meet_in_any_order_and_leave_the_port_free(order):
     socket.create_server(("", int(workers[0].rpartition(":")[2]))).close()
 
 
+def test_who_told_is_printed(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "info", lambda text, *args: said.append(text % args))
+    workers = free_addresses(2)
+    meet_in_threads(workers, (0, 1), timeout=60)
+    for i, worker in enumerate(workers):
+        assert f"TF_CONFIG says that this is worker {i} ({worker}), of 2 hosts" in said
+
+
 def test_the_port_is_free_for_tensorflow_while_the_lines_last():
     workers = free_addresses(2)
 
@@ -49,6 +59,42 @@ def test_ipv6():
         port = free.getsockname()[1]
     workers = [f"[::1]:{port}", free_addresses(1)[0]]
     assert meet_in_threads(workers, (0, 1), timeout=60) == {0: None, 1: None}
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Host name -> how often it does not resolve, before it leads to this machine."""
+    failures, resolve = {}, socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        if host not in failures:
+            return resolve(host, *args, **kwargs)
+        failures[host] -= 1
+        if failures[host] >= 0:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve("localhost", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return failures
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_names_that_do_not_resolve_yet(late, index):
+    """A headless service knows a pod only once it runs."""
+    late["vit-0-1.vit"] = 4
+    workers = free_addresses(2)
+    workers[index] = workers[index].replace("localhost", "vit-0-1.vit")
+    assert meet_in_threads(workers, (0, 1), timeout=60) == {0: None, 1: None}
+    assert late["vit-0-1.vit"] < 0
+
+
+def test_a_name_that_never_resolves_is_named(late):
+    late["nowhere"] = 10**9
+    workers = [*free_addresses(1), free_addresses(1)[0].replace("localhost", "nowhere")]
+    outcome = meet_in_threads(workers, (0, 1), timeout=1)
+    assert all(isinstance(error, HostLostError) for error in outcome.values())
+    message = f"cannot find worker 1 ({workers[1]}), which has called: its name does not resolve"
+    assert any(message in str(error) for error in outcome.values())
 
 
 def test_absent_workers_are_named():

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.support import processes
+from tests.support.engines import SLURM
 from vit_dist.cluster import hosts
 from vit_dist.cluster import strategy as lib
 from vit_dist.cluster.environment import Cluster
@@ -105,6 +106,17 @@ def test_the_cluster_of_multiworker(monkeypatch):
     monkeypatch.setenv("TF_CONFIG", tf_config(0, ["a:1"]))
     assert choose_cluster("multiworker") == Cluster(("a:1",), 0, "TF_CONFIG")
     assert choose_cluster("auto") is None
+
+
+@pytest.mark.parametrize("engine, kept", [("Slurm", ["g2", "g3"]), ("TF_CONFIG", None)])
+def test_tasks_of_a_node_share_its_gpus_where_slurm_shows_all_to_each(engine, kept, monkeypatch):
+    for name, value in {**SLURM, "SLURM_GPUS_ON_NODE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["g0", "g1", "g2", "g3"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda gpus, kind: chosen.append(gpus))
+    lib._take_own_gpus(Cluster(("a:1", "a:2"), 1, engine))
+    assert chosen == ([kept] if kept else [])
 
 
 NAMES = [name for name in lib.NAMES if name not in ("auto", "local")]

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from vit_dist.cluster.addresses import split_address
 from vit_dist.cluster.agreement import Meeting
 from vit_dist.cluster.environment import Cluster
 from vit_dist.cluster.line import Line, Message
 from vit_dist.config.errors import HostLostError
 
 _CALL = "vit_dist"  # the key by which the first message of a host is known
+_CONNECT_SECONDS = 10.0  # a name may still lead to an address that nobody has any more
 _PORT_SECONDS = 60.0  # a chief that has just ended may hold its port for so long
 
 
@@ -26,17 +28,19 @@ def meet(cluster: Cluster | None, *, timeout_seconds: float) -> Meeting:
     """Returns when all hosts have called, each with its lines; at once for a run of one host.
 
     The chief listens at its address before TensorFlow does. The others call it, and it lets all go
-    on when the last has called.
+    on when the last has called. Then each host makes sure that it can find all others by name.
 
     Args:
       cluster: see environment.find_cluster.
       timeout_seconds: how long to wait, here and at each agreement.
 
     Raises:
-      HostLostError: names the hosts that did not come.
+      HostLostError: names the hosts that did not come, or whose names do not resolve.
     """
     if cluster is None or len(cluster.workers) == 1:
         return Meeting(cluster, {}, timeout_seconds=timeout_seconds)
+    name, count = cluster.name(cluster.index), len(cluster.workers)
+    logging.info("%s says that this is %s, of %d hosts", cluster.engine, name, count)
     deadline = time.monotonic() + timeout_seconds
     wait = _wait_for_chief if cluster.index else _wait_for_others
     try:
@@ -47,7 +51,37 @@ def meet(cluster: Cluster | None, *, timeout_seconds: float) -> Meeting:
             f"with the same hosts in the same order ({cluster.engine}), or raise "
             "strategy.timeout_seconds"
         ) from None
-    return Meeting(cluster, lines, timeout_seconds=timeout_seconds)
+    with contextlib.ExitStack() as failed:
+        meeting = failed.enter_context(Meeting(cluster, lines, timeout_seconds=timeout_seconds))
+        _wait_for_names(cluster, deadline)
+        failed.pop_all()
+    return meeting
+
+
+def _wait_for_names(cluster: Cluster, deadline: float) -> None:
+    """Returns once the names of all hosts resolve here.
+
+    Those of a headless service of Kubernetes appear when their pods do, and a name server may
+    remember for half a minute that one was not there. TensorFlow, which connects later, would not
+    say which name it misses.
+
+    Raises:
+      HostLostError: a name does not resolve.
+    """
+    for index, worker in enumerate(cluster.workers):
+        host, port = split_address(worker)
+        while True:
+            try:
+                socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise HostLostError(
+                        f"worker {cluster.index} cannot find {cluster.name(index)}, which has "
+                        f"called: its name does not resolve here ({error.strerror}). Give "
+                        f"addresses that all hosts know ({cluster.engine})"
+                    ) from None
+            time.sleep(0.5)
 
 
 def _wait_for_others(cluster: Cluster, deadline: float) -> dict[int, Line]:
@@ -100,12 +134,12 @@ def _wait_for_chief(cluster: Cluster, deadline: float) -> dict[int, Line]:
     """Every other host's part. Raises TimeoutError with the chief's name if it does not answer."""
     with _listen(cluster, deadline):  # is this host's own port free for TensorFlow?
         pass
-    host, port = _split(cluster.workers[0])
+    host, port = split_address(cluster.workers[0])
     hello = {_CALL: list(cluster.workers), "index": cluster.index}
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.ExitStack() as failed:
             try:
-                line = Line(_connect(host, port, left))
+                line = Line(_connect(host, port, min(left, _CONNECT_SECONDS)))
                 failed.callback(line.close)
                 line.send(hello, deadline=deadline)
                 if "go" in line.receive(deadline=deadline):
@@ -125,7 +159,7 @@ def _listen(cluster: Cluster, deadline: float) -> Iterator[socket.socket]:
     Raises:
       HostLostError: another process has the port, and keeps it.
     """
-    _, port = _split(cluster.workers[cluster.index])
+    _, port = split_address(cluster.workers[cluster.index])
     give_up = min(deadline, time.monotonic() + _PORT_SECONDS)
     while True:
         try:
@@ -172,8 +206,3 @@ def _connect(host: str, port: int, timeout: float) -> socket.socket:
             connection.close()
             error = failure
     raise error
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)

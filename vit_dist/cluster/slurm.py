@@ -1,15 +1,27 @@
 """The hosts of a run that Slurm's `srun` has started, from the variables that it sets."""
 
+import functools
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+from vit_dist.cluster.addresses import expand_names, whole_number, with_port
 from vit_dist.config.errors import ConfigError
 
 # Two jobs may share a node, and two steps of one job: the ports of a run follow from both numbers.
 # From 32768 on are those that Linux gives away by itself.
 _FIRST_PORT, _NUM_PORTS = 12000, 16000
+
+_ALONE = "or set strategy.name=local to train on this machine alone"
+
+
+class _Place(NamedTuple):
+    """Where a task runs."""
+
+    node: str
+    local: int  # its number among the tasks of its node
 
 
 def read_slurm(environ: Mapping[str, str]) -> tuple[list[str], int] | None:
@@ -18,44 +30,128 @@ def read_slurm(environ: Mapping[str, str]) -> tuple[list[str], int] | None:
     Raises:
       ConfigError: several tasks, of which this process is none, or variables that do not fit.
     """
-    tasks = _first(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
-    if tasks is None:
+    count = _num_tasks(environ)
+    if count is None:
         return None
-    count = _number(tasks, "SLURM_NTASKS")
     if count == 1:
         return [], 0
-    if "SLURM_PROCID" not in environ:  # a shell inside of an allocation
+    index, places = _find_places(environ, count)
+    addresses = _find_addresses(tuple(sorted({place.node for place in places})))
+    port, workers = _first_port(environ), []
+    taken = dict.fromkeys(addresses.values(), 0)
+    # One after the other at each address, not at each node: the nodes of a cluster for tests may
+    # be processes of one machine.
+    for place in places:
+        address = addresses[place.node]
+        workers.append(with_port(address, port + taken[address]))
+        taken[address] += 1
+    return workers, index
+
+
+def share_of_gpus(visible: int, environ: Mapping[str, str]) -> range | None:
+    """Which of the GPUs that TensorFlow sees are this task's, if several tasks share its node.
+
+    `srun --gpus-per-task` and `--gpu-bind` deal them out. Without, as with `--gres=gpu:8`, each
+    task sees all, and NCCL hangs if two tasks use one.
+
+    Args:
+      visible: how many this process sees.
+
+    Returns:
+      Their numbers, from 0 to `visible` - 1; None for all, because Slurm or somebody else has
+      dealt them out, or because this task is the only one on its node.
+
+    Raises:
+      ConfigError: they cannot be divided by the number of tasks.
+    """
+    count = _num_tasks(environ)
+    if not visible or count in (None, 1):
+        return None
+    index, places = _find_places(environ, count)
+    node, local = places[index]
+    tasks = sum(place.node == node for place in places)
+    if tasks == 1 or _has_dealt_gpus(visible, environ):
+        return None
+    if visible % tasks:
         raise ConfigError(
-            f"Slurm gave this job {count} tasks, and this process is none of them: start it with "
-            "srun, or set strategy.name=local to train on this machine alone"
+            f"{tasks} tasks share {visible} GPU(s) on node {node}, which cannot be divided evenly: "
+            "give srun another --ntasks-per-node, or have it deal them out by --gpus-per-task"
         )
-    index = _number(environ["SLURM_PROCID"], "SLURM_PROCID")
+    each = visible // tasks
+    return range(local * each, (local + 1) * each)
+
+
+def _has_dealt_gpus(visible: int, environ: Mapping[str, str]) -> bool:
+    """Whether what this task sees is its own already."""
+    if environ.get("SLURM_GPUS_PER_TASK") or "gpu" in environ.get("SLURM_TRES_PER_TASK", ""):
+        return True
+    binding = _first(environ, "SLURM_GPU_BIND", "SLURM_TRES_BIND")
+    if binding and "none" not in binding:
+        return True
+    on_node = environ.get("SLURM_GPUS_ON_NODE")
+    if on_node:
+        return visible < whole_number(on_node, "SLURM_GPUS_ON_NODE")
+    # Slurm knows of no GPUs here. Then whoever set this variable did so for each task.
+    return bool(environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _num_tasks(environ: Mapping[str, str]) -> int | None:
+    """How many tasks Slurm has started or is to start; None where it has nothing to do with this.
+
+    Raises:
+      ConfigError: several, and this process is none of them.
+    """
+    tasks = _first(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+    # A job of several nodes with no word of tasks: `srun` would start one on each.
+    text = tasks or _first(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
+    if text is None:
+        return None
+    count = whole_number(text, "SLURM_NTASKS" if tasks else "SLURM_JOB_NUM_NODES")
+    # The script of a batch job is told that it is task 0, as the first of srun's tasks is; only
+    # the latter hears of a step.
+    in_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
+    if count > 1 and ("SLURM_PROCID" not in environ or in_script):
+        what = "tasks" if tasks else "nodes"
+        raise ConfigError(
+            f"Slurm gave this job {count} {what}, and this process is none of its tasks: start it "
+            f"with srun, {_ALONE}"
+        )
+    return count
+
+
+def _find_places(environ: Mapping[str, str], count: int) -> tuple[int, list[_Place]]:
+    """The number of this task, and the places of all."""
+    index = whole_number(environ.get("SLURM_PROCID"), "SLURM_PROCID")
     names = _first(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     if not names:
         raise ConfigError("Slurm's SLURM_JOB_NODELIST, the names of the nodes, is not set")
-    nodes = expand_nodes(names)
+    nodes = expand_names(names)
     by_node = _tasks_by_node(environ, count, len(nodes))
-    # srun fills one node after the other: task 3 of 2 + 2 is local task 1 of the second node.
-    places = [(node, local) for node, n in zip(nodes, by_node, strict=True) for local in range(n)]
-    _check_place(environ, index, places)
-    first = _first_port(environ)
-    addresses = {node: _address(node) for node in nodes}
-    return [f"{addresses[node]}:{first + local}" for node, local in places], index
-
-
-def _check_place(environ: Mapping[str, str], index: int, places: list[tuple[str, int]]) -> None:
-    local = environ.get("SLURM_LOCALID")
-    if local is None or index >= len(places):  # the caller compares the index
-        return
-    if _number(local, "SLURM_LOCALID") != places[index][1]:
+    # The part before a colon says how tasks go to nodes, what is behind it how they go to cores.
+    cyclic = environ.get("SLURM_DISTRIBUTION", "").split(":")[0] == "cyclic"
+    places = [_Place(node, i) for node, n in zip(nodes, by_node, strict=True) for i in range(n)]
+    if cyclic:  # task 0 of each node, then task 1 of each, ...: the nodes stay in their order
+        places.sort(key=lambda place: place.local)
+    if index >= len(places):
         raise ConfigError(
-            f"task {index} is local task {local} of its node, but {places[index][1]} where one "
+            f"Slurm says that this is task {index}, counted from 0, of {len(places)} (SLURM_PROCID,"
+            " SLURM_NTASKS): start it with srun"
+        )
+    _check_place(environ, index, places)
+    return index, places
+
+
+def _check_place(environ: Mapping[str, str], index: int, places: Sequence[_Place]) -> None:
+    local = environ.get("SLURM_LOCALID")
+    if local is not None and whole_number(local, "SLURM_LOCALID") != places[index].local:
+        raise ConfigError(
+            f"task {index} is local task {local} of its node, but {places[index].local} where one "
             "node is filled after the other: start srun with --distribution=block"
         )
 
 
 def _first_port(environ: Mapping[str, str]) -> int:
-    job = _number(environ.get("SLURM_JOB_ID", "0"), "SLURM_JOB_ID")
+    job = whole_number(environ.get("SLURM_JOB_ID", "0"), "SLURM_JOB_ID")
     step = environ.get("SLURM_STEP_ID", "")
     # 64 tasks of one node, and 8 apart for each step of the job.
     return _FIRST_PORT + (job * 64 + (int(step) * 8 if step.isdigit() else 0)) % _NUM_PORTS
@@ -77,35 +173,24 @@ def _tasks_by_node(environ: Mapping[str, str], count: int, num_nodes: int) -> li
     return found
 
 
-def expand_nodes(text: str) -> list[str]:
-    """The names in Slurm's short form: "a[01-02,7],b" is ["a01", "a02", "a7", "b"].
-
-    `scontrol show hostnames` does it as well, but is often missing inside of containers.
-    """
-    names = []
-    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
-        bracket = re.search(r"\[([^\]]*)\]", part)
-        if not bracket:
-            names.append(part)
-            continue
-        before, after = part[: bracket.start()], part[bracket.end() :]
-        for piece in bracket[1].split(","):
-            first, _, last = piece.partition("-")
-            for number in range(int(first), int(last or first) + 1):
-                # Leading zeros stay; what follows may have brackets of its own.
-                names += expand_nodes(f"{before}{number:0{len(first)}}{after}")
-    return names
+@functools.cache  # one answer for the life of the process: the hosts compare their lists
+def _find_addresses(nodes: tuple[str, ...]) -> dict[str, str]:
+    """By node: its name where that resolves, else the address by which Slurm itself reaches it."""
+    addresses = {node: node for node in nodes}
+    unknown = [node for node in nodes if not _resolves(node)]
+    if unknown:
+        shown = _output("scontrol", "--oneliner", "show", "node", ",".join(unknown))
+        for node, address in re.findall(r"\bNodeName=(\S+).*?\bNodeAddr=(\S+)", shown):
+            addresses[node] = address
+    return addresses
 
 
-def _address(node: str) -> str:
-    """The node's name where it resolves, else the address by which Slurm itself reaches it."""
+def _resolves(name: str) -> bool:
     try:
-        socket.getaddrinfo(node, None)
-        return node
+        socket.getaddrinfo(name, None)
     except OSError:
-        shown = _output("scontrol", "show", "node", node)
-        found = re.search(r"\bNodeAddr=(\S+)", shown)
-        return found[1] if found else node
+        return False
+    return True
 
 
 def _output(*command: str) -> str:
@@ -118,9 +203,3 @@ def _output(*command: str) -> str:
 
 def _first(environ: Mapping[str, str], *names: str) -> str | None:
     return next((environ[name] for name in names if environ.get(name)), None)
-
-
-def _number(text: str, name: str) -> int:
-    if not re.fullmatch(r"\d+", text.strip()):
-        raise ConfigError(f"{name} must be a whole number from 0 on, got {text!r}")
-    return int(text)

@@ -6,9 +6,11 @@ import os
 import socket
 
 import tensorflow as tf
+from absl import logging
 
 from vit_dist.cluster.environment import Cluster, find_cluster
 from vit_dist.cluster.hosts import device_kind
+from vit_dist.cluster.slurm import share_of_gpus
 from vit_dist.config.errors import ConfigError
 
 NAMES = ("auto", "single", "mirrored", "multiworker", "tpu", "local")
@@ -73,7 +75,7 @@ def choose_cluster(name: str = "auto", tpu: str = "") -> Cluster | None:
             raise ConfigError(
                 "strategy 'multiworker' reads the cluster from the environment variable TF_CONFIG, "
                 f"which {state}; start the workers with launch/workers.sh, or under a scheduler "
-                "that docs/distributed.md lists"
+                "that docs/clusters.md lists"
             )
         return cluster
     if name != "auto" or _takes_tpu(name, tpu):
@@ -234,7 +236,18 @@ def _split_cpu(count: int) -> None:
             ) from None
 
 
+def _take_own_gpus(cluster: Cluster) -> None:
+    """Leaves the GPUs of the other tasks of a node to them, where Slurm shows all to each."""
+    gpus = tf.config.get_visible_devices("GPU")
+    own = share_of_gpus(len(gpus), os.environ) if cluster.engine == "Slurm" else None
+    if own is not None:
+        tf.config.set_visible_devices([gpus[i] for i in own], "GPU")
+        text = "Slurm shows all %d GPUs to each task of this node: this one takes number %s"
+        logging.info(text, len(gpus), ", ".join(map(str, own)))
+
+
 def _multi_worker_strategy(cluster: Cluster, timeout_seconds: float) -> tf.distribute.Strategy:
+    _take_own_gpus(cluster)
     # One job for all hosts, whatever the engine calls them, so that a host has one number.
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),
