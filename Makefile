@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SHELL_SCRIPTS = $(wildcard launch/*.sh tools/*.sh .ci/run)
+SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test seconds test-pythons check-newest test-interop lint format bench bench-tpu clean
@@ -66,6 +66,9 @@ lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/python tools/house.py
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
 	$(BIN)/hadolint launch/docker/Dockerfile
+	$(BIN)/check-jsonschema --schemafile tools/schemas/jobset.json launch/jobset.yaml
+	$(BIN)/check-jsonschema --schemafile tools/schemas/skypilot.json launch/skypilot.yaml
+	$(BIN)/check-jsonschema --schemafile tools/schemas/vertex.json launch/vertex.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff

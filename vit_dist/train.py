@@ -437,6 +437,9 @@ class _Loop:
         """Waits until the last checkpoint is written; only the chief has one to wait for."""
         self.watchdog.progress(step, "the last save")
         self.checkpointer.wait()
+        # A host that left now could take the chief with it: engines end or restart a job as soon
+        # as one of its processes has ended.
+        all_hosts(self.strategy, 0)
 
     def stop(
         self, step: int, tensors: Mapping[str, tf.Tensor], metrics: dict[str, float]

@@ -1,0 +1,111 @@
+"""launch/slurm.sbatch under a real Slurm: two nodes on this machine."""
+
+import numpy as np
+import pytest
+
+from tests.support import slurm as lib
+from tests.support import tiny
+from tests.support.waiting import wait_for
+
+SCRIPT = lib.ROOT / "launch/slurm.sbatch"
+# Two hosts with one processor each, so that several jobs fit.
+OPTIONS = (f"--chdir={lib.ROOT}", "--cpus-per-task=1", "--time=60")
+
+# In place of Python: the code with which each start ends, and whether it leaves a checkpoint.
+STAND_IN = """#!/bin/sh
+echo "task $SLURM_PROCID: $*"
+start=${SLURM_RESTART_COUNT:-0}
+[ -z "$PROGRESS" ] || mkdir -p "$WORKDIR/checkpoints/00000000$start"
+[ -z "$PROGRESS" ] || touch "$WORKDIR/checkpoints/00000000$start/manifest.json"
+set -- $CODES
+shift "$start"
+exit "$1"
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if lib.missing():
+        pytest.skip(f"no Slurm here: {', '.join(lib.missing())} missing (apt-get: slurm-wlm)")
+    with lib.Slurm(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "codes, progress, state, said",
+    [
+        ("0", "", "COMPLETED", ["start 1: done"]),
+        ("2 0", "", "FAILED", ["start 1: exit code 2: another start would not help"]),
+        ("42 143 0", "", "COMPLETED", ["start 2: stopped on request: back", "start 3: done"]),
+        ("1 42 1 1 0", "", "FAILED", ["exit code 1, 3 times without a new checkpoint: giving up"]),
+        ("1 1 1 137 0", "1", "COMPLETED", ["start 4: exit code 137: back", "start 5: done"]),
+    ],
+)
+def test_what_follows_an_exit_code(slurm, tmp_path, codes, progress, state, said):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    job = slurm.submit(
+        SCRIPT,
+        *OPTIONS,
+        f"--chdir={tmp_path}",
+        PYTHON=stand_in,
+        CONFIG="config.py",
+        WORKDIR=tmp_path,
+        CODES=codes,
+        PROGRESS=progress,
+    )
+    assert slurm.wait_while(job, "PENDING", "RUNNING") == state, slurm.log(job)
+    log = slurm.log(job)
+    for text in said:
+        assert text in log, log
+    for task in (0, 1):
+        command = f"task {task}: -m vit_dist.train --config config.py --workdir {tmp_path}\n"
+        assert command in log
+    assert not list(tmp_path.glob("*.failures"))
+
+
+CONFIG = """
+from tests.support import tiny
+
+def get_config():
+    config = tiny.get_config()
+    config.total_steps, config.log_steps = 600, 20
+    config.data.val_split = config.data.test_split = ""
+    config.step.ema_decay = 0.99
+    config.mixing.mixup_alpha = 0.2
+    config.strategy.name = "auto"
+    return config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.spawns
+@pytest.mark.timeout(900)
+def test_a_job_that_is_preempted_ends_with_equal_weights(slurm, tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+
+    def submit(name):
+        given = {"CONFIG": tmp_path / "config.py", "WORKDIR": tmp_path / name}
+        return slurm.submit(SCRIPT, *OPTIONS, PYTHONPATH=lib.ROOT, CUDA_VISIBLE_DEVICES=-1, **given)
+
+    undisturbed = submit("undisturbed")
+    assert slurm.wait_while(undisturbed, "PENDING", "RUNNING") == "COMPLETED", slurm.log(
+        undisturbed
+    )
+    assert "start 1: done" in slurm.log(undisturbed)
+    assert "Slurm says that this is worker 1 (127.0.0.1:" in slurm.log(undisturbed)
+
+    job = submit("preempted")
+    wait_for(lambda: "step 20/600" in slurm.log(job), 280)
+    slurm.call("scancel", "--signal=TERM", job)
+    wait_for(lambda: "start 1: stopped on request: back into the queue" in slurm.log(job), 120)
+    assert slurm.wait_while(job, "PENDING", "RUNNING") == "COMPLETED", slurm.log(job)
+    log = slurm.log(job)
+    assert "start 2: done" in log and "resumed from step" in log, log
+
+    expected, found = (tiny.arrays(tmp_path / name) for name in ("undisturbed", "preempted"))
+    assert set(expected) == set(found)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(array, found[name], err_msg=name)
