@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import types
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +14,7 @@ import yaml
 from tests.support import processes, tiny
 from tests.support.clusters import free_addresses
 from tests.support.engines import DSTACK, SKYPILOT, cluster_spec, tf_config, without
+from vit_dist import train
 from vit_dist.cluster.environment import find_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +76,7 @@ def commands():
         yield " ".join(pool["containerSpec"]["command"] + pool["containerSpec"]["args"])
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", list(commands()))
 def test_commands_name_a_config_and_a_workdir_and_nothing_else(command):
     assert re.fullmatch(rf"(exec )?\S*python {COMMAND}", command.strip())
 
@@ -89,6 +91,14 @@ def test_configs_of_the_files_exist():
     for path in (ROOT / "launch").glob("*.*"):
         for config in re.findall(r"configs/\w+\.py", path.read_text()):
             assert (ROOT / config).exists(), (path, config)
+
+
+@pytest.mark.parametrize("module", ["environment", "slurm", "tf_config"])
+def test_every_variable_that_is_read_is_in_the_docs(module):
+    source = (ROOT / f"vit_dist/cluster/{module}.py").read_text()
+    names = set(re.findall(r'"([A-Z][A-Z0-9]*_[A-Z0-9_]+)"', source))
+    page = (ROOT / "docs/clusters.md").read_text()
+    assert names and not {name for name in names if name not in page}
 
 
 # restart rules
@@ -243,6 +253,19 @@ def test_variables_that_cannot_be(started, engine):
     host = started(BROKEN[engine])
     assert host.wait() == 2
     assert len([x for x in host.text().splitlines() if x.startswith("error: ")]) == 1
+
+
+def test_the_other_hosts_wait_for_the_chiefs_checkpoint(monkeypatch):
+    """The first that leaves may be the end of all: JobSet, SkyPilot and Vertex AI stop the rest."""
+    order = []
+    monkeypatch.setattr(train, "all_hosts", lambda strategy, number: order.append("met"))
+    loop = types.SimpleNamespace(
+        strategy=None,
+        watchdog=types.SimpleNamespace(progress=lambda *args: None),
+        checkpointer=types.SimpleNamespace(wait=lambda: order.append("written")),
+    )
+    train._Loop.finish_saving(loop, 5)
+    assert order == ["written", "met"]
 
 
 @pytest.mark.timeout(900)

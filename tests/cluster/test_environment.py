@@ -201,6 +201,12 @@ def test_one_process(environ):
     [
         ({**SKYPILOT, "SKYPILOT_NUM_NODES": "3"}, "NUM_NODES is 3, but SKYPILOT_NODE_IPS has 2 ad"),
         (without(SKYPILOT, "SKYPILOT_NODE_IPS"), "SKYPILOT_NODE_IPS has 0 addresses"),
+        ({"SKYPILOT_NODE_RANK": "1"}, "SKYPILOT_NUM_NODES is not set, but SKYPILOT_NODE_IPS has 0"),
+        ({"DSTACK_NODES_IPS": ""}, "DSTACK_NODES_NUM is not set, but DSTACK_NODES_IPS has 0 addr"),
+        (
+            {**DSTACK, "DSTACK_NODE_RANK": "2"},
+            r"dstack says that this is host 2, counted from 0, of 2",
+        ),
         (without(SKYPILOT, "SKYPILOT_NODE_RANK"), "SKYPILOT_NODE_RANK must be a whole number"),
         ({**OWN, "VIT_DIST_INDEX": "2"}, r"this is host 2, counted from 0, of 2 \(a:1, b:2\)"),
         ({**OWN, "VIT_DIST_HOSTS": "a,b"}, "VIT_DIST_HOSTS gives cannot be: 'a' is no address"),
@@ -215,6 +221,7 @@ def test_one_process(environ):
         # A batch script that calls Python itself is "task 0", as the first task of srun is.
         ({**without(SLURM, "SLURM_STEP_ID"), "ENVIRONMENT": "BATCH"}, "4 tasks, .* with srun"),
         ({"SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"}, "2 nodes, "),
+        ({"SLURM_PROCID": "1"}, "this is task 1 .*, but not of how many: SLURM_NTASKS is not set"),
         ({"SLURM_NNODES": "2"}, "gave this job 2 nodes, and this process is none of its tasks"),
         ({**SLURM, "SLURM_PROCID": "4"}, "this is task 4, counted from 0, of 4"),
         ({**SLURM, "SLURM_TASKS_PER_NODE": "2,1"}, "4 tasks .* on 2 nodes, but by node '2,1'"),

@@ -31,6 +31,7 @@ SlurmdSpoolDir={folder}/%n
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MailProg=/bin/true
+KillWait=5
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_min_interval=100000
@@ -75,7 +76,11 @@ class Slurm:
         return self
 
     def __exit__(self, *exc):
-        self._stack.close()
+        try:  # a test that failed may have left its job
+            self.call("scancel", f"--user={getpass.getuser()}", check=False)
+            wait_for(lambda: not self.call("squeue", "-h", check=False))
+        finally:
+            self._stack.close()
 
     def _daemon(self, stack, *command):
         log = stack.enter_context((self.folder / "daemons.log").open("a"))

@@ -87,6 +87,11 @@ def _read_own_variables(environ: Mapping[str, str]) -> _Found:
     Slurm's short form: vit-hosts-0-[0-15].vit:2222.
     """
     text = environ.get("VIT_DIST_HOSTS")
+    if not text and "VIT_DIST_INDEX" in environ:
+        raise ConfigError(
+            f"VIT_DIST_INDEX is {environ['VIT_DIST_INDEX']!r}, but VIT_DIST_HOSTS, the addresses "
+            "of all hosts, is not set: set both, or none of them"
+        )
     if not text:
         return None
     own = "VIT_DIST_INDEX" in environ or "JOB_COMPLETION_INDEX" not in environ
@@ -111,17 +116,17 @@ def _node_list(addresses: str, rank: str, count: str) -> Callable[[Mapping[str, 
     """The reader of an engine that sets three variables: addresses (one a line), rank, count."""
 
     def read(environ: Mapping[str, str]) -> _Found:
-        if addresses not in environ and count not in environ:
+        if not {addresses, rank, count} & set(environ):
             return None
         nodes = environ.get(addresses, "").split()
         text = environ.get(count)
         expected = len(nodes) if text is None else whole_number(text, count)
         if expected == 1 and len(nodes) <= 1:
             return [], 0
-        if expected != len(nodes):
+        if expected != len(nodes) or not nodes:
             raise ConfigError(
-                f"{count} is {expected}, but {addresses} has {len(nodes)} addresses: "
-                f"{' '.join(nodes)!r}"
+                f"{count} is {'not set' if text is None else expected}, but {addresses} has "
+                f"{len(nodes)} addresses: {' '.join(nodes)!r}"
             )
         return [with_port(n, DEFAULT_PORT) for n in nodes], whole_number(environ.get(rank), rank)
 

@@ -104,8 +104,13 @@ def _num_tasks(environ: Mapping[str, str]) -> int | None:
     tasks = _first(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     # A job of several nodes with no word of tasks: `srun` would start one on each.
     text = tasks or _first(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
-    if text is None:
+    if text is None and environ.get("SLURM_PROCID", "0") == "0":
         return None
+    if text is None:
+        raise ConfigError(
+            f"Slurm says that this is task {environ['SLURM_PROCID']} (SLURM_PROCID), but not of "
+            "how many: SLURM_NTASKS is not set"
+        )
     count = whole_number(text, "SLURM_NTASKS" if tasks else "SLURM_JOB_NUM_NODES")
     # The script of a batch job is told that it is task 0, as the first of srun's tasks is; only
     # the latter hears of a step.
