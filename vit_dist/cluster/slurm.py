@@ -65,7 +65,7 @@ def share_of_gpus(visible: int, environ: Mapping[str, str]) -> range | None:
       ConfigError: they cannot be divided by the number of tasks.
     """
     count = _num_tasks(environ)
-    if not visible or count in (None, 1):
+    if not visible or count is None or count == 1:
         return None
     index, places = _find_places(environ, count)
     node, local = places[index]
