@@ -25,7 +25,7 @@ def tf_config(index, workers=("host0:2222", "host1:2222")):
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
-    for name in ("TF_CONFIG", "TPU_WORKER_HOSTNAMES", *lib._TPU_VARIABLES):
+    for name in ("TF_CONFIG", *lib._TPU_VARIABLES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -43,6 +43,7 @@ def no_cluster(monkeypatch):
         ({"TF_CONFIG": ""}, "", 0, 1, "single"),
         ({"TPU_NAME": "x"}, "", 0, 1, "tpu"),
         ({"TPU_WORKER_ID": "0"}, "", 0, 1, "tpu"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "", 0, 1, "tpu"),
         ({"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TF_CONFIG": tf_config(0)}, "", 0, 1, "tpu"),
         ({}, "local", 8, 1, "tpu"),
         # A cluster of one host, such as Vertex AI gives: its devices alone.
@@ -94,7 +95,6 @@ def test_auto_never_trains_alone_where_there_are_several_tasks(monkeypatch):
 
 
 def test_hosts_of_a_tpu_slice_do_not_train_alone(monkeypatch):
-    monkeypatch.setenv("TPU_WORKER_ID", "0")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     with pytest.raises(ConfigError, match="TPU_WORKER_HOSTNAMES names 2 hosts"):
         check_strategy()

@@ -15,7 +15,7 @@ from vit_dist.config.errors import ConfigError
 
 NAMES = ("auto", "single", "mirrored", "multiworker", "tpu", "local")
 # Environment variables of TPU hosts; any of them makes "auto" take the TPU.
-_TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID")
+_TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")
 _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 
 
