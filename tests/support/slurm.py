@@ -105,21 +105,22 @@ class Slurm:
         path = self.folder / f"{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def state(self, job):
-        """Such as RUNNING."""
-        shown = self.call("scontrol", "show", "job", job)
-        return re.search(r"JobState=(\w+)", shown)[1]
-
     def wait_while(self, job, *states, seconds=280):
-        """Returns the first state that is none of these.
+        """Returns the first state, such as COMPLETED, that is none of these.
 
-        A job that has been requeued would wait for two minutes, which are cut short here.
+        A job that has been requeued would wait for two minutes, which are cut short here: to two
+        seconds, because nodes refuse a start in the very second in which they ended the last one.
         """
+        hurried = {"0"}
 
         def other():
-            state = self.state(job)
-            if state == "PENDING" and state in states:
-                self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            shown = self.call("scontrol", "show", "job", job)
+            state, restarts = (
+                re.search(rf"\b{key}=(\w+)", shown)[1] for key in ("JobState", "Restarts")
+            )
+            if state == "PENDING" and restarts not in hurried:
+                hurried.add(restarts)
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now+2")
             return state if state not in (*states, "COMPLETING", "CONFIGURING") else None
 
         return wait_for(other, seconds)
