@@ -67,9 +67,8 @@ def _read(
     if not cluster:
         return [], 0  # Vertex AI's and Kubeflow's way to say that there is one process
     task = parsed.get("task")
-    # Of any type: they are what somebody wrote.
-    kind: Any = task.get("type") if isinstance(task, dict) else None
-    index: Any = task.get("index") if isinstance(task, dict) else None
+    own: dict[str, Any] = task if isinstance(task, dict) else {}
+    kind, index = own.get("type"), own.get("index")
     problem = _job_problem([*cluster, kind], names)
     if problem is None:
         problem = _addresses_problem(cluster)
@@ -84,7 +83,7 @@ def _read(
     known = len(cluster.get(kind, []))
     if not re.fullmatch(r"\d+", str(index)) or int(str(index)) >= known:
         raise refuse(f"there are {known} of job {kind!r}, counted from 0, not a number {index!r}")
-    is_chief = names.get(kind, kind) == "chief"
+    is_chief = names.get(str(kind), kind) == "chief"
     return chiefs + others, int(str(index)) + (0 if is_chief else len(chiefs))
 
 
