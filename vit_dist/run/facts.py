@@ -1,6 +1,6 @@
 """What all hosts of a run must have in common: config, data, code and the checkpoint to begin with.
 
-Each host reads its own facts, and `cluster.meeting.Meeting.agree` compares them. Hosts that differ
+Each host reads its own facts, and `cluster.agreement.Meeting.agree` compares them. Hosts that differ
 would train without an error, on other examples or from other weights, and the result would be
 worth nothing.
 """

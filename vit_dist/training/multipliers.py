@@ -1,4 +1,4 @@
-"""Which variables decay, how fast each learns and which are frozen, by patterns in their names."""
+"""Factors of the decay and the learning rate of each variable, by patterns in their names."""
 
 import re
 from collections.abc import Collection, Sequence
