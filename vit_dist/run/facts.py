@@ -1,8 +1,8 @@
 """What all hosts of a run must have in common: config, data, code and the checkpoint to begin with.
 
-Each host reads its own facts, and `cluster.agreement.Meeting.agree` compares them. Hosts that differ
-would train without an error, on other examples or from other weights, and the result would be
-worth nothing.
+Each host reads its own facts, and `cluster.agreement.Meeting.agree` compares them. Hosts that
+differ would train without an error, on other examples or from other weights, and the result would
+be worth nothing.
 """
 
 import hashlib
