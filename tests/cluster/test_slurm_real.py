@@ -82,7 +82,7 @@ def get_config():
 
 @pytest.mark.slow
 @pytest.mark.spawns
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_job_that_is_preempted_ends_with_equal_weights(slurm, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
 
@@ -98,7 +98,7 @@ def test_a_job_that_is_preempted_ends_with_equal_weights(slurm, tmp_path):
     assert "Slurm says that this is worker 1 (127.0.0.1:" in slurm.log(undisturbed)
 
     job = submit("preempted")
-    wait_for(lambda: "step 20/600" in slurm.log(job), 280)
+    wait_for(lambda: "step 20/600" in slurm.log(job), 600)
     slurm.call("scancel", "--signal=TERM", job)
     wait_for(lambda: "start 1: stopped on request: back into the queue" in slurm.log(job), 120)
     assert slurm.wait_while(job, "PENDING", "RUNNING") == "COMPLETED", slurm.log(job)

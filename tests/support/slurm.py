@@ -105,7 +105,7 @@ class Slurm:
         path = self.folder / f"{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait_while(self, job, *states, seconds=280):
+    def wait_while(self, job, *states, seconds=600):
         """Returns the first state, such as COMPLETED, that is none of these.
 
         A job that has been requeued would wait for two minutes, which are cut short here: to two
