@@ -1,5 +1,7 @@
 """launch/slurm.sbatch under a real Slurm: two nodes on this machine."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -27,7 +29,11 @@ exit "$1"
 def slurm(tmp_path_factory):
     if lib.missing():
         pytest.skip(f"no Slurm here: {', '.join(lib.missing())} missing (apt-get: slurm-wlm)")
-    with lib.Slurm(tmp_path_factory.mktemp("slurm")) as running:
+    with contextlib.ExitStack() as stack:
+        try:
+            running = stack.enter_context(lib.Slurm(tmp_path_factory.mktemp("slurm")))
+        except lib.NoSlurmError as error:  # its daemons need rights that a container may lack
+            pytest.skip(f"Slurm does not start here: {error}")
         yield running
 
 

@@ -48,6 +48,10 @@ def missing():
     return [name for name in DAEMONS if not shutil.which(name)]
 
 
+class NoSlurmError(Exception):
+    """Slurm is installed, but its daemons do not come up; says what they print."""
+
+
 class Slurm:
     """It runs within a `with`. The names of its nodes, n1 and n2, resolve nowhere."""
 
@@ -71,7 +75,10 @@ class Slurm:
             self._daemon(stack, "slurmctld", "-D")
             for name in ("n1", "n2"):
                 self._daemon(stack, "slurmd", "-D", "-N", name)
-            wait_for(lambda: self.call("sinfo", "-h", "-o", "%T %D", check=False) == "idle 2")
+            try:
+                wait_for(lambda: self.call("sinfo", "-h", "-o", "%T %D", check=False) == "idle 2")
+            except AssertionError as error:
+                raise NoSlurmError((self.folder / "daemons.log").read_text()[-500:]) from error
             self._stack = stack.pop_all()
         return self
 
