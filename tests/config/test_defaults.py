@@ -327,3 +327,12 @@ def test_keys_of_sections_of_ones_own_are_names():
         config.data.counts = {"train": {1: 2}}
     with pytest.raises(ConfigError, match=r"config\.data\.counts\.train has the key 1: keys are"):
         finalize(config)
+
+
+def test_a_section_that_contains_itself():
+    config = get_defaults()
+    config.total_steps = 1
+    with config.ignore_type(), config.unlocked():
+        config.data.counts = config.data
+    with pytest.raises(ConfigError, match=r"config\.data\.counts contains itself"):
+        finalize(config)

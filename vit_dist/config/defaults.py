@@ -274,13 +274,15 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
     return FrozenConfigDict(config)
 
 
-def _check_names(config: ConfigDict, where: str) -> None:
-    """FrozenConfigDict takes no other keys, and says so with an assertion."""
+def _check_names(config: ConfigDict, where: str, above: tuple[ConfigDict, ...] = ()) -> None:
+    """What FrozenConfigDict cannot hold, and refuses with an assertion or never comes back from."""
+    if any(config is section for section in above):
+        raise ConfigError(f"{where} contains itself")
     for key in config:
         if not isinstance(key, str) or "." in key:
             raise ConfigError(f"{where} has the key {key!r}: keys are names, without dots")
         if isinstance(config[key], ConfigDict):
-            _check_names(config[key], f"{where}.{key}")
+            _check_names(config[key], f"{where}.{key}", (*above, config))
 
 
 def _freeze_lists(config: ConfigDict) -> None:
