@@ -11,7 +11,7 @@ from pathlib import Path
 
 PATH = Path(__file__).with_name("seconds.json")
 # Longer than this is slow: one case of a test, and all cases of it together.
-CASE, TOGETHER = 0.5, 3.0
+CASE, TOGETHER = 0.3, 1.0
 LEAST = 0.2  # shorter tests are not worth a line of the file
 
 
