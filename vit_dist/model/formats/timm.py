@@ -308,12 +308,15 @@ def _check_nameless(names: Iterable[str], has: Callable[[str], bool], wrapper: s
     """Raises DataError where the names are as much another network's as a plain ViT's."""
     if explain_names(names):
         return  # it has a tensor that is refused later, for what it is
-    # Of timm's plain networks some have no biases of queries, some have LayerScale, none has both.
+    # Of timm's plain networks some have no biases of queries, some have LayerScale or no cls token;
+    # none of those without biases has LayerScale, or lacks the cls token.
     biased = any(re.search(r"attn\.qkv\.bias$", name) for name in names)
-    if has("pos_embed") and has("blocks.0.ls1.gamma") and not biased:
+    normed_behind = has("blocks.0.ls1.gamma") or not has("cls_token")
+    if has("pos_embed") and normed_behind and not biased:
         raise DataError(
-            "it has LayerScale, and no biases of queries, keys and values, as timm's networks that "
-            "normalise behind attention and MLP (vit_*_rpn_*), which no tensor shows. Put the "
+            "it has LayerScale or no cls token, and no biases of queries, keys and values, as "
+            "timm's networks that normalise behind attention and MLP (vit_*_rpn_*), which no "
+            "tensor shows. Put the "
             'config.json that came with it beside it; {"architecture": "vit_base_patch16_224"} if '
             "it is a plain ViT"
         )
