@@ -116,7 +116,8 @@ def test_timm_without_config_json(zoo, tmp_path):
             assert "no config.json beside the file names the architecture" in origin.assumed[0]
             assert "attention pooling over the patches alone" in origin.assumed[1]
         elif is_plain(name, what):
-            assert text == "same", (name, text)
+            # Its tensors may be those of a network that normalises behind: refused, not guessed.
+            assert text == "same" or "vit_*_rpn_*" in text, (name, text)
     assert others <= {"test_vit3"}
 
 
