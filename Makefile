@@ -32,7 +32,7 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 # A file stays with one process, whose fixtures it shares; tests/conftest.py puts the long files first.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) ## lint, and the tests that neither start a process nor compile: under a minute
+check: $(STAMP) ## lint, and the tests that neither start a process nor compile: about a minute
 	@began=$$(date +%s); $(MAKE) --no-print-directory lint && \
 	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow)' tests && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"

@@ -24,7 +24,7 @@ from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
 from vit_dist.run.facts import evaluation_facts
 from vit_dist.run.origins import open_origin
-from vit_dist.run.start import fill_whole
+from vit_dist.run.start import check_whole, fill
 
 
 def define_flags() -> None:
@@ -82,7 +82,8 @@ def evaluate(
     model = make_model(options.model, strategy)
     names = next(iter(data.sources.values())).class_names
     pipes = {"eval_ops": options.pipe}
-    report = fill_whole(model, origin, options.weights, pipes=pipes, class_names=names)
+    report = fill(model, origin, options.weights, pipes=pipes, class_names=names)
+    check_whole(report, model, origin, options.weights)
     for line in report.remarks():
         logging.warning("%s: %s", checkpoint, line)
     judge = Evaluation(options, data, model, strategy)

@@ -4,26 +4,17 @@ import math
 
 import pytest
 
+from tests.support.fuzz import LEAVES
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.binding import check_range
-from vit_dist.config.defaults import DEFAULTS, _Key
+from vit_dist.config.defaults import _Key
 from vit_dist.config.errors import ConfigError
 
-
-def keys(section=DEFAULTS, prefix=""):
-    """(dotted name, key) of all keys."""
-    for name, value in section.items():
-        if isinstance(value, dict):
-            yield from keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-NUMBERS = {name: key for name, key in keys() if isinstance(key, _Key) and key.range}
+NUMBERS = {name: key for name, key in LEAVES if isinstance(key, _Key) and key.range}
 
 
 def test_every_number_has_a_range():
-    for name, key in keys():
+    for name, key in LEAVES:
         kind = key.type if isinstance(key, _Key) else type(key)
         assert (kind in (int, float)) == (name in NUMBERS), name
     assert len(NUMBERS) > 80

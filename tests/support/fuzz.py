@@ -85,15 +85,16 @@ class Case(NamedTuple):
     file: str
 
 
-def _leaves(section=DEFAULTS, prefix=""):
+def leaves(section=DEFAULTS, prefix=""):
+    """(dotted name, default or _Key) of every key of the config."""
     for name, value in section.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-LEAVES = list(_leaves())
+LEAVES = list(leaves())
 
 
 def make_cases(count: int, seed: int = 0) -> list[Case]:

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from vit_dist.config.errors import ConfigError
 
+# How messages end that refuse an environment: what to do where no other host is meant.
+ALONE = "or set strategy.name=local to train on this machine alone"
+
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/,\[\]\"']+):(\d{1,5})")
 _RANGE = re.compile(r"\[([\d,-]+)\]")  # never an IPv6 address, which has colons
 

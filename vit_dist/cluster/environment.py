@@ -10,14 +10,18 @@ import os
 import re
 from collections.abc import Callable, Mapping
 
-from vit_dist.cluster.addresses import address_problem, expand_names, whole_number, with_port
+from vit_dist.cluster.addresses import (
+    ALONE,
+    address_problem,
+    expand_names,
+    whole_number,
+    with_port,
+)
 from vit_dist.cluster.slurm import read_slurm
 from vit_dist.cluster.tf_config import read_cluster_spec, read_tf_config
 from vit_dist.config.errors import ConfigError
 
 DEFAULT_PORT = 2222  # where an engine gives addresses without ports; the one of TensorFlow's docs
-
-_ALONE = "or set strategy.name=local to train on this machine alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ def find_cluster(environ: Mapping[str, str] | None = None) -> Cluster | None:
         if index >= len(workers):
             raise ConfigError(
                 f"{engine} says that this is host {index}, counted from 0, of {len(workers)} "
-                f"({', '.join(workers)}): start one process for each of them, {_ALONE}"
+                f"({', '.join(workers)}): start one process for each of them, {ALONE}"
             )
         return Cluster(tuple(workers), index, engine)
     _check_alone(environ)
@@ -108,7 +112,7 @@ def _read_indexed_job(environ: Mapping[str, str]) -> _Found:
     raise ConfigError(
         f"this is pod {index} of an indexed job (JOB_COMPLETION_INDEX), which does not tell "
         "where the other pods are: set VIT_DIST_HOSTS=host:port,host:port,... to their stable "
-        f"names (launch/jobset.yaml does), {_ALONE}"
+        f"names (launch/jobset.yaml does), {ALONE}"
     )
 
 
@@ -153,7 +157,7 @@ def _check_alone(environ: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{variable} says that this is one of {environ[variable]} processes, but nothing "
                 "says where the others are, and each would train alone: set TF_CONFIG, or "
-                f"VIT_DIST_HOSTS and VIT_DIST_INDEX, in each (docs/clusters.md), {_ALONE}"
+                f"VIT_DIST_HOSTS and VIT_DIST_INDEX, in each (docs/clusters.md), {ALONE}"
             )
 
 

@@ -5,7 +5,7 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
-from vit_dist.cluster.addresses import address_problem, with_port
+from vit_dist.cluster.addresses import address_problem, split_address, with_port
 from vit_dist.cluster.environment import DEFAULT_PORT
 from vit_dist.config.errors import ConfigError
 
@@ -37,7 +37,7 @@ def own_indices(addresses: Sequence[str]) -> list[int]:
     names = {socket.gethostname().lower(), socket.getfqdn().lower()}
     found = []
     for i, address in enumerate(addresses):
-        host = address.rpartition(":")[0].strip("[]")
+        host, _ = split_address(address)
         if host.lower() in names or _is_own(host):
             found.append(i)
     return found

@@ -7,14 +7,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from vit_dist.cluster.addresses import expand_names, whole_number, with_port
+from vit_dist.cluster.addresses import ALONE, expand_names, whole_number, with_port
 from vit_dist.config.errors import ConfigError
 
 # Two jobs may share a node, and two steps of one job: the ports of a run follow from both numbers.
 # From 32768 on are those that Linux gives away by itself.
 _FIRST_PORT, _NUM_PORTS = 12000, 16000
-
-_ALONE = "or set strategy.name=local to train on this machine alone"
 
 
 class _Place(NamedTuple):
@@ -119,7 +117,7 @@ def _num_tasks(environ: Mapping[str, str]) -> int | None:
         what = "tasks" if tasks else "nodes"
         raise ConfigError(
             f"Slurm gave this job {count} {what}, and this process is none of its tasks: start it "
-            f"with srun, {_ALONE}"
+            f"with srun, {ALONE}"
         )
     return count
 

@@ -8,6 +8,7 @@ import socket
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.cluster.addresses import split_address
 from vit_dist.cluster.environment import Cluster, find_cluster
 from vit_dist.cluster.hosts import device_kind
 from vit_dist.cluster.slurm import share_of_gpus
@@ -284,8 +285,7 @@ def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
         # connection is tried first. The address may be IPv6, [::1]:8470.
         address = resolver.master().partition("grpc://")[2]
         if address:
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
+            socket.create_connection(split_address(address), timeout=30).close()
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)

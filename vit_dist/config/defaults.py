@@ -286,9 +286,7 @@ def _check_names(config: ConfigDict, where: str, above: tuple[ConfigDict, ...] =
 
 
 def _freeze_lists(config: ConfigDict) -> None:
-    """Makes dicts in lists, such as data.parts, unchangeable: FrozenConfigDict refuses lists of
-    dicts that could change.
-    """
+    """Makes dicts in lists unchangeable, such as data.parts: FrozenConfigDict takes no others."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             _freeze_lists(value)

@@ -212,20 +212,12 @@ def fill(
     return report
 
 
-def fill_whole(
-    model: ViT,
-    origin: Origin,
-    options: WeightsOptions,
-    *,
-    pipes: Mapping[str, Pipe],
-    class_names: Sequence[str],
-) -> LoadReport:
-    """As `fill`, for a model that is judged and not trained: no part may be new or left out.
+def check_whole(report: LoadReport, model: ViT, origin: Origin, options: WeightsOptions) -> None:
+    """Checks what `fill` did to a model that is judged and not trained.
 
     Raises:
-      ConfigError: see fill; or one is.
+      ConfigError: a part of the model is new, or a part of the weights was left out.
     """
-    report = fill(model, origin, options, pipes=pipes, class_names=class_names)
     if report.new:
         raise ConfigError(f"{origin.path} cannot classify this data: it would need {report.new[0]}")
     for name in sorted(set(origin.tensors) - set(named_weights(model))):
@@ -234,7 +226,6 @@ def fill_whole(
                 f"{origin.path} has {name}, which the config's model has no place for: what would "
                 "be evaluated is another network. Build it as it was trained (config.model)"
             )
-    return report
 
 
 def _check_scaling(origin: Origin, pipes: Mapping[str, Pipe], channels: int) -> None:
