@@ -44,10 +44,13 @@ def clean(request, tmp_path_factory):
     return options, folder
 
 
-@pytest.mark.parametrize(("log_steps", "noticed"), [(100, 6), (1, 6)])
-def test_the_run_ends_and_can_go_on(clean, tmp_path, monkeypatch, log_steps, noticed):
+@pytest.mark.parametrize("log_steps", [100, 1])
+def test_the_run_ends_and_can_go_on(clean, tmp_path, monkeypatch, log_steps):
     """At the save at step 6, or the log there: it names step 5, and the checkpoint of 4 stays."""
     options, folder = clean
+    if log_steps == 1 and "strategy__name" in options:
+        return  # when it is noticed does not depend on the devices
+    noticed = 6
     config = without_evaluation(**options, log_steps=log_steps)
     with monkeypatch.context() as patch:
         patch.setattr("vit_dist.run.build.make_train_step", poisoned)
