@@ -40,7 +40,7 @@ def bmp(
       numbers: (H, W) of each pixel's bits.
       bits: 1, 2, 4, 8, 16, 24 or 32.
       palette: (n, 3) uint8, red first.
-      compression: 0; 1 and 2 with `stream`, 3 with `masks`.
+      compression: 0; 1 and 2 (runs) with `stream`, 3 with `masks`.
       header: 12 (OS/2), 40, 52, 56, 108 or 124 bytes.
       masks: Of red, green, blue and perhaps alpha.
       stream: What stands in place of the rows.
@@ -88,46 +88,6 @@ def bmp(
     start = 14 + len(info) + len(table) + gap
     front = b"BM" + struct.pack("<IHHI", start + len(stream), 0, 0, start)
     return front + info + table + b"\0" * gap + stream
-
-
-def rle8(numbers: np.ndarray, *, skips: bool = False) -> bytes:
-    """Runs of equal pixels, literal ones and, with `skips`, jumps over zeros; rows from below."""
-    return _run_lengths(numbers, skips, lambda pixels: bytes(pixels))
-
-
-def rle4(numbers: np.ndarray, *, skips: bool = False) -> bytes:
-    """The same with two pixels in a byte; a run takes turns between two of them."""
-
-    def packed(pixels):
-        even = [*pixels, 0][: len(pixels) + len(pixels) % 2]
-        return bytes(a << 4 | b for a, b in zip(even[::2], even[1::2], strict=True))
-
-    return _run_lengths(numbers, skips, packed, double=True)
-
-
-def _run_lengths(numbers, skips, packed, double=False) -> bytes:
-    out = bytearray()
-    for row in numbers[::-1].tolist():
-        x = 0
-        while x < len(row):
-            run = 1
-            while x + run < len(row) and row[x + run] == row[x] and run < 255:
-                run += 1
-            if skips and row[x] == 0 and x + run < len(row):
-                out += bytes((0, 2, run, 0))
-            elif run >= 3:
-                out += bytes((run, row[x] * 17 if double else row[x]))
-            else:
-                run = min(len(row) - x, 7)
-                if run < 3:
-                    run = 1
-                    out += bytes((1, row[x] << 4 if double else row[x]))
-                else:
-                    literal = packed(row[x : x + run])
-                    out += bytes((0, run)) + literal + b"\0" * (len(literal) % 2)
-            x += run
-        out += b"\0\0"
-    return bytes(out) + b"\0\1"
 
 
 def png(numbers: np.ndarray, depth: int, color_type: int, **chunks: bytes) -> bytes:

@@ -1,5 +1,7 @@
 """Which example stands at which position of a training run, and with which seed: pure functions."""
 
+import functools
+
 import tensorflow as tf
 
 MAX_SEED = 2**62
@@ -25,21 +27,10 @@ def make_order(
     Returns:
       Two (B,) int64.
     """
-    epoch, slot = positions // num_examples, positions % num_examples
-
-    def key_of(one: tf.Tensor) -> tf.Tensor:
-        # Augmentation folds the index of an example into the epoch's seed (example_seeds). No
-        # example has the index -1, so these numbers are independent of augmentation.
-        stream = tf.random.fold_in(_epoch_seed(one, seed), -1)
-        return tf.random.stateless_uniform((3,), stream, None, None, tf.uint32)
-
-    index = tf.raw_ops.RandomIndexShuffle(
-        index=slot,
-        seed=_per_epoch(key_of, epoch, tf.TensorSpec((3,), tf.uint32)),
-        max_index=tf.fill(tf.shape(slot), tf.constant(num_examples - 1, tf.int64)),
-        rounds=ROUNDS,
-    )
-    return epoch, index
+    size = tf.constant(num_examples, tf.int64)
+    epoch, index = _make_order(positions, size, tf.constant(seed_words(seed), tf.int32))
+    # What is called knows no number of positions.
+    return tf.ensure_shape(epoch, positions.shape), tf.ensure_shape(index, positions.shape)
 
 
 def repeat_in_batch(
@@ -67,14 +58,8 @@ def repeat_in_batch(
 
 def example_seeds(epoch: tf.Tensor, index: tf.Tensor, *, seed: int) -> tf.Tensor:
     """Returns fold_in(fold_in(seed, epoch), index) for (B,) int64 each, as (B, 2) int32."""
-
-    # TensorFlow's fold_in(s, x) is [a random number drawn from s, x]. That number is the same for
-    # all examples of an epoch, so it is drawn once for each epoch and not for each example.
-    def draw(one: tf.Tensor) -> tf.Tensor:
-        return tf.random.fold_in(_epoch_seed(one, seed), 0)[0]
-
-    draws = _per_epoch(draw, epoch, tf.TensorSpec((), tf.int32))
-    return tf.stack([draws, tf.cast(index, tf.int32)], axis=1)
+    made = _example_seeds(epoch, index, tf.constant(seed_words(seed), tf.int32))
+    return tf.ensure_shape(made, (*index.shape, 2))
 
 
 def seed_words(seed: int) -> tuple[int, int]:
@@ -82,8 +67,45 @@ def seed_words(seed: int) -> tuple[int, int]:
     return seed % 2**31, seed // 2**31
 
 
-def _epoch_seed(epoch: tf.Tensor, seed: int) -> tf.Tensor:
-    return tf.random.fold_in(tf.constant(seed_words(seed), tf.int32), tf.cast(epoch, tf.int32))
+_MANY = tf.TensorSpec((None,), tf.int64)
+_WORDS = tf.TensorSpec((2,), tf.int32)  # of a seed
+# A process makes a graph of each function once, whatever its numbers are: the loops in them would
+# take every pipeline that is built a tenth of a second.
+_once = functools.partial(tf.function, autograph=False)
+
+
+@_once(input_signature=[_MANY, tf.TensorSpec((), tf.int64), _WORDS])
+def _make_order(positions: tf.Tensor, num_examples: tf.Tensor, words: tf.Tensor):
+    epoch, slot = positions // num_examples, positions % num_examples
+
+    def key_of(one: tf.Tensor) -> tf.Tensor:
+        # Augmentation folds the index of an example into the epoch's seed (example_seeds). No
+        # example has the index -1, so these numbers are independent of augmentation.
+        stream = tf.random.fold_in(_epoch_seed(one, words), -1)
+        return tf.random.stateless_uniform((3,), stream, None, None, tf.uint32)
+
+    index = tf.raw_ops.RandomIndexShuffle(
+        index=slot,
+        seed=_per_epoch(key_of, epoch, tf.TensorSpec((3,), tf.uint32)),
+        max_index=tf.fill(tf.shape(slot), num_examples - 1),
+        rounds=ROUNDS,
+    )
+    return epoch, index
+
+
+@_once(input_signature=[_MANY, _MANY, _WORDS])
+def _example_seeds(epoch: tf.Tensor, index: tf.Tensor, words: tf.Tensor) -> tf.Tensor:
+    # TensorFlow's fold_in(s, x) is [a random number drawn from s, x]. That number is the same for
+    # all examples of an epoch, so it is drawn once for each epoch and not for each example.
+    def draw(one: tf.Tensor) -> tf.Tensor:
+        return tf.random.fold_in(_epoch_seed(one, words), 0)[0]
+
+    draws = _per_epoch(draw, epoch, tf.TensorSpec((), tf.int32))
+    return tf.stack([draws, tf.cast(index, tf.int32)], axis=1)
+
+
+def _epoch_seed(epoch: tf.Tensor, words: tf.Tensor) -> tf.Tensor:
+    return tf.random.fold_in(words, tf.cast(epoch, tf.int32))
 
 
 def _per_epoch(function, epoch: tf.Tensor, spec: tf.TensorSpec) -> tf.Tensor:

@@ -36,6 +36,8 @@ MASK_SPEC = tf.TensorSpec((), tf.float32)  # of one example
 PREFETCH = 4  # batches of one replica; more smooths uneven read times and takes more memory
 
 
+# The functions below need no AutoGraph, whose work would be a part of each start.
+@tf.autograph.experimental.do_not_convert
 def make_train_data(
     source: Source,
     pipe: Pipe,
@@ -116,6 +118,7 @@ def make_train_data(
     return finish(ds, num_threads, prefetch, damage)
 
 
+@tf.autograph.experimental.do_not_convert
 def make_eval_data(
     source: Source,
     pipe: Pipe,

@@ -25,6 +25,7 @@ _AFTER_SIZE = bytes((TABLE | 7, 0, 0)) + _PALETTE + bytes((IMAGE, 0, 0, 0, 0))
 _TOO_LARGE = "a GIF of {} x {} pixels, which is more than is read: save its image as PNG"
 
 
+@binary.one_node(binary.PIXELS)
 def decode(data: tf.Tensor) -> tf.Tensor:
     """Returns the first frame, (H, W, 4) uint8, of a GIF's bytes; alpha is 0 or 255.
 
@@ -32,14 +33,17 @@ def decode(data: tf.Tensor) -> tf.Tensor:
       InvalidArgumentError: There is no frame, or it is cut off.
     """
     table_bytes = tf.constant(_TABLE_BYTES)
-    # Byte 10 of the screen's header: its flags.
-    screen = tf.unstack(binary.numbers(data, 0, SCREEN))
-    shared = tf.gather(table_bytes, screen[10])
+    # Numbers of 2 bytes from the screen's size on; the flags are a byte.
+    across, down, flags = tf.unstack(binary.numbers(data, 6, 3, tf.uint16))
+    shared = tf.gather(table_bytes, flags % 256)
     at, transparent = _skip_extensions(data, SCREEN + shared)
-    kind, *_, flags = tf.unstack(binary.numbers(data, at, IMAGE_HEADER))
-    data = binary.require(data, tf.equal(kind, IMAGE), "a GIF without an image")
+    # From the byte before the frame's header on, so that its kind is the upper half of a number,
+    # and its flags are the lower half of one.
+    frame = tf.unstack(binary.numbers(data, at - 1, 6, tf.uint16))
+    kind, left, top, width, height, flags = frame
+    data = binary.require(data, tf.equal(kind // 256, IMAGE), "a GIF without an image")
 
-    own = tf.gather(table_bytes, flags)
+    own = tf.gather(table_bytes, flags % 256)
     size = tf.strings.substr(data, at + 5, 4)
     interlaced = tf.bitwise.bitwise_and(flags, INTERLACED) > 0
     rest = tf.strings.substr(data, at + IMAGE_HEADER + own, tf.strings.length(data))
@@ -47,8 +51,6 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     plain = tf.strings.join([b"GIF89a", size, _AFTER_SIZE, size, order, rest])
     frame = tf.io.decode_image(plain, channels=3, expand_animations=False)[..., 0]
 
-    left, top, width, height = tf.unstack(binary.numbers(data, at + 1, 4, tf.uint16))
-    across, down = tf.unstack(binary.numbers(data, 6, 2, tf.uint16))
     down, across = tf.maximum(down, top + height), tf.maximum(across, left + width)
     usable = down <= binary.MAX_PIXELS // tf.maximum(across, 1)
     frame = binary.require(frame, usable, _TOO_LARGE, across, down)

@@ -16,29 +16,30 @@ _ALL = 1 << 30  # more bytes than a file has: substr ends where it does
 _WITH_ALPHA = [bytes([flags | ALPHA]) for flags in range(256)]
 
 
+@binary.one_node(binary.PIXELS)
 def decode(data: tf.Tensor) -> tf.Tensor:
     """Returns the image or first frame, (H, W, 4) uint8, of a WebP's bytes; alpha 255 if none.
 
     Raises:
       InvalidArgumentError: There is no image, or it is cut off.
     """
-    # A simple file has no flags; it is taken as it is.
-    flags = tf.where(binary.has(data, FIRST, b"VP8X"), binary.numbers(data, FLAGS, 1)[0], ALPHA)
-    animated = tf.bitwise.bitwise_and(flags, ANIMATED) > 0
-    opaque = animated & tf.equal(tf.bitwise.bitwise_and(flags, ALPHA), 0)
+    (flags,) = tf.unstack(binary.numbers(data, FLAGS, 1))
+    # A simple file, which is none of the extended kind, has no flags.
+    extended = binary.has(data, FIRST, b"VP8X")
+    opaque = extended & tf.equal(tf.bitwise.bitwise_and(flags, ANIMATED | ALPHA), ANIMATED)
     # Of an animation without alpha TensorFlow writes 4 channels into a buffer for 3, and the
-    # process dies. So such a file is said to have alpha, and what comes out of that is dropped.
+    # process dies. So such a file is said to have alpha, and what comes out of that is made 255.
     before, after = tf.strings.substr(data, 0, FLAGS), tf.strings.substr(data, FLAGS + 1, _ALL)
     claimed = tf.strings.join([before, tf.gather(tf.constant(_WITH_ALPHA), flags), after])
     # 3 or 4 channels, as the file has.
     pixels = tf.io.decode_image(
         tf.where(opaque, claimed, data), channels=0, expand_animations=False
     )
-    color, alpha = pixels[..., :3], pixels[..., 3:]
-    shape = tf.concat([tf.shape(color)[:2], [1]], axis=0)
-    has_alpha = tf.equal(tf.shape(pixels)[2], 4) & ~opaque
-    alpha = tf.cond(has_alpha, lambda: alpha, lambda: tf.fill(shape, tf.constant(255, tf.uint8)))
-    return tf.concat([color, alpha], axis=2)
+    missing = ((0, 0), (0, 0), (0, 1)) * (4 - tf.shape(pixels)[2])
+    pixels = tf.pad(pixels, missing, constant_values=tf.constant(255, tf.uint8))
+    # Levels of alpha cannot exceed 255.
+    least = tf.where(opaque, tf.constant((0, 0, 0, 255), tf.uint8), tf.constant(0, tf.uint8))
+    return tf.maximum(pixels, least)
 
 
 def find(data: tf.Tensor, name: bytes) -> tuple[tf.Tensor, tf.Tensor]:
