@@ -17,6 +17,7 @@ from vit_dist.data.tracing import is_deviceless
 # Of an image. Pillow refuses more than 2.7 times as many; a damaged header may say anything.
 MAX_PIXELS = 1 << 26
 PIXELS = tf.TensorSpec((None, None, 4), tf.uint8)  # red, green, blue, alpha
+COLORS = tf.TensorSpec((None, None, 3), tf.uint8)
 
 
 def numbers(data: tf.Tensor, at, count: int, kind: tf.DType = tf.uint8) -> tf.Tensor:
@@ -63,38 +64,41 @@ def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Ten
         return tf.identity(data)
 
 
-def one_node(output: tf.TensorSpec) -> Callable[[Callable], Callable[[tf.Tensor], tf.Tensor]]:
+def one_node(
+    output: tf.TensorSpec, *more: tf.TensorSpec, rare: bool = True
+) -> Callable[[Callable], Callable]:
     """Makes a function of a file's bytes, () string -> `output`, one node of graphs that call it.
 
-    A graph visits every node of a branch, even of a branch that is not taken: the nodes for rare
-    kinds of files would cost each JPEG a tenth of its time. The function is traced once in a
-    process, and not at all where only shapes are asked for. TensorFlow makes it ready to run when
-    it is called first, which for rare kinds is never.
-    """
+    The function is traced once in a process, and not at all where only shapes are asked for.
 
-    def decorate(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor], tf.Tensor]:
+    Args:
+      output: What it returns.
+      *more: What it takes behind the bytes.
+      rare: Whether few files need it. A graph visits every node of a branch, even of one that is
+        not taken: the nodes for rare kinds of files would cost each JPEG a tenth of its time. So
+        they stay apart, and TensorFlow makes them ready when the first such file is met.
+    """
+    # Without the first TensorFlow puts the function's nodes back into the graph that calls it.
+    # Without the second it optimises the function for each pipeline, used or not; functions of
+    # tf.data it leaves until they are called.
+    apart = {"_noinline": True, "_tf_data_function": True}
+
+    def decorate(function: Callable) -> Callable:
         called = tf.function(
             function,
-            input_signature=[tf.TensorSpec((), tf.string)],
+            input_signature=[tf.TensorSpec((), tf.string), *more],
             autograph=False,
-            experimental_attributes={
-                # Otherwise TensorFlow would put the function's nodes back into the graph that
-                # calls it.
-                "_noinline": True,
-                # Otherwise it would be optimised for each pipeline, used or not: functions of
-                # tf.data are when they are called first.
-                "_tf_data_function": True,
-            },
+            experimental_attributes=apart if rare else None,
         )
 
         @functools.wraps(function)
-        def call(data: tf.Tensor) -> tf.Tensor:
+        def call(*inputs: tf.Tensor) -> tf.Tensor:
             # The graph that only asks for shapes: a call would make the function, which needs a
             # device.
             if is_deviceless():
                 return tf.compat.v1.placeholder(output.dtype, output.shape)
             # What is called may know less of its shape than `output` says.
-            return tf.ensure_shape(called(data), output.shape)
+            return tf.ensure_shape(called(*inputs), output.shape)
 
         return call
 

@@ -1,6 +1,7 @@
 """Ops that decode images: as a whole or, of a JPEG, only a window, at a fraction of the size."""
 
 import functools
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -84,7 +85,82 @@ def decode_jpeg_and_inception_crop(
     `exif` and `background` are those of `decode`; the window is drawn in the upright image.
     """
     size, area, method = parse_size(size), _area_range(area_min, area_max), parse_method(method)
-    options = _check_decoding(exif=exif, background=background)
+    background = _check_decoding(exif=exif, background=background)["background"]
+
+    def crop(image, seed):
+        if image.dtype == tf.string:
+            crop_file = _file_cropper(size, area, method, antialias, dct_scaling, exif, background)
+            return crop_file(image, seed)
+        # An array that a source or a cache has decoded already.
+        cropped = _crop_and_resize(_three(image), area, seed, size, method, antialias)
+        return tf.ensure_shape(cropped, (*size, 3))
+
+    return on_image(crop)
+
+
+def decode_whole(
+    data: tf.Tensor,
+    *,
+    exif: bool = False,
+    min_side: int | None = None,
+    background: Color | None = None,
+) -> tf.Tensor:
+    """Returns the pixels, (H, W, 3) uint8, of an image file's bytes, () string.
+
+    Every kind of JPEG, PNG, BMP, GIF and WebP comes out as Pillow's `convert("RGB")` has it, but
+    for the rounding of JPEG decoders, and grey levels of 16 bits, of which the upper 8 are taken.
+
+    Args:
+      data: The file.
+      exif: As of the op `decode`; so are `min_side` and `background`.
+
+    Raises:
+      InvalidArgumentError: It is no image, damaged, or a kind that is not read.
+    """
+    return _whole_decoder(exif, min_side, background)(data)
+
+
+# Cached, as is each function below that makes functions: pipelines with the same ops share one, and
+# only the first of them takes the time to trace it.
+@functools.cache
+def _whole_decoder(exif: bool, min_side: int | None, background: Color | None) -> Callable:
+    """Returns a function of the bytes of any image file, () string -> (H, W, 3) uint8."""
+
+    @binary.one_node(binary.COLORS, rare=False)
+    def decode_any(data: tf.Tensor) -> tf.Tensor:
+        return tf.cond(
+            tf.io.is_jpeg(data),
+            lambda: _decode_jpeg(data, exif, min_side),
+            lambda: _decode_other(data, exif, background),
+        )
+
+    return decode_any
+
+
+def decoding_of(pipe: Pipe) -> dict:
+    """Returns how the pipe decodes whole images: keyword arguments of `decode_whole`.
+
+    For a cache that keeps decoded images, and to know what the pipe leaves out.
+    """
+    for step in pipe.steps:
+        if step.op.make in (decode, decode_jpeg_and_inception_crop):
+            # Ops may lack an argument: only `decode` has min_side.
+            given = {key: step.arguments.get(key) for key in ("exif", "min_side", "background")}
+            return _check_decoding(**given)
+    return {}
+
+
+@functools.cache
+def _file_cropper(
+    size: tuple[int, int],
+    area: tuple[float, float],
+    method: str,
+    antialias: bool,
+    dct_scaling: bool,
+    exif: bool,
+    background: Color | None,
+) -> Callable:
+    """Returns a function of a file's bytes and a seed, (2,) int32 -> `size` + (3,) uint8."""
 
     def crop_jpeg(data, seed):
         # (height, width, channels) as stored, from the header: nothing is decoded yet.
@@ -113,61 +189,20 @@ def decode_jpeg_and_inception_crop(
         image = as_stored() if way is None else tf.cond(way > 1, turned, as_stored)
         return resize_image(image, size, method, antialias)
 
-    def crop_decoded(image, seed):
-        begin, extent = _crop_window(tf.shape(image), area, seed)
-        return resize_image(tf.slice(image, begin, extent), size, method, antialias)
+    @binary.one_node(tf.TensorSpec((*size, 3), tf.uint8), tf.TensorSpec((2,), tf.int32), rare=False)
+    def crop_file(data, seed):
+        def crop_other():
+            pixels = _decode_other(data, exif, background)
+            return _crop_and_resize(pixels, area, seed, size, method, antialias)
 
-    def crop(image, seed):
-        if image.dtype != tf.string:
-            # An array that a source or a cache has decoded already.
-            return tf.ensure_shape(crop_decoded(_three(image), seed), (*size, 3))
-        result = tf.cond(
-            tf.io.is_jpeg(image),
-            lambda: crop_jpeg(image, seed),
-            lambda: crop_decoded(_decode_other(image, exif, options["background"]), seed),
-        )
-        return tf.ensure_shape(result, (*size, 3))
+        return tf.cond(tf.io.is_jpeg(data), lambda: crop_jpeg(data, seed), crop_other)
 
-    return on_image(crop)
+    return crop_file
 
 
-def decode_whole(
-    data: tf.Tensor,
-    *,
-    exif: bool = False,
-    min_side: int | None = None,
-    background: Color | None = None,
-) -> tf.Tensor:
-    """Returns the pixels, (H, W, 3) uint8, of an image file's bytes, () string.
-
-    Every kind of JPEG, PNG, BMP, GIF and WebP comes out as Pillow's `convert("RGB")` has it, but
-    for the rounding of JPEG decoders, and grey levels of 16 bits, of which the upper 8 are taken.
-
-    Args:
-      data: The file.
-      exif: As of the op `decode`; so are `min_side` and `background`.
-
-    Raises:
-      InvalidArgumentError: It is no image, damaged, or a kind that is not read.
-    """
-    return tf.cond(
-        tf.io.is_jpeg(data),
-        lambda: _decode_jpeg(data, exif, min_side),
-        lambda: _decode_other(data, exif, background),
-    )
-
-
-def decoding_of(pipe: Pipe) -> dict:
-    """Returns how the pipe decodes whole images: keyword arguments of `decode_whole`.
-
-    For a cache that keeps decoded images, and to know what the pipe leaves out.
-    """
-    for step in pipe.steps:
-        if step.op.make in (decode, decode_jpeg_and_inception_crop):
-            # Ops may lack an argument: only `decode` has min_side.
-            given = {key: step.arguments.get(key) for key in ("exif", "min_side", "background")}
-            return _check_decoding(**given)
-    return {}
+def _crop_and_resize(image, area, seed, size, method: str, antialias: bool) -> tf.Tensor:
+    begin, extent = _crop_window(tf.shape(image), area, seed)
+    return resize_image(tf.slice(image, begin, extent), size, method, antialias)
 
 
 def _check_decoding(*, exif=False, min_side=None, background=None) -> dict:
@@ -224,10 +259,10 @@ def _decode_mended(data: tf.Tensor) -> tf.Tensor:
 
 
 @functools.cache
-def _decoder(exif: bool, background: Color | None):
+def _decoder(exif: bool, background: Color | None) -> Callable:
     """Returns a function of the bytes of a PNG, BMP, GIF or WebP, () string -> (H, W, 3) uint8."""
 
-    @binary.one_node(tf.TensorSpec((None, None, 3), tf.uint8))
+    @binary.one_node(binary.COLORS)
     def decode_other(data: tf.Tensor) -> tf.Tensor:
         pixels = tf.cond(
             binary.has(data, 0, PNG), lambda: png.decode(data), lambda: _decode_mended(data)
