@@ -1,5 +1,6 @@
 """Unusual and damaged images: each gives an image or an error that names the op."""
 
+import functools
 import io
 
 import numpy as np
@@ -21,12 +22,20 @@ def encoded(image, kind, **options):
     return data.getvalue()
 
 
-def decode(data, text="decode"):
+@functools.cache
+def host_of(text):
+    """A pipe's ops on a file's bytes: called at once, and as a graph that is traced once."""
     pipe = ops.parse(text)
-    example = {"image": tf.constant(data), "label": tf.constant(0), "seed": tf.constant([1, 2])}
-    eager = pipe.host(example)["image"].numpy()
-    mapped = next(iter(tf.data.Dataset.from_tensors(example).map(pipe.host)))["image"]
-    np.testing.assert_array_equal(eager, mapped)
+
+    def host(data):
+        return pipe.host({"image": data, "label": 0, "seed": tf.constant([1, 2])})["image"]
+
+    return host, tf.function(host, input_signature=[tf.TensorSpec((), tf.string)])
+
+
+def decode(data, text="decode"):
+    eager, graph = (host(tf.constant(data)).numpy() for host in host_of(text))
+    np.testing.assert_array_equal(eager, graph)
     return eager
 
 
@@ -215,6 +224,7 @@ def test_crops_take_a_method(name):
 # decoding at a fraction of the size
 
 
+@functools.cache
 def camera_jpeg(height, width):
     """A photograph enlarged to what a telephone takes, with a sensor's noise."""
     noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
