@@ -19,7 +19,7 @@ import tensorflow as tf
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from vit_dist.cluster.hosts import all_hosts, describe, device_kind, is_chief
+from vit_dist.cluster.hosts import all_hosts, describe, device_kind, is_chief, num_hosts
 from vit_dist.cluster.meeting import meet
 from vit_dist.cluster.preemption import PREEMPTED, Preemption
 from vit_dist.cluster.strategy import choose_cluster, device_warnings, make_strategy
@@ -27,9 +27,11 @@ from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config.errors import ConfigError, DivergedError
 from vit_dist.data.pipeline import train_indices
 from vit_dist.inspection.sheet import draw_grid
+from vit_dist.monitoring.goodput import summary
 from vit_dist.monitoring.log import RunLog, detail
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.progress import Progress
+from vit_dist.monitoring.starts import Starts
 from vit_dist.monitoring.writer import Writer, make_writer, was_written
 from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
@@ -90,11 +92,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     # From here on RunLog collects what is logged, to write it once the workdir is known to be ours,
     # and a signal to stop ends the run with code 42 rather than with a traceback.
     with RunLog() as log, Preemption() as preemption:
-        return _train(config, str(expand(workdir)), log, preemption)
+        return _train(config, str(expand(workdir)), log, preemption, Starts())
 
 
 def _train(
-    config: ConfigDict, workdir: str, log: RunLog, preemption: Preemption
+    config: ConfigDict, workdir: str, log: RunLog, preemption: Preemption, starts: Starts
 ) -> dict[str, float]:
     """Checks the config, lets the hosts meet, and proves that all begin with equal things.
 
@@ -104,22 +106,29 @@ def _train(
     check_bucket(workdir, "--workdir")
     devices = options.evaluation.strategy
     cluster = choose_cluster(devices["name"], devices["tpu"])
+    starts.spending.switch("meeting")
     with (
         meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting,
         WorkdirLock(workdir, active=meeting.index == 0) as lock,
     ):
         # After the lock: only now is it certain that an earlier start writes no more checkpoints.
-        start = find_start(workdir, options)
+        with starts.spending.on("restoring"):
+            start = find_start(workdir, options)
         check_data(start, data)
         meeting.agree(host_facts(options, data, start))
-        if meeting.index == 0:
+        chief = meeting.index == 0
+        if chief:
             log.open(workdir)
+        starts.spending.switch("building")
         # The first call that starts devices. A strategy of several hosts replaces the handler of
         # SIGTERM, so Preemption puts its own in place after it.
         strategy = make_strategy(**devices)
         preemption.attach(functools.partial(all_hosts, strategy))
-        with Watchdog(meeting, timeout_seconds=devices["timeout_seconds"]) as watchdog:
-            return _run(options, data, start, workdir, strategy, preemption, watchdog, lock)
+        with (
+            starts.open(workdir, active=chief),
+            Watchdog(meeting, timeout_seconds=devices["timeout_seconds"]) as watchdog,
+        ):
+            return _run(options, data, start, workdir, strategy, preemption, watchdog, lock, starts)
 
 
 def _run(
@@ -131,6 +140,7 @@ def _run(
     preemption: Preemption,
     watchdog: Watchdog,
     lock: WorkdirLock,
+    starts: Starts,
 ) -> dict[str, float]:
     """Makes and fills the state on the devices, and trains; returns the last metrics."""
     # Checked once more, as only now the number of replicas is certain.
@@ -141,14 +151,17 @@ def _run(
         num_replicas=strategy.num_replicas_in_sync,
         shard_state=options.optimizer.shard_state,
     )
+    starts.runs_on(hosts=num_hosts(strategy), replicas=strategy.num_replicas_in_sync)
     state = make_state(options, strategy)
-    origin = restore_or_init(state, options, data, start)
+    with starts.spending.on("restoring"):
+        origin = restore_or_init(state, options, data, start)
     checkpointer = Checkpointer(
         workdir, keep=options.keep_checkpoints, permit=lock.check, damaged=start.damaged
     )
     # Otherwise its open files and loaded tensors would stay to the end of the run.
     del start
     first, chief = int(state.step.numpy()), is_chief(strategy)
+    starts.note(first)
     # Only the chief has metrics on its disk; all hosts must decide alike.
     evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
     with (
@@ -168,6 +181,7 @@ def _run(
             progress=progress,
             preemption=preemption,
             watchdog=watchdog,
+            starts=starts,
             note=note,
         )
         try:
@@ -184,8 +198,9 @@ def _run(
     # A barrier: a host that leaves takes the cluster down, and the chief may still be saving.
     all_hosts(strategy, 0)
     if chief:
-        print(result_line(metrics, workdir), flush=True)
-        detail("%s", result_line(metrics, workdir))
+        for line in (summary(starts.records()), result_line(metrics, workdir)):
+            print(line, flush=True)
+            detail("%s", line)
     return metrics
 
 
@@ -223,12 +238,13 @@ class _Loop:
         progress: Progress,
         preemption: Preemption,
         watchdog: Watchdog,
+        starts: Starts,
         note: Callable[..., None],
     ):
         self.options, self.data, self.strategy, self.state = options, data, strategy, state
         self.train_steps, self.evaluate = train_steps, evaluate
         self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
-        self.preemption, self.watchdog = preemption, watchdog
+        self.preemption, self.watchdog, self.starts = preemption, watchdog, starts
         self.note, self.chief = note, is_chief(strategy)
         self.calendar = Calendar(
             total=options.total_steps,
@@ -247,6 +263,8 @@ class _Loop:
         self.sums: dict[str, tf.Tensor] = {}
         # Damaged examples masked since `first`, over all hosts; a tensor, too.
         self.masked = tf.zeros(())
+        # Seconds since the last log in which calls that did not compile waited for input.
+        self.stalled = tf.zeros(())
         self.saved_step, self.saved_time = -1, time.monotonic()
         # The split and the steps whose examples are being read, for the message if that fails. It
         # begins with the images that TensorBoard shows.
@@ -265,6 +283,7 @@ class _Loop:
             metrics |= self.judge("val", first)
         batches = iter(train_data(self.options, self.data, self.strategy, first_step=first))
         self.meter.start(first)
+        self.starts.spending.switch("steps")
         asked = _Asked(stop=False, save=False, steps=self.pace.limit)
         logged = False
         # The order within a turn: train, log (which finds a loss that is not finite), save, then
@@ -293,6 +312,7 @@ class _Loop:
                 metrics |= self.judge(split, step)
         self.finish_saving(step)
         if self.preemption.requested():
+            self.starts.stopped(self.preemption.received)
             metrics["preempted"] = 1.0
         return {**metrics, "step": float(step)}
 
@@ -303,9 +323,12 @@ class _Loop:
         self.watchdog.progress(step)
         began = time.monotonic()
         # A tensor: a Python int would be traced and compiled again for each new value.
-        tensors = self.train_steps(batches, tf.constant(n, tf.int64))
+        with self.starts.spending.on("compiling" if step == self.first else "steps"):
+            tensors = self.train_steps(batches, tf.constant(n, tf.int64))
         self.pace.done(n, time.monotonic() - began)
-        self.meter.waited += tensors.pop("input_wait")
+        waited = tensors.pop("input_wait")
+        self.meter.waited += waited
+        self.stalled += waited if step > self.first else 0.0
         self.masked += tensors.pop("masked", 0.0)
         # The step returns means over a call; calls have different numbers of steps, so the means
         # are weighted by them.
@@ -349,7 +372,11 @@ class _Loop:
         metrics["epoch"] = step * self.options.input.batch_size / num_examples
         if self.data.damage:
             metrics |= self._count_masked(step)
-        self.writer.scalars(step, {f"train/{k}": v for k, v in metrics.items()})
+        self.starts.spending.stalled(float(self.stalled))
+        self.stalled = tf.zeros(())
+        self.starts.note(step)
+        rows = {f"train/{k}": v for k, v in metrics.items()}
+        self.writer.scalars(step, {**rows, **self.starts.scalars()})
         if self.chief:
             shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
             shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
@@ -393,9 +420,10 @@ class _Loop:
             return self.preemption.requested()
 
         self.watchdog.progress(step, f"the evaluation of {split}")
-        with self.meter.pause():
+        with self.meter.pause(), self.starts.spending.on("evaluating"):
             self.split, self.steps_read = split, range(0)
             metrics = self.evaluate(split, stop=stop)
+        self.starts.note(step)
         if metrics is None:
             self.note(f"step {step}: the evaluation on {split} is given up, to be done at a resume")
             return {}
@@ -411,17 +439,21 @@ class _Loop:
         if step == self.saved_step:
             return
         self.watchdog.progress(step, "the save")
-        with self.meter.pause():
-            self._check_finite()
-            # In float16 a run that diverges skips updates until its loss scale is down to 1, and
-            # then ends. Its weights are not worth replacing an older, good checkpoint.
-            if not float(tensors.get("applied", 1.0)) and step < self.calendar.total:
-                self.note(f"step {step}: not saved, its update was skipped (float16 overflow)")
-                return
+        # Before the clocks are set to saving: it waits until the device has done the steps so far.
+        self._check_finite()
+        # In float16 a run that diverges skips updates until its loss scale is down to 1, and then
+        # ends. Its weights are not worth replacing an older, good checkpoint.
+        if not float(tensors.get("applied", 1.0)) and step < self.calendar.total:
+            self.note(f"step {step}: not saved, its update was skipped (float16 overflow)")
+            return
+        with self.meter.pause(), self.starts.spending.on("saving"):
             self.saved_step, self.saved_time = step, time.monotonic()
             # Copied now, so that training can go on while a thread writes. Sharded state is fetched
             # by a collective, in which all hosts take part.
             arrays = self.state.to_arrays() if self.chief or self.state.read_by_all_hosts else {}
+            # Before the save begins: a checkpoint whose step no line tells would seem to come from
+            # nowhere.
+            self.starts.note(step)
             if self.chief:
                 notes = {
                     "config": self.options.record,
@@ -436,7 +468,8 @@ class _Loop:
     def finish_saving(self, step: int) -> None:
         """Waits until the last checkpoint is written; only the chief has one to wait for."""
         self.watchdog.progress(step, "the last save")
-        self.checkpointer.wait()
+        with self.starts.spending.on("saving"):
+            self.checkpointer.wait()
         # A host that left now could take the chief with it: engines end or restart a job as soon
         # as one of its processes has ended.
         all_hosts(self.strategy, 0)
@@ -445,6 +478,7 @@ class _Loop:
         self, step: int, tensors: Mapping[str, tf.Tensor], metrics: dict[str, float]
     ) -> dict[str, float]:
         """Saves and ends early, after a signal."""
+        self.starts.stopped(self.preemption.received)
         self.save(step, tensors)
         self.finish_saving(step)
         self.note(f"step {step}: stopped on request, saved; run the same command to go on")
