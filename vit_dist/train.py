@@ -5,6 +5,7 @@ model, data) -> _Loop.run. The same command run again resumes from the newest wh
 the workdir.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -38,6 +39,7 @@ from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.check import check, check_parts
+from vit_dist.run.elastic import cut_batch
 from vit_dist.run.explain import Reading, explain
 from vit_dist.run.facts import host_facts
 from vit_dist.run.input import first_images, train_data
@@ -143,7 +145,10 @@ def _run(
     starts: Starts,
 ) -> dict[str, float]:
     """Makes and fills the state on the devices, and trains; returns the last metrics."""
-    # Checked once more, as only now the number of replicas is certain.
+    # Only now the number of replicas is certain.
+    cut = cut_batch(options, start, num_replicas=strategy.num_replicas_in_sync)
+    step = dataclasses.replace(options.step, accumulation=cut.accumulation)
+    options = dataclasses.replace(options, step=step)
     check_parts(
         options.input.batch_size,
         options.step,
@@ -154,7 +159,7 @@ def _run(
     starts.runs_on(hosts=num_hosts(strategy), replicas=strategy.num_replicas_in_sync)
     state = make_state(options, strategy)
     with starts.spending.on("restoring"):
-        origin = restore_or_init(state, options, data, start)
+        origin = f"{restore_or_init(state, options, data, start)}\n{cut.note}"
     checkpointer = Checkpointer(
         workdir, keep=options.keep_checkpoints, permit=lock.check, damaged=start.damaged
     )
@@ -182,6 +187,7 @@ def _run(
             preemption=preemption,
             watchdog=watchdog,
             starts=starts,
+            micro_batch=cut.micro_batch,
             note=note,
         )
         try:
@@ -239,13 +245,14 @@ class _Loop:
         preemption: Preemption,
         watchdog: Watchdog,
         starts: Starts,
+        micro_batch: int,
         note: Callable[..., None],
     ):
         self.options, self.data, self.strategy, self.state = options, data, strategy, state
         self.train_steps, self.evaluate = train_steps, evaluate
         self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
         self.preemption, self.watchdog, self.starts = preemption, watchdog, starts
-        self.note, self.chief = note, is_chief(strategy)
+        self.micro_batch, self.note, self.chief = micro_batch, note, is_chief(strategy)
         self.calendar = Calendar(
             total=options.total_steps,
             log=options.log_steps,
@@ -460,6 +467,7 @@ class _Loop:
                     "model": self.state.model.get_config(),
                     "data": self.fingerprint,
                     "class_names": list(self.data.sources["train"].class_names),
+                    "micro_batch": self.micro_batch,
                 }
                 # As a resume will read them from JSON: tuples are lists, unknown objects strings.
                 notes = json.loads(json.dumps(notes, default=str))

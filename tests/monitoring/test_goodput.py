@@ -100,7 +100,7 @@ def test_lines_that_are_lost_do_not_give_more_than_all():
 def test_summary_and_table():
     records = run((0, 55, None), (None, None, "StorageError"), (40, 100, "done"))
     assert summary(records) == (
-        "goodput 66.7% (77.0% while it ran), 2 restarts, 15 steps trained again; "
+        "goodput 66.7% (76.9% while it ran), 2 restarts, 15 steps trained again; "
         "between starts 13.3%, building 6.0%, compiling 4.0%"
     )
     rows = table(records)

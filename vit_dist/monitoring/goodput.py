@@ -194,13 +194,13 @@ def summary(records: Sequence[StartRecord]) -> str:
     return text + (f"; {', '.join(rest)}" if rest else "")
 
 
-def table(records: Sequence[StartRecord]) -> list[dict[str, object]]:
+def table(records: Sequence[StartRecord]) -> list[dict[str, str | float | None]]:
     """A row for each start: number, reason, hosts, replicas, steps, and seconds by kind.
 
     "killed" is a start that left no reason and was followed by another one; "running" the last one
     without a reason, which may have been killed as well. "counted" and "lost" are numbers of steps.
     """
-    rows = []
+    rows: list[dict[str, str | float | None]] = []
     for record, steps in zip(records, counted_steps(records), strict=True):
         silent = "running" if record is records[-1] else "killed"
         rows.append(
@@ -230,7 +230,7 @@ def format_table(records: Sequence[StartRecord]) -> str:
     return "\n".join([*lines, summary(records)])
 
 
-def _cell(value: object) -> str:
+def _cell(value: str | float | None) -> str:
     return "-" if value is None else str(value)
 
 

@@ -85,7 +85,7 @@ class Starts:
         self._known |= {"hosts": hosts, "replicas": replicas}
 
     def note(self, step: int) -> None:
-        """Writes down that `step` steps have been done; the first call tells how many at the start."""
+        """Writes down that `step` steps have been done; the first call tells where it began."""
         self._known = {"first_step": step, **self._known, "last_step": step}
         self._write()
 

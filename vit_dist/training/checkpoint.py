@@ -60,7 +60,8 @@ class Checkpoint:
     Attributes:
       path: its folder.
       step: number of steps done.
-      notes: what was saved beside the arrays: "config", "model", "data", "class_names".
+      notes: what was saved beside the arrays: "config", "model", "data", "class_names",
+        "micro_batch" (see run/elastic.py).
       arrays: name -> array; a StateFile reads an array each time it is asked for.
       digest: SHA-256 (hex) of the manifest, which holds the state's checksum: equal on two hosts
         only if they see the same checkpoint.

@@ -1,0 +1,95 @@
+"""One run on 3, 2, 1 and 4 hosts in turn: the weights of the run that nobody disturbed."""
+
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from tests.support import processes, tiny
+from tests.support.clusters import free_addresses
+from vit_dist.cluster.preemption import PREEMPTED
+from vit_dist.monitoring.starts import load_starts
+
+TOTAL = 12
+# Mixup and the moving average are functions of the example and the step. Dropout's masks differ
+# from replica to replica, so a run with dropout is not the same on other hosts.
+FLAGS = (
+    f"--config={processes.TINY}",
+    f"--config.total_steps={TOTAL}",
+    "--config.save_steps=2",
+    "--config.log_steps=1",
+    "--config.data.val_split=",
+    "--config.data.test_split=",
+    "--config.input.batch_size=24",
+    "--config.model.dropout=0.0",
+    "--config.mixing.mixup_alpha=0.5",
+    "--config.step.ema_decay=0.9",
+    "--config.schedule.name=cosine",
+)
+LONG = 500  # seconds; a machine that is busy otherwise takes minutes to begin
+
+
+def train_until(flags, environment, step, number):
+    """A host that gets a signal when it has logged a step; None for never."""
+    os.environ.update(environment)
+    sys.argv = ["train.py", *flags]
+
+    from vit_dist import train
+    from vit_dist.run import cli
+
+    def log(loop, done, tensors):
+        found = before(loop, done, tensors)
+        if done == step:
+            os.kill(os.getpid(), number)
+        return found
+
+    before, train._Loop.log = train._Loop.log, log
+    train.define_flags()
+    cli.run(train.main)
+
+
+def run_on(hosts, workdir, *, step=None, number=signal.SIGTERM):
+    """Runs so many hosts until the last one gets the signal; returns their exit codes."""
+    addresses = free_addresses(hosts)
+    with ExitStack() as stack:
+        started = []
+        for index in range(hosts):
+            task = {"type": "worker", "index": index}
+            cluster = {"cluster": {"worker": addresses}, "task": task}
+            environment = {"TF_CONFIG": json.dumps(cluster)} if hosts > 1 else {}
+            name = "multiworker" if hosts > 1 else "single"
+            flags = [*FLAGS, f"--workdir={workdir}", f"--config.strategy.name={name}"]
+            at = step if index == hosts - 1 else None
+            log = workdir.parent / f"{workdir.name}-{hosts}-{index}"
+            call = processes.Call(train_until, flags, environment, at, number, log=log)
+            started.append(stack.enter_context(call))
+        codes = [host.wait(LONG) for host in started]
+    return codes, started[0].text()
+
+
+@pytest.mark.timeout(1500)
+def test_three_hosts_then_two_then_one_then_four(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_on(1, whole)[0] == [0]
+
+    codes, text = run_on(3, parts, step=3)
+    assert codes == [PREEMPTED] * 3, text
+    assert "24 = 3 x 8" in text and "micro-batches" not in text
+    codes, text = run_on(2, parts, step=6)
+    assert codes == [PREEMPTED] * 2, text
+    assert "24 = 2 x 12, in 2 micro-batches each" in text
+    # Killed in the step after the save of step 8: step 9 is trained again.
+    codes, text = run_on(1, parts, step=9, number=signal.SIGKILL)
+    assert codes == [-signal.SIGKILL], text
+    assert "24 = 1 x 24, in 3 micro-batches each" in text
+    codes, text = run_on(4, parts)
+    assert codes == [0] * 4, text
+    assert "24 = 4 x 6" in text and "resumed from step 8" in text
+
+    tiny.assert_same(tiny.arrays(parts), tiny.arrays(whole), atol=1e-5)
+    assert [row["step"] for row in tiny.rows(parts)] == list(range(1, TOTAL + 1))
+    starts = load_starts(parts)
+    assert [start.hosts for start in starts] == [start.replicas for start in starts] == [3, 2, 1, 4]
