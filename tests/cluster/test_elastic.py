@@ -43,6 +43,8 @@ def train_until(flags, environment, step, number):
     def log(loop, done, tensors):
         found = before(loop, done, tensors)
         if done == step:
+            # The save before it is on the disk: a kill gives no thread the time to end.
+            loop.checkpointer.wait()
             os.kill(os.getpid(), number)
         return found
 
