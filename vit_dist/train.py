@@ -38,7 +38,7 @@ from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
-from vit_dist.run.check import check, check_parts
+from vit_dist.run.check import check
 from vit_dist.run.elastic import cut_batch
 from vit_dist.run.explain import Reading, explain
 from vit_dist.run.facts import host_facts
@@ -145,17 +145,10 @@ def _run(
     starts: Starts,
 ) -> dict[str, float]:
     """Makes and fills the state on the devices, and trains; returns the last metrics."""
-    # Only now the number of replicas is certain.
+    # Only now the number of replicas is certain, by which the batch has to be divided.
     cut = cut_batch(options, start, num_replicas=strategy.num_replicas_in_sync)
     step = dataclasses.replace(options.step, accumulation=cut.accumulation)
     options = dataclasses.replace(options, step=step)
-    check_parts(
-        options.input.batch_size,
-        options.step,
-        options.input.mixing,
-        num_replicas=strategy.num_replicas_in_sync,
-        shard_state=options.optimizer.shard_state,
-    )
     starts.runs_on(hosts=num_hosts(strategy), replicas=strategy.num_replicas_in_sync)
     state = make_state(options, strategy)
     with starts.spending.on("restoring"):
@@ -270,8 +263,9 @@ class _Loop:
         self.sums: dict[str, tf.Tensor] = {}
         # Damaged examples masked since `first`, over all hosts; a tensor, too.
         self.masked = tf.zeros(())
-        # Seconds since the last log in which calls that did not compile waited for input.
-        self.stalled = tf.zeros(())
+        # Seconds since the last log in which calls that did not compile waited for input; becomes a
+        # tensor, too, on the device where the step leaves it.
+        self.stalled: float | tf.Tensor = 0.0
         self.saved_step, self.saved_time = -1, time.monotonic()
         # The split and the steps whose examples are being read, for the message if that fails. It
         # begins with the images that TensorBoard shows.
@@ -290,7 +284,7 @@ class _Loop:
             metrics |= self.judge("val", first)
         batches = iter(train_data(self.options, self.data, self.strategy, first_step=first))
         self.meter.start(first)
-        self.starts.spending.switch("steps")
+        self.starts.spending.switch("compiling")
         asked = _Asked(stop=False, save=False, steps=self.pace.limit)
         logged = False
         # The order within a turn: train, log (which finds a loss that is not finite), save, then
@@ -300,6 +294,8 @@ class _Loop:
             tensors = self.call(batches, step, n)
             step += n
             asked = self.ask()
+            # Only now: after its first call a host waits here for those that compile longer.
+            self.starts.spending.switch("steps")
             # The first event of any kind is logged as well, so that a person sees the run moving.
             event = self.calendar.steps_to_event(step - n) == n
             if self.calendar.logs_at(step) or (event and not logged):
@@ -330,8 +326,7 @@ class _Loop:
         self.watchdog.progress(step)
         began = time.monotonic()
         # A tensor: a Python int would be traced and compiled again for each new value.
-        with self.starts.spending.on("compiling" if step == self.first else "steps"):
-            tensors = self.train_steps(batches, tf.constant(n, tf.int64))
+        tensors = self.train_steps(batches, tf.constant(n, tf.int64))
         self.pace.done(n, time.monotonic() - began)
         waited = tensors.pop("input_wait")
         self.meter.waited += waited
@@ -380,7 +375,7 @@ class _Loop:
         if self.data.damage:
             metrics |= self._count_masked(step)
         self.starts.spending.stalled(float(self.stalled))
-        self.stalled = tf.zeros(())
+        self.stalled = 0.0
         self.starts.note(step)
         rows = {f"train/{k}": v for k, v in metrics.items()}
         self.writer.scalars(step, {**rows, **self.starts.scalars()})

@@ -32,7 +32,7 @@ KINDS = (
     "meeting",  # waiting for the other hosts, and for the lock of the workdir
     "restoring",  # finding, proving and reading the checkpoint
     "building",  # devices, model, optimizer, input
-    "compiling",  # the first call of the step, which traces it, compiles it and runs it once
+    "compiling",  # the first call of the step, which traces, compiles and runs it, on all hosts
     "steps",
     "input_stall",  # within steps the host waited for a batch
     "saving",  # as far as training stood still for it; a thread writes while training goes on

@@ -45,7 +45,13 @@ def cut_batch(options: RunOptions, start: Start, *, num_replicas: int) -> Cut:
     # Checkpoints of version 0.1 do not tell the size.
     known = "micro_batch" in notes and notes["config"]["step"]["accumulation"] == asked
     if not known:
-        check_parts(batch, options.step, options.input.mixing, num_replicas=num_replicas)
+        check_parts(
+            batch,
+            options.step,
+            options.input.mixing,
+            num_replicas=num_replicas,
+            shard_state=options.optimizer.shard_state,
+        )
         return Cut(asked, batch // (num_replicas * asked))
     largest, share = notes["micro_batch"], batch // num_replicas
     # A part of one group always fits, even if the config's groups have grown since.
