@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test seconds test-pythons check-newest test-interop lint format bench bench-tpu clean
+.PHONY: help install demo check test torture soak seconds test-pythons check-newest test-interop lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,14 @@ test: $(STAMP) ## run the tests, but those of test-interop
 
 seconds: $(STAMP) .venv-interop/.installed ## run all tests and write down how long each takes
 	$(PYTEST) --write-seconds tests
+
+# Cells of the matrix by a regular expression: make torture TORTURE='SIGKILL|chief, save'
+torture: $(STAMP) ## disturb two hosts in every way, on each host in each phase; an hour or two
+	$(BIN)/python -m tools.torture $(if $(TORTURE),--only '$(TORTURE)')
+
+SOAK_MINUTES ?= 30
+soak: $(STAMP) ## disturb two hosts once a minute for SOAK_MINUTES, 30 by default
+	$(BIN)/python -m tools.torture --part soak --minutes $(SOAK_MINUTES)
 
 # Both find Pythons by themselves, and give each an environment of its own: .venv-py3.11, .venv-py3.12, ...
 test-pythons: ## run the tests under each supported Python that this machine has

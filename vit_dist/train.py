@@ -126,9 +126,10 @@ def _train(
         # SIGTERM, so Preemption puts its own in place after it.
         strategy = make_strategy(**devices)
         preemption.attach(functools.partial(all_hosts, strategy))
+        limits = {key: devices[key] for key in ("timeout_seconds", "patience_seconds")}
         with (
             starts.open(workdir, active=chief),
-            Watchdog(meeting, timeout_seconds=devices["timeout_seconds"]) as watchdog,
+            Watchdog(meeting, **limits) as watchdog,
         ):
             return _run(options, data, start, workdir, strategy, preemption, watchdog, lock, starts)
 

@@ -1,14 +1,11 @@
 """The supervisor, with a small program as the workers; and once with a training run."""
 
-import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.support.launching import ROOT, make_env
@@ -16,7 +13,6 @@ from tests.support.supervision import Launch, is_alive
 from tests.support.waiting import pause, wait_for
 from vit_dist.cluster.supervisor import Supervisor
 from vit_dist.cluster.worker import Worker
-from vit_dist.training.checkpoint import open_checkpoint
 
 NO_RESTART = "--max_restarts=0"
 SWALLOW = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); wait()"
@@ -375,66 +371,6 @@ if not started:
 def test_it_needs_no_tensorflow():
     script = "import sys, vit_dist.launch; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=make_env(), check=True)
-
-
-TRAIN = (
-    "--config=tests/support/tiny.py",
-    "--config.total_steps=60",
-    "--config.save_steps=10",
-    "--config.data.val_split=",
-    "--config.data.test_split=",
-    "--config.step.ema_decay=0.9",
-)
-
-
-def children_of(pid):
-    """Process -> its environment, as one string."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            if parent == pid:
-                environment = (path.parent / "environ").read_bytes()
-                found[int(path.parent.name)] = environment.decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_whose_worker_is_killed_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
-    def command(workdir):
-        words = (sys.executable, "-m", "vit_dist.launch", "--workers=2", f"--workdir={workdir}")
-        return [*words, "--backoff=0.1", *TRAIN]
-
-    env = make_env(PYTHONPATH=str(ROOT))
-    quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
-    subprocess.run(command(quiet), cwd=ROOT, env=env, check=True, timeout=400)
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(disturbed), cwd=ROOT, env=env, stdout=log, stderr=log)
-    try:
-        checkpoint = disturbed / "checkpoints" / "000000010" / "manifest.json"
-        wait_for(checkpoint.exists, 300, alive=lambda: process.poll() is None)
-        (victim,) = [
-            pid
-            for pid, environ in children_of(process.pid).items()
-            if '"task": {"type": "worker", "index": 1}' in environ
-        ]
-        os.kill(victim, signal.SIGKILL)
-        assert process.wait(400) == 0
-    finally:
-        process.kill()
-        process.wait()
-    text = (tmp_path / "log").read_text()
-    assert re.search(
-        r"worker 1 was killed by SIGKILL: starting all again .* from step [1-5]0", text
-    )
-    arrays, expected = (open_checkpoint(str(w)).arrays for w in (disturbed, quiet))
-    assert open_checkpoint(str(disturbed)).step == 60
-    assert set(arrays) == set(expected)
-    for name in expected:
-        np.testing.assert_array_equal(arrays[name], expected[name], err_msg=name)
 
 
 def test_what_dry_run_prints_is_what_is_started(tmp_path):

@@ -80,7 +80,7 @@ def watch_in_threads(function, count=2, timeout=60.0):
         cluster = Cluster(tuple(workers), index, "TF_CONFIG")
         with (
             meet(cluster, timeout_seconds=60) as meeting,
-            Watchdog(meeting, timeout_seconds=timeout) as watchdog,
+            Watchdog(meeting, timeout_seconds=timeout, patience_seconds=0.1) as watchdog,
         ):
             return function(index, watchdog)
 
@@ -92,7 +92,6 @@ def quick(monkeypatch):
     """Beats follow each other fast, and a verdict is kept instead of ending the process."""
     monkeypatch.setattr("vit_dist.cluster.watchdog.BEAT_SECONDS", 0.01)
     monkeypatch.setattr("vit_dist.cluster.watchdog._SILENT_SECONDS", 0.3)
-    monkeypatch.setattr("vit_dist.cluster.watchdog._LEAST_SECONDS", 0.1)
     verdicts = {}
     done = threading.Barrier(2)
 

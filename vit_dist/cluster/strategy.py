@@ -29,6 +29,7 @@ def check_strategy(
     tpu_zone: str = "",
     tpu_project: str = "",
     timeout_seconds: float = 1800.0,
+    patience_seconds: float = 600.0,
 ) -> None:
     """Raises ConfigError for arguments of make_strategy that cannot work; touches no device."""
     if name not in NAMES:
@@ -47,8 +48,9 @@ def check_strategy(
             f"strategy 'single' uses one device, but virtual_cpus is {virtual_cpus}; "
             "set strategy.name=mirrored, or virtual_cpus=0"
         )
-    if not 0 < timeout_seconds < float("inf"):
-        raise ConfigError(f"strategy.timeout_seconds must be above 0, got {timeout_seconds}")
+    for key, value in {"timeout": timeout_seconds, "patience": patience_seconds}.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"strategy.{key}_seconds must be above 0, got {value}")
     if (tpu or tpu_zone or tpu_project) and name not in ("auto", "tpu"):
         raise ConfigError(f"strategy.tpu* is set, but strategy.name is {name!r}; set it to tpu")
     cluster = choose_cluster(name, tpu)
@@ -123,6 +125,7 @@ def make_strategy(
     tpu_zone: str = "",
     tpu_project: str = "",
     timeout_seconds: float = 1800.0,
+    patience_seconds: float = 600.0,
 ) -> tf.distribute.Strategy:
     """Makes the strategy; the first call in a process that touches devices.
 
@@ -139,6 +142,7 @@ def make_strategy(
       tpu: "local" for the TPU of this VM, or a TPU's name; "" takes TPU_NAME, else "local".
       tpu_zone, tpu_project: of a named TPU.
       timeout_seconds: for several hosts: the longest wait for others; at least 120 s are waited.
+      patience_seconds: of the watchdog, see watchdog.Limits; only checked here.
 
     Raises:
       ConfigError: see check_strategy; also if there is no such device, with what was looked for.
@@ -151,6 +155,7 @@ def make_strategy(
         tpu_zone=tpu_zone,
         tpu_project=tpu_project,
         timeout_seconds=timeout_seconds,
+        patience_seconds=patience_seconds,
     )
     # Both before resolve(), which starts the devices: afterwards they cannot be configured.
     _tune_xla()

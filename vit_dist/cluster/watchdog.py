@@ -21,10 +21,7 @@ from vit_dist.cluster.line import Message
 
 BEAT_SECONDS = 1.0
 
-# A stretch of work may take _FACTOR times the longest of its kind so far, but always so long that
-# storage can come back: TensorFlow's bucket client alone tries again for some minutes.
-_FACTOR = 10.0
-_LEAST_SECONDS = 600.0
+_FACTOR = 10.0  # a stretch of work may take so many times the longest of its kind so far
 # The first stretch of a kind compiles, and is no measure; nor are two.
 _SAMPLES = 3
 
@@ -37,18 +34,20 @@ class Limits:
 
     Args:
       timeout_seconds: the most that is ever allowed once there is something to learn from; before,
-        it takes effect only if it is longer than what compiling may need.
+        it takes effect only if it is longer than `patience_seconds`.
+      patience_seconds: what is always allowed, so that the first stretch can compile, and storage
+        can come back: TensorFlow's bucket client alone tries again for some minutes.
     """
 
-    def __init__(self, timeout_seconds: float):
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, timeout_seconds: float, patience_seconds: float = 600.0):
+        self._timeout_seconds, self._patience_seconds = timeout_seconds, patience_seconds
         self._counts: dict[str, int] = {}
         self._slowest: dict[str, float] = {}
 
     @property
     def first(self) -> float:
         """Seconds for work of which nothing is known yet."""
-        return max(self._timeout_seconds, _LEAST_SECONDS)
+        return max(self._timeout_seconds, self._patience_seconds)
 
     def note(self, doing: str, seconds: float) -> None:
         """Takes the length of one stretch of work into account."""
@@ -60,7 +59,8 @@ class Limits:
         """Seconds that the next stretch may take."""
         if self._counts.get(doing, 0) < _SAMPLES:
             return self.first
-        return min(max(_FACTOR * self._slowest[doing], _LEAST_SECONDS), self._timeout_seconds)
+        learned = max(_FACTOR * self._slowest[doing], self._patience_seconds)
+        return min(learned, self._timeout_seconds)
 
 
 class State(NamedTuple):
@@ -108,12 +108,14 @@ class Watchdog:
 
     Args:
       meeting: the hosts and the lines between them, which the watchdog's thread uses from now on.
-      timeout_seconds: see Limits.
+      timeout_seconds, patience_seconds: see Limits.
     """
 
-    def __init__(self, meeting: Meeting, *, timeout_seconds: float):
+    def __init__(
+        self, meeting: Meeting, *, timeout_seconds: float, patience_seconds: float = 600.0
+    ):
         self._meeting, self._timeout_seconds = meeting, timeout_seconds
-        self._limits = Limits(timeout_seconds)
+        self._limits = Limits(timeout_seconds, patience_seconds)
         count = len(meeting.cluster.workers) if meeting.cluster else 1
         # Of each host what was told last, and when by this host's clock. This host's own is
         # written by the main thread, the others' by the watchdog's; each entry as a whole.

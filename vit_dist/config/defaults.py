@@ -215,6 +215,8 @@ DEFAULTS: dict[str, Any] = {
         "tpu_project": "",  # of a TPU by name
         # several hosts: the longest that a run may stand still
         "timeout_seconds": _number(1800.0, "(0, inf)"),
+        # several hosts: how long a run may always stand still, however fast it was before
+        "patience_seconds": _number(600.0, "(0, inf)"),
     },
 }
 

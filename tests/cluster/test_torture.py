@@ -1,0 +1,66 @@
+"""Two hosts under the supervisor suffer one fault after the other, and end with the same bits.
+
+Here stands each kind of fault of which no other test shows that; `make torture` runs all of them on
+each host in each phase (docs/torture.md).
+"""
+
+import pytest
+
+from tests.support.torture import CELLS, Cell, Reference, run_chain
+from tests.support.tortured import FASTER, FAULTS
+
+CHAIN = [
+    Cell("exception", 1, "save"),
+    Cell("native abort", 1, "step"),
+    Cell("SEGV", 0, "step"),
+    Cell("SIGKILL", 0, "save"),
+    Cell("GIL held", 1, "step"),
+    Cell("stuck storage", 1, "step"),
+    Cell("stuck collective", 0, "step"),
+    Cell("network cut", 0, "step"),
+    Cell("disk full", 0, "save"),
+]
+# What the hosts that are left say, or the supervisor.
+SAID = {
+    "exception": "worker 1 exited with code 1",
+    "native abort": "worker 1 was killed by SIGABRT",
+    "SEGV": "worker 0 was killed by SIGSEGV",
+    "SIGKILL": "worker 0 was killed by SIGKILL",
+    "stuck storage": "has stood still at step",
+    "stuck collective": "has stood still at step",
+    "disk full": "could not save step",
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return Reference(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_suffers_each_kind_of_fault_ends_as_an_undisturbed_one(reference, tmp_path):
+    outcomes = run_chain(CHAIN, reference, tmp_path / "chain")
+    assert [(o.cell, o.what, o.restarts) for o in outcomes] == [
+        (cell, "bit-equal", 1) for cell in CHAIN
+    ]
+    text = (tmp_path / "chain" / "supervisor-0").read_text()
+    for fault, said in SAID.items():
+        assert said in text, fault
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_restart_that_is_faster_than_the_old_chiefs_save(reference, tmp_path):
+    """The other host comes back on its own machine while the chief still writes."""
+    (outcome,) = run_chain([Cell(FASTER, 0, "save")], reference, tmp_path / "chain")
+    assert outcome.what == "bit-equal"
+    # The save that was being written counts: both begin with it.
+    text = (tmp_path / "chain" / "supervisor-0").read_text()
+    assert "resumed from step 8 " in text
+
+
+def test_each_fault_is_run_on_some_host_in_some_phase():
+    run = [cell for cell in CELLS if not cell.senseless]
+    assert {cell.fault for cell in run} == set(FAULTS)
+    assert len(run) > 100
