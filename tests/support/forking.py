@@ -51,6 +51,10 @@ class Fork:
             os.kill(self.pid, number)
 
 
+def _default(number):
+    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+
+
 def _begin(env, write):
     """Turns the child into what a new process would be."""
     from vit_dist.run import notices
@@ -61,9 +65,7 @@ def _begin(env, write):
     assert os.getppid() == parent, "the supervisor has ended"
     signal.set_wakeup_fd(-1)
     for number in (*SIGNALS, signal.SIGCHLD):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            default = number == signal.SIGINT
-            signal.signal(number, signal.default_int_handler if default else signal.SIG_DFL)
+        signal.signal(number, _default(number))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(write, 1)
     os.dup2(write, 2)
@@ -101,6 +103,9 @@ def supervise(words, environment):
     from vit_dist.cluster import worker
 
     os.environ.update(environment)
+    # The background jobs of a script ignore SIGINT, and nohup SIGHUP: their heirs would, too.
+    for number in SIGNALS:
+        signal.signal(number, _default(number))
     names = ("PIPE", "STDOUT", "DEVNULL")
     constants = {name: getattr(subprocess, name) for name in names}
     worker.subprocess = types.SimpleNamespace(Popen=Fork, **constants)

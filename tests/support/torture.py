@@ -225,14 +225,17 @@ def run_chain(cells, reference, folder, *, say=print):
 def _follow(run, say):
     """([(when, line)] of what the supervisors say; their exit code, None if the run hung)"""
     lines, last = [], time.monotonic()
+    seen = [0] * len(run.supervisors)
     while True:
         alive = run.is_alive()
-        found = [line for line in run.text().splitlines() if line]
-        for line in found[len(lines) :]:
-            lines.append((time.time(), line))
-            last = time.monotonic()
-            if line.startswith("launch: worker"):
-                say(f"  {line}")
+        for i, supervisor in enumerate(run.supervisors):
+            new = supervisor.text().splitlines()[seen[i] :]
+            seen[i] += len(new)
+            for line in new:
+                lines.append((time.time(), line))
+                last = time.monotonic()
+                if line.startswith("launch: worker"):
+                    say(f"  {line}")
         if not alive:
             return lines, run.wait(1)
         if time.monotonic() - last > HANGS:

@@ -234,14 +234,16 @@ def hook_save(fire, host):
 
 
 def hook_evaluation(fire, host):
-    """Between the first and the second batch."""
+    """Between the first and the second batch; not of one that makes up for one given up."""
     from vit_dist import train
 
-    inner = train.Evaluation.__call__
+    inner, trained = train.Evaluation.__call__, threading.Event()
+    hook_step(trained.set, host)
 
     def evaluate(evaluation, split, *, stop):
         def stop_and_fire():
-            fire()
+            if trained.is_set():
+                fire()
             return stop()
 
         return inner(evaluation, split, stop=stop_and_fire)
@@ -273,10 +275,7 @@ def hook_input(fire, phase):
             return {name: tf.identity(value) for name, value in inner(source, indices).items()}
 
     DemoSource.fetch = fetch
-    if phase == "step":
-        hook_step(armed.set, 0)
-    else:
-        armed.set()
+    hook_step(armed.set, 0)
 
 
 def _slow_save():
