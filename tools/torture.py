@@ -21,13 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vit_dist.monitoring.goodput import format_table, measure, summary, table
-from vit_dist.monitoring.starts import load_starts
-
 from tests.support import torture
 from tests.support.torture import HOSTS, Cell, Reference, Run
 from tests.support.tortured import FAULTS, PHASES, SUDDEN, WITHIN
 from tests.support.waiting import pause, wait_for
+from vit_dist.monitoring.goodput import format_table, measure, summary, table
+from vit_dist.monitoring.starts import load_starts
 from vit_dist.training.layout import newest_whole_step
 
 ROOT = Path(__file__).resolve().parents[1]
