@@ -30,7 +30,8 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 	$(BIN)/python -m vit_dist.demo --workdir runs/demo
 
 # A file stays with one process, whose fixtures it shares; tests/conftest.py puts the long files first.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three for two cores: tests that start processes wait for them much of the time.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## lint, and the tests that neither start a process nor compile: about a minute
 	@began=$$(date +%s); $(MAKE) --no-print-directory lint && \

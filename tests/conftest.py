@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
     for name, (_, together) in measured.items():
         files[name.partition("::")[0]] += together
-    # Two processes take file after file, and end together if the long files come first.
+    # The processes take file after file, and end together if the long files come first.
     items.sort(key=lambda item: -files[item.nodeid.partition("::")[0]])
 
 

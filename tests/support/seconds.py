@@ -1,6 +1,6 @@
 """How long each test took when that was measured last: seconds.json, which `make seconds` writes.
 
-It tells which tests are too long for `make check`, and which files go first when two processes
+It tells which tests are too long for `make check`, and which files go first when processes
 share the files. A test that is not in it counts as short.
 """
 
