@@ -25,6 +25,7 @@ COMMANDS = (
     "demo",
     "data_service",
     "launch",
+    "doctor",
 )
 SHARED = ("paths",)  # the one file at the top that is no command
 
@@ -51,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"train", "evaluate", "run", "config"},
     "data_service": {"run", "data", "config"},
     "launch": {"run", "training", "cluster", "config", "paths"},
+    "doctor": {"run", "cluster", "config"},
     "run": {
         "evaluators",
         "inspection",

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.engines import SLURM
 from vit_dist.cluster import hosts
 from vit_dist.cluster import strategy as lib
 from vit_dist.cluster.environment import Cluster
+from vit_dist.cluster.gpus import Card, Found
 from vit_dist.cluster.hosts import describe
 from vit_dist.cluster.strategy import check_strategy, choose_cluster, make_strategy, resolve
 from vit_dist.config.errors import ConfigError
@@ -181,27 +183,61 @@ def test_fewer_devices_than_wanted():
 
 
 @pytest.mark.parametrize(
-    "installed, hidden, gpus, warned",
+    "found, seen, warned",
     [
-        (True, None, 0, True),
-        (True, "0,1", 0, True),
-        (False, None, 0, False),  # nobody wants one
-        (True, "-1", 0, False),
-        (True, "", 0, False),
-        (True, None, 1, False),  # virtual CPUs, on purpose
+        (Found(wheels=True), 0, True),
+        (Found(device_files=1), 0, True),
+        (Found(), 0, False),  # nobody wants one
+        (Found(wheels=True, hidden=True), 0, False),
+        (Found(wheels=True), 1, False),  # virtual CPUs, on purpose
     ],
 )
-def test_a_gpu_that_is_not_seen_is_said(installed, hidden, gpus, warned, monkeypatch):
+def test_a_gpu_that_is_not_seen_is_said(found, seen, warned, monkeypatch):
     strategy = make_strategy(name="single")
-    monkeypatch.setattr(lib.importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(lib.os.path, "exists", lambda path: False)
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["x"] * gpus)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    monkeypatch.setattr(lib.gpus, "look", lambda: found)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["x"] * seen)
     warnings = lib.device_warnings(strategy)
     assert len(warnings) == warned
     assert all("TensorFlow sees no GPU" in warning for warning in warnings)
+
+
+def test_xla_gets_flags_for_gpus(monkeypatch):
+    found = Found(device_files=2, cuda_root=Path("/cuda"))
+    monkeypatch.setattr(lib.gpus, "look", lambda: found)
+    for given, several in (("", True), ("--xla_gpu_enable_latency_hiding_scheduler=false", True)):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        make_strategy(name="single")
+        flags = os.environ["XLA_FLAGS"].split()
+        assert "--xla_gpu_cuda_data_dir=/cuda" in flags
+        assert ("--xla_gpu_enable_latency_hiding_scheduler=true" in flags) == (given == "")
+        assert ("--xla_gpu_nccl_termination_timeout_seconds=600" in flags) == several
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(lib.gpus, "look", lambda: found._replace(hidden=True))
+    make_strategy(name="single")
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_prefer_vector_width=512"
+
+
+def test_what_will_stop_a_gpu_is_said_before_a_model_is_made(monkeypatch, caplog):
+    card = Card(0, "GPU-0", "RTX 5090", (12, 0), "570.10", 32000, 0)
+    monkeypatch.setattr(lib.gpus, "look", lambda: Found(device_files=1, cards=(card,)))
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["x"])
+    make_strategy(name="single")
+    assert "RTX 5090 has compute capability 12.0" in caplog.text
+    assert "libdevice" in caplog.text
+
+
+@pytest.mark.parametrize("cards, expected", [([], "AUTO"), (["g0"], "NCCL")])
+def test_hosts_with_gpus_take_nccl(cards, expected, monkeypatch):
+    """TensorFlow's own choice would be its ring over gRPC."""
+    made = []
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: cards)
+    monkeypatch.setattr(
+        tf.distribute, "MultiWorkerMirroredStrategy", lambda **given: made.append(given)
+    )
+    lib._multi_worker_strategy(Cluster(("a:1", "b:1"), 0, "TF_CONFIG"), 120.0)
+    (given,) = made
+    assert given["communication_options"].implementation.value == expected
+    assert given["cluster_resolver"].num_accelerators()["GPU"] == len(cards)
 
 
 # words

@@ -25,6 +25,7 @@ _REMEDIES = {
     "config": "start all with the same config file and flags",
     "data": "all must read the same files",
     "code": "install the same versions on all",
+    "devices": "NCCL hangs unless all have GPUs, equally many each; see CUDA_VISIBLE_DEVICES",
     "checkpoint": "the workdir must be on storage that all of them share",
 }
 
@@ -79,12 +80,34 @@ class Meeting:
           HostLostError: another host has left for another reason, or has said nothing for
             `timeout_seconds`.
         """
-        flat = dict(_flatten(facts))
+        flat = flatten(facts)
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
         if self.index:
             self._ask_chief(flat, digest)
         elif self.lines:
             self._judge(flat, digest)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each host gives, by its number; returns, with the same list, once all have called.
+
+        Args:
+          value: what JSON can hold.
+
+        Raises:
+          HostLostError: another host has left, or has said nothing for `timeout_seconds`.
+        """
+        if not self.lines:
+            return [value]
+        deadline = time.monotonic() + self._timeout_seconds
+        if self.index:
+            self._send(0, {"mine": value}, deadline)
+            answer = self._receive_from([0], deadline)[0]
+            return answer["all"]
+        answers = self._receive_from(self.lines, deadline)
+        values = [value, *(answers[i]["mine"] for i in sorted(answers))]
+        for i in self.lines:
+            self._send(i, {"all": values}, deadline)
+        return values
 
     def _ask_chief(self, flat: Message, digest: str) -> None:
         # digest -> "agreed", or "tell", to which the facts are the answer. The chief then finds
@@ -108,11 +131,11 @@ class Meeting:
         # The error ends the chief, and leaving the `with` tells it to all other hosts.
         if unlike:
             facts = {i: theirs[i].get("facts", {}) for i in unlike}
-            raise ConfigError(self._describe({self.index: flat, **facts}))
+            raise ConfigError(self.describe({self.index: flat, **facts}))
         for i in self.lines:
             self._send(i, {"agreed": True}, deadline)
 
-    def _describe(self, facts: Mapping[int, Mapping[str, str]]) -> str:
+    def describe(self, facts: Mapping[int, Mapping[str, str]]) -> str:
         """The message about the facts (host -> key -> value) in which hosts differ."""
         keys = sorted({key for flat in facts.values() for key in flat})
         parts, remedies = [], []
@@ -200,11 +223,15 @@ def error_of(message: Message, name: str) -> BaseException:
     return HostLostError(f"{name} ended: {text or 'without saying why'}")
 
 
-def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as JSON) of each leaf."""
+def flatten(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> value as JSON, of each leaf of nested dicts."""
+    return dict(_leaves(facts, ""))
+
+
+def _leaves(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value, sort_keys=True, default=str)
 

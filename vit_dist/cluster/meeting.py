@@ -89,7 +89,7 @@ def _wait_for_others(cluster: Cluster, deadline: float) -> dict[int, Line]:
     lines: dict[int, Line] = {}
     expected = range(1, len(cluster.workers))
     strangers: list[str] = []
-    with contextlib.ExitStack() as failed, _listen(cluster, deadline) as server:
+    with contextlib.ExitStack() as failed, listen(cluster, deadline) as server:
         failed.callback(_close, lines)
         while missing := [i for i in expected if i not in lines]:
             left = deadline - time.monotonic()
@@ -132,14 +132,14 @@ def _hello(line: Line) -> Message:
 
 def _wait_for_chief(cluster: Cluster, deadline: float) -> dict[int, Line]:
     """Every other host's part. Raises TimeoutError with the chief's name if it does not answer."""
-    with _listen(cluster, deadline):  # is this host's own port free for TensorFlow?
+    with listen(cluster, deadline):  # is this host's own port free for TensorFlow?
         pass
     host, port = split_address(cluster.workers[0])
     hello = {_CALL: list(cluster.workers), "index": cluster.index}
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.ExitStack() as failed:
             try:
-                line = Line(_connect(host, port, min(left, _CONNECT_SECONDS)))
+                line = Line(connect(host, port, min(left, _CONNECT_SECONDS)))
                 failed.callback(line.close)
                 line.send(hello, deadline=deadline)
                 if "go" in line.receive(deadline=deadline):
@@ -153,8 +153,8 @@ def _wait_for_chief(cluster: Cluster, deadline: float) -> dict[int, Line]:
 
 
 @contextlib.contextmanager
-def _listen(cluster: Cluster, deadline: float) -> Iterator[socket.socket]:
-    """Listens at this host's own port.
+def listen(cluster: Cluster, deadline: float) -> Iterator[socket.socket]:
+    """Listens at this host's own port; waits until `time.monotonic()` is `deadline` at most for it.
 
     Raises:
       HostLostError: another process has the port, and keeps it.
@@ -187,7 +187,7 @@ def _make_server(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=128)
 
 
-def _connect(host: str, port: int, timeout: float) -> socket.socket:
+def connect(host: str, port: int, timeout: float) -> socket.socket:
     """A connection whose own port does not stand in the way of a server that wants it later.
 
     The system chooses that port, and on one machine it may be another worker's.

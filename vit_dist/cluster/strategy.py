@@ -1,13 +1,13 @@
 """Chooses and makes a run's tf.distribute strategy, from the devices and the environment."""
 
 import faulthandler
-import importlib.util
 import os
 import socket
 
 import tensorflow as tf
 from absl import logging
 
+from vit_dist.cluster import gpus
 from vit_dist.cluster.addresses import split_address
 from vit_dist.cluster.environment import Cluster, find_cluster
 from vit_dist.cluster.hosts import device_kind
@@ -157,11 +157,16 @@ def make_strategy(
         timeout_seconds=timeout_seconds,
         patience_seconds=patience_seconds,
     )
-    # Both before resolve(), which starts the devices: afterwards they cannot be configured.
-    _tune_xla()
+    # All before resolve(), which starts the devices: afterwards they cannot be configured.
+    found = gpus.Found() if virtual_cpus or _takes_tpu(name, tpu) else gpus.look()
+    _tune_xla(found, several=found.device_files > 1 or choose_cluster(name, tpu) is not None)
     if virtual_cpus:
         _split_cpu(virtual_cpus)
     kind = resolve(name, tpu)
+    # Before a model is made, because some of these problems crash TensorFlow at its first kernel.
+    if tf.config.list_physical_devices("GPU"):
+        for problem in gpus.problems(found, tf.sysconfig.get_build_info()):
+            logging.warning("%s", problem)
     if kind == "tpu":
         strategy = _tpu_strategy(tpu, tpu_zone, tpu_project)
     elif kind == "multiworker":
@@ -184,43 +189,50 @@ def make_strategy(
 
 def device_warnings(strategy: tf.distribute.Strategy) -> list[str]:
     """One line if a GPU seems to be there and the run is on the CPU; starts no device."""
-    # NVIDIA's wheels (the extra `gpu`) or a driver's device file: somebody expects a GPU to work.
-    wanted = importlib.util.find_spec("nvidia") or os.path.exists("/dev/nvidia0")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if device_kind(strategy) != "CPU" or not wanted or hidden in ("", "-1"):
-        return []
     # TensorFlow sees the GPU, and virtual_cpus is set: the CPU was asked for.
-    if tf.config.list_physical_devices("GPU"):
+    if device_kind(strategy) != "CPU" or tf.config.list_physical_devices("GPU"):
         return []
+    found = gpus.look()
+    # NVIDIA's wheels (the extra `gpu`) or a driver's device file: somebody expects a GPU to work.
+    if found.hidden or not (found.wheels or found.device_files):
+        return []
+    why = gpus.why_unseen(found, tf.sysconfig.get_build_info())
     return [
-        "training on the CPU: NVIDIA's libraries or a GPU are installed, but TensorFlow sees no GPU"
-        " (nvidia-smi shows whether the driver does; TF_CPP_MIN_LOG_LEVEL=0 shows why; "
-        "strategy.min_devices refuses to start without)"
+        "training on the CPU: NVIDIA's libraries or a GPU are installed, but TensorFlow sees no "
+        f"GPU: {why} (strategy.min_devices refuses to start without)"
     ]
 
 
 def _mirrored_strategy(virtual_cpus: int) -> tf.distribute.Strategy:
-    gpus = [] if virtual_cpus else tf.config.list_logical_devices("GPU")
-    devices = gpus or tf.config.list_logical_devices("CPU")[: virtual_cpus or None]
+    cards = [] if virtual_cpus else tf.config.list_logical_devices("GPU")
+    devices = cards or tf.config.list_logical_devices("CPU")[: virtual_cpus or None]
     # Virtual CPUs share one memory, so a plain sum is enough. Collectives would gain nothing, and
     # would bind the process to the number of replicas that it used first. GPUs take NCCL, which is
     # the default.
-    reduce = None if gpus else tf.distribute.ReductionToOneDevice()
+    reduce = None if cards else tf.distribute.ReductionToOneDevice()
     return tf.distribute.MirroredStrategy(
         [device.name for device in devices], cross_device_ops=reduce
     )
 
 
-def _tune_xla() -> None:
-    """Lets XLA use a CPU's whole vectors; a flag that the user has set in XLA_FLAGS wins.
+def _tune_xla(found: gpus.Found, *, several: bool) -> None:
+    """Sets XLA's flags for the devices of this machine; one that XLA_FLAGS has already wins.
 
     LLVM uses half of AVX-512's width by default, because early processors with it ran slower under
     full load; a step of Ti/16 takes 4 % less time at full width. XLA reads the variable when it is
     first used.
+
+    Args:
+      found: the GPUs; those flags are left alone where there are none.
+      several: whether there are several replicas.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _VECTOR_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{_VECTOR_FLAG}=512 {flags}".rstrip()
+    wanted = {} if _VECTOR_FLAG in flags else {_VECTOR_FLAG: "512"}
+    if found.device_files and not found.hidden:
+        root, version = found.cuda_root, tf.__version__
+        wanted |= gpus.xla_flags(flags, cuda_root=root, several=several, tensorflow=version)
+    added = " ".join(f"{name}={value}" for name, value in wanted.items())
+    os.environ["XLA_FLAGS"] = f"{added} {flags}".strip()
 
 
 def _split_cpu(count: int) -> None:
@@ -244,23 +256,30 @@ def _split_cpu(count: int) -> None:
 
 def _take_own_gpus(cluster: Cluster) -> None:
     """Leaves the GPUs of the other tasks of a node to them, where Slurm shows all to each."""
-    gpus = tf.config.get_visible_devices("GPU")
-    own = share_of_gpus(len(gpus), os.environ) if cluster.engine == "Slurm" else None
+    cards = tf.config.get_visible_devices("GPU")
+    own = share_of_gpus(len(cards), os.environ) if cluster.engine == "Slurm" else None
     if own is not None:
-        tf.config.set_visible_devices([gpus[i] for i in own], "GPU")
+        tf.config.set_visible_devices([cards[i] for i in own], "GPU")
         text = "Slurm shows all %d GPUs to each task of this node: this one takes number %s"
-        logging.info(text, len(gpus), ", ".join(map(str, own)))
+        logging.info(text, len(cards), ", ".join(map(str, own)))
 
 
 def _multi_worker_strategy(cluster: Cluster, timeout_seconds: float) -> tf.distribute.Strategy:
     _take_own_gpus(cluster)
+    cards = tf.config.get_visible_devices("GPU")
+    # "AUTO" is TensorFlow's own ring of gRPC messages, also where all hosts have GPUs: its resolver
+    # of collectives takes NCCL only where the hint is NCCL (collective_param_resolver_local.cc).
+    transport = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=transport.NCCL if cards else transport.AUTO
+    )
     # One job for all hosts, whatever the engine calls them, so that a host has one number.
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),
         task_type="worker",
         task_id=cluster.index,
         rpc_layer="grpc",
-        num_accelerators={"GPU": len(tf.config.get_visible_devices("GPU"))},
+        num_accelerators={"GPU": len(cards)},
     )
     # TensorFlow connects to all hosts in here and holds Python's lock all the while: no thread or
     # signal handler of Python's runs until they answer. Should one of them die now, the C thread of
@@ -268,7 +287,9 @@ def _multi_worker_strategy(cluster: Cluster, timeout_seconds: float) -> tf.distr
     # out: TensorFlow starts a thread at each collective that sleeps for so long.
     faulthandler.dump_traceback_later(max(timeout_seconds, 120), exit=True, file=2)
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            cluster_resolver=resolver, communication_options=options
+        )
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from vit_dist.cluster import gpus
 from vit_dist.cluster.environment import names_other_hosts
 from vit_dist.config import defaults as config_lib
 from vit_dist.config import recorded
@@ -47,6 +48,8 @@ with notices.hidden(), _hidden("matplotlib", "scipy", "sklearn"):
     importlib.import_module("keras")
 
 
+import tensorflow as tf  # noqa: E402
+
 from vit_dist.run import out_of_memory  # noqa: E402
 from vit_dist.storage import errors as storage_errors  # noqa: E402
 
@@ -60,13 +63,17 @@ _INTERRUPTED = 130  # as shells report a program that SIGINT ended
 _DEFAULT_FROM: list[str] = []
 
 
-def define_config(*, default_from: str | None = None) -> None:
+def define_config(*, default_from: str | None = None, built_in: ConfigDict | None = None) -> None:
     """Defines --config FILE[:arg] and --config.key=value.
 
     Args:
       default_from: name of a flag that names a run; without --config that run's config is taken.
+      built_in: the command's own config, of which keys can be changed; it takes no file then.
     """
     _DEFAULT_FROM[:] = [default_from] if default_from else []
+    if built_in is not None:
+        config_flags.DEFINE_config_dict("config", built_in, "the command's own")
+        return
     config_flags.DEFINE_config_file(
         "config", None, "config file, e.g. configs/demo.py[:arg], or a run's folder or config.json"
     )
@@ -79,7 +86,7 @@ def load_config() -> FrozenConfigDict:
       ConfigError: no --config, a file that gives none, or contradictory durations.
     """
     flag = flags.FLAGS["config"]
-    if not flag.present:
+    if not flag.present and flag.value is None:
         raise ConfigError("give a config file: --config configs/demo.py")
     if flag.value is None:
         raise ConfigError(
@@ -204,12 +211,17 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     # Raised by a library with a text of its own, not by the system: data that our checks miss.
     if isinstance(error, FileNotFoundError) and not error.errno:
         return str(error), USAGE_ERROR
-    explained = _explain_memory(error) or storage_errors.explain(error)
+    explained = _explain_gpu(error) or _explain_memory(error) or storage_errors.explain(error)
     if explained is not None:
         return str(explained), explained.exit_code
     if isinstance(error, OSError):
         return _text(error), FAILURE
     return None, FAILURE
+
+
+def _explain_gpu(error: BaseException) -> UserError | None:
+    said = gpus.explain(error.message) if isinstance(error, tf.errors.OpError) else None
+    return UserError(f"{said} ({storage_errors.cause(error)})") if said else None
 
 
 def _explain_memory(error: BaseException) -> UserError | None:
@@ -236,7 +248,9 @@ def _text(error: BaseException) -> str:
 
 def _flag_message(error: flags.Error) -> str:
     name = getattr(error, "flagname", "")
-    if name.split(".")[0] == "config" and _config_file() is None:
+    if "Overriding config is not allowed" in str(error):
+        return "this command has its own config and takes no file: change it by --config.key=value"
+    if name.split(".")[0] == "config" and _config_file() is None and not _is_built_in():
         return f"give a config file before --{name}: --config configs/demo.py"
     # ml_collections packs the whole traceback of a config file into the message.
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -253,7 +267,7 @@ def _config_message(error: BaseException) -> str | None:
     """What is wrong with the config file or a --config.key=value; None if neither is."""
     file = _config_file()
     if file is None:
-        return None
+        return _unknown_key() if _is_built_in() and isinstance(error, AttributeError) else None
     if isinstance(error, OSError) and not os.path.exists(file):
         return f"config file {file} does not exist"
     if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
@@ -272,6 +286,11 @@ def _config_message(error: BaseException) -> str | None:
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return f"config file {file} has no function get_config(arg=None)"
     return _unknown_key() or f"in the --config flags: {_text(error)}"
+
+
+def _is_built_in() -> bool:
+    """Whether the command has its own config; see define_config."""
+    return "config" in flags.FLAGS and isinstance(flags.FLAGS["config"].value, ConfigDict)
 
 
 def _unknown_key() -> str | None:

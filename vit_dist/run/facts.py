@@ -36,9 +36,8 @@ def host_facts(options: RunOptions, data: Data, start: Start) -> dict[str, Any]:
     return {
         "config": _config_facts(options.record),
         "data": {split: source.fingerprint() for split, source in data.sources.items()},
-        "code": _code_facts(),
         "checkpoint": {"how": start.how, **_checkpoint_facts(start)},
-        "devices": _device_facts(),
+        **machine_facts(),
     }
 
 
@@ -46,10 +45,14 @@ def evaluation_facts(data: Data, origin: Origin) -> dict[str, Any]:
     """What this host has to judge weights with, for `Meeting.agree`."""
     return {
         "data": {split: source.fingerprint() for split, source in data.sources.items()},
-        "code": _code_facts(),
         "checkpoint": {"weights": _weights_digest(origin)},
-        "devices": _device_facts(),
+        **machine_facts(),
     }
+
+
+def machine_facts() -> dict[str, Any]:
+    """The versions and the devices of this host, whatever it is to do with them."""
+    return {"code": _code_facts(), "devices": _device_facts()}
 
 
 def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from vit_dist.cluster.hosts import device_kind
 from vit_dist.config.errors import ConfigError
+from vit_dist.training.fallback import MEANS, Program, first_that_compiles, timed_next
 from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
 from vit_dist.training.update import Tensors, Updated, make_settle, make_update
@@ -128,10 +129,11 @@ def jit_warnings(jit: str, *, kind: str, num_replicas: int) -> list[str]:
     if jit != "whole" or kind == "TPU" or num_replicas == 1:
         return []
     # tensorflow#45940, #53140, #56423, #58787, #58961, #61314, keras#18145, models PR#10845:
-    # TensorFlow 2.4 to 2.13 failed to compile it, hung, or leaked memory.
+    # TensorFlow 2.4 to 2.13 failed to compile it, hung, or leaked memory. A failure is noticed at
+    # the first step (fallback.py), a hang is not.
     return [
         f"step.jit=whole puts the sum over {num_replicas} replicas into XLA's program, which is "
-        "not proved for several replicas: where it fails or hangs, take auto, which is split"
+        "not proved for several replicas: where it hangs, take auto, which is split"
     ]
 
 
@@ -278,17 +280,26 @@ def make_train_step(
     )
     settle: Any = make_settle(state, ema_decay=options.ema_decay) if sharded else None
     jit = choose_jit(options.jit, kind=device_kind(strategy), num_replicas=replicas)
-    # What XLA compiles must not hold the all-reduce when several replicas run: see choose_jit.
-    if jit == "split":
-        gradients, update = compiled(gradients), compiled(update)
-        settle = compiled(settle) if settle else None
     sent_as = options.all_reduce_dtype if replicas > 1 else None
-    run = _make_replica_step(gradients, update, settle, sent_as=sent_as)
-    run = compiled(run) if jit == "whole" else run
     # The loop has to know the names of the metrics before it traces its body.
     applied = ("applied",) if state.model.compute_dtype == "float16" else ()
     last = ("grad_norm", "learning_rate", *applied)
-    loop = _make_loop(run, strategy, counted=("masked",) if masked else (), last=last)
+    counted = ("masked",) if masked else ()
+
+    def program(jit: str) -> Program:
+        parts: tuple[Any, ...] = (gradients, update, settle)
+        # What XLA compiles must not hold the all-reduce when several replicas run: see choose_jit.
+        if jit == "split":
+            parts = tuple(compiled(part) if part else None for part in parts)
+        run = _make_replica_step(*parts, sent_as=sent_as)
+        one_step = _make_one_step(compiled(run) if jit == "whole" else run, strategy)
+        loop = _make_loop(one_step, counted=counted, last=last)
+        return Program(tf.function(one_step), loop, counted=counted)
+
+    if jit == "whole" and replicas > 1:
+        whole, split = program("whole"), program("split")
+        return without_grappler(first_that_compiles(whole, split, state=state))
+    loop = program(jit).loop
     return loop if jit == "off" else without_grappler(loop)
 
 
@@ -365,16 +376,25 @@ def _all_reduce(
     return [tf.cast(g, tf.float32) for g in sent], sums
 
 
+def _make_one_step(
+    run: Callable[[Tensors], Tensors], strategy: tf.distribute.Strategy
+) -> Callable[[Any], Tensors]:
+    """Makes one_step(batch), which runs all replicas; its metrics are those of the global batch."""
+
+    def one_step(batch: Any) -> Tensors:
+        batch = {k: batch[k] for k in _INPUTS if k in batch}
+        new = strategy.run(run, args=(batch,))
+        # The sums are all-reduced: every replica holds the same numbers.
+        return {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
+
+    return one_step
+
+
 def _make_loop(
-    run: Callable[[Tensors], Tensors],
-    strategy: tf.distribute.Strategy,
-    *,
-    counted: tuple[str, ...],
-    last: tuple[str, ...],
+    one_step: Callable[[Any], Tensors], *, counted: tuple[str, ...], last: tuple[str, ...]
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     """The loop over n steps: `counted` metrics are summed, `last` ones are the last step's."""
-    means = ("loss", "accuracy")
-    summed = means + counted
+    summed = MEANS + counted
 
     # Traced once: `n` is a tensor, so any number of steps is the same program. AutoGraph turns the
     # loop into a loop of the graph, which takes the next batch without going back to Python. Not
@@ -385,27 +405,12 @@ def _make_loop(
         out = {name: tf.constant(0.0) for name in summed + last}
         waited = tf.constant(0.0, tf.float64)
         for _ in tf.range(n):
-            batch, seconds = _timed_next(batches)
+            batch, seconds = timed_next(batches)
             waited += seconds
-            batch = {k: batch[k] for k in _INPUTS if k in batch}
-            new = strategy.run(run, args=(batch,))
-            # The sums are all-reduced: every replica holds the same numbers.
-            new = {k: strategy.experimental_local_results(v)[0] for k, v in new.items()}
+            new = one_step(batch)
             out = {k: new[k] + out[k] if k in summed else new[k] for k in out}
         count = tf.cast(n, tf.float32)
-        out = {k: v / count if k in means else v for k, v in out.items()}
+        out = {k: v / count if k in MEANS else v for k, v in out.items()}
         return {**out, "input_wait": tf.cast(waited, tf.float32)}
 
     return train_steps
-
-
-@tf.autograph.experimental.do_not_convert
-def _timed_next(batches: Iterator[Any]) -> tuple[Any, tf.Tensor]:
-    """The next batch, and the seconds until it was there, float64."""
-    # Without control dependencies the graph has no order between clock and iterator: TensorFlow
-    # could read the clock twice before the batch, or twice after it.
-    began = tf.timestamp()
-    with tf.control_dependencies([began]):
-        batch = next(batches)
-    with tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True)):
-        return batch, tf.timestamp() - began
