@@ -251,6 +251,7 @@ def test_messages_are_real():
     quoted = first_column("troubleshooting.md", "Message")
     quoted += first_column("troubleshooting.md", "Symptom")
     quoted += first_column("troubleshooting.md", "Message or symptom")
+    quoted += first_column("gpu.md", "Message")
     assert len(quoted) > 20
     for text in quoted:
         assert text in EXTERNAL or any(text in message for message in messages()), text

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,12 @@ ORDER = [
     *("versions", "cards", "links", "alike", "devices"),
     *("collectives", "compile", "step", "memory"),
 ]
+
+
+def test_the_page_tells_of_each_check():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text()
+    rows = page.split("| Check | What it does |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", rows, re.M) == [*ORDER[:-1], "throughput", "memory"]
 
 
 def doctor(*flags, log, **options):

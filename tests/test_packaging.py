@@ -156,6 +156,13 @@ def test_forms_and_workflows_parse(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 
+def test_the_form_for_hardware_asks_for_the_doctor():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "hardware.yml").read_text())
+    (field,) = [entry for entry in form["body"] if entry.get("id") == "doctor"]
+    assert "python -m vit_dist.doctor" in field["attributes"]["description"]
+    assert field["validations"]["required"]
+
+
 # Pages at the top; tests of docs look at the others
 
 

@@ -219,7 +219,7 @@ def test_xla_that_is_missing_or_wrong(strategy, monkeypatch):
 
     monkeypatch.setattr(machine, "compiled", missing)
     assert "XLA_CPU_JIT is not registered" in wrong(machine.compiles, strategy)
-    monkeypatch.setattr(machine, "compiled", lambda f: lambda: f() + 1e-3)
+    monkeypatch.setattr(machine, "compiled", lambda f: lambda x: f(x) + 1e-3)
     assert "XLA's result is off by 0.001" in wrong(machine.compiles, strategy)
 
 

@@ -10,7 +10,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -177,16 +177,16 @@ def compiles(strategy: tf.distribute.Strategy) -> str:
     x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32) / 8
 
     # Of mathematical functions, which on GPUs are in libdevice, and a product.
-    def function() -> tf.Tensor:
-        return tf.math.erf(tf.matmul(x, x)) + tf.exp(tf.constant(x))
+    def formula(x: tf.Tensor) -> tf.Tensor:
+        return tf.math.erf(tf.matmul(x, x)) + tf.exp(x)
 
-    run = function if device_kind(strategy) == "TPU" else compiled(function)
+    program = _on_replicas(formula, strategy, x)
     began = time.monotonic()
-    values = strategy.experimental_local_results(tf.function(lambda: strategy.run(run))())
+    values = program()
     seconds = time.monotonic() - began
     # Computed by TensorFlow kernel by kernel on the CPU, without XLA.
     with tf.device("CPU:0"):
-        expected = function().numpy()
+        expected = formula(tf.constant(x)).numpy()
     # Errors of a product of 64 terms, each below 1/8 of 1; the unit is the product's.
     limit = 8 * _UNIT[device_kind(strategy)] + _SUMS
     for value in values:
@@ -281,9 +281,9 @@ def throughput(
 def _product_speed(strategy: tf.distribute.Strategy, *, size: int, dtype: str) -> float:
     """Floating point operations per second of a chain of products on this host's first replica."""
     count = 10
+    given = np.random.default_rng(0).standard_normal((size, size), np.float32)
 
-    def chain() -> tf.Tensor:
-        x = tf.random.stateless_normal((size, size), seed=(0, 0), dtype=tf.float32)
+    def chain(x: tf.Tensor) -> tf.Tensor:
         x = tf.cast(x, dtype)
         # An entry sums `size` terms: divided by the root of that, the numbers keep their size.
         scale = tf.cast(size**-0.5, dtype)
@@ -292,11 +292,10 @@ def _product_speed(strategy: tf.distribute.Strategy, *, size: int, dtype: str) -
         )[1]
         return tf.reduce_sum(tf.cast(y, tf.float32))
 
-    run = chain if device_kind(strategy) == "TPU" else compiled(chain)
-    program = tf.function(lambda: strategy.run(run))
+    program = _on_replicas(chain, strategy, given)
 
     def once() -> None:
-        strategy.experimental_local_results(program())[0].numpy()
+        program()[0].numpy()
 
     once()
     return 2 * size**3 * count / _shortest(once)
@@ -327,6 +326,25 @@ def machine() -> list[str]:
         f"processor   {processor}; {pages / 2**30:.0f} GiB; {platform.platform()}",
         *(f"{name}={os.environ[name]}" for name in chosen),
     ]
+
+
+def _on_replicas(
+    function: Callable[[tf.Tensor], tf.Tensor], strategy: tf.distribute.Strategy, value: np.ndarray
+) -> Callable[[], tuple[tf.Tensor, ...]]:
+    """Makes a function that calls another, compiled, on each replica; returns what each gives."""
+    # A variable, because XLA would compute with a constant while it compiles. It is read outside of
+    # the compiled function, which would else hold the variable of the replica that was traced.
+    with strategy.scope():
+        variable = tf.Variable(value, trainable=False)
+    # TPUStrategy compiles by itself.
+    run = function if device_kind(strategy) == "TPU" else compiled(function)
+
+    @tf.function
+    def call() -> tuple[tf.Tensor, ...]:
+        results = strategy.run(lambda: run(tf.convert_to_tensor(variable)))
+        return strategy.experimental_local_results(results)
+
+    return call
 
 
 def _shortest(function: Any, times: int = 5) -> float:

@@ -125,6 +125,13 @@ _BUCKET = re.compile(r"gs://|HTTP response code|libcurl|retry attempts failed|Fi
 # Names of a graph's nodes, which mean nothing to a user: {{node IteratorGetNext}}, [[...]], [Op:...
 _NODE = re.compile(r"\{\{[^}]*\}\}\s*|\s*\[Op:.*|\s*\[\[.*")
 
+# Where in Python a node of a graph was made: lines before and after the reason of a failure.
+_TRACE = re.compile(
+    r"^\s*(?:Graph execution error:|(?:Detected|Error) at node.*|Stack trace for op definition:.*|"
+    r'File ".*", line \d+.*|<stack traces unavailable>)\s*$',
+    re.M,
+)
+
 
 def kind_of(error: BaseException) -> Kind | None:
     """What is wrong with the storage; None if the error is about something else."""
@@ -240,12 +247,12 @@ def cause(error: BaseException) -> str:
         return error.strerror or " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
         return f"a file's owner has no name on this machine ({error.args[0]})"
-    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    text = (error.message if isinstance(error, tf.errors.OpError) else str(error)) or ""
     # The system's words alone; the path is told by path_of.
-    if found := _SYSTEM_CALL.search(text or "") or _PYTHON.search(text or ""):
+    if found := _SYSTEM_CALL.search(text) or _PYTHON.search(text):
         number = found.groupdict().get("number")
         return os.strerror(int(number)) if number else found["words"]
-    return " ".join(_NODE.sub("", text or type(error).__name__).split())[:400]
+    return " ".join(_NODE.sub("", _TRACE.sub("", text) or type(error).__name__).split())[:400]
 
 
 def path_of(error: BaseException) -> str | None:
