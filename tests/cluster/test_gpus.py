@@ -51,7 +51,7 @@ def test_the_cards_that_nvidia_smi_lists():
 )
 def test_the_cards_that_a_process_may_use(visible, expected):
     cards = gpus.read_cards(SMI)
-    assert [c.index for c in gpus.choose_visible(cards, visible)] == expected
+    assert [c.number for c in gpus.choose_visible(cards, visible)] == expected
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_versions(monkeypatch):
 
 def test_cards():
     card = Card(0, "GPU-0", "H100", (9, 0), "550.54", 81920, 4)
-    found = Found(2, (card, card._replace(index=1)), cuda_root="/cuda")
+    found = Found(2, (card, card._replace(number=1)), cuda_root="/cuda")
     assert machine.cards(found).startswith("2 x H100 80 GiB, driver 550.54")
     assert machine.cards(Found()) == "none"
     taken = found._replace(cards=(card._replace(used=40000),))
@@ -225,7 +225,7 @@ def test_xla_that_is_missing_or_wrong(strategy, monkeypatch):
 
 @pytest.fixture(scope="module")
 def checked():
-    return check(tiny.make(image_size=32, step__jit="auto", model__dropout=0.0))
+    return check(tiny.make(step__jit="auto"))
 
 
 @pytest.mark.compiles

@@ -36,7 +36,7 @@ _HIDDEN = ("", "-1")  # values of CUDA_VISIBLE_DEVICES
 class Card(NamedTuple):
     """A GPU, as nvidia-smi describes it; memory in MiB."""
 
-    index: int
+    number: int
     uuid: str
     name: str
     capability: tuple[int, int]
@@ -114,9 +114,9 @@ def read_cards(text: str) -> tuple[Card, ...]:
         if len(fields) != len(_CARD_FIELDS.split(",")) or not re.fullmatch(r"\d+\.\d+", fields[3]):
             continue
         major, minor = fields[3].split(".")
-        index, memory, used = (int(f) if f.isdigit() else 0 for f in (fields[0], *fields[5:]))
+        number, memory, used = (int(f) if f.isdigit() else 0 for f in (fields[0], *fields[5:]))
         cards.append(
-            Card(index, fields[1], fields[2], (int(major), int(minor)), fields[4], memory, used)
+            Card(number, fields[1], fields[2], (int(major), int(minor)), fields[4], memory, used)
         )
     return tuple(cards)
 
@@ -127,7 +127,7 @@ def choose_visible(cards: Sequence[Card], visible: str | None) -> tuple[Card, ..
         return tuple(cards)
     chosen = []
     for word in filter(None, (word.strip() for word in visible.split(","))):
-        found = [c for c in cards if word == str(c.index) or c.uuid.startswith(word)]
+        found = [c for c in cards if word == str(c.number) or c.uuid.startswith(word)]
         # As CUDA has it: a word that names no card hides all behind it.
         if not found:
             break

@@ -61,6 +61,8 @@ _INTERRUPTED = 130  # as shells report a program that SIGINT ended
 # The flag whose run gives its recorded config where --config is not given. A list, because
 # define_config fills it: absl's flags are global to the process, and so is this.
 _DEFAULT_FROM: list[str] = []
+# The command's own config, where it takes no file; filled like _DEFAULT_FROM.
+_BUILT_IN: list[ConfigDict] = []
 
 
 def define_config(*, default_from: str | None = None, built_in: ConfigDict | None = None) -> None:
@@ -71,8 +73,10 @@ def define_config(*, default_from: str | None = None, built_in: ConfigDict | Non
       built_in: the command's own config, of which keys can be changed; it takes no file then.
     """
     _DEFAULT_FROM[:] = [default_from] if default_from else []
+    _BUILT_IN[:] = [] if built_in is None else [built_in]
     if built_in is not None:
-        config_flags.DEFINE_config_dict("config", built_in, "the command's own")
+        # Guarded, because the definition applies the --config.key=value of the command line.
+        _guard(lambda own: config_flags.DEFINE_config_dict("config", own, "its own"))(built_in)
         return
     config_flags.DEFINE_config_file(
         "config", None, "config file, e.g. configs/demo.py[:arg], or a run's folder or config.json"
@@ -250,7 +254,7 @@ def _flag_message(error: flags.Error) -> str:
     name = getattr(error, "flagname", "")
     if "Overriding config is not allowed" in str(error):
         return "this command has its own config and takes no file: change it by --config.key=value"
-    if name.split(".")[0] == "config" and _config_file() is None and not _is_built_in():
+    if name.split(".")[0] == "config" and _config_file() is None and not _BUILT_IN:
         return f"give a config file before --{name}: --config configs/demo.py"
     # ml_collections packs the whole traceback of a config file into the message.
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -267,7 +271,7 @@ def _config_message(error: BaseException) -> str | None:
     """What is wrong with the config file or a --config.key=value; None if neither is."""
     file = _config_file()
     if file is None:
-        return _unknown_key() if _is_built_in() and isinstance(error, AttributeError) else None
+        return _unknown_key() if _BUILT_IN and isinstance(error, AttributeError) else None
     if isinstance(error, OSError) and not os.path.exists(file):
         return f"config file {file} does not exist"
     if isinstance(error, OSError) and isinstance(error.__cause__, OSError):
@@ -286,11 +290,6 @@ def _config_message(error: BaseException) -> str | None:
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return f"config file {file} has no function get_config(arg=None)"
     return _unknown_key() or f"in the --config flags: {_text(error)}"
-
-
-def _is_built_in() -> bool:
-    """Whether the command has its own config; see define_config."""
-    return "config" in flags.FLAGS and isinstance(flags.FLAGS["config"].value, ConfigDict)
 
 
 def _unknown_key() -> str | None:

@@ -10,7 +10,8 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -80,7 +81,7 @@ def cards(found: gpus.Found) -> str:
     """NVIDIA's cards, and what stands in the way of using them."""
     wrong = gpus.problems(found, tf.sysconfig.get_build_info())
     wrong += [
-        f"{card.used} of {card.memory} MiB of card {card.index} ({card.name}) are taken by other "
+        f"{card.used} of {card.memory} MiB of card {card.number} ({card.name}) are taken by other "
         "processes: end them (nvidia-smi lists them), or leave it out with CUDA_VISIBLE_DEVICES"
         for card in found.cards
         if card.used > _DRIVER_MIB
@@ -202,17 +203,22 @@ def compiles(strategy: tf.distribute.Strategy) -> str:
 def step_numbers(options: RunOptions, data: Data, strategy: tf.distribute.Strategy) -> str:
     """Some steps of a small ViT, compared with the same on this host's CPU in float32."""
     replicas = strategy.num_replicas_in_sync
-    network = {**options.model.network, "depth": 2, "image_size": (32, 32)}
+    side = 2 * options.model.network["patch_size"]
+    # Two blocks and four patches. Without random masks, which differ from replica to replica.
+    network = {
+        **options.model.network,
+        "depth": 2,
+        "image_size": (side, side),
+        **dict.fromkeys(("dropout", "attention_dropout", "drop_path"), 0.0),
+    }
+    model, batch = {"network": network, "precision": "float32"}, {"batch_size": 8 * replicas}
     # Plain SGD: Adam would turn the rounding of a gradient near 0 into a whole step.
-    small = _with(
-        options,
-        network=network,
-        precision="float32",
-        batch_size=8 * replicas,
-        optimizer={"name": "sgd", "weight_decay": 0.0},
-    )
+    rule = {"name": "sgd", "weight_decay": 0.0}
+    small = _with(options, model=model, input=batch, optimizer=rule, step={"accumulation": 1})
     alone = tf.distribute.OneDeviceStrategy("CPU:0")
-    plain = _with(small, jit="off")
+    # Without XLA, so that its numbers are judged as well.
+    step = {"accumulation": 1, "jit": "off"}
+    plain = _with(options, model=model, input=batch, optimizer=rule, step=step)
     reference = make_state(plain, alone)
     begin = reference.to_arrays()
     expected = _run_steps(plain, data, reference, alone)
@@ -254,9 +260,9 @@ def throughput(
     if precision == "float32" and not on_cpu:
         precision = "bfloat16"
     flops = _product_speed(strategy, size=1024 if on_cpu else 8192, dtype=precision)
-    timed = _with(
-        options, precision=precision, batch_size=per_replica * strategy.num_replicas_in_sync
-    )
+    batch_size = per_replica * strategy.num_replicas_in_sync
+    model, batch = {"precision": precision}, {"batch_size": batch_size}
+    timed = _with(options, model=model, input=batch)
     state = make_state(timed, strategy)
     run = make_step(timed, data, state, strategy)
     batches = _batches(timed, strategy)
@@ -269,7 +275,7 @@ def throughput(
     some(1)
     first = time.monotonic() - began
     seconds = _shortest(some, times=2) / steps
-    rate = timed.input.batch_size / seconds
+    rate = batch_size / seconds
     variant = timed.record["model"]["variant"]
     return (
         f"product {flops / 1e12:.3g} TFLOP/s a replica in {precision}; {variant} at "
@@ -379,22 +385,17 @@ def _batches(options: RunOptions, strategy: tf.distribute.Strategy) -> Iterator[
 def _with(
     options: RunOptions,
     *,
-    network: dict[str, Any] | None = None,
-    precision: str | None = None,
-    batch_size: int | None = None,
-    optimizer: dict[str, Any] | None = None,
-    jit: str | None = None,
+    model: Mapping[str, Any],
+    input: Mapping[str, Any],
+    optimizer: Mapping[str, Any] = MappingProxyType({}),
+    step: Mapping[str, Any] = MappingProxyType({}),
 ) -> RunOptions:
-    """The options with some of them changed."""
-    model = dataclasses.replace(
-        options.model,
-        network=network or options.model.network,
-        precision=precision or options.model.precision,
-    )
+    """The options with some of their parts' fields changed."""
+    changed = dataclasses.replace(options.model, **model)
     return dataclasses.replace(
         options,
-        evaluation=dataclasses.replace(options.evaluation, model=model),
-        input=dataclasses.replace(options.input, batch_size=batch_size or options.input.batch_size),
-        optimizer=dataclasses.replace(options.optimizer, **(optimizer or {})),
-        step=dataclasses.replace(options.step, jit=jit or options.step.jit),
+        evaluation=dataclasses.replace(options.evaluation, model=changed),
+        input=dataclasses.replace(options.input, mixing=None, **input),
+        optimizer=dataclasses.replace(options.optimizer, **optimizer),
+        step=dataclasses.replace(options.step, **step),
     )
