@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test torture soak seconds test-pythons check-newest test-interop lint format bench bench-tpu clean
+.PHONY: help install demo check test torture soak seconds test-pythons check-newest test-interop test-tpu-compile lint format bench bench-tpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with TensorFlow for CPUs and the developers' tools
 
@@ -68,6 +68,9 @@ check-newest: $(STAMP) ## make check under the newest supported Python here, if 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
 	$(PYTEST) $(shell find tests -name 'test_interop*.py')
 
+test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step for a TPU v5e, without one, against bounds: an hour at first
+	$(BIN)/python benchmarks/tpu_options.py
+
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -114,5 +117,5 @@ bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v
 	@touch $@
 
 clean: ## remove environments, caches and build products, but no runs
-	rm -rf .venv .venv-interop .venv-tpu-compile .venv-py* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .cache .venv .venv-interop .venv-tpu-compile .venv-py* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv-*' -prune -exec rm -rf {} +

@@ -33,3 +33,10 @@ def test_tpu_compile(tmp_path):
         assert re.search(rf"^{name}: temp \d+ MB, arguments \d+ MB, bytes accessed", out, re.M), out
     ratio = re.search(r"ratio to flax and optax: temp ([\d.]+), accessed ([\d.]+)", out)
     assert all(0.2 < float(value) < 5 for value in ratio.groups()), out
+
+
+def test_tpu_options(tmp_path):
+    flags = ("--smoke", "--topology=cpu", f"--python={PYTHON}", f"--cache={tmp_path}/cache")
+    out = run_benchmark("tpu_options", *flags, folder=tmp_path)
+    for name in ("plain", "remat full"):
+        assert re.search(rf"^\| {name} \| \d+ \| \d+ \| [\d.]+ \| \d+ \|", out, re.M), out

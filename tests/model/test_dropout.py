@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tests.support.networks import images_for, tiny_vit
 from tests.support.stepping import BATCH, Engine
+from vit_dist.model.dropout import byte_threshold
 from vit_dist.model.layers import Attention, Dropout, DropPath
 
 SEED = (3, 7)
@@ -54,6 +55,57 @@ def test_masks_only_when_training_and_never_without_seed(kind):
     np.testing.assert_array_equal(kind(0.0)(x, training=True), x)
     with pytest.raises(ValueError, match=r"one: training with rate 0.5 needs call\(seed=...\)"):
         layer(x, training=True)
+
+
+# As a TPU draws them: compiled, from XLA's generator
+
+
+def compiled_mask(layer, seed=SEED, shape=(64, 8, 32)):
+    """The mask, and the gradient of its sum times `weights`, over `weights`."""
+    weights = tf.constant(np.random.default_rng(0).uniform(1, 2, shape), layer.compute_dtype)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(seed):
+        x = tf.ones(shape, layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True, seed=seed)
+            total = tf.reduce_sum(y * weights)
+        return y, tape.gradient(total, x) / weights
+
+    return [tf.cast(t, tf.float32).numpy() for t in run(tf.constant(seed, tf.int32))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 1e-4, 0.9999])
+def test_rates_in_bytes(rate, dtype):
+    out, gradient = compiled_mask(Dropout(rate, form="tensor", name="one", dtype=dtype))
+    real = min(max(round(rate * 256), 1), 255) / 256
+    scale = tf.cast(1 / (1 - real), Dropout(0.1, dtype=dtype).compute_dtype).numpy()
+    np.testing.assert_allclose(np.unique(out), [0, float(scale)], rtol=1e-6)
+    assert abs(np.mean(out == 0) - real) < 4 * np.sqrt(real * (1 - real) / out.size)
+    # The backward pass has the same mask.
+    np.testing.assert_allclose(gradient, out, rtol=1e-6 if dtype == "float32" else 2**-7)
+
+
+def test_masks_of_bytes_depend_on_seed_and_layer_alone():
+    first, _ = compiled_mask(Dropout(0.5, form="tensor", name="one"))
+    again, _ = compiled_mask(Dropout(0.5, form="tensor", name="one"))
+    np.testing.assert_array_equal(first, again)
+    others = [("one", (3, 8)), ("one", (4, 7)), ("two", SEED)]
+    for name, seed in others:
+        other, _ = compiled_mask(Dropout(0.5, form="tensor", name=name), seed)
+        assert 0.25 < np.mean((first == 0) == (other == 0)) < 0.75
+
+
+def test_the_rate_in_bytes():
+    rates = (1e-9, 0.001, 0.1, 0.5, 0.999, 1 - 1e-9)
+    assert [byte_threshold(rate) for rate in rates] == [1, 1, 26, 128, 255, 255]
+
+
+def test_without_xla_both_forms_draw_the_same():
+    masks = [draw_mask(Dropout(0.5, form=form, name="one")) for form in ("matrix", "tensor")]
+    np.testing.assert_array_equal(*masks)
 
 
 def test_attention_dropout_drops_weights():
@@ -123,9 +175,9 @@ def test_stochastic_depth_of_one_rate():
 class Probe(keras.Model):
     """Weights that show the mask of each example: a row for each, which begins at zero."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, form, **kwargs):
         super().__init__(**kwargs)
-        self.drop = Dropout(0.5, name="drop")
+        self.drop = Dropout(0.5, form=form, name="drop")
 
     def build(self, input_shape=None):
         self.rows = self.add_weight(name="rows", shape=(BATCH, 32), initializer="zeros")
@@ -136,22 +188,28 @@ class Probe(keras.Model):
         return self.drop(tf.matmul(x, self.rows), training=training, seed=seed)
 
 
-def make_probe():
-    model = Probe(name="probe")
+def make_probe(form):
+    model = Probe(form, name="probe")
     model.build()
     return model
 
 
-@pytest.fixture(scope="module", params=["split", "off"])
+@pytest.fixture(
+    scope="module",
+    params=[("split", "matrix"), ("off", "matrix"), ("split", "tensor")],
+    ids="-".join,
+)
 def masks(request):
     """masks(steps): one (BATCH, 32) mask for each step, over 2 replicas x 2 micro-batches."""
 
+    jit, form = request.param
+
     def make(seed):
         return Engine(
-            make_probe,
+            functools.partial(make_probe, form),
             replicas=2,
             accumulation=2,
-            jit=request.param,
+            jit=jit,
             seed=seed,
             clip_norm=None,
             optimizer={"name": "sgd", "momentum": 0.0},

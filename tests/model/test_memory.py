@@ -10,6 +10,7 @@ from tests.support.networks import images_for, tiny_vit
 from vit_dist.model.layers import Attention
 from vit_dist.model.memory import POLICIES, blockwise_attention, rematerialized
 from vit_dist.model.vit import named_weights
+from vit_dist.model.xla import barrier, in_xla
 
 SEED = (3, 7)
 
@@ -44,11 +45,18 @@ def test_the_same_gradients_in_half_precision():
 
     tests/training/test_gradients.py compares them in float32, with XLA and without.
     """
+    # Sums of bfloat16 in another order.
+    compare_policies(limit=0.04, jit=False, precision="bfloat16")
+
+
+def test_the_same_gradients_in_the_form_for_tpus():
+    compare_policies(limit=1e-6, jit=True, form="tensor")
+
+
+def compare_policies(*, limit, jit, **made):
     found = {
-        policy: gradients(tiny_vit(remat=policy, precision="bfloat16", **OPTIONS), jit=False)
-        for policy in POLICIES
+        policy: gradients(tiny_vit(remat=policy, **made, **OPTIONS), jit=jit) for policy in POLICIES
     }
-    limit = 0.04  # sums of bfloat16 in another order
     total = norm(found["none"].values())
     for policy in ("attention", "full"):
         errors = {name: g - found["none"][name] for name, g in found[policy].items()}
@@ -80,6 +88,47 @@ def test_xla_computes_again_what_it_was_told_to():
     # q, k, v, logits, P V, out and the MLP's first; its second is not needed again.
     assert full["dot"] == plain["dot"] + 7 * blocks
     assert full["tanh"] > plain["tanh"] and full["exponential"] > plain["exponential"]
+
+
+def lowered(model):
+    """The step before XLA's own passes, as every kind of device gets it."""
+    images, seed = tf.constant(images_for(model)), tf.constant(SEED, tf.int32)
+    step = tf.function(step_of(model), jit_compile=True, autograph=False)
+    return step.experimental_get_compiler_ir(images, seed)(stage="hlo")
+
+
+def test_a_barrier_stands_before_what_is_computed_again():
+    """GPUs and TPUs need it: there XLA sees that the zero of the other form is one."""
+    barriers = [lowered(tiny_vit(remat=policy)).count(" opt-barrier(") for policy in POLICIES]
+    assert barriers == [0, 2, 2]  # one for each block
+
+
+def test_masks_are_not_kept_where_a_tpu_computes_again():
+    """The blocks' layers draw in the forward pass, and again when that is repeated."""
+    draws = [
+        lowered(tiny_vit(remat=policy, form="tensor", dropout=0.1)).count(" rng-bit-generator(")
+        for policy in ("none", "full")
+    ]
+    # One layer behind the embedding, and three in each of two blocks.
+    assert draws == [1 + 2 * 3, 1 + 2 * 2 * 3]
+
+
+def test_the_barrier_has_gradients_of_any_order():
+    assert not in_xla()
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(x):
+        assert in_xla()
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y, z = barrier(x, 2.0 * x)
+                total = y * y * z
+            first = inner.gradient(total, x)
+        return first, outer.gradient(first, x)
+
+    assert [float(g) for g in run(tf.constant(3.0))] == [6 * 9, 12 * 3]  # of 2 x^3
 
 
 def test_what_is_recomputed_waits_for_the_gradient_from_above():

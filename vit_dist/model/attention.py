@@ -54,7 +54,7 @@ class Attention(keras.layers.Layer):
         self.num_heads, self.qkv_bias = num_heads, qkv_bias
         self.softmax, self.form = softmax, form
         self.recompute, self.block_size = recompute, block_size
-        self.drop = Dropout(dropout, name="dropout", dtype=self.dtype_policy)
+        self.drop = Dropout(dropout, form=form, name="dropout", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self._config}
@@ -107,6 +107,10 @@ class Attention(keras.layers.Layer):
         dropped = self.drop(tf.cast(weights, value.dtype), training=training, seed=seed)
         return tf.matmul(dropped, value) / tf.cast(total, value.dtype), weights / total
 
+    def _attended(self, query, key, value, seed: tf.Tensor | None = None) -> tf.Tensor:
+        """What _attend gives first, while training."""
+        return self._attend(query, key, value, training=True, seed=seed)[0]
+
     def call(
         self,
         x: tf.Tensor,
@@ -126,7 +130,7 @@ class Attention(keras.layers.Layer):
         if self.block_size and not return_weights:
             y = blockwise_attention(query, key, value, block_size=self.block_size)
         elif self.recompute and training:
-            again = rematerialized(lambda *x: self._attend(*x, training=True, seed=seed)[0])
+            again = rematerialized(self._attended, seed=seed)
             y = again(query, key, value)
         else:
             y, weights = self._attend(query, key, value, training=training, seed=seed)

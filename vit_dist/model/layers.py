@@ -2,8 +2,8 @@
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H, M hidden width of the MLP.
 
-Every layer has an argument `form`, which changes speed and not the numbers: "matrix" for CPUs and
-GPUs, "tensor" for TPUs (see `Linear`).
+Every layer has an argument `form`, which changes speed and not the numbers (but for the masks of
+`Dropout`): "matrix" for CPUs and GPUs, "tensor" for TPUs (see `Linear`).
 """
 
 from typing import Any
@@ -112,8 +112,8 @@ class Mlp(keras.layers.Layer):
         self._config = {"hidden": hidden, "gelu": gelu, "dropout": dropout, "form": form}
         self.hidden, self.gelu, self.form = hidden, gelu, form
         # Two layers, as each has a mask of its own, by the layer's path.
-        self.drop_0 = Dropout(dropout, name="dropout_0", dtype=self.dtype_policy)
-        self.drop_1 = Dropout(dropout, name="dropout_1", dtype=self.dtype_policy)
+        self.drop_0 = Dropout(dropout, form=form, name="dropout_0", dtype=self.dtype_policy)
+        self.drop_1 = Dropout(dropout, form=form, name="dropout_1", dtype=self.dtype_policy)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self._config}
@@ -188,7 +188,7 @@ class EncoderBlock(keras.layers.Layer):
             name="attention",
             **shared,
         )
-        self.drop = Dropout(dropout, name="dropout", dtype=dtype)
+        self.drop = Dropout(dropout, name="dropout", **shared)
         self.norm_1 = layer_norm("norm_1", epsilon=norm_epsilon, **shared)
         self.mlp = Mlp(hidden, gelu=gelu, dropout=dropout, name="mlp", **shared)
         # One LayerScale and one stochastic depth for each of the two branches.

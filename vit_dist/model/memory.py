@@ -8,63 +8,85 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from vit_dist.model.xla import barrier, in_xla
+
 POLICIES = ("none", "attention", "full")
 
 
-def rematerialized(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+def rematerialized(
+    function: Callable[..., tf.Tensor], *, seed: tf.Tensor | None = None
+) -> Callable[..., tf.Tensor]:
     """Returns a function that computes `function` and keeps only the arguments for its gradient.
 
     The backward pass computes everything between arguments and output again (Chen et al., arXiv
     1604.06174).
 
     Args:
-      function: floating tensors -> one tensor. What it reads besides its arguments, such as seeds,
-        comes from its closure and gets no gradient.
+      function: floating tensors, and a keyword `seed` if there is one -> one tensor. What else it
+        reads comes from its closure and gets no gradient.
+      seed: of random masks, which are then drawn again and not kept; None for none.
     """
+    draws = {} if seed is None else {"seed": seed}
 
     @tf.custom_gradient
     def run(x: tf.Tensor, *others: tf.Tensor):
         def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
             # One input that waits for the gradient is enough: all that is computed depends on it.
-            inputs = [_after(x, upstream), *others]
+            # But for masks, which depend on the seed alone.
+            later, upstream, again = _after(x, upstream, draws)
+            inputs = [later, *others]
             # Only the arguments are watched: variables must get their gradients as arguments, see
             # rematerialized_layer.
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(inputs)
-                y = function(*inputs)
+                y = function(*inputs, **again)
             return tape.gradient(y, inputs, upstream, unconnected_gradients="zero")
 
-        return function(x, *others), gradient
+        return function(x, *others, **draws), gradient
 
     return run
 
 
-def _after(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-    """Returns x, made to depend on `upstream`, the gradient of the output.
+def _after(
+    x: tf.Tensor, upstream: tf.Tensor, draws: dict[str, tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor, dict[str, tf.Tensor]]:
+    """Returns its arguments, made to depend on `upstream`, the gradient of the output.
 
     Without that dependence XLA would see that the forward pass has computed the same expressions of
     x before, merge the two, and keep the results in memory after all. Control dependencies do not
-    exist in XLA, and its optimization barrier is dropped on CPUs before equal expressions are
-    merged. So x gets a zero added that is computed from `upstream`, as in tf.recompute_grad.
+    exist in XLA. Two things together hold on every kind of device, and where XLA does not compile:
+
+    - XLA's optimization barrier, on GPUs and TPUs. The compiler for CPUs drops it too early.
+    - A zero computed from `upstream`, added to x, as in tf.recompute_grad: on CPUs. The compiler
+      for TPUs sees that it is zero and leaves it out. Seeds get none: drawing takes long on
+      CPUs, so masks are kept there.
     """
+    if in_xla():
+        # `upstream` comes back through the barrier and is used: a result that nobody used would be
+        # taken out of the barrier, and x would wait for nothing.
+        x, upstream, *seeds = barrier(x, upstream, *draws.values())
+        draws = dict(zip(draws, seeds, strict=True))
     first = tf.cast(tf.reshape(upstream, [-1])[0], tf.bool)
-    # Always 0, in a way that XLA's simplifier does not see through on CPUs and GPUs.
+    # Always 0, in a way that XLA's simplifier does not see through on CPUs.
     zero = tf.where(tf.equal(first, first), 0.0, float("nan"))
-    return x + tf.cast(zero, x.dtype)
+    return x + tf.cast(zero, x.dtype), upstream, draws
 
 
-def rematerialized_layer(layer: keras.layers.Layer, x: tf.Tensor, **options: object) -> tf.Tensor:
-    """layer(x, **options), keeping x alone for the backward pass; the weights get gradients."""
+def rematerialized_layer(
+    layer: keras.layers.Layer, x: tf.Tensor, *, seed: tf.Tensor | None = None, **options: object
+) -> tf.Tensor:
+    """layer(x, seed=seed, **options), keeping x and the seed alone; the weights get gradients."""
     # A custom gradient returns gradients for its arguments alone, so the weights become arguments.
     # In the StatelessScope the layer reads `values` in place of its variables.
     weights = layer.weights
 
-    def call(x: tf.Tensor, *values: tf.Tensor) -> tf.Tensor:
+    def call(x: tf.Tensor, *values: tf.Tensor, **draws: tf.Tensor) -> tf.Tensor:
         mapping = list(zip(weights, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping, initialize_variables=False):
-            return layer(x, **options)
+            return layer(x, **options, **draws)
 
-    return rematerialized(call)(x, *(tf.convert_to_tensor(w.value) for w in weights))
+    values = (tf.convert_to_tensor(w.value) for w in weights)
+    return rematerialized(call, seed=seed)(x, *values)
 
 
 def blockwise_attention(

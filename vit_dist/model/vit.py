@@ -152,7 +152,7 @@ class ViT(keras.Model):
         self.embedding = PatchEmbedding(
             self.width, (self.patch_size,) * 2, form=config["form"], name="embedding", dtype=dtype
         )
-        self.drop = Dropout(config["dropout"], name="dropout", dtype=dtype)
+        self.drop = Dropout(config["dropout"], form=config["form"], name="dropout", dtype=dtype)
         self.blocks = [self._make_block(i, **shared) for i in range(self.depth)]
         # The last LayerNorm; `features` applies it before the pooling or after.
         self.norm = layer_norm(

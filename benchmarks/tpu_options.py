@@ -1,0 +1,303 @@
+"""What each option does to a training step on a TPU v5e: memory, bytes and flops, against bounds.
+
+    make test-tpu-compile   or   .venv/bin/python benchmarks/tpu_options.py [--only NAME ...]
+
+Each row of ROWS is a step that libtpu's compiler turns into a TPU program, on a machine without a
+TPU (see tpu_compile.py). A row's bounds say what the option is there for: one that is meant to save
+memory and does not is a failure, and so is a figure that is not the one in docs/tpu_options.md
+any more. --write writes that page. A compilation takes a minute or more, so its figures are kept in
+.cache/tpu_compile under a hash of the program and of the compiler's version.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import _smoke
+from _tpu_step import COMPILER, TOPOLOGY, Setting, compile_for_tpu, export_step
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "tpu_compile"
+PAGE = ROOT / "docs" / "tpu_options.md"
+BEGIN = "<!-- the table begins: written by benchmarks/tpu_options.py -->\n"
+END = "<!-- the table ends -->"
+# How far a figure may be from the page's. The compiler's choices move by a little with small
+# changes of the program.
+TOLERANCE = 0.03
+COLUMNS = {
+    "temp": ("Temp MB", 1e6, ".0f"),
+    "arguments": ("Arguments MB", 1e6, ".0f"),
+    "accessed": ("Accessed GB", 1e9, ".2f"),
+    "flops": ("GFLOP", 1e9, ".0f"),
+}
+SMOKE = {"only": ["plain", "remat full"], "depth": 1, "batch_size": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      name: what the step has that the one of `base` does not, as in the config.
+      setting: the step.
+      bounds: figure -> the largest that it may be, over that of `base`.
+      base: the name of the row that it is compared with.
+    """
+
+    name: str
+    setting: Setting
+    bounds: Mapping[str, float]
+    base: str = "plain"
+
+
+# What big_vision's step has, and all rows but those of the float32 softmax: its dtype is bfloat16.
+SOFTMAX = {"softmax": "compute"}
+
+
+def row(
+    name: str,
+    bounds: Mapping[str, float],
+    *,
+    base: str = "plain",
+    model: Mapping[str, Any] | None = None,
+    **setting: Any,
+) -> Row:
+    return Row(name, Setting(model={**SOFTMAX, **(model or {})}, **setting), bounds, base)
+
+
+def rows() -> list[Row]:
+    """The table: each option alone, and the combinations that belong together."""
+
+    def model(**options: Any) -> dict[str, Any]:
+        return {"model": options}
+
+    def optimizer(**options: Any) -> dict[str, Any]:
+        return {"optimizer": options}
+
+    long: dict[str, Any] = {"image_size": 768, "batch_size": 2}
+    return [
+        row("plain", {"temp": 1}),
+        # Meant to save memory.
+        row("remat full", {"temp": 0.3, "accessed": 0.85}, **model(remat="full")),
+        row("remat attention", {"temp": 0.9}, **model(remat="attention")),
+        row("accumulation 4", {"temp": 0.4, "accessed": 1.25}, accumulation=4),
+        row("momentum_dtype bfloat16", {"arguments": 0.9}, **optimizer(momentum_dtype="bfloat16")),
+        # Meant to cost little.
+        row("dropout 0.1", {"temp": 1.1, "accessed": 1.15}, **model(dropout=0.1)),
+        row("attention_dropout 0.1", {"temp": 1.2}, **model(attention_dropout=0.1)),
+        row("dropout 0.1, remat full", {"temp": 0.35}, **model(dropout=0.1, remat="full")),
+        row("drop_path 0.1", {"temp": 1.05, "accessed": 1.05}, **model(drop_path=0.1)),
+        row("ema_decay", {"temp": 1.02, "accessed": 1.02, "arguments": 1.4}, ema=True),
+        row("mixup_alpha 0.2", {"temp": 1.05, "accessed": 1.05}, mixing={"mixup_alpha": 0.2}),
+        # Many tokens: from where on blocks of keys pay.
+        row("attention_block 64", {}, **model(attention_block=64)),
+        row("384 px", {}, image_size=384, batch_size=8),
+        row(
+            "384 px, attention_block 256",
+            {},
+            base="384 px",
+            image_size=384,
+            batch_size=8,
+            **model(attention_block=256),
+        ),
+        row("512 px", {}, image_size=512, batch_size=4),
+        row(
+            "512 px, attention_block 256",
+            {},
+            base="512 px",
+            image_size=512,
+            batch_size=4,
+            **model(attention_block=256),
+        ),
+        row("768 px", {}, **long),
+        row(
+            "768 px, attention_block 256",
+            {"temp": 0.6},
+            base="768 px",
+            **model(attention_block=256),
+            **long,
+        ),
+        row("768 px, remat full", {"temp": 0.5}, base="768 px", **model(remat="full"), **long),
+        # Networks.
+        row("registers 4", {"temp": 1.1, "accessed": 1.15}, **model(registers=4)),
+        row("pool tok", {"temp": 1.05, "accessed": 1.1}, **model(pool="tok")),
+        row("pool map", {"temp": 1.1, "accessed": 1.1}, **model(pool="map")),
+        row("softmax float32", {"temp": 1.05, "accessed": 1.05}, **model(softmax="float32")),
+        # Optimizers, in place of AdamW.
+        row("sgd", {"temp": 1.02, "arguments": 0.8}, **optimizer(name="sgd")),
+        row("lamb", {"temp": 1.05, "accessed": 1.05}, **optimizer(name="lamb")),
+        row("lion", {"temp": 1.02, "arguments": 0.8}, **optimizer(name="lion")),
+        row("adafactor", {"temp": 1.05, "arguments": 0.6}, **optimizer(name="adafactor")),
+        row("adafactor_vit", {"temp": 1.05, "arguments": 0.8}, **optimizer(name="adafactor_vit")),
+        row("muon", {"temp": 1.2, "arguments": 0.8}, **optimizer(name="muon")),
+        # Precisions.
+        row("precision float32", {}, precision="float32"),
+        row("precision float16", {}, precision="float16"),
+    ]
+
+
+def measure(chosen: list[Row], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Name of a row -> its figures, from the cache or the compiler; says how far it is."""
+    found, waiting = {}, {}
+    for number, one in enumerate(chosen, 1):
+        began = time.monotonic()
+        step, _ = export_step(one.setting)
+        kept = cache_file(step, args)
+        print(
+            f"{number}/{len(chosen)} {one.name}: traced in {time.monotonic() - began:.0f} s", end=""
+        )
+        if kept.exists():
+            found[one.name] = json.loads(kept.read_text())
+            print(f", compiled before ({line(found[one.name])})", flush=True)
+        else:
+            waiting[one.name] = (step, kept)
+            print(flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.hlo" for i in range(len(waiting))]
+        for path, (step, _) in zip(paths, waiting.values(), strict=True):
+            path.write_bytes(step)
+        if waiting:
+            print(f"compiling {len(waiting)} programs: some minutes each", flush=True)
+            told = compile_for_tpu(args.python, args.topology, *map(str, paths))
+            for number, (name, figures) in enumerate(zip(waiting, told, strict=True), 1):
+                found[name] = figures
+                _, kept = waiting[name]
+                # Kept at once: whoever interrupts this goes on from here.
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(figures))
+                seconds = figures["seconds"]
+                print(
+                    f"{number}/{len(waiting)} {name}: {line(figures)}, {seconds:.0f} s", flush=True
+                )
+    return found
+
+
+def cache_file(step: bytes, args: argparse.Namespace) -> Path:
+    # Another compiler gives other figures: the folders of its packages carry their versions.
+    packages = Path(args.python).parent.parent.glob("lib/python*/site-packages/*.dist-info")
+    versions = sorted(p.name for p in packages if re.match(r"(jax|jaxlib|libtpu)-", p.name))
+    key = hashlib.sha256(json.dumps([args.topology, versions]).encode() + step).hexdigest()
+    return Path(args.cache) / f"{key[:32]}.json"
+
+
+def line(figures: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{head} {figures[key] / unit:{form}}" for key, (head, unit, form) in COLUMNS.items()
+    )
+
+
+def table(chosen: list[Row], found: Mapping[str, Mapping[str, float]]) -> str:
+    """The table of the page, in Markdown."""
+    heads = [head for head, *_ in COLUMNS.values()]
+    lines = [
+        "| Step | " + " | ".join(heads) + " | Over its base: temp, accessed, flops | Bounds |",
+        "|---|" + "---|" * (len(heads) + 2),
+    ]
+    for one in chosen:
+        figures, base = found[one.name], found[one.base]
+        cells = [f"{figures[key] / unit:{form}}" for key, (_, unit, form) in COLUMNS.items()]
+        ratios = [f"{figures[key] / base[key]:.2f}" for key in ("temp", "accessed", "flops")]
+        bounds = ", ".join(f"{key} {limit:g}" for key, limit in one.bounds.items())
+        lines.append(f"| {one.name} | {' | '.join(cells)} | {', '.join(ratios)} | {bounds} |")
+    return "\n".join(lines) + "\n"
+
+
+def failures(
+    chosen: list[Row], found: Mapping[str, Mapping[str, float]], page: Mapping[str, list[str]]
+) -> list[str]:
+    """What is above its bound, or no longer what the page says."""
+    out = []
+    for one in chosen:
+        figures, base = found[one.name], found[one.base]
+        for key, limit in one.bounds.items():
+            ratio = figures[key] / base[key]
+            if ratio > limit:
+                out.append(
+                    f"{one.name}: {key} is {ratio:.2f} times that of {one.base}, over {limit}"
+                )
+        if one.name not in page:
+            out.append(f"{one.name}: not in {PAGE.name}; --write writes it")
+            continue
+        for (key, (head, unit, _)), cell in zip(COLUMNS.items(), page[one.name], strict=False):
+            if abs(figures[key] / unit / float(cell) - 1) > TOLERANCE:
+                out.append(
+                    f"{one.name}: {head} {figures[key] / unit:.2f}, and {cell} in {PAGE.name}; "
+                    "--write writes it anew"
+                )
+    return out
+
+
+def read_page() -> dict[str, list[str]]:
+    """Name of a row -> its cells, as the page has them."""
+    text = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
+    lines = [re.split(r" *\| *", x.strip("| ")) for x in text.splitlines()[2:] if "|" in x]
+    return {name: cells for name, *cells in lines}
+
+
+def write_page(text: str) -> None:
+    before, begin, rest = PAGE.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    PAGE.write_text(before + begin + text + end + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", help="names of rows; their bases come along")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--depth", type=int, help="blocks of each model, in place of the variant's")
+    parser.add_argument("--batch_size", type=int, help="of each step, in place of the row's")
+    parser.add_argument("--cache", default=str(CACHE), help="folder of what was compiled before")
+    parser.add_argument("--topology", default=TOPOLOGY, help="also v5p:2x2x1, v6e:1x1, ..., cpu")
+    parser.add_argument("--python", default=str(COMPILER), help="that has JAX, and libtpu")
+    args = _smoke.parse(parser, SMOKE)
+    if not Path(args.python).exists():
+        raise SystemExit("libtpu is not installed: run `make test-tpu-compile`")
+    chosen = choose(args.only)
+    other = bool(args.depth or args.batch_size or args.topology != TOPOLOGY)
+    if args.write and (args.only or other):
+        raise SystemExit("--write takes all rows, at their own sizes: leave the other flags out")
+    changed = {"batch_size": args.batch_size} if args.batch_size else {}
+    depth = {"depth": args.depth} if args.depth else {}
+    chosen = [
+        dataclasses.replace(
+            one,
+            setting=dataclasses.replace(
+                one.setting, model={**one.setting.model, **depth}, **changed
+            ),
+        )
+        for one in chosen
+    ]
+    found = measure(chosen, args)
+    text = table(chosen, found)
+    print(text, end="", flush=True)
+    if args.write:
+        write_page(text)
+    # The bounds and the page are of the steps at their own sizes, for a v5e.
+    wrong = [] if other else failures(chosen, found, read_page())
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+def choose(only: list[str] | None) -> list[Row]:
+    known = {one.name: one for one in rows()}
+    if only is None:
+        return list(known.values())
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise SystemExit(f"no row {', '.join(map(repr, unknown))}; there are: {', '.join(known)}")
+    bases = {known[name].base for name in only}
+    return [one for one in known.values() if one.name in {*only, *bases}]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
