@@ -1,17 +1,16 @@
 """The JAX side of tpu_compile.py and tpu_options.py: libtpu's compiler, on a machine without a TPU.
 
-    python benchmarks/_tpu_compiler.py TOPOLOGY step.hlo ...                HloModuleProtos
+    python benchmarks/_tpu_compiler.py TOPOLOGY step.hlo                    an HloModuleProto
     python benchmarks/_tpu_compiler.py TOPOLOGY peer VARIANT BATCH [DEPTH]  the peer, see below
 
 With the topology "cpu" JAX compiles for this machine without libtpu, which tests all but libtpu.
-Prints one line of JSON for each: bytes of arguments and temporaries, bytes accessed, flops, and how
-many seconds it took to compile.
+Prints one line of JSON: bytes of arguments and temporaries, bytes accessed, flops, and how many
+seconds it took to compile.
 
 The peer is the same step as one would write it with flax and optax, in the numerics of big_vision's
 ViT: bfloat16 products, residuals and softmax, float32 statistics in the LayerNorms.
 """
 
-import functools
 import json
 import os
 import sys
@@ -144,9 +143,17 @@ def compile_peer(device, variant: str, batch_size: int, depth: int | None = None
     return lowered.compile().runtime_executable()
 
 
-def report(build) -> None:
+def main() -> None:
+    topology, what, *rest = sys.argv[1:]
+    if topology == "cpu":
+        device = jax.devices("cpu")[0]
+    else:
+        device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     began = time.monotonic()
-    executable = build()
+    if what == "peer":
+        executable = compile_peer(device, rest[0], *map(int, rest[1:]))
+    else:
+        executable = compile_hlo(what, device)
     memory, cost = executable.get_compiled_memory_stats(), executable.cost_analysis()
     found = {
         "arguments": memory.argument_size_in_bytes,
@@ -155,20 +162,7 @@ def report(build) -> None:
         "flops": cost["flops"],
         "seconds": time.monotonic() - began,
     }
-    print(json.dumps(found), flush=True)
-
-
-def main() -> None:
-    topology, what, *rest = sys.argv[1:]
-    if topology == "cpu":
-        device = jax.devices("cpu")[0]
-    else:
-        device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
-    if what == "peer":
-        report(lambda: compile_peer(device, rest[0], *map(int, rest[1:])))
-    else:
-        for path in (what, *rest):
-            report(functools.partial(compile_hlo, path, device))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

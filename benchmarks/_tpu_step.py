@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def export_step(setting: Setting) -> tuple[bytes, int]:
 
     # One replica without a strategy: gradients and update follow each other in one program.
     @tf.function(jit_compile=True, autograph=False)
-    def step(batch):
-        return update(*gradients(batch, tf.constant(0))).metrics
+    def step(*values):
+        return update(*gradients(dict(zip(batch, values, strict=True)), tf.constant(0))).metrics
 
     batch_size, side = setting.batch_size, setting.image_size
     batch = {
@@ -91,7 +91,7 @@ def export_step(setting: Setting) -> tuple[bytes, int]:
     }
     if mixing is not None:
         batch["mix"] = tf.TensorSpec((batch_size, *ROW_SPEC.shape), ROW_SPEC.dtype)
-    serialized = step.experimental_get_compiler_ir(batch)(stage="hlo_serialized")
+    serialized = step.experimental_get_compiler_ir(*batch.values())(stage="hlo_serialized")
     return _without_counters(serialized), network.count_params()
 
 
@@ -123,19 +123,11 @@ def _without_counters(serialized: bytes) -> bytes:
     return module.SerializeToString(deterministic=True)
 
 
-def compile_for_tpu(python: str, topology: str, *what: str) -> Iterator[dict[str, float]]:
-    """What the compiler says of each of `what`, as soon as it is known: see _tpu_compiler.py."""
+def compile_for_tpu(python: str, topology: str, *what: str) -> dict[str, float]:
+    """What the compiler says of a program: see _tpu_compiler.py."""
     # In another interpreter, whose environment has JAX and libtpu.
     command = [python, str(HERE / "_tpu_compiler.py"), topology, *what]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout and process.stderr
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
-        told = process.stderr.read()
-    if process.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with code {process.returncode}: {told[-3000:]}"
-        )
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])

@@ -64,14 +64,14 @@ def main() -> None:
     )
     with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
         Path(file.name).write_bytes(step)
-        (found,) = compile_for_tpu(args.python, args.topology, file.name)
+        found = compile_for_tpu(args.python, args.topology, file.name)
     show("vit_dist", found)
     if (args.variant, args.batch_size, args.accumulation) == ("Ti/16", 32, 1):
         show_ratios(found, LIMITS, "big_vision's 448 MB and 7.76 GB")
     if args.peer:
         depth = [str(model["depth"])] if "depth" in model else []
         what = ("peer", args.variant, str(args.batch_size), *depth)
-        (peer,) = compile_for_tpu(args.python, args.topology, *what)
+        peer = compile_for_tpu(args.python, args.topology, *what)
         show("flax and optax", peer)
         show_ratios(found, peer, "flax and optax")
 

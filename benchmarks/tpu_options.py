@@ -16,7 +16,6 @@ import json
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,37 +145,24 @@ def rows() -> list[Row]:
 
 def measure(chosen: list[Row], args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Name of a row -> its figures, from the cache or the compiler; says how far it is."""
-    found, waiting = {}, {}
+    found = {}
     for number, one in enumerate(chosen, 1):
-        began = time.monotonic()
+        print(f"{number}/{len(chosen)} {one.name}", end=": ", flush=True)
         step, _ = export_step(one.setting)
         kept = cache_file(step, args)
-        print(
-            f"{number}/{len(chosen)} {one.name}: traced in {time.monotonic() - began:.0f} s", end=""
-        )
-        if kept.exists():
-            found[one.name] = json.loads(kept.read_text())
-            print(f", compiled before ({line(found[one.name])})", flush=True)
-        else:
-            waiting[one.name] = (step, kept)
-            print(flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.hlo" for i in range(len(waiting))]
-        for path, (step, _) in zip(paths, waiting.values(), strict=True):
-            path.write_bytes(step)
-        if waiting:
-            print(f"compiling {len(waiting)} programs: some minutes each", flush=True)
-            told = compile_for_tpu(args.python, args.topology, *map(str, paths))
-            for number, (name, figures) in enumerate(zip(waiting, told, strict=True), 1):
-                found[name] = figures
-                _, kept = waiting[name]
-                # Kept at once: whoever interrupts this goes on from here.
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(figures))
-                seconds = figures["seconds"]
-                print(
-                    f"{number}/{len(waiting)} {name}: {line(figures)}, {seconds:.0f} s", flush=True
-                )
+        if not kept.exists():
+            with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
+                Path(file.name).write_bytes(step)
+                figures = compile_for_tpu(args.python, args.topology, file.name)
+            # Kept at once: whoever interrupts this goes on from here.
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(figures))
+        found[one.name] = json.loads(kept.read_text())
+        told = [
+            f"{head} {found[one.name][key] / unit:{form}}"
+            for key, (head, unit, form) in COLUMNS.items()
+        ]
+        print(f"{', '.join(told)} (compiled in {found[one.name]['seconds']:.0f} s)", flush=True)
     return found
 
 
@@ -186,12 +172,6 @@ def cache_file(step: bytes, args: argparse.Namespace) -> Path:
     versions = sorted(p.name for p in packages if re.match(r"(jax|jaxlib|libtpu)-", p.name))
     key = hashlib.sha256(json.dumps([args.topology, versions]).encode() + step).hexdigest()
     return Path(args.cache) / f"{key[:32]}.json"
-
-
-def line(figures: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{head} {figures[key] / unit:{form}}" for key, (head, unit, form) in COLUMNS.items()
-    )
 
 
 def table(chosen: list[Row], found: Mapping[str, Mapping[str, float]]) -> str:

@@ -12,7 +12,7 @@ from tensorflow.python.tpu import tpu_strategy_util, tpu_system_metadata
 
 from vit_dist.cluster.hosts import device_kind
 from vit_dist.model import vit
-from vit_dist.model.variants import vit_config
+from vit_dist.model.variants import choose_form, vit_config
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 from vit_dist.training.schedules import Schedule
@@ -75,8 +75,10 @@ def test_step_compiles_into_one_tpu_program_with_one_sum_per_gradient(
     monkeypatch.setattr(vit, "initialize", lambda *args, **kwargs: None)  # needs the devices
     graph = tf.Graph()
     with graph.as_default(), strategy.scope():
-        config = vit_config("mu/4", image_size=16, num_classes=10, pool="tok", dropout=0.1)
-        model, ema = (vit.build_vit(config, precision=precision) for _ in range(2))
+        sizes = {"image_size": 16, "num_classes": 10}
+        config = vit_config("mu/4", pool="tok", dropout=0.1, remat="full", **sizes)
+        made = {"precision": precision, "form": choose_form(device_kind(strategy))}
+        model, ema = (vit.build_vit(config, **made) for _ in range(2))
         optimizer = make_optimizer(vit.named_weights(model), OptimizerOptions(weight_decay=0.1))
         state = TrainState(model, optimizer)
         state.ema = ema
@@ -98,6 +100,10 @@ def test_step_compiles_into_one_tpu_program_with_one_sum_per_gradient(
     assert ops["CrossReplicaSum"] == len(optimizer.variables) + 2  # and loss and accuracy
     # The steps loop on the host, the micro-batches inside the TPU's program.
     assert ops["While"] == 2
+    # What only XLA has is found to be there, inside the loop of micro-batches: the barrier before
+    # the one block, and the generator for the mask of the embedding and three of the block, twice.
+    assert ops["XlaOptimizationBarrier"] == 1
+    assert ops["XlaRngBitGenerator"] == 1 + 2 * 3
 
 
 def test_tpu_strategy_is_left_to_compile_by_itself(strategy):

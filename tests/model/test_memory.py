@@ -50,7 +50,8 @@ def test_the_same_gradients_in_half_precision():
 
 
 def test_the_same_gradients_in_the_form_for_tpus():
-    compare_policies(limit=1e-6, jit=True, form="tensor")
+    # Attention's own masks are drawn again, too. One block, as compiling takes long.
+    compare_policies(limit=1e-6, jit=True, form="tensor", attention_dropout=0.2, depth=1)
 
 
 def compare_policies(*, limit, jit, **made):
@@ -106,7 +107,8 @@ def test_a_barrier_stands_before_what_is_computed_again():
 def test_masks_are_not_kept_where_a_tpu_computes_again():
     """The blocks' layers draw in the forward pass, and again when that is repeated."""
     draws = [
-        lowered(tiny_vit(remat=policy, form="tensor", dropout=0.1)).count(" rng-bit-generator(")
+        # Philox makes the layers' seeds, the default generator their masks.
+        lowered(tiny_vit(remat=policy, form="tensor", dropout=0.1)).count("algorithm=rng_default")
         for policy in ("none", "full")
     ]
     # One layer behind the embedding, and three in each of two blocks.

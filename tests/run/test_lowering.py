@@ -28,7 +28,7 @@ def small(path):
     # Tracing a recipe's own pipes takes seconds, and the step begins behind them.
     config.input.train_ops = config.input.eval_ops = "decode|resize(size)|value_range(-1, 1)"
     config.input.batch_size = 8 * config.step.accumulation
-    made_up = {"source": "synthetic", "name": None, "height": 32, "width": 32}
+    made_up = {"source": "synthetic", "name": None, "data_dir": None, "height": 32, "width": 32}
     made_up |= {"num_examples": 1000, "num_classes": 10, "val_split": "", "test_split": ""}
     config.data.update(made_up)
     return config
@@ -58,8 +58,8 @@ def hlo_of(config):
     )
 
     @tf.function(jit_compile=True, autograph=False)
-    def step(batch):
-        return update(*gradients(batch, tf.constant(0))).metrics
+    def step(*values):
+        return update(*gradients(dict(zip(batch, values, strict=True)), tf.constant(0))).metrics
 
     count = options.input.batch_size
     batch = {
@@ -70,7 +70,7 @@ def hlo_of(config):
         batch["mix"] = tf.TensorSpec((count, 6), tf.float32)
     if data.damage:
         batch["mask"] = tf.TensorSpec((count,), tf.float32)
-    return step.experimental_get_compiler_ir(batch)(stage="hlo")
+    return step.experimental_get_compiler_ir(*batch.values())(stage="hlo")
 
 
 def unfit(hlo):
