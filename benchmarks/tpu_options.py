@@ -81,7 +81,21 @@ def rows() -> list[Row]:
     def optimizer(**options: Any) -> dict[str, Any]:
         return {"optimizer": options}
 
-    long: dict[str, Any] = {"image_size": 768, "batch_size": 2}
+    def blocks_of_keys(pixels: int, batch_size: int) -> list[Row]:
+        # Two blocks show it, and compile sooner than twelve.
+        name, setting = f"{pixels} px", {"image_size": pixels, "batch_size": batch_size}
+        depth = {"depth": 2}
+        return [
+            row(name, {}, model=depth, **setting),
+            row(
+                f"{name}, attention_block 256",
+                {"temp": 0.9} if pixels >= 768 else {},
+                base=name,
+                model={**depth, "attention_block": 256},
+                **setting,
+            ),
+        ]
+
     return [
         row("plain", {"temp": 1}),
         # Meant to save memory.
@@ -96,50 +110,34 @@ def rows() -> list[Row]:
         row("drop_path 0.1", {"temp": 1.05, "accessed": 1.05}, **model(drop_path=0.1)),
         row("ema_decay", {"temp": 1.02, "accessed": 1.02, "arguments": 1.4}, ema=True),
         row("mixup_alpha 0.2", {"temp": 1.05, "accessed": 1.05}, mixing={"mixup_alpha": 0.2}),
-        # Many tokens: from where on blocks of keys pay.
-        row("attention_block 64", {}, **model(attention_block=64)),
-        row("384 px", {}, image_size=384, batch_size=8),
-        row(
-            "384 px, attention_block 256",
-            {},
-            base="384 px",
-            image_size=384,
-            batch_size=8,
-            **model(attention_block=256),
-        ),
-        row("512 px", {}, image_size=512, batch_size=4),
-        row(
-            "512 px, attention_block 256",
-            {},
-            base="512 px",
-            image_size=512,
-            batch_size=4,
-            **model(attention_block=256),
-        ),
-        row("768 px", {}, **long),
-        row(
-            "768 px, attention_block 256",
-            {"temp": 0.6},
-            base="768 px",
-            **model(attention_block=256),
-            **long,
-        ),
-        row("768 px, remat full", {"temp": 0.5}, base="768 px", **model(remat="full"), **long),
-        # Networks.
         row("registers 4", {"temp": 1.1, "accessed": 1.15}, **model(registers=4)),
         row("pool tok", {"temp": 1.05, "accessed": 1.1}, **model(pool="tok")),
         row("pool map", {"temp": 1.1, "accessed": 1.1}, **model(pool="map")),
-        row("softmax float32", {"temp": 1.05, "accessed": 1.05}, **model(softmax="float32")),
-        # Optimizers, in place of AdamW.
-        row("sgd", {"temp": 1.02, "arguments": 0.8}, **optimizer(name="sgd")),
-        row("lamb", {"temp": 1.05, "accessed": 1.05}, **optimizer(name="lamb")),
-        row("lion", {"temp": 1.02, "arguments": 0.8}, **optimizer(name="lion")),
-        row("adafactor", {"temp": 1.05, "arguments": 0.6}, **optimizer(name="adafactor")),
-        row("adafactor_vit", {"temp": 1.05, "arguments": 0.8}, **optimizer(name="adafactor_vit")),
-        row("muon", {"temp": 1.2, "arguments": 0.8}, **optimizer(name="muon")),
-        # Precisions.
-        row("precision float32", {}, precision="float32"),
         row("precision float16", {}, precision="float16"),
+        # Many tokens: from where on blocks of keys pay.
+        row("attention_block 64", {}, **model(attention_block=64)),
+        *blocks_of_keys(384, 8),
+        *blocks_of_keys(512, 4),
+        *blocks_of_keys(768, 2),
+        # Optimizers, in place of AdamW. They do not know how deep a network is.
+        row("2 blocks", {}, **model(depth=2)),
+        *(
+            row(
+                f"2 blocks, {name}",
+                bounds,
+                base="2 blocks",
+                **model(depth=2),
+                **optimizer(name=name),
+            )
+            for name, bounds in (
+                ("sgd", {"temp": 1.05, "arguments": 0.8}),
+                ("lamb", {"temp": 1.1, "accessed": 1.1}),
+                ("lion", {"temp": 1.05, "arguments": 0.8}),
+                ("adafactor", {"temp": 1.1, "arguments": 0.6}),
+                ("adafactor_vit", {"temp": 1.1, "arguments": 0.8}),
+                ("muon", {"temp": 1.2, "arguments": 0.8}),
+            )
+        ),
     ]
 
 
