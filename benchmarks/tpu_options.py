@@ -78,20 +78,22 @@ def rows() -> list[Row]:
     def model(**options: Any) -> dict[str, Any]:
         return {"model": options}
 
+    def shallow(**options: Any) -> dict[str, Any]:
+        return model(depth=2, **options)  # compiles sooner than twelve
+
     def optimizer(**options: Any) -> dict[str, Any]:
         return {"optimizer": options}
 
     def blocks_of_keys(pixels: int, batch_size: int) -> list[Row]:
-        # Two blocks show it, and compile sooner than twelve.
-        name, setting = f"{pixels} px", {"image_size": pixels, "batch_size": batch_size}
-        depth = {"depth": 2}
+        name = f"{pixels} px, 2 blocks"
+        setting: dict[str, Any] = {"image_size": pixels, "batch_size": batch_size}
         return [
-            row(name, {}, model=depth, **setting),
+            row(name, {}, **shallow(), **setting),
             row(
                 f"{name}, attention_block 256",
                 {"temp": 0.9} if pixels >= 768 else {},
                 base=name,
-                model={**depth, "attention_block": 256},
+                **shallow(attention_block=256),
                 **setting,
             ),
         ]
@@ -110,23 +112,24 @@ def rows() -> list[Row]:
         row("drop_path 0.1", {"temp": 1.05, "accessed": 1.05}, **model(drop_path=0.1)),
         row("ema_decay", {"temp": 1.02, "accessed": 1.02, "arguments": 1.4}, ema=True),
         row("mixup_alpha 0.2", {"temp": 1.05, "accessed": 1.05}, mixing={"mixup_alpha": 0.2}),
-        row("registers 4", {"temp": 1.1, "accessed": 1.15}, **model(registers=4)),
-        row("pool tok", {"temp": 1.05, "accessed": 1.1}, **model(pool="tok")),
-        row("pool map", {"temp": 1.1, "accessed": 1.1}, **model(pool="map")),
-        row("precision float16", {}, precision="float16"),
         # Many tokens: from where on blocks of keys pay.
         row("attention_block 64", {}, **model(attention_block=64)),
         *blocks_of_keys(384, 8),
         *blocks_of_keys(512, 4),
         *blocks_of_keys(768, 2),
-        # Optimizers, in place of AdamW. They do not know how deep a network is.
-        row("2 blocks", {}, **model(depth=2)),
+        # What does not grow with the depth, or grows as the blocks do.
+        row("2 blocks", {}, **shallow()),
+        row("2 blocks, registers 4", {"accessed": 1.2}, base="2 blocks", **shallow(registers=4)),
+        row("2 blocks, pool tok", {"accessed": 1.2}, base="2 blocks", **shallow(pool="tok")),
+        row("2 blocks, pool map", {"accessed": 1.3}, base="2 blocks", **shallow(pool="map")),
+        row("2 blocks, float16", {}, base="2 blocks", precision="float16", **shallow()),
+        # Optimizers, in place of AdamW.
         *(
             row(
                 f"2 blocks, {name}",
                 bounds,
                 base="2 blocks",
-                **model(depth=2),
+                **shallow(),
                 **optimizer(name=name),
             )
             for name, bounds in (
