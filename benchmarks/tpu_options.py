@@ -103,7 +103,7 @@ def rows() -> list[Row]:
         # Meant to save memory.
         row("remat full", {"temp": 0.3, "accessed": 0.85}, **model(remat="full")),
         row("remat attention", {"temp": 0.9}, **model(remat="attention")),
-        row("accumulation 4", {"temp": 0.4, "accessed": 1.25}, accumulation=4),
+        row("accumulation 4", {"temp": 0.4}, accumulation=4),
         row("momentum_dtype bfloat16", {"arguments": 0.9}, **optimizer(momentum_dtype="bfloat16")),
         # Meant to cost little.
         row("dropout 0.1", {"temp": 1.1, "accessed": 1.15}, **model(dropout=0.1)),
