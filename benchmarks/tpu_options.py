@@ -48,7 +48,7 @@ class Row:
       name: what the step has that the one of `base` does not, as in the config.
       setting: the step.
       bounds: figure -> the largest that it may be, over that of `base`.
-      base: the name of the row that it is compared with.
+      base: the name of the row that it is compared with; its own for none.
     """
 
     name: str
@@ -88,7 +88,7 @@ def rows() -> list[Row]:
         name = f"{pixels} px, 2 blocks"
         setting: dict[str, Any] = {"image_size": pixels, "batch_size": batch_size}
         return [
-            row(name, {}, **shallow(), **setting),
+            row(name, {}, base=name, **shallow(), **setting),
             row(
                 f"{name}, attention_block 256",
                 {"temp": 0.9} if pixels >= 768 else {},
@@ -118,7 +118,7 @@ def rows() -> list[Row]:
         *blocks_of_keys(512, 4),
         *blocks_of_keys(768, 2),
         # What does not grow with the depth, or grows as the blocks do.
-        row("2 blocks", {}, **shallow()),
+        row("2 blocks", {}, base="2 blocks", **shallow()),
         row("2 blocks, registers 4", {"accessed": 1.2}, base="2 blocks", **shallow(registers=4)),
         row("2 blocks, pool tok", {"accessed": 1.2}, base="2 blocks", **shallow(pool="tok")),
         row("2 blocks, pool map", {"accessed": 1.3}, base="2 blocks", **shallow(pool="map")),
