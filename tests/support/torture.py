@@ -42,7 +42,7 @@ FLAGS = (
     "--config.strategy.patience_seconds=10",
 )
 # A host that fails leaves the others 6 s.
-SUPERVISION = ("--program=tests.support.tortured", "--backoff=0.1", "--grace=6")
+SUPERVISION = ("--program=tests.support.tortured", "--backoff=0", "--grace=6")
 
 
 class Cell(NamedTuple):
