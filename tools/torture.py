@@ -259,8 +259,9 @@ is wrong. No start began at step 0 or before the newest checkpoint.
   on the chief between a checkpoint's state and its manifest, on the other host beside it.
   *evaluation*: between two batches.
 - `= 1.2 s, 1`: bit-equal; the supervisor knew of it after 1.2 s; one restart. Of a signal to stop
-  the seconds are those until the checkpoint is saved.
-- What stands still is noticed by the watchdog, which here allows 10 to 30 s
+  the seconds are those until the checkpoint is saved. "went on": all began again from the newest
+  checkpoint, but the chain was not run to its end, so nothing was compared.
+- What stands still is noticed by the watchdog, which here allows 10 to 45 s
   (`config.strategy.patience_seconds`, `timeout_seconds`), instead of 600 to 1800 by default. A host
   that is stopped, or cut off, is noticed by TensorFlow's heartbeats.
 """
@@ -288,7 +289,8 @@ def _cell(cell: Cell, cells: dict[Cell, dict[str, Any]]) -> str:
     if cell not in cells:
         return "not run"
     _, what, seconds, restarts, _ = cells[cell]["result"]
-    return f"{'=' if what == 'bit-equal' else what} {seconds:.1f} s, {restarts}"
+    when = f" {seconds:.1f} s" if seconds >= 0 else ""
+    return f"{'=' if what == 'bit-equal' else what}{when}, {restarts}"
 
 
 def _messages(cells: dict[Cell, dict[str, Any]]) -> list[str]:

@@ -41,9 +41,8 @@ def reference(tmp_path_factory):
 @pytest.mark.timeout(900)
 def test_a_run_that_suffers_each_kind_of_fault_ends_as_an_undisturbed_one(reference, tmp_path):
     outcomes = run_chain(CHAIN, reference, tmp_path / "chain")
-    assert [(o.cell, o.what, o.restarts) for o in outcomes] == [
-        (cell, "bit-equal", 1) for cell in CHAIN
-    ]
+    assert [(o.cell, o.what) for o in outcomes] == [(cell, "bit-equal") for cell in CHAIN]
+    assert all(o.restarts for o in outcomes)
     text = (tmp_path / "chain" / "supervisor-0").read_text()
     for fault, said in SAID.items():
         assert said in text, fault

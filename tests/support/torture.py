@@ -25,7 +25,7 @@ from tests.support.waiting import pause
 from vit_dist.training.checkpoint import open_checkpoint
 
 HOSTS = ("chief", "other")
-TOTAL = 100  # steps; a start takes six of them at most until its fault
+TOTAL = 160  # steps; a start takes some eight of them until its fault
 HANGS = 150  # seconds in which nothing happens, until a chain counts as hung
 FLAGS = (
     f"--config={processes.TINY}",
@@ -38,7 +38,8 @@ FLAGS = (
     "--config.model.dropout=0.1",
     "--config.step.ema_decay=0.9",
     "--config.mixing.mixup_alpha=0.2",
-    "--config.strategy.timeout_seconds=30",
+    # The first is allowed for what compiles, also on a machine that is busy otherwise.
+    "--config.strategy.timeout_seconds=45",
     "--config.strategy.patience_seconds=10",
 )
 # A host that fails leaves the others 6 s.

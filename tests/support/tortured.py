@@ -198,13 +198,18 @@ def hook_compiling(fire, host):
     step.as_distribution = as_distribution
 
 
-def hook_step(fire, host):
+# So that a start that a step's fault ends has saved, and the watchdog has learned from three calls.
+_STEPS_BEFORE = SAVE_STEPS + 2
+
+
+def hook_step(fire, host, *, after=_STEPS_BEFORE):
+    """Before a call of the step, when this start has done so many steps."""
     from vit_dist import train
 
     inner = train._Loop.call
 
     def call(loop, batches, step, n):
-        if step >= loop.first + 2:
+        if step >= loop.first + after:
             fire()
         return inner(loop, batches, step, n)
 
@@ -238,7 +243,7 @@ def hook_evaluation(fire, host):
     from vit_dist import train
 
     inner, trained = train.Evaluation.__call__, threading.Event()
-    hook_step(trained.set, host)
+    hook_step(trained.set, host, after=2)
 
     def evaluate(evaluation, split, *, stop):
         def stop_and_fire():
@@ -275,7 +280,7 @@ def hook_input(fire, phase):
             return {name: tf.identity(value) for name, value in inner(source, indices).items()}
 
     DemoSource.fetch = fetch
-    hook_step(armed.set, 0)
+    hook_step(armed.set, 0, after=_STEPS_BEFORE if phase == "step" else 2)
 
 
 def _slow_save():
