@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test torture soak seconds test-pythons check-newest test-interop test-tpu-compile lint format bench bench-tpu clean
+.PHONY: help install demo check test torture soak seconds test-pythons check-newest test-interop test-tpu test-tpu-compile lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,10 +38,10 @@ check: $(STAMP) ## lint, and the tests that neither start a process nor compile:
 	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow)' tests && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"
 
-test: $(STAMP) ## run the tests, but those of test-interop
-	$(PYTEST) --ignore-glob='*/test_interop*' tests
+test: $(STAMP) ## run the tests, but those of test-interop and test-tpu
+	$(PYTEST) --ignore-glob='*/test_interop*' --ignore-glob='*/test_wheel*' tests
 
-seconds: $(STAMP) .venv-interop/.installed ## run all tests and write down how long each takes
+seconds: $(STAMP) .venv-interop/.installed .venv-tpu/.installed ## run all tests and write down how long each takes
 	$(PYTEST) --write-seconds tests
 
 # Cells of the matrix by a regular expression: make torture TORTURE='SIGKILL|chief, save'
@@ -68,6 +68,16 @@ check-newest: $(STAMP) ## make check under the newest supported Python here, if 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
 	$(PYTEST) $(shell find tests -name 'test_interop*.py')
 
+test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an environment of its own, without a TPU
+	$(PYTEST) $(shell find tests -name 'test_wheel*.py')
+
+# TensorFlow for TPUs contends for the same modules as TensorFlow for CPUs.
+.venv-tpu/.installed: pyproject.toml
+	@echo "installing vit_dist and TensorFlow for TPUs into .venv-tpu: some minutes, about 2 GB"
+	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install --quiet -e '.[tpu]'
+	@touch $@
+
 test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step for a TPU v5e, without one, against bounds: an hour at first
 	$(BIN)/python benchmarks/tpu_options.py
 
@@ -78,7 +88,7 @@ lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/python tools/house.py
 	$(BIN)/shellcheck -x $(SHELL_SCRIPTS)
 	$(BIN)/hadolint launch/docker/Dockerfile
-	$(BIN)/check-jsonschema --schemafile tools/schemas/jobset.json launch/jobset.yaml
+	$(BIN)/check-jsonschema --schemafile tools/schemas/jobset.json launch/jobset.yaml launch/jobset_tpu.yaml
 	$(BIN)/check-jsonschema --schemafile tools/schemas/skypilot.json launch/skypilot.yaml
 	$(BIN)/check-jsonschema --schemafile tools/schemas/vertex.json launch/vertex.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -117,5 +127,5 @@ bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v
 	@touch $@
 
 clean: ## remove environments, caches and build products, but no runs
-	rm -rf .cache .venv .venv-interop .venv-tpu-compile .venv-py* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .cache .venv .venv-interop .venv-tpu .venv-tpu-compile .venv-py* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv-*' -prune -exec rm -rf {} +

@@ -251,6 +251,7 @@ def test_what_to_open_exists():
 def test_messages_are_real():
     quoted = first_column("troubleshooting.md", "Message")
     quoted += first_column("troubleshooting.md", "Symptom")
+    quoted += first_column("tpu.md", "Message")
     quoted += first_column("troubleshooting.md", "Message or symptom")
     quoted += first_column("gpu.md", "Message")
     assert len(quoted) > 20

@@ -24,6 +24,7 @@ COMMANDS = (
     "show",
     "demo",
     "data_service",
+    "tpu_worker",
     "launch",
     "doctor",
 )
@@ -51,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "show": {"run", "data", "inspection", "storage", "config"},
     "demo": {"train", "evaluate", "run", "config"},
     "data_service": {"run", "data", "config"},
+    "tpu_worker": {"run", "cluster", "config"},
     "launch": {"run", "training", "cluster", "config", "paths"},
     "doctor": {"run", "cluster", "config"},
     "run": {

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
+import tensorflow as tf
 from absl import flags, logging
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -22,9 +23,12 @@ from vit_dist.cluster.strategy import choose_cluster, make_strategy
 from vit_dist.config.errors import ConfigError
 from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
+from vit_dist.run.explain import explain_lost_host
 from vit_dist.run.facts import evaluation_facts
-from vit_dist.run.origins import open_origin
+from vit_dist.run.options import Data, EvaluationOptions
+from vit_dist.run.origins import Origin, open_origin
 from vit_dist.run.start import check_whole, fill
+from vit_dist.run.tpu_hosts import check_reading, tpu_hosts
 
 
 def define_flags() -> None:
@@ -74,18 +78,30 @@ def evaluate(
     origin = open_origin(checkpoint, image_size=options.weights.image_size)
     devices = options.strategy
     cluster = choose_cluster(devices["name"], devices["tpu"])
-    # As in train: before a device starts, several hosts prove that they judge the same weights on
-    # the same data.
-    with meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting:
-        meeting.agree(evaluation_facts(data, origin))
-        strategy = make_strategy(**devices)
+    with tpu_hosts(devices, _note_request) as tpu_slice:
+        # As in train: before a device starts, several hosts prove that they judge the same weights
+        # on the same data.
+        with meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting:
+            meeting.agree(evaluation_facts(data, origin))
+            strategy = make_strategy(**devices)
+        check_reading(data.sources, strategy, tpu_slice.addresses)
+        try:
+            return _judge(options, data, origin, strategy)
+        except tf.errors.OpError as error:
+            raise explain_lost_host(error, tpu_slice.lost) or error from error
+
+
+def _judge(
+    options: EvaluationOptions, data: Data, origin: Origin, strategy: tf.distribute.Strategy
+) -> dict[str, dict[str, float]]:
+    """Makes and fills the model on the devices, and judges it on each split."""
     model = make_model(options.model, strategy)
     names = next(iter(data.sources.values())).class_names
     pipes = {"eval_ops": options.pipe}
     report = fill(model, origin, options.weights, pipes=pipes, class_names=names)
     check_whole(report, model, origin, options.weights)
     for line in report.remarks():
-        logging.warning("%s: %s", checkpoint, line)
+        logging.warning("%s: %s", origin.path, line)
     judge = Evaluation(options, data, model, strategy)
     results = {}
     for split in data.sources:
@@ -93,6 +109,11 @@ def evaluate(
         assert metrics is not None, "nobody asked to stop"
         results[split] = metrics
     return results
+
+
+def _note_request(reason: str) -> None:
+    """A machine of the TPU is to be taken away; an evaluation has nothing to save."""
+    logging.warning("asked to stop: %s", reason)
 
 
 def script() -> None:

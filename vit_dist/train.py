@@ -46,6 +46,7 @@ from vit_dist.run.input import first_images, train_data
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import Start, check_data, find_start, restore_or_init
+from vit_dist.run.tpu_hosts import check_reading, tpu_hosts
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_whole
 from vit_dist.storage.lock import WorkdirLock
@@ -111,6 +112,7 @@ def _train(
     starts.spending.switch("meeting")
     with (
         meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting,
+        tpu_hosts(devices, preemption.note) as tpu_slice,
         WorkdirLock(workdir, active=meeting.index == 0) as lock,
     ):
         # After the lock: only now is it certain that an earlier start writes no more checkpoints.
@@ -126,12 +128,30 @@ def _train(
         # SIGTERM, so Preemption puts its own in place after it.
         strategy = make_strategy(**devices)
         preemption.attach(functools.partial(all_hosts, strategy))
+        check_reading(data.sources, strategy, tpu_slice.addresses)
         limits = {key: devices[key] for key in ("timeout_seconds", "patience_seconds")}
         with (
             starts.open(workdir, active=chief),
             Watchdog(meeting, **limits) as watchdog,
         ):
-            return _run(options, data, start, workdir, strategy, preemption, watchdog, lock, starts)
+            # Which host an error between hosts is due to.
+            def blame() -> str | None:
+                return tpu_slice.lost() or watchdog.lost()
+
+            metrics = _run(
+                options,
+                data,
+                start,
+                workdir,
+                strategy,
+                preemption,
+                watchdog,
+                lock,
+                starts,
+                blame=blame,
+            )
+        tpu_slice.stopped = bool(metrics.get("preempted"))
+        return metrics
 
 
 def _run(
@@ -144,6 +164,8 @@ def _run(
     watchdog: Watchdog,
     lock: WorkdirLock,
     starts: Starts,
+    *,
+    blame: Callable[[], str | None],
 ) -> dict[str, float]:
     """Makes and fills the state on the devices, and trains; returns the last metrics."""
     # Only now the number of replicas is certain, by which the batch has to be divided.
@@ -190,7 +212,12 @@ def _run(
         except Exception as error:
             _finish_saving(checkpointer)
             better = explain(
-                error, loop.reading(), data, strategy, workdir=workdir, blame=watchdog.lost
+                error,
+                loop.reading(),
+                data,
+                strategy,
+                workdir=workdir,
+                blame=blame,
             )
             if better is None:
                 raise

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import types
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from vit_dist import train
 from vit_dist.cluster.environment import find_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("jobset", "skypilot", "vertex")
+NAMES = ("jobset", "jobset_tpu", "skypilot", "vertex")
 COMMAND = r"-m vit_dist\.train --config \S+ --workdir \S+"
 
 
@@ -26,7 +27,7 @@ def read(name):
     return yaml.safe_load((ROOT / f"launch/{name}.yaml").read_text())
 
 
-JOBSET = read("jobset")
+JOBSET, JOBSET_TPU = read("jobset"), read("jobset_tpu")
 JOB = JOBSET["spec"]["replicatedJobs"][0]["template"]["spec"]
 POD = JOB["template"]["spec"]
 
@@ -35,7 +36,8 @@ POD = JOB["template"]["spec"]
 
 
 def check(name, manifest):
-    schema = json.loads((ROOT / f"tools/schemas/{name}.json").read_text())
+    engine = name.removesuffix("_tpu")
+    schema = json.loads((ROOT / f"tools/schemas/{engine}.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(manifest)
 
 
@@ -154,6 +156,33 @@ def test_kubernetes_takes_the_rules():
         assert not codes or codes["values"] == sorted(set(codes["values"]))
     volumes = {volume["name"] for volume in POD["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_a_tpu_slice_fails_and_restarts_as_other_jobsets_do():
+    """Which rules these are is tested with launch/jobset.yaml."""
+    job = JOBSET_TPU["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert JOBSET_TPU["spec"]["failurePolicy"] == JOBSET["spec"]["failurePolicy"]
+    assert job["podFailurePolicy"] == JOB["podFailurePolicy"]
+    assert job["parallelism"] == job["completions"]
+    # GKE tells pods who they are if they have a stable name: the Job is indexed, with a subdomain.
+    assert job["completionMode"] == "Indexed" and JOBSET_TPU["spec"]["network"]["subdomain"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_pod_of_a_tpu_slice_starts_worker_and_program(index, tmp_path):
+    (container,) = JOBSET_TPU["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    fake = tmp_path / "python"
+    fake.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    fake.chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TPU_WORKER_ID": str(index)}
+    words = container["command"] + container["args"]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, check=True)
+    started = set(done.stdout.splitlines())
+    flags = " ".join(container["args"])
+    trained = f"-m vit_dist.train {flags} --config.strategy.name=tpu"
+    assert started == {"-m vit_dist.tpu_worker", *([] if index else [trained])}
 
 
 def test_what_skypilot_and_vertex_do():

@@ -1,6 +1,8 @@
 """The launchers: exact commands, clear errors, signals."""
 
 import json
+import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 from tests.support.launching import launch, make_env
 from tests.support.supervision import Launch
+from tests.support.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = f"{sys.executable} -m vit_dist.train"
@@ -24,6 +27,9 @@ def dry_run(script, *args, **variables):
     done = launch(script, "--dry-run", *args, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+TPU_FLAGS = ("--config", "configs/x.py", "--workdir", "gs://b/c")
 
 
 def tf_config(workers, index):
@@ -109,6 +115,7 @@ def test_where_logs_go(flags, log):
 
 
 GCLOUD = "gcloud compute tpus tpu-vm"
+QUEUED = "gcloud compute tpus queued-resources"
 
 
 @pytest.mark.parametrize(
@@ -124,24 +131,99 @@ GCLOUD = "gcloud compute tpus tpu-vm"
             f"{GCLOUD} create other --accelerator-type=v4-8 --version=mine --zone=us-west4-a",
         ),
         (
-            ("run", "--config", "configs/x.py", "--workdir", "gs://b/a c"),
-            f"{GCLOUD} ssh vit --worker=all "
-            "'--command=cd vit_dist || exit; nohup .venv/bin/python -u -m vit_dist.train "
-            "--config configs/x.py --workdir '\\''gs://b/a c'\\'' --config.strategy.name=tpu "
-            "--config.strategy.tpu=local >> train.log 2>&1 < /dev/null & "
-            "echo started as process $!' --zone=us-west4-a",
+            ("create", "--type", "v5litepod-16", "--queued", "--spot"),
+            f"{QUEUED} create vit --node-id=vit --accelerator-type=v5litepod-16 "
+            "--runtime-version=v2-alpha-tpuv5-lite --spot --zone=us-west4-a",
         ),
         (
-            ("logs",),
-            f"{GCLOUD} ssh vit --worker=all '--command=tail -n 100 -F vit_dist/train.log' "
-            "--zone=us-west4-a",
+            ("status", "--queued"),
+            f"{QUEUED} describe vit '--format=value(state.state)' --zone=us-west4-a",
         ),
+        (
+            ("status",),
+            f"{GCLOUD} describe vit '--format=value(state,health)' --zone=us-west4-a",
+        ),
+        (("delete", "--queued"), f"{QUEUED} delete vit --force --quiet --zone=us-west4-a"),
         (("ssh",), f"{GCLOUD} ssh vit --zone=us-west4-a"),
         (("delete",), f"{GCLOUD} delete vit --quiet --zone=us-west4-a"),
     ],
 )
 def test_tpu_vm_command(args, line):
     assert dry_run("tpu_vm.sh", *args, **TPU) == [line]
+
+
+def remote(line, worker):
+    """The command that is run on hosts of a TPU, as the shell there gets it."""
+    words = shlex.split(line)
+    assert words[: len(GCLOUD.split()) + 1] == [*GCLOUD.split(), "ssh"]
+    assert f"--worker={worker}" in words and words[-1] == "--zone=us-west4-a"
+    (command,) = [w.removeprefix("--command=") for w in words if w.startswith("--command=")]
+    return command
+
+
+@pytest.fixture
+def vm(tmp_path):
+    """Runs the commands for a TPU VM on this machine, with a Python that shows its words."""
+    home = tmp_path / "home"
+    python = home / "vit_dist/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/usr/bin/env bash\necho "$@"; test -z "$STAY" || sleep 60\n')
+    python.chmod(0o755)
+
+    def run(command, **variables):
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=home,
+            env=os.environ | {"STAY": ""} | variables,
+            capture_output=True,
+            text=True,
+        )
+
+    run.folder = home / "vit_dist"
+    return run
+
+
+def test_tpu_vm_run_starts_workers_on_all_hosts_and_the_program_on_one(vm):
+    flags = ("--config", "configs/x.py", "--workdir", "gs://b/a c")
+    check, worker, train = dry_run("tpu_vm.sh", "run", *flags, **TPU)
+    assert vm(remote(check, 0)).returncode == 0
+    for command in (remote(worker, "all"), remote(train, 0)):
+        assert re.fullmatch(r"started (worker|train) as process \d+\n", vm(command).stdout)
+    wait_for(lambda: (vm.folder / "train.log").exists() and (vm.folder / "train.log").read_text())
+    wait_for(lambda: (vm.folder / "worker.log").read_text())
+    assert (vm.folder / "worker.log").read_text() == "-u -m vit_dist.tpu_worker\n"
+    assert (vm.folder / "train.log").read_text() == (
+        "-u -m vit_dist.train --config configs/x.py --workdir gs://b/a c "
+        "--config.strategy.name=tpu --config.strategy.tpu=local\n"
+    )
+
+
+def test_tpu_vm_does_not_start_a_second_run_beside_one_that_goes_on(vm):
+    check, worker, train = dry_run("tpu_vm.sh", "run", *TPU_FLAGS, **TPU)
+    for command in (remote(worker, "all"), remote(train, 0)):
+        assert vm(command, STAY="1").returncode == 0
+    done = vm(remote(check, 0))
+    assert done.returncode == 2
+    assert done.stderr == "a training runs already: launch/tpu_vm.sh stop\n"
+    (stop,) = dry_run("tpu_vm.sh", "stop", **TPU)
+    done = vm(remote(stop, 0))
+    assert done.returncode == 0 and "-m vit_dist.train" in done.stdout
+    # A worker whose program never came is replaced.
+    first = (vm.folder / "worker.pid").read_text()
+    assert vm(remote(worker, "all")).returncode == 0
+    assert (vm.folder / "worker.pid").read_text() != first
+    # Of a process that nobody has buried yet the file is there, and empty.
+    words = Path(f"/proc/{first.strip()}/cmdline")
+    assert not words.exists() or not words.read_bytes()
+    # After a reboot the number may be that of a process which is none of ours.
+    (vm.folder / "train.pid").write_text(f"{os.getpid()}\n")
+    assert vm(remote(check, 0)).returncode == 0
+
+
+def test_tpu_vm_logs_of_all_hosts():
+    (line,) = dry_run("tpu_vm.sh", "logs", **TPU)
+    assert "tail -n 100 -F train.log worker.log" in remote(line, "all")
+    subprocess.run(["bash", "-n", "-c", remote(line, "all")], check=True)
 
 
 def test_tpu_vm_install():
@@ -194,7 +276,8 @@ def test_tpu_vm_install():
         ("tpu_vm.sh", ("crate",), "unexpected 'crate'"),
         ("tpu_vm.sh", ("ssh", "--name="), "give --name"),
         ("tpu_vm.sh", ("create",), "create needs --type"),
-        ("tpu_vm.sh", ("create", "--type=v5litepod-16"), "has several hosts"),
+        ("tpu_vm.sh", ("create", "--type=v3-32"), "v3-32 has several hosts: of v2 and v3 only"),
+        ("tpu_vm.sh", ("run", "--queued"), "--queued belongs to create, status and delete"),
         ("tpu_vm.sh", ("logs", "--workdir=x"), "only run takes flags of vit_dist.train"),
         ("tpu_vm.sh", ("delete", "--spot"), "--spot belongs to create"),
         ("tpu_vm.sh", ("run", "--config=x"), "--workdir is missing"),

@@ -98,8 +98,12 @@ def test_auto_never_trains_alone_where_there_are_several_tasks(monkeypatch):
 
 def test_hosts_of_a_tpu_slice_do_not_train_alone(monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
-    with pytest.raises(ConfigError, match="TPU_WORKER_HOSTNAMES names 2 hosts"):
+    with pytest.raises(ConfigError, match="TPU_WORKER_ID must be a whole number"):
         check_strategy()
+    monkeypatch.setenv("TPU_WORKER_ID", "1")
+    with pytest.raises(ConfigError, match="the program runs on host 0 alone"):
+        check_strategy()
+    monkeypatch.delenv("TPU_WORKER_ID")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     check_strategy()
 

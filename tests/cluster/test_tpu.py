@@ -2,15 +2,12 @@
 
 import collections
 
-import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.python.client import session
-from tensorflow.python.distribute.cluster_resolver import cluster_resolver
-from tensorflow.python.tpu import topology as topology_lib
-from tensorflow.python.tpu import tpu_strategy_util, tpu_system_metadata
+from tensorflow.python.tpu import tpu_strategy_util
 
-from vit_dist.cluster.hosts import device_kind
+from tests.support.tpu import CORES, FakeResolver, topology
+from vit_dist.cluster.hosts import describe, device_kind, remote_hosts
 from vit_dist.model import vit
 from vit_dist.model.variants import choose_form, vit_config
 from vit_dist.training.losses import make_loss
@@ -19,42 +16,6 @@ from vit_dist.training.schedules import Schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import StepOptions, choose_jit, make_train_step
 
-CORES = 2
-
-
-class FakeResolver(cluster_resolver.ClusterResolver):
-    """Claims a host with two TPU cores, and says no more than tracing asks for."""
-
-    task_type, task_id, environment = "worker", 0, ""
-
-    def cluster_spec(self):
-        return tf.train.ClusterSpec({})
-
-    def master(self, *args, **kwargs):
-        return ""
-
-    def num_accelerators(self, *args, **kwargs):
-        return {"TPU": CORES}
-
-    def get_job_name(self):
-        return "localhost"
-
-    def get_tpu_system_metadata(self):
-        host = "/job:localhost/replica:0/task:0/device:"
-        devices = [(f"{host}TPU:{i}", "TPU") for i in range(CORES)] + [(f"{host}CPU:0", "CPU")]
-        return tpu_system_metadata.TPUSystemMetadata(
-            num_cores=CORES,
-            num_hosts=1,
-            num_of_cores_per_host=CORES,
-            topology=_topology(),
-            devices=[session._DeviceAttributes(name, kind, 0, 0) for name, kind in devices],
-        )
-
-
-def _topology():
-    coordinates = np.array([[[i, 0, 0, 0] for i in range(CORES)]], np.int32)
-    return topology_lib.Topology(mesh_shape=[CORES, 1, 1, 1], device_coordinates=coordinates)
-
 
 class Feed:
     def __next__(self):
@@ -62,10 +23,10 @@ class Feed:
         return {"image": images, "label": tf.zeros((4,), tf.int32)}
 
 
-@pytest.fixture
-def strategy(monkeypatch):
-    monkeypatch.setitem(tpu_strategy_util._INITIALIZED_TPU_SYSTEMS, "", _topology())
-    return tf.distribute.TPUStrategy(FakeResolver())
+@pytest.fixture(params=[1, 2], ids=["one host", "two hosts"])
+def strategy(request, monkeypatch):
+    monkeypatch.setitem(tpu_strategy_util._INITIALIZED_TPU_SYSTEMS, "", topology(request.param))
+    return tf.distribute.TPUStrategy(FakeResolver(request.param))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -104,8 +65,25 @@ def test_step_compiles_into_one_tpu_program_with_one_sum_per_gradient(
     # the one block, and the generator for the mask of the embedding and three of the block, twice.
     assert ops["XlaOptimizationBarrier"] == 1
     assert ops["XlaRngBitGenerator"] == 1 + 2 * 3
+    assert not [op for op in ops if "PyFunc" in op or "HostCompute" in op or "OutfeedEnqueue" in op]
+    (replicated,) = {
+        node.attr["num_replicas"].i
+        for function in functions
+        for node in function.node_def
+        if node.op == "TPUReplicateMetadata"
+    }
+    assert replicated == strategy.num_replicas_in_sync
 
 
 def test_tpu_strategy_is_left_to_compile_by_itself(strategy):
     assert device_kind(strategy) == "TPU"
     assert choose_jit("whole", kind="TPU", num_replicas=CORES) == "off"
+
+
+def test_hosts_of_a_slice_are_those_of_other_processes(strategy):
+    hosts = strategy.extended.num_hosts
+    cpus = [f"/job:worker/replica:0/task:{i}/device:CPU:0" for i in range(2)]
+    assert remote_hosts(strategy) == (cpus if hosts > 1 else [])
+    assert f": {hosts} host(s), {CORES * hosts} replica(s) on TPU" in describe(
+        strategy, batch_size=16
+    )

@@ -98,7 +98,7 @@ def quick(monkeypatch):
     def leave(text):
         verdicts.setdefault(threading.current_thread(), text)
 
-    monkeypatch.setattr("vit_dist.cluster.watchdog._leave", leave)
+    monkeypatch.setattr("vit_dist.cluster.watchdog.leave", leave)
     return verdicts, done
 
 

@@ -17,6 +17,33 @@ def host_replicas(strategy: tf.distribute.Strategy) -> range:
     return range(index * local, (index + 1) * local)
 
 
+def replicas_of(context: tf.distribute.InputContext) -> range:
+    """The numbers of the replicas that one input pipeline feeds.
+
+    There is one pipeline for each host: each process of a MultiWorkerMirroredStrategy makes its
+    own, and the program of a TPU slice makes those of all hosts.
+    """
+    local = context.num_replicas_in_sync // context.num_input_pipelines
+    first = context.input_pipeline_id * local
+    return range(first, first + local)
+
+
+def remote_hosts(strategy: tf.distribute.Strategy) -> list[str]:
+    """The CPU of each host of a TPU slice, whose replicas and input this process drives.
+
+    Returns:
+      Names such as "/job:worker/replica:0/task:1/device:CPU:0", in the hosts' order; none where all
+      replicas belong to the process that feeds them.
+    """
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return []
+    specs = map(tf.DeviceSpec.from_string, strategy.extended.worker_devices)
+    cpus = [s.replace(device_type="CPU", device_index=0) for s in specs]
+    # TensorFlow calls devices of its own process "localhost", or leaves the job out. A server on
+    # this machine is another process.
+    return list(dict.fromkeys(c.to_string() for c in cpus if c.job not in (None, "localhost")))
+
+
 def num_hosts(strategy: tf.distribute.Strategy) -> int:
     """How many processes run this program together (1 but for MultiWorkerMirrored)."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -76,8 +103,10 @@ def describe(strategy: tf.distribute.Strategy, *, batch_size: int, accumulation:
     share = batch_size // replicas
     # TensorFlow's class has an older name than the one that its users know.
     name = type(strategy).__name__.replace("CollectiveAllReduce", "MultiWorkerMirrored")
+    # The hosts of a TPU slice run one program.
+    hosts = len(remote_hosts(strategy)) or num_hosts(strategy)
     text = (
-        f"{name}: {num_hosts(strategy)} host(s), {replicas} replica(s) on "
+        f"{name}: {hosts} host(s), {replicas} replica(s) on "
         f"{device_kind(strategy)}, batch {batch_size} = {replicas} x {share}"
     )
     return text + (f", in {accumulation} micro-batches each" if accumulation > 1 else "")

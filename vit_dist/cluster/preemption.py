@@ -40,7 +40,7 @@ class Preemption:
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}  # signal -> its handler before this began
         self._gather: Callable[[int], Sequence[int]] | None = None
-        self._received: signal.Signals | None = None
+        self._received: str | None = None  # the first reason to stop
         self._pipe: int | None = None  # where Python's C code writes signals, for a thread
         self._wakeup_before = -1
 
@@ -87,8 +87,18 @@ class Preemption:
 
     @property
     def received(self) -> str | None:
-        """The name of the first signal that this host received, such as "SIGTERM"."""
-        return None if self._received is None else self._received.name
+        """The first reason: a signal's name, such as "SIGTERM", or what `note` was given."""
+        return self._received
+
+    def note(self, reason: str) -> None:
+        """Asks this host to stop as a signal would; for threads that learn of it otherwise.
+
+        Args:
+          reason: such as "maintenance-event TERMINATE_ON_HOST_MAINTENANCE".
+        """
+        if self._received is None:
+            logging.warning("asked to stop: %s", reason)
+        self._received = self._received or reason
 
     def requested(self) -> bool:
         """Whether any host was asked to stop; all hosts get the same answer at the same step."""
@@ -98,11 +108,11 @@ class Preemption:
 
     def _install(self) -> None:
         for number in self._before:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         # The first signal counts; a second SIGTERM must not change what the first one has begun.
-        self._received = self._received or signal.Signals(number)
+        self._received = self._received or signal.Signals(number).name
         if self._gather is not None:
             return
         if number == signal.SIGINT:

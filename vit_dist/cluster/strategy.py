@@ -7,16 +7,23 @@ import socket
 import tensorflow as tf
 from absl import logging
 
-from vit_dist.cluster import gpus
-from vit_dist.cluster.addresses import split_address
+from vit_dist.cluster import gpus, tpu_vm
+from vit_dist.cluster.addresses import address_problem, split_address
 from vit_dist.cluster.environment import Cluster, find_cluster
 from vit_dist.cluster.hosts import device_kind
 from vit_dist.cluster.slurm import share_of_gpus
+from vit_dist.cluster.tpu_probe import reason_of
 from vit_dist.config.errors import ConfigError
 
 NAMES = ("auto", "single", "mirrored", "multiworker", "tpu", "local")
 # Environment variables of TPU hosts; any of them makes "auto" take the TPU.
 _TPU_VARIABLES = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")
+_GRPC = "grpc://"  # begins the address of a TensorFlow server
+_TPU_REMEDY = (
+    "On a Cloud TPU VM install the 'tpu' extra and set strategy.tpu=local; from elsewhere set "
+    "strategy.tpu to the TPU's name with tpu_zone and tpu_project; without a TPU set "
+    "strategy.name=auto."
+)
 _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 
 
@@ -60,8 +67,9 @@ def check_strategy(
             f"{len(cluster.workers)} hosts: set virtual_cpus=0, or strategy.name=local to train on "
             "this machine alone"
         )
-    if not cluster and _takes_tpu(name, tpu):
-        _check_one_tpu_host()
+    if not cluster:
+        find_slice(name, tpu)
+        _check_tpu(name, tpu)
 
 
 def choose_cluster(name: str = "auto", tpu: str = "") -> Cluster | None:
@@ -89,18 +97,52 @@ def choose_cluster(name: str = "auto", tpu: str = "") -> Cluster | None:
 
 def _takes_tpu(name: str, tpu: str) -> bool:
     """Whether a strategy of this name is a TPU's, by the arguments and the environment alone."""
-    named = tpu or any(variable in os.environ for variable in _TPU_VARIABLES)
+    named = tpu or tpu_vm.found().vm or any(v in os.environ for v in _TPU_VARIABLES)
     return name == "tpu" or (name == "auto" and bool(named))
 
 
-def _check_one_tpu_host() -> None:
-    """Raises ConfigError on a TPU slice of several hosts, which would each train alone."""
-    hosts = [h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h.strip()]
-    if len(hosts) > 1:
-        raise ConfigError(
-            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts, and training runs on slices of one "
-            "host only: take one with at most 8 chips, such as v5litepod-8 (docs/tpu.md)"
-        )
+def find_slice(name: str = "auto", tpu: str = "") -> tuple[str, ...]:
+    """The hosts of the TPU slice that a run uses; none for a TPU of one host, and without a TPU.
+
+    Args:
+      name: of the strategy.
+      tpu: "local" or "" for the slice that this machine belongs to, or the addresses of its
+        workers: "grpc://host0:8470,grpc://host1:8470".
+
+    Returns:
+      "host:port" of each host's TensorFlow server, in the slice's order.
+
+    Raises:
+      ConfigError: addresses that cannot be, variables that contradict each other, or this is a host
+        of a slice on which no program runs.
+    """
+    if not _takes_tpu(name, tpu):
+        return ()
+    which = tpu or os.environ.get("TPU_NAME") or "local"
+    if which.startswith(_GRPC):
+        addresses = tuple(part.strip().removeprefix(_GRPC) for part in which.split(","))
+        problem = address_problem(addresses)
+        if problem:
+            raise ConfigError(f"strategy.tpu {which!r} names the hosts of a TPU slice: {problem}")
+        return addresses if len(addresses) > 1 else ()
+    # A container of GKE is told by variables, also where this TensorFlow cannot use TPUs.
+    vm = tpu_vm.found().vm
+    if vm is None and "TPU_WORKER_HOSTNAMES" in os.environ:
+        vm = tpu_vm.find_tpu_vm()
+    if vm is None or len(vm.hosts) < 2 or which != "local":
+        return ()
+    problem = tpu_vm.problem_of_place(vm)
+    if problem:
+        raise ConfigError(problem)
+    return vm.addresses
+
+
+def _check_tpu(name: str, tpu: str) -> None:
+    """Raises ConfigError where TensorFlow was told to leave the TPU of this machine alone."""
+    problem = tpu_vm.found().problem
+    which = tpu or os.environ.get("TPU_NAME") or "local"
+    if problem is not None and which == "local" and _takes_tpu(name, tpu):
+        raise ConfigError(f"found no TPU 'local' ({problem}). {_TPU_REMEDY}")
 
 
 def resolve(name: str, tpu: str = "") -> str:
@@ -295,27 +337,45 @@ def _multi_worker_strategy(cluster: Cluster, timeout_seconds: float) -> tf.distr
 
 
 def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
+    hosts = find_slice("tpu", tpu)
     name = tpu or os.environ.get("TPU_NAME") or "local"
     looked = f"TPU {name!r}" + (f" in zone {zone}" if zone else "")
     looked += f" of project {project}" if project else ""
-    remedy = (
-        "On a Cloud TPU VM install the 'tpu' extra and set strategy.tpu=local; from elsewhere set "
-        "strategy.tpu to the TPU's name with tpu_zone and tpu_project; without a TPU set "
-        "strategy.name=auto."
-    )
+    if hosts:
+        name = ",".join(_GRPC + host for host in hosts)
     try:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-            name, zone=zone or None, project=project or None
-        )
-        # A TPU on another machine: TensorFlow would try to reach an absent one for ever, so a plain
-        # connection is tried first. The address may be IPv6, [::1]:8470.
-        address = resolver.master().partition("grpc://")[2]
-        if address:
-            socket.create_connection(split_address(address), timeout=30).close()
-        tf.config.experimental_connect_to_cluster(resolver)
+        resolver = connect_tpu(name, zone, project)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
     # gRPC, HTTP, import and runtime errors: each means that no TPU can be used.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ConfigError(f"found no {looked} ({reason}). {remedy}") from None
+        reason = reason_of(str(error)) or type(error).__name__
+        raise ConfigError(f"found no {looked} ({reason}). {_TPU_REMEDY}") from None
+
+
+def connect_tpu(
+    name: str, zone: str = "", project: str = ""
+) -> tf.distribute.cluster_resolver.TPUClusterResolver:
+    """Connects this process to the TensorFlow servers of a TPU; to none for "local".
+
+    Args:
+      name: "local", a TPU's name, or the addresses of its hosts: "grpc://a:8470,grpc://b:8470".
+      zone: of a TPU by name.
+      project: of a TPU by name.
+    """
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+        name, zone=zone or None, project=project or None
+    )
+    # A TPU on other machines: TensorFlow would try to reach an absent one for ever, so plain
+    # connections are tried first. An address may be IPv6, [::1]:8470.
+    for addresses in resolver.cluster_spec().as_dict().values():
+        for address in addresses:
+            socket.create_connection(split_address(address), timeout=30).close()
+    # TensorFlow logs its settings of the connection, twenty lines, as a notice.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        tf.config.experimental_connect_to_cluster(resolver)
+    finally:
+        logging.set_verbosity(verbosity)
+    return resolver

@@ -204,7 +204,7 @@ class Watchdog:
                 chief = self._meeting.index == 0
                 self._tell({"states": states} if chief else {"state": states[self._meeting.index]})
             if verdict is not None:
-                _leave(verdict)
+                leave(verdict)
 
     def _hear(self) -> str | None:
         """Takes in what has come; returns the message of a host that found the run to be stuck."""
@@ -263,7 +263,7 @@ class Watchdog:
         return f"{name}, {silent}at step {state.step} in {state.doing} for {state.waiting:.0f} s"
 
 
-def _leave(text: str) -> None:
+def leave(text: str) -> None:
     """Ends the process, past a main thread that hangs; shows where all threads are."""
     os.write(2, b"where the threads of this process are:\n")
     faulthandler.dump_traceback(file=2, all_threads=True)

@@ -210,7 +210,7 @@ DEFAULTS: dict[str, Any] = {
         # split the CPU into so many devices; 0: use it whole
         "virtual_cpus": _number(0, "[0, inf)"),
         "min_devices": _number(0, "[0, inf)"),  # refuse to start with fewer, over all hosts
-        "tpu": "",  # "local", or the TPU's name; "": the environment's TPU_NAME
+        "tpu": "",  # "local", a TPU's name or grpc://host:8470,...; "": TPU_NAME, else "local"
         "tpu_zone": "",  # of a TPU by name
         "tpu_project": "",  # of a TPU by name
         # several hosts: the longest that a run may stand still

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from vit_dist.cluster import gpus
+from vit_dist.cluster import gpus, tpu_slice, tpu_vm
 from vit_dist.cluster.environment import names_other_hosts
 from vit_dist.config import defaults as config_lib
 from vit_dist.config import recorded
@@ -41,6 +41,10 @@ def _hidden(*names: str) -> Iterator[None]:
 # 2: only errors, because notices and warnings drown what we print. What TensorFlow writes before it
 # has read the variable is hidden by `notices`.
 os.environ.setdefault(notices.LEVEL_VARIABLE, "2")
+
+# It reads variables about TPUs, too. A TPU that would make the import hang or crash is left alone,
+# and whoever asks for it is told why later.
+tpu_vm.prepare()
 
 # Where these three are installed, Keras imports them for wrappers and plots that nothing here uses:
 # a third of the time to import TensorFlow, and 100 MB. Afterwards they can be imported as before.
@@ -195,7 +199,7 @@ def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _leave(code: int) -> NoReturn:
     """Exits; one of several hosts at once, because TensorFlow would wait 10-20 s for the others."""
-    if names_other_hosts():
+    if names_other_hosts() or tpu_slice.was_opened():
         logging.flush()
         sys.stdout.flush()
         sys.stderr.flush()

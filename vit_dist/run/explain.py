@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from vit_dist.cluster.hosts import num_hosts
+from vit_dist.cluster.hosts import num_hosts, remote_hosts
 from vit_dist.config.errors import DataError, HostLostError, UserError
-from vit_dist.data.damage import explain_data_error
+from vit_dist.data.damage import DATA_ERRORS, explain_data_error, message_of
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.service import find_failure
 from vit_dist.run import out_of_memory
@@ -23,6 +23,8 @@ from vit_dist.storage.errors import Kind
 # An error can be the data's fault only if a data iterator raised it: the message then names the
 # iterator's node in the graph.
 _ITERATOR = re.compile(r"Iterator\w*GetNext")
+# TensorFlow names a host of a TPU slice by its device, with the host's number as the task.
+_TASK = re.compile(r"/job:worker/replica:0/task:(\d+)")
 # The errors by which the remaining hosts notice that a host is gone, whatever it died of.
 _LOST = (
     tf.errors.UnavailableError,
@@ -85,8 +87,16 @@ def explain(
         )
     if not isinstance(error, tf.errors.OpError):
         return None
+    # Before the iterators: on a TPU slice they run on other hosts, which may be gone.
+    if remote_hosts(strategy):
+        lost = explain_lost_host(error, blame)
+        if lost is not None:
+            return lost
     if _ITERATOR.search(error.message or ""):
-        return explain_reading(error, reading, data)
+        explained = explain_reading(error, reading, data)
+        if explained is None and remote_hosts(strategy):
+            return _explain_remote_reading(error)
+        return explained
     if num_hosts(strategy) > 1 and isinstance(error, _LOST):
         return _explain_loss(error, blame())
     return None
@@ -94,8 +104,11 @@ def explain(
 
 def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> UserError | None:
     """The damaged example, or the data service that failed, behind what an iterator raised."""
-    # Memory that ran out, or a fault of TensorFlow's, says nothing about the data.
-    if isinstance(error, tf.errors.ResourceExhaustedError | tf.errors.InternalError):
+    # Memory that ran out, a fault of TensorFlow's, or a host that is gone: not the data's.
+    if isinstance(
+        error,
+        tf.errors.ResourceExhaustedError | tf.errors.InternalError | tf.errors.UnavailableError,
+    ):
         return None
     failed = find_failure(error)
     if isinstance(failed, ConnectionError):
@@ -111,6 +124,31 @@ def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> U
     if failed is not None:
         return DataError(f"{failed}. The data must be readable there under the same paths")
     return None
+
+
+def _explain_remote_reading(error: tf.errors.OpError) -> DataError | None:
+    """A host of a TPU slice cannot read what this process reads; None for other errors."""
+    if not isinstance(error, DATA_ERRORS):
+        return None
+    task = _TASK.search(error.message)
+    host = f"TPU host {task[1]}" if task else "a host of the TPU slice"
+    return DataError(
+        f"{host} cannot read what this process can: {message_of(error)}. The data must have the "
+        "same path, and be the same, on every host: put it into a bucket"
+    )
+
+
+def explain_lost_host(
+    error: tf.errors.OpError, blame: Callable[[], str | None]
+) -> HostLostError | None:
+    """What to raise in place of an error of TensorFlow's that a lost host of a TPU slice caused.
+
+    Args:
+      error: of any kind: what TensorFlow raises depends on what it was doing on the host.
+      blame: returns which host is gone; see Slice.lost.
+    """
+    blamed = blame()
+    return None if blamed is None else _explain_loss(error, blamed)
 
 
 def _explain_loss(error: tf.errors.OpError, blamed: str | None) -> HostLostError:

@@ -52,7 +52,7 @@ def evaluation_facts(data: Data, origin: Origin) -> dict[str, Any]:
 
 def machine_facts() -> dict[str, Any]:
     """The versions and the devices of this host, whatever it is to do with them."""
-    return {"code": _code_facts(), "devices": _device_facts()}
+    return {"code": code_facts(), "devices": _device_facts()}
 
 
 def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _code_facts() -> dict[str, str]:
+def code_facts() -> dict[str, str]:
+    """The versions of this process: of our sources, and of the libraries that compute."""
     # The sources and not only the version: one host may run an edited checkout.
     root = Path(vit_dist.__file__).parent
     sources = hashlib.sha256()

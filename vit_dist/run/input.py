@@ -1,11 +1,13 @@
 """The batches of a run, distributed over its devices, from its options and opened data."""
 
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from vit_dist.cluster.hosts import host_replicas
+from vit_dist.cluster.hosts import host_replicas, remote_hosts, replicas_of
 from vit_dist.data.pipeline import ALL, Part, make_eval_data, make_train_data
 from vit_dist.data.service import from_services
 from vit_dist.data.view import batch_images
@@ -17,22 +19,26 @@ def train_data(
     options: RunOptions, data: Data, strategy: tf.distribute.Strategy, *, first_step: int
 ) -> Any:
     """The distributed training set, endless, from the batch of `first_step` on."""
-    # An element of the data set is one replica's batch, the option is in batches of all replicas.
-    prefetch = options.input.prefetch * len(host_replicas(strategy))
     make = functools.partial(_train_dataset, options, data, strategy, first_step=first_step)
-    if options.input.services:
+
+    # Called once for each host that this process feeds, with that host's device as the default one.
+    def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        local = replicas_of(context)
+        # An element of the data set is one replica's batch, the option is in batches of all.
+        prefetch = options.input.prefetch * len(local)
+        if not options.input.services:
+            return make(local=local, prefetch=prefetch)
         # Each service makes every n-th element of the data set that this host would make alone.
-        dataset = from_services(
-            lambda part: make(prefetch=1, part=part),
+        return from_services(
+            lambda part: make(local=local, prefetch=1, part=part),
             options.input.services,
             timeout=options.input.service_timeout,
             prefetch=prefetch,
         )
-    else:
-        dataset = make(prefetch=prefetch)
+
     # "from_function", because TensorFlow would otherwise shard the data set among the hosts. Each
     # host's data set holds only the examples of its own replicas already.
-    return strategy.distribute_datasets_from_function(lambda _: dataset)
+    return strategy.distribute_datasets_from_function(of_host)
 
 
 def first_images(
@@ -56,7 +62,8 @@ def first_images(
     # An image is mixed with others of its group, so whole groups are needed: -(-a // b) rounds up.
     if mixing is not None:
         only = -(-count // mixing.group_size) * mixing.group_size
-    dataset = _train_dataset(options, data, strategy, first_step=first_step, prefetch=1, only=only)
+    make = functools.partial(_train_dataset, options, data, strategy, first_step=first_step)
+    dataset = make(local=host_replicas(strategy), prefetch=1, only=only)
     # On the CPU: a look at 16 images must not compile anything for an accelerator.
     with tf.device("CPU:0"):
         batch = next(iter(dataset))
@@ -77,6 +84,7 @@ def _train_dataset(
     strategy: tf.distribute.Strategy,
     *,
     first_step: int,
+    local: range,
     prefetch: int,
     part: Part = ALL,
     only: int | None = None,
@@ -88,7 +96,7 @@ def _train_dataset(
         seed=options.seed,
         first_step=first_step,
         num_replicas=strategy.num_replicas_in_sync,
-        local_replicas=host_replicas(strategy),
+        local_replicas=local,
         num_threads=options.input.num_threads,
         prefetch=prefetch,
         mixing=options.input.mixing,
@@ -108,14 +116,35 @@ def eval_data(
     # The last batch is padded with masked examples. A split smaller than the batch size takes one
     # batch, no larger than it needs, rounded up to a multiple of the replicas.
     needed = min(options.batch_size, source.num_examples)
-    dataset = make_eval_data(
-        source,
-        options.pipe,
-        batch_size=-(-needed // replicas) * replicas,
-        num_replicas=replicas,
-        local_replicas=host_replicas(strategy),
-        num_threads=options.num_threads,
-        damage=data.damage.get(split),
-        labels_sum_to_one=options.labels_sum_to_one,
-    )
-    return strategy.distribute_datasets_from_function(lambda _: dataset)
+    batch_size = -(-needed // replicas) * replicas
+    endless = bool(remote_hosts(strategy))
+
+    def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        dataset = make_eval_data(
+            source,
+            options.pipe,
+            batch_size=batch_size,
+            num_replicas=replicas,
+            local_replicas=replicas_of(context),
+            num_threads=options.num_threads,
+            damage=data.damage.get(split),
+            labels_sum_to_one=options.labels_sum_to_one,
+        )
+        return dataset.repeat() if endless else dataset
+
+    distributed = strategy.distribute_datasets_from_function(of_host)
+    if not endless:
+        return distributed
+    # The end of a data set on another host is an error there, which TensorFlow passes on to all
+    # that it does on that host later. So the end is not reached: the batches are counted here.
+    return _First(distributed, -(-source.num_examples // batch_size))
+
+
+class _First:
+    """The first elements of an endless distributed data set, at each iteration anew."""
+
+    def __init__(self, dataset: Any, count: int):
+        self._dataset, self._count = dataset, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._dataset), self._count)

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vit_dist.cluster.strategy import find_slice
 from vit_dist.config.defaults import parse_image_size
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import POLICIES
@@ -77,6 +78,8 @@ def open_sources(
         )
     if training and config.input.service:
         check_portable(sources["train"], config.input, "config.input.service")
+    if find_slice(config.strategy.name, config.strategy.tpu):
+        _check_slice(sources, config)
     _check_classes(sources)
     return sources
 
@@ -107,6 +110,22 @@ def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
             + ": that calls Python in this process. It takes demo, folder, synthetic, tfrecord, "
             "TFDS sets prepared as tfrecord and mixtures of these, with config.input.cache='off'"
         )
+
+
+def _check_slice(sources: Mapping[str, Source], config: ConfigDict) -> None:
+    """Checks that the hosts of a TPU slice, whose TensorFlow runs no Python, can read all splits.
+
+    Raises:
+      ConfigError: they cannot; says which part of the config calls Python, and what to take.
+    """
+    reader = "a TPU slice of several hosts"
+    if config.input.service:
+        raise ConfigError(
+            f"{reader} does not go with config.input.service, whose batches come by way of Python "
+            "in this process: leave the service out, as each host of the slice reads its own part"
+        )
+    for source in sources.values():
+        check_portable(source, config.input, reader)
 
 
 def _splits(config: ConfigDict, training: bool, splits: Sequence[str] | None) -> Sequence[str]:
