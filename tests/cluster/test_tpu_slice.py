@@ -371,14 +371,20 @@ def test_a_worker_that_is_asked_to_stop_tells_the_program():
         reasons.append(reason)
         heard.set()
 
-    workers = [
-        FakeWorker(facts={"tensorflow": "1"}, reason=r) for r in (lambda: None, str.__name__.upper)
-    ]
+    facts, stop = {"tensorflow": "1"}, threading.Event()
+    told = FakeWorker(facts=facts, reason=lambda: "SIGTERM" if stop.is_set() else None)
+    workers = [FakeWorker(facts=facts), told]
     with open_lines(workers, asked) as lines:
+        stop.set()
         assert heard.wait(10)
         lines.stopped = True
     assert reasons[0] == f"SIGTERM on TPU host 1 ({workers[1].address})"
     assert [worker.join() for worker in workers] == [42, 42]
+
+
+def test_a_worker_that_is_asked_to_stop_before_the_program_comes():
+    worker = FakeWorker(facts={}, reason=lambda: "SIGTERM")
+    assert worker.join() == 42
 
 
 def test_other_versions_on_a_host_are_named():

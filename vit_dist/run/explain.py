@@ -128,9 +128,9 @@ def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> U
 
 def _explain_remote_reading(error: tf.errors.OpError) -> DataError | None:
     """A host of a TPU slice cannot read what this process reads; None for other errors."""
+    task = _TASK.search(error.message or "")
     if not isinstance(error, DATA_ERRORS):
         return None
-    task = _TASK.search(error.message)
     host = f"TPU host {task[1]}" if task else "a host of the TPU slice"
     return DataError(
         f"{host} cannot read what this process can: {message_of(error)}. The data must have the "
