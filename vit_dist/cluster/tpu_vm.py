@@ -26,6 +26,8 @@ from vit_dist.config.errors import ConfigError
 PORT = 8470  # of the gRPC worker on each host of a slice, as Google's own worker has it
 _MESH_PORT = 8476  # where the workers' libtpu find each other, on host 0
 _PACKAGE = "tensorflow-tpu"  # the only TensorFlow that can use a TPU
+# Release of it -> the libtpu that it imports with; its own metadata allow others (~=0.0.14).
+_LIBTPU = {"2.20.0": "0.0.24"}
 _OLDEST_PJRT = 5  # v5e, v5p and v6e are driven through PJRT; v2, v3 and v4 are not
 _OLDEST_SLICE = 4  # the workers of v2 and v3 need tables of bounds, which are not kept here
 _LOAD, _PLUGIN, _API = (
@@ -229,16 +231,16 @@ def _version(package: str) -> str | None:
 
 
 def _problem_of_library() -> str | None:
-    """The wheel crashes in the import, or later, with another libtpu than it was built with."""
-    have = _version("libtpu")
-    for need in importlib.metadata.requires(_PACKAGE) or ():
-        wanted = re.fullmatch(r"libtpu\s*\(?==\s*([\w.]+)\)?", need)
-        if wanted and wanted[1] != have:
-            return (
-                f"libtpu {have} is installed, and {_PACKAGE} {_version(_PACKAGE)} works with "
-                f"{wanted[1]} only: python -m pip install libtpu=={wanted[1]}"
-            )
-    return None
+    """TensorFlow crashes in the import, or later, with another libtpu than it was tried with."""
+    release, have = _version(_PACKAGE), _version("libtpu")
+    wanted = _LIBTPU.get(release or "")
+    # Whoever names a library of their own means it.
+    if wanted in (None, have) or _PLUGIN in os.environ or "TPU_LIBRARY_PATH" in os.environ:
+        return None
+    return (
+        f"libtpu {have} is installed, and {_PACKAGE} {release} works with {wanted} only: "
+        f"python -m pip install libtpu=={wanted}"
+    )
 
 
 def _problem_of_chips() -> str | None:
