@@ -30,6 +30,7 @@ def small(path):
     config.input.batch_size = 8 * config.step.accumulation
     made_up = {"source": "synthetic", "name": None, "data_dir": None, "height": 32, "width": 32}
     made_up |= {"num_examples": 1000, "num_classes": 10, "val_split": "", "test_split": ""}
+    made_up |= {"file_format": None}
     config.data.update(made_up)
     return config
 
