@@ -17,6 +17,7 @@ from tests.support.clusters import free_addresses
 from tests.support.engines import DSTACK, SKYPILOT, cluster_spec, tf_config, without
 from vit_dist import train
 from vit_dist.cluster.environment import find_cluster
+from vit_dist.monitoring.starts import Starts
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("jobset", "jobset_tpu", "skypilot", "vertex")
@@ -292,6 +293,7 @@ def test_the_other_hosts_wait_for_the_chiefs_checkpoint(monkeypatch):
         strategy=None,
         watchdog=types.SimpleNamespace(progress=lambda *args: None),
         checkpointer=types.SimpleNamespace(wait=lambda: order.append("written")),
+        starts=Starts(),
     )
     train._Loop.finish_saving(loop, 5)
     assert order == ["written", "met"]
