@@ -29,6 +29,7 @@ from vit_dist.cluster.strategy import make_strategy
 from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config import finalize
 from vit_dist.monitoring.progress import Progress
+from vit_dist.monitoring.starts import Starts
 from vit_dist.monitoring.writer import make_writer
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.check import check
@@ -38,7 +39,7 @@ from vit_dist.training.checkpoint import Checkpointer
 SMOKE = {"image_size": 32, "depth": 1, "steps": 1, "rounds": 1}
 
 
-def measure(args: argparse.Namespace, workdir: str) -> list[tuple[float, float]]:
+def measure(args: argparse.Namespace, workdir: str, starts: Starts) -> list[tuple[float, float]]:
     steps = args.steps
     config = _config.get_config(args.variant, image_size=args.image_size, depth=args.depth)
     # So long that neither the schedule ends nor a save comes up.
@@ -62,6 +63,8 @@ def measure(args: argparse.Namespace, workdir: str) -> list[tuple[float, float]]
         progress=progress,
         preemption=preemption,
         watchdog=Watchdog(meet(None, timeout_seconds=1.0), timeout_seconds=1.0),
+        starts=starts,
+        micro_batch=options.input.batch_size,
         note=print,
     )
     # The end of a run saves; that is not what is measured here.
@@ -93,8 +96,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     args = _smoke.parse(parser, SMOKE)
-    with tempfile.TemporaryDirectory() as workdir:
-        results = measure(args, workdir)
+    with tempfile.TemporaryDirectory() as workdir, Starts().open(workdir) as starts:
+        results = measure(args, workdir, starts)
     bare = statistics.median(b for b, _ in results)
     whole = statistics.median(w for _, w in results)
     print(
