@@ -107,7 +107,7 @@ def test_unknown_precision():
 # Configs
 
 LAYERS = [
-    Dropout(0.3, name="a"),
+    Dropout(0.3, form="tensor", name="a"),
     DropPath(0.2, name="b"),
     LayerScale(0.5, name="c"),
     PatchEmbedding(8, (4, 2), form="tensor", name="d"),
