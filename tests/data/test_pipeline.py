@@ -8,6 +8,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tests.support import processes
 from vit_dist.data import order, pipeline
 from vit_dist.data.damage import explain_data_error
 from vit_dist.data.ops import basic as ops
@@ -302,3 +303,23 @@ def test_distributes_replica_by_replica(demo, cpus):
     for expected in want:
         parts = strategy.experimental_local_results(next(iterator)["index"])
         np.testing.assert_array_equal(np.concatenate(parts), expected["index"])
+
+
+def _drop_iterators():
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+
+    def make(_):
+        # Slow enough to be at work when the iterator goes.
+        slow = tf.data.Dataset.range(3).map(
+            lambda i: tf.reduce_sum(tf.random.stateless_uniform([400_000], [1, i]))
+        )
+        return pipeline.finish(slow.repeat(), num_threads=None, prefetch=1, damage=None)
+
+    for _ in range(10):
+        next(iter(strategy.distribute_datasets_from_function(make)))
+
+
+def test_an_iterator_can_be_dropped_while_it_prefetches(tmp_path):
+    # As when an evaluation is given up.
+    code, text = processes.call(_drop_iterators, log=tmp_path / "log")
+    assert code == 0, f"exit code {code}: {text[-2000:]}"

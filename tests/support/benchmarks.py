@@ -13,7 +13,7 @@ BENCHMARKS = ROOT / "benchmarks"
 def run_benchmark(name, *flags, folder):
     """What `python benchmarks/NAME.py FLAGS` prints, in a fork that has TensorFlow already."""
     code, text = processes.call(_run, str(BENCHMARKS / f"{name}.py"), flags, log=folder / "log")
-    assert code == 0, text[-3000:]
+    assert code == 0, f"exit code {code}: {text[-3000:]}"
     return text
 
 
