@@ -354,7 +354,9 @@ class Served(tf.Module):
         activation = tf.sigmoid if self.sigmoid else tf.nn.softmax
         return {"probabilities": activation(logits), "logits": logits}
 
-    @tf.function(input_signature=[tf.TensorSpec((None,), tf.string, "image_bytes")])
+    @tf.function(
+        autograph=False, input_signature=[tf.TensorSpec((None,), tf.string, "image_bytes")]
+    )
     def serve(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """Bytes of image files, string (b,) -> "probabilities" and "logits", float32 (b, C)."""
         return self._classify(image_bytes, self.prepare)
@@ -368,7 +370,7 @@ class Served(tf.Module):
             return self._classify(images, self.prepare_array)
 
         spec = tf.TensorSpec((None, *self.array_shape), tf.uint8, "images")
-        return tf.function(serve_arrays, input_signature=[spec])
+        return tf.function(serve_arrays, autograph=False, input_signature=[spec])
 
 
 def open_served(checkpoint: str, *, hint: Hint = hint) -> tuple[Served, list[str]]:

@@ -72,7 +72,7 @@ def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
 @functools.cache
 def _gather(strategy: tf.distribute.Strategy):
     # In a tf.function, because TensorFlow warns at each eager all-gather that it is slow.
-    @tf.function
+    @tf.function(autograph=False)
     def gather(number: tf.Tensor) -> tf.Tensor:
         def of_replica(number: tf.Tensor) -> tf.Tensor:
             return tf.distribute.get_replica_context().all_gather(tf.identity(number), axis=0)

@@ -60,7 +60,7 @@ def make_evaluator(
         # compiles all CPU devices into one program, which XLA refuses.
         return one_replica(images, labels, mask)
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(batch: Tensors) -> Tensors:
         out = strategy.run(replica_sums, args=(batch["image"], batch["label"], batch["mask"]))
         return {k: strategy.reduce("SUM", v, axis=None) for k, v in out.items()}

@@ -142,7 +142,7 @@ def collectives(strategy: tf.distribute.Strategy, *, num_bytes: int) -> str:
     # Small whole numbers, so that their sums are exact in any order.
     pattern = np.arange(count) % 7
 
-    @tf.function
+    @tf.function(autograph=False)
     def total() -> tf.Tensor:
         def of_replica() -> tf.Tensor:
             context = tf.distribute.get_replica_context()
@@ -345,7 +345,7 @@ def _on_replicas(
     # TPUStrategy compiles by itself.
     run = function if device_kind(strategy) == "TPU" else compiled(function)
 
-    @tf.function
+    @tf.function(autograph=False)
     def call() -> tuple[tf.Tensor, ...]:
         results = strategy.run(lambda: run(tf.convert_to_tensor(variable)))
         return strategy.experimental_local_results(results)

@@ -101,7 +101,6 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-@tf.autograph.experimental.do_not_convert
 def timed_next(batches: Iterator[Any]) -> tuple[Any, tf.Tensor]:
     """The next batch, and the seconds until it was there, float64."""
     # Without control dependencies the graph has no order between clock and iterator: TensorFlow

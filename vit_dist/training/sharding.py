@@ -135,7 +135,7 @@ class Shards:
 
     # Slots have many lengths: from the second one on a trace with an unknown length serves them
     # all, rather than one trace for each.
-    @tf.function(reduce_retracing=True)
+    @tf.function(autograph=False, reduce_retracing=True)
     def _add(self, parts: tf.Tensor) -> tf.Tensor:
         """All-reduce sum of one vector per replica."""
 

@@ -224,7 +224,6 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
     It applies `steps` to each image in one XLA-compiled loop, and returns the images, likewise.
     """
 
-    @tf.autograph.experimental.do_not_convert
     def over_batch(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         def one_image(element):
             image, seed = element
@@ -238,7 +237,7 @@ def _compiled(steps: tuple[Step, ...]) -> Callable:
             one_image, (images, seeds), parallel_iterations=1, fn_output_signature=spec
         )
 
-    jitted = tf.function(over_batch, jit_compile=True)
+    jitted = tf.function(over_batch, jit_compile=True, autograph=False)
 
     def checked(images: tf.Tensor, seeds: tf.Tensor) -> tf.Tensor:
         step, shape = steps[0], images.shape[1:]
