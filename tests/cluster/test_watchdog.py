@@ -1,7 +1,10 @@
 """A run that stands still is noticed, and the hosts that are behind are named."""
 
 import re
+import sys
 import threading
+import time
+import types
 
 import pytest
 
@@ -176,11 +179,50 @@ def test_nobody_is_blamed_without_a_reason(quick):
     assert set(outcome.values()) == {None}
 
 
-def test_one_host_has_no_watchdog():
+def watch_alone(act, timeout=0.5):
+    """Runs act(watchdog) on a host that is alone."""
+    with (
+        meet(None, timeout_seconds=1) as meeting,
+        Watchdog(meeting, timeout_seconds=timeout, patience_seconds=0.1) as watchdog,
+    ):
+        for step in range(4):  # enough to learn from
+            watchdog.progress(step, "the save")
+        act(watchdog)
+
+
+def test_a_host_that_is_alone_is_watched(quick):
+    verdicts, _ = quick
+    watch_alone(lambda watchdog: wait_for(lambda: verdicts))
+    (text,) = verdicts.values()
+    assert "at step 3 for" in text and "hangs in the save. Above you see" in text
+    assert threading.active_count() == 1 and "worker" not in text
+
+
+def test_nobody_watches_over_a_notebook(quick, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     before = threading.active_count()
-    with meet(None, timeout_seconds=1) as meeting, Watchdog(meeting, timeout_seconds=1) as watchdog:
-        watchdog.progress(0)
+
+    def act(watchdog):
         assert threading.active_count() == before and watchdog.lost() is None
+
+    watch_alone(act)
+
+
+def test_a_process_that_was_stopped_has_not_stood_still(quick, monkeypatch):
+    """As by Ctrl-Z: the clock goes on, no thread runs."""
+    verdicts, _ = quick
+    ahead = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr("vit_dist.cluster.watchdog.time", clock)
+
+    def act(watchdog):
+        ahead[0] = 1000.0
+        wait_for(lambda: watchdog._pauses)
+        for state in watchdog._states():
+            assert state.waiting < 500
+
+    watch_alone(act, timeout=500.0)
+    assert not verdicts
 
 
 # the process ends

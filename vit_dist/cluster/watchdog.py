@@ -1,14 +1,16 @@
-"""Notices that a run of several hosts stands still, and which of them keeps the others waiting.
+"""Notices that a run stands still, and which of its hosts keeps the others waiting.
 
 TensorFlow ends a collective when another process dies or is stopped. It waits without end for one
 that is alive and stuck: in a read from storage, in a GPU's kernel, behind Python's lock. So each
 host tells the chief every second how far it has got, over the line of their meeting, and the chief
-tells all hosts what it knows. One thread does this, however many steps there are.
+tells all hosts what it knows. One thread does this, however many steps there are. A run of one host
+is watched as well: its storage or its device can hang, too.
 """
 
 import contextlib
 import faulthandler
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -104,7 +106,10 @@ def find_stuck(states: Sequence[State]) -> list[int] | None:
 
 
 class Watchdog:
-    """Watches over a run from within a `with`; does nothing for a run of one host.
+    """Watches over a run from within a `with`.
+
+    A run of one host in an interactive Python, such as a notebook, is not watched: a person sits
+    there, who may look at it in a debugger for an hour.
 
     Args:
       meeting: the hosts and the lines between them, which the watchdog's thread uses from now on.
@@ -121,17 +126,20 @@ class Watchdog:
         # written by the main thread, the others' by the watchdog's; each entry as a whole.
         now = time.monotonic()
         self._told = [(State(limit=self._limits.first), now) for _ in range(count)]
+        # When a time ended in which this process was stopped (Ctrl-Z, a machine put to sleep), and
+        # how long it was: the run did not stand still in it.
+        self._pauses: list[tuple[float, float]] = []
         self._lock = threading.Lock()  # of the lines
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        if self._meeting.lines:
+        if self._meeting.lines or not hasattr(sys, "ps1"):
             self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self._meeting.lines:
+        if self._thread.is_alive():
             self._over.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
@@ -181,18 +189,26 @@ class Watchdog:
         """All hosts' as of now."""
         now = time.monotonic()
         states = [state.aged(now - when) for state, when in self._told]
-        own = self._meeting.index
-        states[own] = states[own]._replace(silent=0.0)
+        own, since = self._meeting.index, self._told[self._meeting.index][1]
+        paused = sum(length for end, length in self._pauses if end > since)
+        waiting = max(states[own].waiting - paused, 0.0)
+        states[own] = states[own]._replace(waiting=waiting, silent=0.0)
         return states
 
     def _watch(self) -> None:
-        armed = 0.0
+        armed, beat = 0.0, time.monotonic()
         while not self._over.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            # A beat that is so late: the process did not run meanwhile, or hardly.
+            if now - beat > _SILENT_SECONDS:
+                self._pauses.append((now, now - beat))
+            beat = now
             # Should this thread itself be kept from running, because something holds Python's
-            # lock, a C thread of faulthandler ends the process; it is set back again and again.
-            if time.monotonic() - armed > _REARM_SECONDS:
+            # lock, a C thread of faulthandler ends the process; it is set back again and again. Not
+            # on a host that is alone: after Ctrl-Z for that long, it would end what goes on.
+            if self._meeting.lines and now - armed > _REARM_SECONDS:
                 faulthandler.dump_traceback_later(self._limits.first + 60, exit=True, file=2)
-                armed = time.monotonic()
+                armed = now
             with self._lock:
                 verdict = self._hear()
                 states = self._states()
@@ -246,13 +262,16 @@ class Watchdog:
         rest = [i for i in range(len(states)) if i not in stuck and states[i].end is None]
         others = "; ".join(self._describe(i, states[i]) for i in rest)
         what = f"behind is {behind}; waiting: {others}"
-        if not stuck:
+        logs, again = "Each host's log shows", "Start all again, and they go on"
+        if len(states) == 1:
+            what = f"the input, the storage or a device hangs in {own.doing}"
+            logs, again = "Above you see", "Start it again, and it goes on"
+        elif not stuck:
             what = f"none is behind, so the input, a device or the network hangs: {others}"
         return (
-            f"the run has stood still at step {own.step} for {own.waiting:.0f} s: {what}. Each "
-            "host's log shows where its threads are. Start all again, and they go on from the "
-            "newest checkpoint; if the wait was no fault, raise strategy.timeout_seconds "
-            f"({self._timeout_seconds:g})"
+            f"the run has stood still at step {own.step} for {own.waiting:.0f} s: {what}. {logs} "
+            f"where its threads are. {again} from the newest checkpoint; if the wait was no fault, "
+            f"raise strategy.timeout_seconds ({self._timeout_seconds:g})"
         )
 
     def _describe(self, i: int, state: State) -> str:

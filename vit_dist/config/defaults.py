@@ -213,9 +213,9 @@ DEFAULTS: dict[str, Any] = {
         "tpu": "",  # "local", a TPU's name or grpc://host:8470,...; "": TPU_NAME, else "local"
         "tpu_zone": "",  # of a TPU by name
         "tpu_project": "",  # of a TPU by name
-        # several hosts: the longest that a run may stand still
+        # the longest that a run may stand still; longer, and it ends itself, to be started again
         "timeout_seconds": _number(1800.0, "(0, inf)"),
-        # several hosts: how long a run may always stand still, however fast it was before
+        # how long a run may always stand still, however fast it was before
         "patience_seconds": _number(600.0, "(0, inf)"),
     },
 }
