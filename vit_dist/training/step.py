@@ -409,8 +409,8 @@ def _make_loop(
             return i + 1, waited + seconds, out
 
         # A loop's variables need a value, of their final dtype, before its first turn.
-        start = {name: tf.constant(0.0) for name in summed + last}
-        start = (tf.zeros_like(n), tf.constant(0.0, tf.float64), start)
+        out = {name: tf.constant(0.0) for name in summed + last}
+        start = (tf.zeros_like(n), tf.constant(0.0, tf.float64), out)
         _, waited, out = tf.while_loop(lambda i, *_: i < n, turn, start)
         count = tf.cast(n, tf.float32)
         out = {k: v / count if k in MEANS else v for k, v in out.items()}
