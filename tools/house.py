@@ -27,6 +27,7 @@ COMMANDS = (
     "tpu_worker",
     "launch",
     "doctor",
+    "sweep",
 )
 SHARED = ("paths",)  # the one file at the top that is no command
 
@@ -55,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "tpu_worker": {"run", "cluster", "config"},
     "launch": {"run", "training", "cluster", "config", "paths"},
     "doctor": {"run", "cluster", "config"},
+    "sweep": {"launch", "run", "cluster", "storage", "config", "paths"},
     "run": {
         "evaluators",
         "inspection",

@@ -103,7 +103,33 @@ def load_config() -> FrozenConfigDict:
     return config_lib.finalize(flag.value, config_flags.get_override_values(flag))
 
 
-def _with_recorded_config(arguments: list[str]) -> list[str]:
+def config_of(words: list[str]) -> FrozenConfigDict:
+    """The finalised config of another command line: --config=FILE and --config.KEY=VALUE.
+
+    Raises:
+      ConfigError: the words make no config.
+    """
+    # Flags of their own: those of this process are parsed once and hold its own config.
+    apart = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "as the command line's", flag_values=apart)
+    # ml_collections looks for keys in the process's own words, whatever it is given to parse; so
+    # do the explanations.
+    before, sys.argv = sys.argv, [sys.argv[0], *with_recorded_config(words)]
+    try:
+        apart(sys.argv)
+        return config_lib.finalize(
+            apart["config"].value, config_flags.get_override_values(apart["config"])
+        )
+    except Exception as error:
+        message, _ = _explain(error)
+        if message is None:
+            raise
+        raise ConfigError(message) from error
+    finally:
+        sys.argv = before
+
+
+def with_recorded_config(arguments: list[str]) -> list[str]:
     """The command line, with --config RUN turned into a config file that ml_collections can read.
 
     RUN is a run's folder or its config.json. ml_collections reads Python files only, so RUN becomes
@@ -172,7 +198,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(_with_recorded_config(arguments))
+        return flags.FLAGS(with_recorded_config(arguments))
     except SystemExit as error:  # absl parses without one: a config file has called sys.exit
         raise ConfigError(
             f"config file {_config_file()} ended the program with exit code {error.code}: raise a "
