@@ -24,6 +24,7 @@ from vit_dist.export import ALL_FORMATS
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import vit_config
 from vit_dist.run.check import check
+from vit_dist.run.variants import parse_choices, product, words_of
 from vit_dist.training.optimizer import NAMES as OPTIMIZERS
 from vit_dist.training.schedules import NAMES as SCHEDULES
 from vit_dist.training.step import JITS
@@ -152,6 +153,13 @@ def test_python_commands_parse(words):
     module, rest = words[2], words[3:]
     if module == "vit_dist.launch":
         assert_dry_run([sys.executable, *words[1:]], place=3)
+        return
+    if module == "vit_dist.sweep":
+        places = [i for i, word in enumerate(rest) if word == "--set"]
+        variants = product([parse_choices(rest[i + 1]) for i in places])
+        base = [word for i, word in enumerate(rest) if not {i, i - 1} & set(places)]
+        for variant in variants:
+            check(config_of([*base, *words_of(variant)]))
         return
     if module not in ("vit_dist.train", "vit_dist.evaluate", "vit_dist.convert", "vit_dist.show"):
         assert all(word.startswith("--") for word in rest)
