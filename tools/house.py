@@ -28,6 +28,7 @@ COMMANDS = (
     "launch",
     "doctor",
     "sweep",
+    "report",
 )
 SHARED = ("paths",)  # the one file at the top that is no command
 
@@ -56,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "tpu_worker": {"run", "cluster", "config"},
     "launch": {"run", "training", "cluster", "config", "paths"},
     "doctor": {"run", "cluster", "config"},
+    "report": {"run", "inspection", "monitoring", "storage", "config", "paths"},
     "sweep": {"launch", "run", "cluster", "storage", "config", "paths"},
     "run": {
         "evaluators",
@@ -73,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": set(),
     "data": {"storage", "config", "paths"},
     "training": {"model", "cluster", "storage", "config", "paths"},
-    "monitoring": {"storage", "paths"},
+    "monitoring": {"storage", "config", "paths"},
     "model": {"config"},
     "cluster": {"config"},
     "storage": {"config", "paths"},
