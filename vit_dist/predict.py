@@ -8,7 +8,7 @@ its classes are called; weights of another system need a config.json beside them
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
@@ -19,9 +19,8 @@ from absl import flags
 
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import message_of
-from vit_dist.data.sources.folder import EXTENSIONS
 from vit_dist.export import Served, hint_without_flags, open_served
-from vit_dist.paths import expand
+from vit_dist.run.image_files import expand_images, shown
 
 # Images that are classified at once; their files are in memory together.
 _BATCH = 32
@@ -57,7 +56,7 @@ def main() -> int:
             print(f"left out: {found.problem}", file=sys.stderr, flush=True)
             continue
         pairs = zip(found.classes, found.probabilities, strict=True)
-        print(_shown(found.path), *(f"{name} {p:.1%}" for name, p in pairs), sep="\t", flush=True)
+        print(shown(found.path), *(f"{name} {p:.1%}" for name, p in pairs), sep="\t", flush=True)
     if bad:
         print(f"error: {bad} images could not be read, see above", file=sys.stderr)
     return cli.FAILURE if bad else 0
@@ -78,7 +77,7 @@ def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator
       DataError: no such images.
       ConfigError: a checkpoint without a head.
     """
-    paths = _expand(images)
+    paths = expand_images(images)
     served, names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
     for start in range(0, len(paths), _BATCH):
         yield from _predict_batch(served, names, paths[start : start + _BATCH], top)
@@ -115,45 +114,8 @@ def _problem(served: Served, path: str, data: tf.Tensor) -> str:
     try:
         served.prepare(data)
     except (tf.errors.InvalidArgumentError, DataError) as error:
-        return f"image file {_shown(path)!r} cannot be read ({message_of(error)})"
+        return f"image file {shown(path)!r} cannot be read ({message_of(error)})"
     return ""
-
-
-def _expand(images: Sequence[str]) -> list[str]:
-    """The image files that files, patterns and folders name, each file once.
-
-    A text that names nothing is tried as several with commas between them.
-    """
-    paths: list[str] = []
-    for text in images:
-        # First as a whole: the name of a file may hold a comma.
-        found = _files_of(text)
-        for part in text.split(",") if not found else ():
-            found += _files_of(part) or _none_at(part)
-        paths += found
-    # Each once, in order: _predict_batch keeps the images of a batch by path.
-    return list(dict.fromkeys(paths))
-
-
-def _files_of(text: str) -> list[str]:
-    path = str(expand(text))
-    if tf.io.gfile.isdir(path):
-        names = sorted(tf.io.gfile.listdir(path))
-        return [f"{path}/{n}" for n in names if n.lower().endswith(tuple(EXTENSIONS))]
-    # As a name first, then as a pattern: brackets in a file's name would be a pattern, too.
-    return [path] if tf.io.gfile.exists(path) else sorted(tf.io.gfile.glob(path))
-
-
-def _none_at(text: str) -> NoReturn:
-    raise DataError(
-        f"there are no images at {text!r}: give files, a pattern in quotes such as "
-        "'photos/*.jpg', or a folder with images in it"
-    )
-
-
-def _shown(path: str) -> str:
-    """A path as a terminal can print it, also where the name is not UTF-8."""
-    return path.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def script() -> None:

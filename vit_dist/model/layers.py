@@ -271,8 +271,11 @@ class MapHead(keras.layers.Layer):
         for layer in (self.attention, self.norm, self.mlp):
             layer.build(input_shape)
 
-    def call(self, x: tf.Tensor) -> tf.Tensor:
+    def call(self, x: tf.Tensor, return_weights: bool = False):
+        """(B, N, D) -> (B, D), and the probe's attention weights (B, H, 1, N) if asked."""
         # One query for each image of the batch.
         probe = tf.tile(tf.cast(self.probe, x.dtype), (tf.shape(x)[0], 1, 1))
-        y = self.attention(probe, x)
-        return (y + self.mlp(self.norm(y)))[:, 0]  # (B, 1, D) -> (B, D)
+        y = self.attention(probe, x, return_weights=return_weights)
+        y, weights = y if return_weights else (y, None)
+        pooled = (y + self.mlp(self.norm(y)))[:, 0]  # (B, 1, D) -> (B, D)
+        return (pooled, weights) if return_weights else pooled

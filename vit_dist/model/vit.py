@@ -5,6 +5,7 @@ Shapes: B batch, N tokens, D width, H heads, C classes; (rows, columns) the grid
 
 import re
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -245,6 +246,13 @@ class ViT(keras.Model):
             x = tf.concat([tf.tile(prefix, (tf.shape(x)[0], 1, 1)), x], axis=1)
         return self.drop(x, **mode)
 
+    def patch_positions(self) -> np.ndarray:
+        """The position embeddings of the patches alone: float32 (rows * columns, D)."""
+        if self.posemb == "sincos2d":
+            return sincos2d(self.grid, self.width)
+        # Entries of tokens before the patches come first.
+        return tf.convert_to_tensor(self.pos_embedding).numpy()[0, self.posemb_prefix :]
+
     def _pool(self, x: tf.Tensor) -> tf.Tensor:
         """(B, N, D) -> what the head sees: (B, D), (B, 2 D) for "tok_gap", (B, N, D) for "none"."""
         if self.pool in ("gap", "tok_gap"):
@@ -278,6 +286,10 @@ class ViT(keras.Model):
             # Evaluation has no backward pass that could compute anything again.
             recompute = training and self.remat == "full"
             x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
+        return self.read_out(x)
+
+    def read_out(self, x: tf.Tensor) -> tf.Tensor:
+        """The last block's tokens (B, N, D) -> what the head sees of them; see `features`."""
         # The mean of normalised tokens is not the normalised mean, so this order changes logits.
         x = self.norm(self._pool(x)) if self.norm_after_pool else self._pool(self.norm(x))
         return self.pre_logits(x) if self.pre_logits else x
@@ -296,21 +308,41 @@ class ViT(keras.Model):
         x = self.features(images, training=training, seed=seed)
         return self.head(tf.cast(x, tf.float32)) if self.head else x
 
-    def intermediates(self, images: tf.Tensor) -> dict[str, list[tf.Tensor]]:
-        """What each block computes, in inference mode; `call` spends nothing on it.
+    def walk(self, images: tf.Tensor) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+        """Goes through the blocks in inference mode, one at a time; `call` spends nothing on it.
 
-        Returns:
-          "tokens": `depth` tensors (B, N, D), each block's output;
-          "attention": `depth` tensors float32 (B, H, N, N), rows sum to 1.
+        Yields:
+          For each block its output (B, N, D) and its attention weights (B, H, N, N), whose rows sum
+          to 1.
         """
         x = self._embed(tf.cast(images, self.compute_dtype))
-        out: dict[str, list[tf.Tensor]] = {"tokens": [], "attention": []}
         for block in self.blocks:
             # Asked for its weights, a block takes the plain attention, not the blockwise one.
             x, weights = block(x, return_weights=True)
-            out["tokens"].append(x)
-            out["attention"].append(weights)
-        return out
+            yield x, weights
+
+    def intermediates(self, images: tf.Tensor) -> dict[str, list[tf.Tensor]]:
+        """What `walk` yields, all at once.
+
+        Returns:
+          "tokens": `depth` tensors (B, N, D), each block's output;
+          "attention": `depth` tensors (B, H, N, N), rows sum to 1.
+        """
+        tokens, attention = zip(*self.walk(images), strict=True)
+        return {"tokens": list(tokens), "attention": list(attention)}
+
+    def pooling_weights(self, x: tf.Tensor) -> tf.Tensor:
+        """The last block's tokens (B, N, D) -> pool "map"'s weights of the patches, (B, H, P).
+
+        Raises:
+          ConfigError: a model with another pool.
+        """
+        if self.map_head is None:
+            raise ConfigError(f"pool {self.pool!r} has no weights of its own")
+        # As in `read_out`: with norm_after_pool the tokens are pooled as they are.
+        x = x if self.norm_after_pool else self.norm(x)
+        _, weights = self.map_head(x[:, self.prefix :], return_weights=True)
+        return weights[:, :, 0]  # the probe is the only query
 
 
 def build_vit(
