@@ -29,6 +29,7 @@ COMMANDS = (
     "doctor",
     "sweep",
     "report",
+    "figures",
 )
 SHARED = ("paths",)  # the one file at the top that is no command
 
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "paths",
     },
     "evaluate": {"run", "cluster", "config"},
-    "predict": {"export", "run", "data", "config", "paths"},
+    "predict": {"export", "run", "data", "config"},
     "export": {"run", "data", "model", "config", "paths"},
     "convert": {"run", "data", "monitoring", "config"},
     "show": {"run", "data", "inspection", "storage", "config"},
@@ -59,6 +60,15 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"run", "cluster", "config"},
     "report": {"run", "inspection", "monitoring", "storage", "config", "paths"},
     "sweep": {"launch", "run", "cluster", "storage", "config", "paths"},
+    "figures": {
+        "export",
+        "run",
+        "data",
+        "inspection",
+        "storage",
+        "config",
+        "paths",
+    },
     "run": {
         "evaluators",
         "inspection",
@@ -72,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
         "paths",
     },
     "evaluators": {"training", "config"},
-    "inspection": set(),
+    "inspection": {"model", "config"},
     "data": {"storage", "config", "paths"},
     "training": {"model", "cluster", "storage", "config", "paths"},
     "monitoring": {"storage", "config", "paths"},

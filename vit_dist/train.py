@@ -39,10 +39,11 @@ from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.check import check
+from vit_dist.run.drawing import Drawing
 from vit_dist.run.elastic import cut_batch
 from vit_dist.run.explain import Reading, explain
 from vit_dist.run.facts import host_facts
-from vit_dist.run.input import first_images, train_data
+from vit_dist.run.input import first_images, images_to_inspect, train_data
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import Start, check_data, find_start, restore_or_init
@@ -279,6 +280,14 @@ class _Loop:
             log=options.log_steps,
             save=options.save_steps,
             evaluate=options.eval_steps,
+            draw=options.figures_steps,
+        )
+        self.drawing = Drawing(
+            options.model.network,
+            options.evaluation.pipe,
+            functools.partial(images_to_inspect, options.evaluation, data),
+            writer,
+            note=note,
         )
         self.pace = Pace()
         self.meter = Meter(
@@ -331,6 +340,8 @@ class _Loop:
                 logged = True
             if self.calendar.saves_at(step) or asked.save:
                 self.save(step, tensors)
+            if self.calendar.draws_at(step):
+                self.draw(step)
             stop = asked.stop
             if self.calendar.evaluates_at(step) and not stop:
                 metrics |= self.judge("val", step)
@@ -342,6 +353,7 @@ class _Loop:
             if not self.preemption.requested():
                 metrics |= self.judge(split, step)
         self.finish_saving(step)
+        self.drawing.finish(stop=self.preemption.requested)
         if self.preemption.requested():
             self.starts.stopped(self.preemption.received)
             metrics["preempted"] = 1.0
@@ -495,6 +507,17 @@ class _Loop:
                 # As a resume will read them from JSON: tuples are lists, unknown objects strings.
                 notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(arrays, step=step, notes=notes)
+
+    def draw(self, step: int) -> None:
+        """Begins to draw the model's inside (chief only); a thread does it while training goes on.
+
+        At the end the drawing is waited for, so that the last one is always there.
+        """
+        if self.chief:
+            if step == self.calendar.total:
+                self.drawing.finish(stop=self.preemption.requested)
+            with self.meter.pause():
+                self.drawing.begin(step, self.state.eval_model)
 
     def finish_saving(self, step: int) -> None:
         """Waits until the last checkpoint is written; only the chief has one to wait for."""

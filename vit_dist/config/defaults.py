@@ -61,6 +61,8 @@ DEFAULTS: dict[str, Any] = {
     **_durations("log", steps=50),  # how often to write metrics
     **_durations("eval", percent=10),  # how often to evaluate on val; always at the end
     **_durations("save", percent=10),  # how often to save; always at the end
+    # how often to draw the model's inside for TensorBoard, at the end, too; 0: never
+    **_durations("figures", steps=0),
     "keep_checkpoints": _number(2, "[1, inf)"),  # how many of the newest stay on disk
     "resume_from": "",  # another run's folder: continue it here, optimizer and step included
     "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name

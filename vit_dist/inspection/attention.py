@@ -65,8 +65,8 @@ def as_head_reads(
 
     Args:
       rows: (..., N, N): a row for each token, such as attention weights or a rollout.
-      pool: of ViT. "tok" reads the row of the cls token, "gap" and "none" the mean over the patches'
-        rows, "tok_gap" the mean of both, "map" the mean weighted by `pooling`.
+      pool: of ViT. "tok" reads the row of the cls token, "gap" and "none" the mean over the rows of
+        the patches, "tok_gap" the mean of both, "map" the mean weighted by `pooling`.
       prefix: number of tokens before the patches.
       pooling: (..., P), sums to 1: the weights of pool "map".
 

@@ -21,6 +21,8 @@ FORMATS = ("png", "svg", "pdf")
 OF_WEIGHTS = ("filters", "positions")
 OF_IMAGES = ("distances", "attention", "rollout", "norms", "similarity")
 NAMES = (*OF_WEIGHTS, *OF_IMAGES)
+# Sheets of images show so many, the first; curves and CKA are of all.
+ROWS = 8
 
 _MAP = "cividis"
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -125,14 +127,8 @@ def _distances(look: ImagesLook) -> Any:
     figure, axes = _empty_figure(6.0, 4.0)
     depth, heads = look.distances.shape
     blocks = np.arange(1, depth + 1)
-    axes.scatter(
-        np.repeat(blocks, heads),
-        look.distances.ravel(),
-        s=18,
-        color=_BLUE,
-        label="a head",
-        zorder=3,
-    )
+    places = np.repeat(blocks, heads)
+    axes.scatter(places, look.distances.ravel(), s=18, color=_BLUE, label="a head", zorder=3)
     # A head that looks at no patch has no distance.
     mean = np.ma.masked_invalid(look.distances).mean(axis=1)
     axes.plot(blocks, mean, color=_ORANGE, label="mean over heads")
@@ -149,7 +145,7 @@ def _distances(look: ImagesLook) -> Any:
 
 def _attention(look: ImagesLook) -> Any:
     rows = []
-    for image, heads in zip(look.images, look.heads, strict=True):
+    for image, heads in zip(look.images[:ROWS], look.heads[:ROWS], strict=True):
         mean = heads.mean(axis=0)
         maps = [_coloured(h, _tile_size(image)) for h in heads]
         rows.append([_thumbnail(image), _over(image, mean), *maps])
@@ -162,7 +158,7 @@ def _attention(look: ImagesLook) -> Any:
 def _rollout(look: ImagesLook) -> Any:
     rows = [
         [_thumbnail(image), _coloured(rolled, _tile_size(image)), _over(image, rolled)]
-        for image, rolled in zip(look.images, look.rollout, strict=True)
+        for image, rolled in zip(look.images[:ROWS], look.rollout[:ROWS], strict=True)
     ]
     return _sheet(rows, ["image", "rollout", "over it"], "attention rollout, all blocks")
 
@@ -171,7 +167,7 @@ def _norms(look: ImagesLook) -> Any:
     depth = len(look.norms)
     shown = np.unique(np.linspace(depth - 1, 0, min(depth, _BLOCKS)).round().astype(int))
     rows = []
-    for i, image in enumerate(look.images):
+    for i, image in enumerate(look.images[:ROWS]):
         size = _tile_size(image)
         # One scale for all images of a block, so that an outlier stands out among images, too.
         maps = [_coloured(look.norms[b, i], size, within=look.norms[b]) for b in shown]

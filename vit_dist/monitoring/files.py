@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,6 +117,8 @@ class EventFile:
     TensorBoard's own EventFileWriter is not used, because where storage fails it prints a traceback
     from a thread, and then raises at every call.
 
+    Several threads may write: figures come from a thread of their own.
+
     Args:
       folder: where TensorBoard looks; made if absent.
     """
@@ -126,6 +129,9 @@ class EventFile:
         name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}"
         self._path = expand(folder) / f"{name}.{os.getpid()}.{next(_numbers)}"
         self._records: RecordWriter | None = None
+        # An event is written in several pieces, between which no other may come. Not a plain Lock:
+        # a warning that logs could come back here.
+        self._lock = threading.RLock()
         with self._giving_up():
             make_folder(folder)
             self._records = RecordWriter(open_growing(self._path, "wb"))
@@ -149,7 +155,8 @@ class EventFile:
     def _giving_up(self):
         """Turns a failure of the storage into one warning, after which nothing is written."""
         try:
-            yield
+            with self._lock:
+                yield
         except FAILURES as error:
             if kind_of(error) is None:
                 raise

@@ -12,12 +12,14 @@ class Calendar:
     Attributes:
       total: steps of the run; at its end it logs and saves in any case.
       log, save, evaluate: steps from one event to the next; 0 for none before the end.
+      draw: the same of figures; 0 for none at all.
     """
 
     total: int
     log: int
     save: int
     evaluate: int
+    draw: int = 0
 
     def logs_at(self, step: int) -> bool:
         """Whether metrics are written at `step`."""
@@ -32,11 +34,16 @@ class Calendar:
         # At the end `train` judges val and test in any case, when the last checkpoint is saved.
         return step < self.total and _due(self.evaluate, step)
 
+    def draws_at(self, step: int) -> bool:
+        """Whether figures of the model's inside are drawn at `step`."""
+        return self.draw > 0 and (step == self.total or _due(self.draw, step))
+
     def steps_to_event(self, step: int) -> int:
         """How many steps from `step`, which is before the end, to the next event."""
         ends = [self.total - step]
         # At a multiple of `every` the next event is a whole period away, never 0 steps.
-        ends += [every - step % every for every in (self.log, self.save, self.evaluate) if every]
+        periods = (self.log, self.save, self.evaluate, self.draw)
+        ends += [every - step % every for every in periods if every]
         return min(ends)
 
 

@@ -19,6 +19,7 @@ from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.data.pipeline import check_pipe
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.source import Source
+from vit_dist.inspection.draw import check_matplotlib
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
 from vit_dist.model.vit import build_vit, weight_shapes
@@ -66,6 +67,8 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         shard_state=optimizer.shard_state,
     )
     _check_choices(config)
+    if key := _figures_key(config):
+        check_matplotlib(f"config.{key}={config[key]}")
     loss = make_loss(**bind(make_loss, config.loss, name="loss"))
     # With a made-up number of examples: this finds durations that are missing or negative, minutes
     # before a data set has been downloaded and counted. The real number follows below.
@@ -104,6 +107,8 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
+        # 0 is never, so a share that rounds to 0 means every step here, too.
+        figures_steps=max(durations["figures"], 1) if _figures_key(config) else 0,
         save_minutes=config.save_minutes or 0.0,
         keep_checkpoints=config.keep_checkpoints,
         resume_from=config.resume_from,
@@ -224,6 +229,13 @@ def _check_choices(config: FrozenConfigDict) -> None:
             )
 
 
+def _figures_key(config: FrozenConfigDict) -> str:
+    """The key that asks for figures while training; "" if none does."""
+    keys = [k for k in config if k.startswith("figures_") and config[k]]
+    # finalize() keeps one unit of a duration.
+    return keys[0] if keys else ""
+
+
 def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: int) -> ModelOptions:
     # bind() names unknown keys, with a guess at what was meant; vit_config checks the values.
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
@@ -279,7 +291,7 @@ def _check_images(
 
 
 def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:
-    """Steps of "total", "log", "eval" and "save"."""
+    """Steps of "total", "log", "eval", "save" and "figures"."""
     known = {"batch_size": config.input.batch_size, "num_examples": num_examples}
     total = durations_lib.duration(config, "total", **known)
     # num_examples is 1 in the first look, which does not know how many there are.
@@ -293,7 +305,7 @@ def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:
             "To judge weights as they are: python -m vit_dist.evaluate"
         )
     durations = {"total": total}
-    for name in ("log", "eval", "save"):
+    for name in ("log", "eval", "save", "figures"):
         durations[name] = durations_lib.duration(config, name, **known, total_steps=total)
     return durations
 

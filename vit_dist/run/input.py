@@ -5,9 +5,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import host_replicas, remote_hosts, replicas_of
+from vit_dist.config.errors import DataError
+from vit_dist.data.damage import message_of
 from vit_dist.data.pipeline import ALL, Part, make_eval_data, make_train_data
 from vit_dist.data.service import from_services
 from vit_dist.data.view import batch_images
@@ -76,6 +79,38 @@ def first_images(
         readable = batch["mask"].numpy() > 0
         captions = [c if ok else "unreadable" for c, ok in zip(captions, readable, strict=True)]
     return [Cell(*pair) for pair in zip(images, captions, strict=True)][:count]
+
+
+def images_to_inspect(options: EvaluationOptions, data: Data, *, count: int = 8) -> np.ndarray:
+    """Some images as the evaluation's pipe prepares them: of val, or of train without val.
+
+    Returns:
+      uint8 (n, height, width, C): examples spread evenly over the split, because a folder's come
+      class by class; of a source that can only be streamed the first. Unreadable ones are left out.
+
+    Raises:
+      DataError: none can be read.
+    """
+    source = data.sources.get("val", data.sources["train"])
+    source.prepare()
+    if source.indexable:
+        indices = np.unique(np.linspace(0, source.num_examples - 1, count).astype(np.int64))
+        examples = (source.read(tf.constant(i, tf.int64)) for i in indices)
+    else:
+        stream = source.stream(seed=None, epoch=0)
+        examples = (source.decode_record(record) for record in stream.take(count))
+    images, problem = [], ""
+    for number, example in enumerate(examples):
+        # The seed is of no effect in a pipe without random ops.
+        place = {"index": tf.constant(number, tf.int64), "epoch": tf.constant(0, tf.int64)}
+        place["seed"] = tf.constant([0, number])
+        try:
+            images.append(options.pipe.host({**example, **place})["image"].numpy())
+        except tf.errors.InvalidArgumentError as error:
+            problem = message_of(error)
+    if not images:
+        raise DataError(f"no image of {source} can be read: {problem}")
+    return np.stack(images)
 
 
 def _train_dataset(

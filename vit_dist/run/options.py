@@ -132,6 +132,7 @@ class RunOptions:
       seed: decides data order, augmentation and dropout.
       total_steps: steps of the whole run.
       log_steps, eval_steps, save_steps: how often; 0 for never before the end.
+      figures_steps: how often the model's inside is drawn; 0 for never.
       save_minutes: how often by the clock, beside save_steps; 0 for never.
       keep_checkpoints: how many of the newest stay.
       resume_from, init_from: where a run in an empty workdir takes its state or its weights from;
@@ -150,6 +151,7 @@ class RunOptions:
     log_steps: int
     eval_steps: int
     save_steps: int
+    figures_steps: int
     save_minutes: float
     keep_checkpoints: int
     resume_from: str
