@@ -7,6 +7,7 @@ All colours can be told apart by colour-blind readers: the map cividis (Nuñez e
 
 import importlib.util
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ OF_IMAGES = ("distances", "attention", "rollout", "norms", "similarity")
 NAMES = (*OF_WEIGHTS, *OF_IMAGES)
 # Sheets of images show so many, the first; curves and CKA are of all.
 ROWS = 8
+
+# What matplotlib tells of its fonts is of no interest in the middle of a training's lines.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 _MAP = "cividis"
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -133,7 +137,8 @@ def _distances(look: ImagesLook) -> Any:
     mean = np.ma.masked_invalid(look.distances).mean(axis=1)
     axes.plot(blocks, mean, color=_ORANGE, label="mean over heads")
     axes.axhline(look.uniform, color="0.4", linestyle="--", label="equal weight everywhere")
-    axes.set_ylim(bottom=0)
+    # A tenth more than the highest, which may also be the dashed line.
+    axes.set_ylim(0, 1.1 * max(float(np.nanmax(look.distances, initial=0.0)), look.uniform, 1e-6))
     axes.set_xlim(0.5, depth + 0.5)
     axes.set_xticks(blocks[:: -(-depth // 16)])
     axes.set_xlabel("block")
