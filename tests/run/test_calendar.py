@@ -21,6 +21,10 @@ EVENTS = {
         Calendar(total=3, log=50, save=50, evaluate=50),
         {"log": [3], "save": [3], "evaluate": []},
     ),
+    "with figures": (
+        Calendar(total=7, log=7, save=0, evaluate=0, draw=3),
+        {"log": [7], "save": [7], "evaluate": [], "draw": [3, 6, 7]},
+    ),
 }
 
 
@@ -28,7 +32,7 @@ EVENTS = {
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_events(calendar, events, first):
     """From any first step a run that goes from event to event meets all that are behind it."""
-    step, met = first, {"log": [], "save": [], "evaluate": []}
+    step, met = first, {"log": [], "save": [], "evaluate": [], "draw": []}
     while step < calendar.total:
         n = calendar.steps_to_event(step)
         assert n >= 1
@@ -37,10 +41,12 @@ def test_events(calendar, events, first):
             ("log", calendar.logs_at(step)),
             ("save", calendar.saves_at(step)),
             ("evaluate", calendar.evaluates_at(step)),
+            ("draw", calendar.draws_at(step)),
         ):
             if due:
                 met[name].append(step)
         assert any(step in steps for steps in met.values()), "a stop for nothing"
+    events = {"draw": [], **events}
     assert met == {name: [s for s in steps if s > first] for name, steps in events.items()}
 
 
