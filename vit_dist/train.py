@@ -223,6 +223,8 @@ def _run(
             if better is None:
                 raise
             raise better from error
+        finally:
+            loop.drawing.close()
     # A barrier: a host that leaves takes the cluster down, and the chief may still be saving.
     all_hosts(strategy, 0)
     if chief:

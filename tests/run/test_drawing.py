@@ -131,6 +131,30 @@ def test_one_drawing_at_a_time():
     ]
 
 
+def test_a_run_that_ends_gives_the_drawing_up():
+    writer, told = Waiting(), []
+    reading, go = threading.Event(), threading.Event()
+
+    def images():
+        reading.set()
+        assert go.wait(60)
+        return np.zeros((1, 8, 8, 3), np.uint8)
+
+    drawing, model = make_drawing(writer, images, told)
+    writer.go.set()
+    drawing.begin(1, model)
+    assert reading.wait(60)
+    closing = threading.Thread(target=drawing.close)
+    closing.start()
+    assert drawing._given_up.wait(60)
+    go.set()
+    closing.join(60)
+    # Of the images nothing was drawn any more, and that is no failure.
+    assert not closing.is_alive() and len(writer.steps) == len(OF_WEIGHTS)
+    drawing.finish()
+    assert not told
+
+
 def test_images_are_spread_over_the_split_and_prepared_as_for_evaluation():
     options, data = check(
         tiny.make(image_size=16, input__train_ops=tiny.ANY_SIZE, input__eval_ops=tiny.ANY_SIZE)

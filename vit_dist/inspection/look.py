@@ -4,6 +4,7 @@ Shapes: B images, H heads, P patches in a grid of (rows, columns).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -71,13 +72,20 @@ def look_at_weights(model: ViT) -> WeightsLook:
     return WeightsLook(filters, shares, positions, model.posemb == "learned")
 
 
-def look_at_images(model: ViT, images: np.ndarray, scaled: tf.Tensor) -> ImagesLook:
+def look_at_images(
+    model: ViT,
+    images: np.ndarray,
+    scaled: tf.Tensor,
+    *,
+    on_block: Callable[[], None] = lambda: None,
+) -> ImagesLook:
     """Runs a model in inference mode, and keeps what figures show of it.
 
     Args:
       model: with any pool, with or without a head.
       images: uint8 (B, height, width, C), for the figures.
       scaled: the same images as the model takes them.
+      on_block: called after each block; what it raises ends the look.
     """
     count, (rows, columns) = len(images), model.grid
     chosen = _choose_tokens(count * rows * columns)
@@ -90,7 +98,7 @@ def look_at_images(model: ViT, images: np.ndarray, scaled: tf.Tensor) -> ImagesL
         # Which of the chosen tokens are in these images, and where.
         first = start * rows * columns
         here = chosen[(chosen >= first) & (chosen < first + each * rows * columns)] - first
-        parts.append(_look_at_some(model, scaled[start : start + each], here))
+        parts.append(_look_at_some(model, scaled[start : start + each], here, on_block))
     distances, maps, rollout, norms, samples = zip(*parts, strict=True)
     far = patch_distances(model.grid, model.patch_size)
     return ImagesLook(
@@ -120,7 +128,9 @@ def _mean_over_images(distances: np.ndarray) -> np.ndarray:
     return np.where(seen.any(axis=1), total / np.maximum(seen.sum(axis=1), 1), np.nan)
 
 
-def _look_at_some(model: ViT, images: tf.Tensor, here: np.ndarray) -> tuple[np.ndarray, ...]:
+def _look_at_some(
+    model: ViT, images: tf.Tensor, here: np.ndarray, on_block: Callable[[], None]
+) -> tuple[np.ndarray, ...]:
     """One pass: distances (depth, b, H), maps (b, H, P), rollout (b, P), norms (depth, b, P) and
     the outputs (depth, n, D) of the tokens `here`, numbers of patches over these images.
     """
@@ -135,6 +145,7 @@ def _look_at_some(model: ViT, images: tf.Tensor, here: np.ndarray) -> tuple[np.n
         rolled = roll_out(rolled, weights)
         norms.append(np.linalg.norm(patches, axis=-1))
         samples.append(patches.reshape(-1, model.width)[here])
+        on_block()
     pooling = None
     if model.pool == "map":
         pooling = tf.cast(model.pooling_weights(tokens), tf.float32).numpy()

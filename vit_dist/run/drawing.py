@@ -5,7 +5,7 @@ a few images through it and draws. Nothing of it is part of the compiled step.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,14 @@ from vit_dist.inspection.draw import draw_images, draw_weights, pixels
 from vit_dist.inspection.look import look_at_images, look_at_weights
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.monitoring.writer import Writer
+
+# How long the end of a run waits for a drawing to notice that it is given up. That takes a block of
+# the network or a figure, a second or two; more only if reading the images hangs.
+_LAST_SECONDS = 30.0
+
+
+class _GivenUpError(Exception):
+    """The run ends, and nobody waits for the drawing."""
 
 
 class Drawing:
@@ -46,6 +54,7 @@ class Drawing:
         self._thread: threading.Thread | None = None
         self._model: ViT | None = None
         self._images: np.ndarray | None = None
+        self._given_up = threading.Event()
         # What went wrong first in the thread, and whether it has been told.
         self._failure: Exception | None = None
         self._told = False
@@ -60,7 +69,7 @@ class Drawing:
             name: np.array(variable.value.numpy(), "float32")
             for name, variable in named_weights(model).items()
         }
-        # A daemon: a process that ends, on an error or a signal, does not wait for a picture.
+        # A daemon: a process that ends does not wait for it longer than `close` does.
         self._thread = threading.Thread(
             target=self._run, args=(step, weights), name="figures", daemon=True
         )
@@ -71,6 +80,20 @@ class Drawing:
         while self._thread is not None and self._thread.is_alive() and not stop():
             self._thread.join(0.1)
         self._tell()
+
+    def close(self) -> None:
+        """Gives up the drawing that is being made, if there is one.
+
+        A thread that were still in TensorFlow when Python ends could take the exit code with it.
+        """
+        self._given_up.set()
+        if self._thread is not None:
+            self._thread.join(_LAST_SECONDS)
+
+    def _go_on(self) -> None:
+        """Called now and then in the thread; raises where the drawing is given up."""
+        if self._given_up.is_set():
+            raise _GivenUpError
 
     def _tell(self) -> None:
         if self._failure is not None and not self._told:
@@ -84,6 +107,8 @@ class Drawing:
             # On the CPU, beside whatever trains on an accelerator.
             with tf.device("CPU:0"):
                 self._draw(step, weights)
+        except _GivenUpError:
+            return
         # Of any kind, since a picture is not worth a run; `_tell` says it from the training thread.
         except Exception as error:
             self._failure = self._failure or error
@@ -93,11 +118,15 @@ class Drawing:
             self._model = build_vit(self._network)
         for name, variable in named_weights(self._model).items():
             variable.assign(weights[name])
-        for name, figure in draw_weights(look_at_weights(self._model)):
-            self._writer.images(step, f"figures/{name}", pixels(figure)[np.newaxis])
+        self._write(step, draw_weights(look_at_weights(self._model)))
         # After the figures of the weights: these are there even where no image can be read.
         if self._images is None:
             self._images = self._read()
         scaled = self._pipe.device(tf.constant(self._images))
-        for name, figure in draw_images(look_at_images(self._model, self._images, scaled)):
+        look = look_at_images(self._model, self._images, scaled, on_block=self._go_on)
+        self._write(step, draw_images(look))
+
+    def _write(self, step: int, figures: Iterator[tuple[str, Any]]) -> None:
+        for name, figure in figures:
+            self._go_on()
             self._writer.images(step, f"figures/{name}", pixels(figure)[np.newaxis])
