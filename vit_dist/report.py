@@ -17,7 +17,8 @@ from tensorboard import plugin_util
 
 from vit_dist.config.defaults import get_defaults
 from vit_dist.config.errors import ConfigError
-from vit_dist.inspection.curves import colour_of, draw_curves, has_matplotlib
+from vit_dist.inspection.curves import colour_of, draw_curves
+from vit_dist.inspection.draw import check_matplotlib
 from vit_dist.inspection.page import Page
 from vit_dist.monitoring.goodput import format_table, measure
 from vit_dist.monitoring.history import History, flatten, read_history
@@ -40,11 +41,7 @@ def main() -> int:
     """The command; returns its exit code."""
     if not flags.FLAGS.runs:
         raise ConfigError("give the folders of runs: --runs runs/first,runs/second")
-    if not has_matplotlib():
-        raise ConfigError(
-            "vit_dist.report draws curves with matplotlib, which is not installed: pip install "
-            "matplotlib, or install vit_dist with its extra 'figures'"
-        )
+    check_matplotlib("python -m vit_dist.report")
     page = make_report([read_history(expand(folder)) for folder in flags.FLAGS.runs])
     output = expand(flags.FLAGS.output)
     make_folder(output.parent)

@@ -1,6 +1,5 @@
 """Draws metrics of several runs over each other, with matplotlib."""
 
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +18,7 @@ def draw_curves(title: str, curves: Mapping[str, tuple[Sequence[int], Sequence[f
       curves: run -> (steps, values). Its place in the mapping decides a run's colour, so that it is
         the same in all drawings; a run without the metric has ([], []).
     """
-    # Slow to import, and optional: see has_matplotlib.
+    # Slow to import, and optional: see check_matplotlib of draw.py.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -52,8 +51,3 @@ def draw_curves(title: str, curves: Mapping[str, tuple[Sequence[int], Sequence[f
 def colour_of(index: int) -> str:
     """The colour of the run at this place of `curves`."""
     return _COLOURS[index % len(_COLOURS)]
-
-
-def has_matplotlib() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None

@@ -1,4 +1,4 @@
-"""Draws what look.py finds, with matplotlib; the one module that imports matplotlib.
+"""Draws what look.py finds, with matplotlib.
 
 matplotlib is an optional dependency and slow to import, so it is imported when a figure is drawn.
 All colours can be told apart by colour-blind readers: the map cividis (Nuñez et al., PLOS ONE 13,
