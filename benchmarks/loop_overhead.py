@@ -31,8 +31,10 @@ from vit_dist.config import finalize
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.starts import Starts
 from vit_dist.monitoring.writer import make_writer
+from vit_dist.run.best import Best
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.check import check
+from vit_dist.run.evals import Evals
 from vit_dist.run.input import train_data
 from vit_dist.training.checkpoint import Checkpointer
 
@@ -58,7 +60,9 @@ def measure(args: argparse.Namespace, workdir: str, starts: Starts) -> list[tupl
         state=state,
         train_steps=make_step(options, data, state, strategy),
         evaluate=Evaluation(options.evaluation, data, state.eval_model, strategy),
+        evals=Evals(options.evaluation, data, state.eval_model, strategy),
         checkpointer=Checkpointer(workdir),
+        best=Best(options.best, workdir, strategy),
         writer=writer,
         progress=progress,
         preemption=preemption,
@@ -83,7 +87,7 @@ def measure(args: argparse.Namespace, workdir: str, starts: Starts) -> list[tupl
         # Two log intervals: the second one has no start of the pipeline in it.
         loop.first = int(state.step.numpy())
         loop.calendar = dataclasses.replace(loop.calendar, total=loop.first + 2 * steps)
-        results.append((bare, loop.run(evaluated=True)["seconds_per_step"]))
+        results.append((bare, loop.run(evaluated=("val",))["seconds_per_step"]))
     writer.close()
     return results
 

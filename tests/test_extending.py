@@ -12,12 +12,13 @@ from vit_dist.config.errors import ConfigError
 from vit_dist.data.ops import pipe
 from vit_dist.data.sources.open import SOURCES
 from vit_dist.evaluate import evaluate
+from vit_dist.evaluators.registry import KINDS
 from vit_dist.run.check import check
 from vit_dist.run.origins import open_origin
 from vit_dist.train import train
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
-MODULES = ("my_ops", "my_source")
+MODULES = ("my_ops", "my_source", "my_evals")
 
 
 def forget():
@@ -26,6 +27,7 @@ def forget():
         sys.modules.pop(name, None)
     pipe._REGISTRY.pop("invert", None)
     SOURCES.pop("shapes", None)
+    KINDS.pop("nearest_mean", None)
 
 
 @pytest.fixture
@@ -48,20 +50,23 @@ def config(**changed):
         "input__train_ops": f"invert(0.5)|{ops}",
         "input__eval_ops": f"invert(1.0)|{ops}",
         "total_steps": 2,
+        "evals": {"mean": {"kind": "nearest_mean", "options": {"power": 1.0}}},
     }
     return tiny.make(**{**options, **changed})
 
 
 def test_a_run_with_an_op_and_a_source_of_ones_own(folder):
     metrics = train(config(), str(folder / "run"))
-    assert metrics["val_examples"] == 32
+    assert metrics["val_examples"] == metrics["mean_examples"] == 32
+    # Squares and circles of many sizes: better than chance without training.
+    assert 0.5 < metrics["mean_accuracy"] <= 1
     forget()  # the run itself knows what to import
     origin = open_origin(str(folder / "run"))
     assert origin.class_names == ["square", "circle"] and "invert" in str(origin.pipe)
     forget()
-    assert evaluate(config(), str(folder / "run"), splits=["val"])["val"]["loss"] == pytest.approx(
-        metrics["val_loss"]
-    )
+    found = evaluate(config(), str(folder / "run"), splits=["val"])
+    assert found["val"]["loss"] == pytest.approx(metrics["val_loss"])
+    assert found["mean"]["accuracy"] == metrics["mean_accuracy"]
 
 
 def test_the_op_does_what_it_says(folder):
@@ -81,6 +86,10 @@ def test_the_op_does_what_it_says(folder):
         ({"imports": ("/runs/my_ops.py",)}, "must be a list of modules"),
         ({"imports": 3}, "must be a list of modules"),
         ({"data__options": {"pixel": 12}}, "takes no option 'pixel', did you mean 'pixels'"),
+        (
+            {"evals": {"mean": {"kind": "nearest_mean", "options": {"power": 0.0}}}},
+            "config.evals.mean.options: power must be above 0",
+        ),
         ({"data__options": 3}, "config.data.options must be a dict"),
         ({"input__train_ops": f"invert(2)|{tiny.ANY_SIZE}"}, r"probability must be in \[0, 1\]"),
     ],

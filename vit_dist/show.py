@@ -89,8 +89,8 @@ def make_rows(
     Raises:
       ConfigError: no such split, or one that can only be streamed; a number out of range.
     """
-    if split not in data.sources:
-        raise ConfigError(f"split {split!r} is not configured; there are {sorted(data.sources)}")
+    if split not in data.splits:
+        raise ConfigError(f"split {split!r} is not configured; there are {sorted(data.splits)}")
     if not data.sources[split].indexable:
         raise ConfigError(
             f"{data.sources[split]} can only be streamed: it has no examples by number"

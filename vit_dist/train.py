@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
@@ -36,11 +36,14 @@ from vit_dist.monitoring.starts import Starts
 from vit_dist.monitoring.writer import Writer, make_writer, was_written
 from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
+from vit_dist.run.best import FOLDER as BEST
+from vit_dist.run.best import Best
 from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.check import check
 from vit_dist.run.drawing import Drawing
 from vit_dist.run.elastic import cut_batch
+from vit_dist.run.evals import Evals
 from vit_dist.run.explain import Reading, explain
 from vit_dist.run.facts import host_facts
 from vit_dist.run.input import first_images, images_to_inspect, train_data
@@ -185,7 +188,12 @@ def _run(
     first, chief = int(state.step.numpy()), is_chief(strategy)
     starts.note(first)
     # Only the chief has metrics on its disk; all hosts must decide alike.
-    evaluated = any(all_hosts(strategy, was_written(workdir, "val/loss", first)))
+    judged = {"val": "val/loss", **{name: f"{name}/examples" for name in options.evaluation.evals}}
+    evaluated = {
+        name
+        for name, row in judged.items()
+        if any(all_hosts(strategy, was_written(workdir, row, first)))
+    }
     with (
         make_writer(workdir, first_step=first, active=chief) as writer,
         Progress(options.total_steps, first_step=first, title="train", waits=WAITS) as progress,
@@ -198,7 +206,9 @@ def _run(
             state=state,
             train_steps=make_step(options, data, state, strategy),
             evaluate=Evaluation(options.evaluation, data, state.eval_model, strategy),
+            evals=Evals(options.evaluation, data, state.eval_model, strategy),
             checkpointer=checkpointer,
+            best=Best(options.best, workdir, strategy, permit=lock.check),
             writer=writer,
             progress=progress,
             preemption=preemption,
@@ -263,7 +273,9 @@ class _Loop:
         state: TrainState,
         train_steps: Callable[..., dict[str, tf.Tensor]],
         evaluate: Evaluation,
+        evals: Evals,
         checkpointer: Checkpointer,
+        best: Best,
         writer: Writer,
         progress: Progress,
         preemption: Preemption,
@@ -273,8 +285,9 @@ class _Loop:
         note: Callable[..., None],
     ):
         self.options, self.data, self.strategy, self.state = options, data, strategy, state
-        self.train_steps, self.evaluate = train_steps, evaluate
-        self.checkpointer, self.writer, self.progress = checkpointer, writer, progress
+        self.train_steps, self.evaluate, self.evals = train_steps, evaluate, evals
+        self.checkpointer, self.best = checkpointer, best
+        self.writer, self.progress = writer, progress
         self.preemption, self.watchdog, self.starts = preemption, watchdog, starts
         self.micro_batch, self.note, self.chief = micro_batch, note, is_chief(strategy)
         self.calendar = Calendar(
@@ -283,6 +296,7 @@ class _Loop:
             save=options.save_steps,
             evaluate=options.eval_steps,
             draw=options.figures_steps,
+            evals={name: entry.every for name, entry in options.evaluation.evals.items()},
         )
         self.drawing = Drawing(
             options.model.network,
@@ -310,17 +324,20 @@ class _Loop:
         # begins with the images that TensorBoard shows.
         self.split, self.steps_read = "train", range(self.first, self.first + 2)
 
-    def run(self, *, evaluated: bool) -> dict[str, float]:
+    def run(self, *, evaluated: Collection[str]) -> dict[str, float]:
         """Trains to the end; returns the last metrics.
 
         Args:
-          evaluated: whether an earlier start has judged "val" at the first step.
+          evaluated: what an earlier start has judged at the first step: "val", and names in
+            config.evals.
         """
         total, step, first = self.calendar.total, self.first, self.first
         metrics: dict[str, float] = {"step": float(first)}
         # An evaluation that was given up when the run was stopped is made up for.
-        if self.calendar.evaluates_at(first) and not evaluated:
-            metrics |= self.judge("val", first)
+        # So is the best one's, even if it was judged: the run may have ended before it was saved.
+        again = {self.best.name} if self.best.step != first else set()
+        metrics |= self.judge_all(self.due(first), first, without=set(evaluated) - again)
+        tensors: dict[str, tf.Tensor] = {}
         batches = iter(train_data(self.options, self.data, self.strategy, first_step=first))
         self.meter.start(first)
         self.starts.spending.switch("compiling")
@@ -328,7 +345,7 @@ class _Loop:
         logged = False
         # The order within a turn: train, log (which finds a loss that is not finite), save, then
         # evaluate. What is trained is saved before anything else can fail.
-        while step < total:
+        while step < total and not self.is_over(step):
             n = min(self.calendar.steps_to_event(step), asked.steps)
             tensors = self.call(batches, step, n)
             step += n
@@ -345,15 +362,21 @@ class _Loop:
             if self.calendar.draws_at(step):
                 self.draw(step)
             stop = asked.stop
-            if self.calendar.evaluates_at(step) and not stop:
-                metrics |= self.judge("val", step)
+            due = self.due(step)
+            if due and not stop:
+                metrics |= self.judge_all(due, step)
                 stop = self.preemption.requested()
             if stop:
                 return self.stop(step, tensors, metrics)
+        done: list[str] = []
+        if step < total:
+            self.note(f"step {step}: nothing better since step {self.best.step}; the run ends here")
+            done = self.due(step)
+            # A run that is started again has this checkpoint.
+            if step > first:
+                self.save(step, tensors)
         # The last checkpoint is being written meanwhile.
-        for split in ("val", "test"):
-            if not self.preemption.requested():
-                metrics |= self.judge(split, step)
+        metrics |= self.judge_all(["val", "test", *self.calendar.evals], step, without=done)
         self.finish_saving(step)
         self.drawing.finish(stop=self.preemption.requested)
         if self.preemption.requested():
@@ -408,6 +431,7 @@ class _Loop:
         metrics |= self.meter.read(step)
         # A save that failed in the background ends the run here, at the next log.
         self.checkpointer.poll()
+        self.best.poll()
         if self.state.model.compute_dtype == "float16":
             metrics["loss_scale"] = float(self.state.loss_scale.numpy())
             metrics["skipped_steps"] = float(step - int(self.state.updates.numpy()))
@@ -453,9 +477,47 @@ class _Loop:
                 "lengthen the warmup, or set precision=float32, and run again"
             )
 
+    def due(self, step: int) -> list[str]:
+        """What is judged at `step`, before the end: "val", names in config.evals."""
+        val = ["val"] if self.calendar.evaluates_at(step) else []
+        return val + self.calendar.evals_at(step)
+
+    def is_over(self, step: int) -> bool:
+        """Whether the run ends at `step` as it has become no better for long; alike on all hosts.
+
+        Only where it is judged, so that a run which was stopped in between ends at the same step.
+        """
+        return self.best.is_over(step) and self.best.name in self.due(step)
+
+    def judge_all(
+        self, names: Sequence[str], step: int, *, without: Collection[str] = ()
+    ) -> dict[str, float]:
+        """Judges one after the other until a signal to stop comes."""
+        metrics: dict[str, float] = {}
+        for name in names:
+            # All hosts ask alike: the answer is gathered from all of them.
+            if name not in without and not self.preemption.requested():
+                found = self.judge(name, step)
+                metrics |= found
+                if found and name == self.best.name:
+                    self.keep_best(step, {k.removeprefix(f"{name}_"): v for k, v in found.items()})
+        return metrics
+
+    def keep_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Starts to write the state beside the newest ones if it is the best so far."""
+        if self.best.is_better(step, metrics):
+            self.note(f"step {step}: the best so far, kept in the folder {BEST} of the run")
+            with self.meter.pause(), self.starts.spending.on("saving"):
+                self.best.save(*self.collect(), step=step)
+
     def judge(self, split: str, step: int) -> dict[str, float]:
-        """Evaluates a split; {} if the config does not name it, or if a signal to stop came."""
-        if split not in self.data.sources:
+        """Evaluates a split, or as one of config.evals says.
+
+        Returns:
+          {} if the config does not name it, or if a signal to stop came.
+        """
+        named = split in self.calendar.evals
+        if not named and split not in self.data.sources:
             return {}
 
         # Called after each batch: it also tells the watchdog that the evaluation gets on.
@@ -465,17 +527,21 @@ class _Loop:
 
         self.watchdog.progress(step, f"the evaluation of {split}")
         with self.meter.pause(), self.starts.spending.on("evaluating"):
-            self.split, self.steps_read = split, range(0)
-            metrics = self.evaluate(split, stop=stop)
+            read = self.options.evaluation.evals[split].split if named else split
+            self.split, self.steps_read = read, range(0)
+            metrics = (self.evals if named else self.evaluate)(split, stop=stop)
         self.starts.note(step)
         if metrics is None:
             self.note(f"step {step}: the evaluation on {split} is given up, to be done at a resume")
             return {}
         self.writer.scalars(step, {f"{split}/{k}": v for k, v in metrics.items()})
-        self.note(
-            f"step {step}: {split} accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
-            f"on {metrics['examples']:.0f} examples"
-        )
+        if named:
+            shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k != "examples"]
+            # All of them are in metrics.jsonl; with an accuracy for each class they are many.
+            text = ", ".join(shown[:8] + ["..."] * (len(shown) > 8))
+        else:
+            text = f"accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}"
+        self.note(f"step {step}: {split} {text} on {metrics['examples']:.0f} examples")
         return {f"{split}_{k}": v for k, v in metrics.items()}
 
     def save(self, step: int, tensors: Mapping[str, tf.Tensor]) -> None:
@@ -492,22 +558,11 @@ class _Loop:
             return
         with self.meter.pause(), self.starts.spending.on("saving"):
             self.saved_step, self.saved_time = step, time.monotonic()
-            # Copied now, so that training can go on while a thread writes. Sharded state is fetched
-            # by a collective, in which all hosts take part.
-            arrays = self.state.to_arrays() if self.chief or self.state.read_by_all_hosts else {}
+            arrays, notes = self.collect()
             # Before the save begins: a checkpoint whose step no line tells would seem to come from
             # nowhere.
             self.starts.note(step)
             if self.chief:
-                notes = {
-                    "config": self.options.record,
-                    "model": self.state.model.get_config(),
-                    "data": self.fingerprint,
-                    "class_names": list(self.data.sources["train"].class_names),
-                    "micro_batch": self.micro_batch,
-                }
-                # As a resume will read them from JSON: tuples are lists, unknown objects strings.
-                notes = json.loads(json.dumps(notes, default=str))
                 self.checkpointer.save(arrays, step=step, notes=notes)
 
     def draw(self, step: int) -> None:
@@ -521,11 +576,27 @@ class _Loop:
             with self.meter.pause():
                 self.drawing.begin(step, self.state.eval_model)
 
+    def collect(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The state and the notes of a checkpoint, on the chief; a collective."""
+        # Copied now, so that training can go on while a thread writes. Sharded state is fetched by
+        # a collective, in which all hosts take part.
+        arrays = self.state.to_arrays() if self.chief or self.state.read_by_all_hosts else {}
+        notes = {
+            "config": self.options.record,
+            "model": self.state.model.get_config(),
+            "data": self.fingerprint,
+            "class_names": list(self.data.sources["train"].class_names),
+            "micro_batch": self.micro_batch,
+        }
+        # As a resume will read them from JSON: tuples are lists, unknown objects strings.
+        return arrays, json.loads(json.dumps(notes, default=str))
+
     def finish_saving(self, step: int) -> None:
         """Waits until the last checkpoint is written; only the chief has one to wait for."""
         self.watchdog.progress(step, "the last save")
         with self.starts.spending.on("saving"):
             self.checkpointer.wait()
+            self.best.wait()
         # A host that left now could take the chief with it: engines end or restart a job as soon
         # as one of its processes has ended.
         all_hosts(self.strategy, 0)
@@ -603,7 +674,7 @@ def _announce(
     )
     if chief:
         pipes = {"train_pipe": options.input.pipe, "eval_pipe": options.evaluation.pipe}
-        warnings += data_warnings(dict(data.sources), options.image_size)
+        warnings += data_warnings(data.splits, options.image_size)
         warnings += pixel_warnings(data.sources, **pipes)
     for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:
         note(f"warning: {line}")

@@ -293,10 +293,11 @@ def test_the_other_hosts_wait_for_the_chiefs_checkpoint(monkeypatch):
         strategy=None,
         watchdog=types.SimpleNamespace(progress=lambda *args: None),
         checkpointer=types.SimpleNamespace(wait=lambda: order.append("written")),
+        best=types.SimpleNamespace(wait=lambda: order.append("best written")),
         starts=Starts(),
     )
     train._Loop.finish_saving(loop, 5)
-    assert order == ["written", "met"]
+    assert order == ["written", "best written", "met"]
 
 
 @pytest.mark.timeout(900)

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, get_args, get_origin
 
@@ -49,7 +50,8 @@ def check_type(key: str, value: Any, annotation: Any) -> None:
     if isinstance(annotation, str):
         raise TypeError(f"{key}: string annotations cannot be checked")
     # float | None -> (float, NoneType)
-    allowed = get_args(annotation) or (annotation,)
+    union = isinstance(annotation, types.UnionType)
+    allowed = get_args(annotation) if union else (annotation,)
     # A generic such as tuple[int, int]: the function checks such a value itself.
     if any(get_origin(t) or not isinstance(t, type) for t in allowed):
         return

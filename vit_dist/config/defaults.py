@@ -64,6 +64,9 @@ DEFAULTS: dict[str, Any] = {
     # how often to draw the model's inside for TensorBoard, at the end, too; 0: never
     **_durations("figures", steps=0),
     "keep_checkpoints": _number(2, "[1, inf)"),  # how many of the newest stay on disk
+    # "max val/accuracy" or "min NAME/METRIC" of an evaluation: kept beside them, in RUN/best
+    "keep_best": _Key(None, str),
+    "patience": _Key(None, int, "[1, inf)"),  # steps without a better keep_best that end the run
     "resume_from": "",  # another run's folder: continue it here, optimizer and step included
     "init_from": "",  # weights to begin with: a run's folder, .npz, .safetensors, .pth, hf://org/name
     "init_image_size": _Key(None, object),  # pixels that init_from was trained at, if no file tells
@@ -71,6 +74,8 @@ DEFAULTS: dict[str, Any] = {
     "posemb_method": "align_corners",  # how init_from resamples positions; model/posemb.py
     "patch_method": "refuse",  # a patch kernel of another size: refuse | pinv (FlexiViT's)
     "imports": _Key((), object),  # modules of your own to import first, e.g. ("my_ops",)
+    # further evaluations by name, e.g. {"near": {"kind": "knn", "every": 500}}; docs/judging.md
+    "evals": _Key(None, object),
     "data": {  # data/sources/; keys left None take the source's own default
         "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
         "train_split": "train",  # as the source names it; tfds: TFDS's syntax, "train[:99%]"
@@ -276,6 +281,25 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
             _keep_one(section, default, name, prefix, overrides or {})
     _freeze_lists(config)
     return FrozenConfigDict(config)
+
+
+def make_section(name: str, values: Mapping[str, Any], where: str) -> ConfigDict:
+    """A section of the defaults with some of its values replaced, checked as `finalize` does it.
+
+    Args:
+      name: of a section of DEFAULTS.
+      values: key -> value.
+      where: what messages call the section, such as "config.data".
+
+    Raises:
+      ConfigError: a key that is unknown, or a value of a wrong type or out of range.
+    """
+    section = get_defaults()[name]
+    with section.unlocked(), section.ignore_type():
+        for key, value in values.items():
+            section[key] = value
+    _check_keys(section, DEFAULTS[name], where)
+    return section
 
 
 def _check_names(config: ConfigDict, where: str, above: tuple[ConfigDict, ...] = ()) -> None:

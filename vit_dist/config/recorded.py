@@ -18,8 +18,14 @@ from vit_dist.config.errors import ConfigError
 CONFIG, MANIFEST = "config.json", "manifest.json"
 
 
+def of_best(path: str) -> str:
+    """RUN:best as RUN/best, the folder of the run's best checkpoint; other paths as they are."""
+    return f"{path.removesuffix(':best')}/best" if path.endswith(":best") else path
+
+
 def find(path: str) -> epath.Path | None:
     """The file with the recorded config that a path names or holds; None if there is none."""
+    path = of_best(path)
     if path.endswith(".json"):
         return epath.Path(path)
     # configs/demo.py or configs/demo.py:argument, an ordinary config file.

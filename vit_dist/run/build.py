@@ -106,16 +106,31 @@ class Evaluation:
         Raises:
           DataError: an example cannot be read, or too many are masked.
         """
-        try:
+        with explained(Reading(split, pipe=self._options.pipe), self._data):
             if split not in self._datasets:
                 self._datasets[split] = eval_data(self._options, self._data, self._strategy, split)
             metrics = self._evaluate(self._datasets[split], stop=stop)
-        except tf.errors.OpError as error:
-            reading = Reading(split, pipe=self._options.pipe)
-            raise explain_reading(error, reading, self._data) or error from error
-        # Masked examples are what the evaluator did not count; None means it was given up midway.
-        if metrics is not None and split in self._data.damage:
-            count = self._data.sources[split].num_examples
-            masked = count - round(metrics["examples"])
-            self._data.damage[split].check_share(masked, seen=count)
+        # None means that it was given up midway.
+        if metrics is not None:
+            check_counted(self._data, split, round(metrics["examples"]))
         return metrics
+
+
+@contextlib.contextmanager
+def explained(reading: Reading, data: Data) -> Iterator[None]:
+    """Within it an error of an input pipeline becomes one that names the damaged example."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise explain_reading(error, reading, data) or error from error
+
+
+def check_counted(data: Data, split: str, examples: int) -> None:
+    """Checks how many examples of a split were masked: those that an evaluation did not count.
+
+    Raises:
+      DataError: more than config.input.max_bad_share.
+    """
+    if split in data.damage:
+        count = data.sources[split].num_examples
+        data.damage[split].check_share(count - examples, seen=count)

@@ -1,6 +1,7 @@
 """When a training logs, saves and evaluates, and how many steps one call may run."""
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Calendar:
       total: steps of the run; at its end it logs and saves in any case.
       log, save, evaluate: steps from one event to the next; 0 for none before the end.
       draw: the same of figures; 0 for none at all.
+      evals: the same for each of config.evals by name.
     """
 
     total: int
@@ -20,6 +22,7 @@ class Calendar:
     save: int
     evaluate: int
     draw: int = 0
+    evals: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def logs_at(self, step: int) -> bool:
         """Whether metrics are written at `step`."""
@@ -38,11 +41,17 @@ class Calendar:
         """Whether figures of the model's inside are drawn at `step`."""
         return self.draw > 0 and (step == self.total or _due(self.draw, step))
 
+    def evals_at(self, step: int) -> list[str]:
+        """Which of config.evals are judged at `step`, before the end of the training."""
+        return [
+            name for name, every in self.evals.items() if step < self.total and _due(every, step)
+        ]
+
     def steps_to_event(self, step: int) -> int:
         """How many steps from `step`, which is before the end, to the next event."""
         ends = [self.total - step]
         # At a multiple of `every` the next event is a whole period away, never 0 steps.
-        periods = (self.log, self.save, self.evaluate, self.draw)
+        periods = (self.log, self.save, self.evaluate, self.draw, *self.evals.values())
         ends += [every - step % every for every in periods if every]
         return min(ends)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -24,7 +24,9 @@ from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
 from vit_dist.model.vit import build_vit, weight_shapes
 from vit_dist.model.weights import PATCH_METHODS
+from vit_dist.run.eval_options import check_evals
 from vit_dist.run.options import (
+    BestOptions,
     Data,
     EvaluationOptions,
     InputOptions,
@@ -83,7 +85,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     # The rest needs the network, which needs the number of classes, which only the data knows.
     _check_patterns(optimizer, evaluation.model.network)
     pipe = _parse_pipe(config.input.train_ops, evaluation.model.network)
-    _check_images([train], pipe, "train_ops", evaluation.model.network)
+    _check_images([train], pipe, "config.input.train_ops", evaluation.model.network)
     durations = _durations(config, train.num_examples)
     return RunOptions(
         evaluation=evaluation,
@@ -111,6 +113,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         figures_steps=max(durations["figures"], 1) if _figures_key(config) else 0,
         save_minutes=config.save_minutes or 0.0,
         keep_checkpoints=config.keep_checkpoints,
+        best=_check_best(config, evaluation.evals, has_val="val" in data.sources),
         resume_from=config.resume_from,
         init_from=config.init_from,
         record=config_lib.as_json(config),
@@ -118,13 +121,17 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
 
 
 def check_evaluation(
-    config: ConfigDict, *, splits: Sequence[str] | None = None
+    config: ConfigDict,
+    *,
+    splits: Sequence[str] | None = None,
+    evals: Sequence[str] | None = (),
 ) -> tuple[EvaluationOptions, Data]:
     """Checks the part of a config that an evaluation uses, and opens the splits to evaluate on.
 
     Args:
       config: its training split need not exist; optimizer and schedule are not checked.
       splits: some of "train", "val", "test"; None for val and test, those that are configured.
+      evals: some of the names in config.evals; None for all.
 
     Raises:
       ConfigError: a mistake in that part, or a split that is not configured.
@@ -133,7 +140,7 @@ def check_evaluation(
     config = _finalized(config)
     import_modules(check_imports(config.imports))
     _check_choices(config)
-    return _check_evaluation(config, training=False, splits=splits)
+    return _check_evaluation(config, training=False, splits=splits, evals=evals)
 
 
 def _finalized(config: ConfigDict) -> FrozenConfigDict:
@@ -144,20 +151,31 @@ def _finalized(config: ConfigDict) -> FrozenConfigDict:
 
 
 def _check_evaluation(
-    config: FrozenConfigDict, *, training: bool, splits: Sequence[str] | None = None
+    config: FrozenConfigDict,
+    *,
+    training: bool,
+    splits: Sequence[str] | None = None,
+    evals: Sequence[str] | None = None,
 ) -> tuple[EvaluationOptions, Data]:
     strategy = bind(make_strategy, config.strategy, name="strategy")
     check_strategy(**strategy)
     size = config_lib.parse_image_size(config.image_size)
     check_input(config)
     # The model's head needs the number of classes, which only the data knows.
-    sources = open_sources(config, training=training, splits=splits)
+    # Evaluations on features need none of the run's own splits: `splits` may be empty beside them.
+    wanted = config.evals and (evals is None or len(evals) > 0)
+    alone = wanted and splits is not None and not splits
+    opened = {} if alone else open_sources(config, training=training, splits=splits)
+    named, sources = check_evals(config, opened, training=training, names=evals)
     num_classes = next(iter(sources.values())).num_classes
     model = _check_model(config, size, num_classes)
     pipe = _parse_pipe(config.input.eval_ops, model.network)
     # "train" has a pipe of its own; evaluate may judge it like any other split.
-    judged = [source for name, source in sources.items() if not (training and name == "train")]
-    _check_images(judged, pipe, "eval_ops", model.network)
+    judged = [source for name, source in opened.items() if not (training and name == "train")]
+    _check_images(judged, pipe, "config.input.eval_ops", model.network)
+    for entry in named.values():
+        read = [sources[key] for key in (entry.split, entry.train) if key]
+        _check_images(read, entry.pipe, entry.where, model.network)
     masked = config.input.on_bad_example == "mask"
     options = EvaluationOptions(
         model=model,
@@ -176,6 +194,7 @@ def _check_evaluation(
             ignore=config.init_ignore,
             image_size=config.init_image_size,
         ),
+        evals=named,
     )
     limit = config.input.max_bad_share
     damage = {k: Damage(v, max_share=limit) for k, v in sources.items()} if masked else {}
@@ -236,6 +255,28 @@ def _figures_key(config: FrozenConfigDict) -> str:
     return keys[0] if keys else ""
 
 
+def _check_best(
+    config: FrozenConfigDict, evals: Collection[str], *, has_val: bool
+) -> BestOptions | None:
+    if config.keep_best is None:
+        if config.patience is not None:
+            raise ConfigError(
+                "config.patience waits for a better value of config.keep_best: set that, too, for "
+                "example to 'max val/accuracy'"
+            )
+        return None
+    found = re.fullmatch(r"(max|min) (\w+)/(.+)", config.keep_best)
+    names = [*(["val"] if has_val else []), *evals]
+    if found is None or found[2] not in names:
+        raise ConfigError(
+            f"config.keep_best {config.keep_best!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' "
+            f"with a NAME of what this run judges: {', '.join(names) or 'nothing'}"
+        )
+    return BestOptions(
+        metric=f"{found[2]}/{found[3]}", mode=found[1], patience=config.patience or 0
+    )
+
+
 def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: int) -> ModelOptions:
     # bind() names unknown keys, with a guess at what was meant; vit_config checks the values.
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
@@ -274,18 +315,18 @@ def _check_images(
         spec = check_pipe(source, pipe)
         for needed in ("image", "label"):
             if needed not in spec:
-                raise ConfigError(f"config.input.{key} must keep '{needed}': {pipe}")
+                raise ConfigError(f"{key} must keep '{needed}': {pipe}")
         got = tuple(spec["image"].shape)
         if got != shape:
             raise ConfigError(
-                f"config.input.{key} gives images of {got}, but config.image_size is "
+                f"{key} gives images of {got}, but config.image_size is "
                 f"{shape[:2]} and config.model.channels {shape[2]}: end the pipe with resize(size) "
                 "or a crop to size"
             )
         # Images travel as uint8 (law 5); only an op on the device makes floats of a known range.
         if not any(step.op.on_device for step in pipe.steps):
             raise ConfigError(
-                f"config.input.{key} leaves images at 0..255: add value_range(-1, 1), as the "
+                f"{key} leaves images at 0..255: add value_range(-1, 1), as the "
                 "reference's checkpoints take them, or normalize('imagenet')"
             )
 

@@ -5,13 +5,15 @@ steps, names are resolved, and what can be built without a device (loss, schedul
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing
 from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.sources.source import Source
+from vit_dist.evaluators.registry import Kind
+from vit_dist.run.sources import SPLITS
 from vit_dist.training.losses import Loss
 from vit_dist.training.optimizer import OptimizerOptions
 from vit_dist.training.schedules import Schedule
@@ -25,12 +27,18 @@ class Data:
     Unlike the options in this file these objects change: files are opened, damage is counted.
 
     Attributes:
-      sources: split -> source, for those of "train", "val" and "test" that the config names.
+      sources: split -> source, for those of "train", "val" and "test" that the config names, and
+        for what config.evals names besides.
       damage: split -> its count of damaged examples; empty unless damaged examples are masked.
     """
 
     sources: Mapping[str, Source]
     damage: Mapping[str, Damage]
+
+    @property
+    def splits(self) -> dict[str, Source]:
+        """The sources of "train", "val" and "test", those that there are."""
+        return {split: source for split, source in self.sources.items() if split in SPLITS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +78,34 @@ class WeightsOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """One of config.evals.
+
+    Attributes:
+      name: before its metrics: "NAME/metric".
+      kind: what it judges, and whether it needs training examples.
+      evaluate: made by the kind with the options of the config.
+      split: key of Data.sources: the examples that are judged.
+      train: key of Data.sources: the examples to learn from; "" for kinds that need none.
+      pipe: prepares the images of both.
+      where: the config key that gave the pipe, for messages.
+      every: steps between two evaluations of a training; 0 for at its end alone.
+      columns: the place among the model's classes of each class of the split, for kinds that judge
+        logits; () where the classes are the same.
+    """
+
+    name: str
+    kind: Kind
+    evaluate: Callable[..., Mapping[str, float]]
+    split: str
+    train: str
+    pipe: Pipe
+    where: str
+    every: int
+    columns: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
     """What it takes to judge a model.
 
@@ -83,6 +119,7 @@ class EvaluationOptions:
       labels_sum_to_one: whether a label given as a row must sum to 1; not for a sigmoid loss.
       jit: "auto", "whole", "split" or "off"; see training.step.choose_jit.
       weights: how weights from elsewhere are fitted.
+      evals: further evaluations by name, in the order of the config.
     """
 
     model: ModelOptions
@@ -94,6 +131,7 @@ class EvaluationOptions:
     labels_sum_to_one: bool
     jit: str
     weights: WeightsOptions
+    evals: Mapping[str, EvalOptions] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +160,21 @@ class InputOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class BestOptions:
+    """Which checkpoint is kept as the best, and how long a better one is waited for.
+
+    Attributes:
+      metric: "NAME/METRIC", NAME being "val" or one of config.evals.
+      mode: "max" or "min".
+      patience: steps without a better value after which the run ends; 0 for never.
+    """
+
+    metric: str
+    mode: str
+    patience: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """All that a training does.
 
@@ -135,6 +188,7 @@ class RunOptions:
       figures_steps: how often the model's inside is drawn; 0 for never.
       save_minutes: how often by the clock, beside save_steps; 0 for never.
       keep_checkpoints: how many of the newest stay.
+      best: the one to keep beside them; None for none.
       resume_from, init_from: where a run in an empty workdir takes its state or its weights from;
         "" for none.
       record: the resolved config as JSON values, which is saved with the run and its checkpoints.
@@ -154,6 +208,7 @@ class RunOptions:
     figures_steps: int
     save_minutes: float
     keep_checkpoints: int
+    best: BestOptions | None
     resume_from: str
     init_from: str
     record: Mapping[str, Any]

@@ -16,6 +16,7 @@ from etils import epath
 
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.config.imports import check_imports, import_modules
+from vit_dist.config.recorded import of_best
 from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.model.formats.pretrained import SUFFIXES, open_pretrained
 from vit_dist.model.formats.tensors import LazyArray
@@ -148,6 +149,7 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
     """
     # A folder with checkpoints, or one that holds no weights of others, is taken for a run: the
     # message of what is not there then speaks of runs.
+    path = of_best(path)
     if not path.startswith(_HUB):
         folder = expand(path, allowed="local paths, gs:// and hf://")
         if is_checkpoint(folder) or not _has_weights(folder):

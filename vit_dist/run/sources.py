@@ -62,7 +62,7 @@ def open_sources(
       DataError: a split that is not there or not fit for use, or splits with different classes.
     """
     names = _splits(config, training, splits)
-    options = _options(config)
+    options = _options(config, config.data)
     sources = {
         name: open_source(config.data.source, split=config.data[f"{name}_split"], **options)
         for name in names
@@ -80,8 +80,25 @@ def open_sources(
         check_portable(sources["train"], config.input, "config.input.service")
     if find_slice(config.strategy.name, config.strategy.tpu):
         _check_slice(sources, config)
-    _check_classes(sources)
+    check_classes(sources)
     return sources
+
+
+def open_split(config: ConfigDict, data: ConfigDict, split: str) -> Source:
+    """Opens one split of another section than config.data, to be evaluated on.
+
+    Args:
+      config: finalised.
+      data: a section with the keys of config.data.
+      split: as the source names it.
+
+    Raises:
+      ConfigError, DataError: see open_sources.
+    """
+    source = open_source(data.source, split=split, **_options(config, data))
+    if find_slice(config.strategy.name, config.strategy.tpu):
+        _check_slice({split: source}, config)
+    return source
 
 
 def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
@@ -145,19 +162,19 @@ def _splits(config: ConfigDict, training: bool, splits: Sequence[str] | None) ->
     return splits
 
 
-def _options(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of the config's source, except for the split."""
-    options = {k: v for k, v in config.data.items() if not k.endswith("_split") and k != "source"}
+def _options(config: ConfigDict, data: ConfigDict) -> dict[str, Any]:
+    """The arguments of the source of a section such as config.data, except for the split."""
+    options = {k: v for k, v in data.items() if not k.endswith("_split") and k != "source"}
     # Below run/ nobody takes a ConfigDict: a dict of the config, such as counts, becomes plain.
     options = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in options.items()}
     own = options.pop("options")
     if own is not None and not hasattr(own, "items"):
         raise ConfigError(f"config.data.options must be a dict of arguments, got {own!r}")
     # Options that follow from other keys of the config, for sources that take them.
-    taken = _taken(config.data.source)
+    taken = _taken(data.source)
     # The directories of the training split are the classes of all splits.
     if "train_split" in taken:
-        options["train_split"] = config.data.train_split or None
+        options["train_split"] = data.train_split or None
     # A check of all files at the start would refuse damaged ones, which are to be masked instead.
     if "check_files" in taken and config.input.on_bad_example == "mask":
         options["check_files"] = False
@@ -171,7 +188,7 @@ def _taken(name: str) -> set[str]:
     return {option for kind in kinds for option in inspect.signature(kind).parameters}
 
 
-def _check_classes(sources: Mapping[str, Source]) -> None:
+def check_classes(sources: Mapping[str, Source]) -> None:
     """Checks that a label, a number, stands for the same class in all splits.
 
     Raises:

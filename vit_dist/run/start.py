@@ -36,6 +36,10 @@ _WHERE = (
 )
 
 
+# Names of the head's variables.
+_HEAD = "head/"
+
+
 class Start(NamedTuple):
     """Where a run begins."""
 
@@ -144,7 +148,11 @@ def restore_or_init(state: TrainState, options: RunOptions, data: Data, start: S
       ConfigError: the checkpoint does not fit the config.
     """
     if start.origin is not None:
-        pipes = {"train_ops": options.input.pipe, "eval_ops": options.evaluation.pipe}
+        pipes = {
+            "config.input.train_ops": options.input.pipe,
+            "config.input.eval_ops": options.evaluation.pipe,
+            **{entry.where: entry.pipe for entry in options.evaluation.evals.values()},
+        }
         report = fill(
             state.model,
             start.origin,
@@ -192,7 +200,7 @@ def fill(
       model: new.
       origin: the opened weights.
       options: how the weights are fitted to the model.
-      pipes: key of config.input -> pipe; each must scale images as the weights were trained.
+      pipes: config key -> pipe; each must scale images as the weights were trained.
       class_names: of the data, in the order of its labels. A head for the same names in another
         order is reordered; where the names differ the head stays new.
 
@@ -212,15 +220,32 @@ def fill(
     return report
 
 
-def check_whole(report: LoadReport, model: ViT, origin: Origin, options: WeightsOptions) -> None:
+def check_whole(
+    report: LoadReport,
+    model: ViT,
+    origin: Origin,
+    options: WeightsOptions,
+    *,
+    headless: bool = False,
+) -> None:
     """Checks what `fill` did to a model that is judged and not trained.
+
+    Args:
+      report: of `fill`.
+      model, origin, options: what `fill` was given.
+      headless: whether only the model's features are judged, so that its head may be any.
 
     Raises:
       ConfigError: a part of the model is new, or a part of the weights was left out.
     """
-    if report.new:
-        raise ConfigError(f"{origin.path} cannot classify this data: it would need {report.new[0]}")
+    # A head that is new because the pooling differs tells of other features, and is refused.
+    free = [x for x in report.new if x.startswith(_HEAD) and not x.endswith(" differs")]
+    new = [line for line in report.new if not (headless and line in free)]
+    if new:
+        raise ConfigError(f"{origin.path} cannot classify this data: it would need {new[0]}")
     for name in sorted(set(origin.tensors) - set(named_weights(model))):
+        if headless and name.startswith(_HEAD):
+            continue
         if not options.ignore or not re.search(options.ignore, name):
             raise ConfigError(
                 f"{origin.path} has {name}, which the config's model has no place for: what would "
@@ -250,5 +275,5 @@ def _check_scaling(origin: Origin, pipes: Mapping[str, Pipe], channels: int) -> 
         said, have = (np.round(v, 3).tolist() for v in (expected, got))
         raise ConfigError(
             f"the weights of {origin.path} take black as {said[0]} and white as {said[1]}; "
-            f"config.input.{key} gives {have[0]} and {have[1]}: scale with {op}"
+            f"{key} gives {have[0]} and {have[1]}: scale with {op}"
         )
