@@ -23,6 +23,7 @@ from tests.support.tiny import (
 from vit_dist.config import defaults as config_lib
 from vit_dist.config.errors import ConfigError
 from vit_dist.evaluate import evaluate
+from vit_dist.monitoring.curves import curve_of
 from vit_dist.train import train
 from vit_dist.training.checkpoint import Checkpointer, open_checkpoint
 
@@ -68,7 +69,7 @@ def test_rows_come_at_exactly_these_steps(trained):
     expected = [(3, "train"), (4, "train"), (6, "val"), (8, "train"), (12, "train")]
     expected += [(12, "val"), (12, "test")]
     # Goodput is told with what is logged of training.
-    beside = {"train": ["goodput", "restarts"]}
+    beside = {"train": ["data", "goodput", "memory", "optimizer", "restarts", "speed"]}
     assert kinds == [(step, [*beside.get(kind, []), kind]) for step, kind in expected]
 
 
@@ -76,10 +77,12 @@ def test_tensorboard_shows_the_same(trained):
     events = EventAccumulator(str(trained.workdir)).Reload()
     names = ("loss", "learning_rate", "grad_norm", "weight_norm", "input_stall")
     names += ("examples_per_second_per_device",)
-    tags = [f"train/{name}" for name in names] + ["val/accuracy", "test/accuracy"]
-    for tag in tags:
-        shown = [(event.step, event.value) for event in events.Scalars(tag)]
-        logged = [(row["step"], row[tag]) for row in rows(trained.workdir) if tag in row]
+    keys = [f"train/{name}" for name in names] + ["val/accuracy", "test/accuracy"]
+    keys += ["data/examples_seen", "speed/tflops_per_device", "memory/host"]
+    keys += ["optimizer/ema_distance", "optimizer/grad_norm_clipped", "restarts"]
+    for key in keys:
+        shown = [(event.step, event.value) for event in events.Scalars(curve_of(key))]
+        logged = [(row["step"], row[key]) for row in rows(trained.workdir) if key in row]
         assert len(shown) == len(logged) > 0
         np.testing.assert_allclose(shown, logged, rtol=1e-6)
 

@@ -71,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run": {
         "evaluators",
+        "costs",
         "inspection",
         "data",
         "training",
@@ -83,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluators": {"training", "storage", "config", "paths"},
     "inspection": {"model", "config"},
+    "costs": {"model", "config"},
     "data": {"storage", "config", "paths"},
     "training": {"model", "cluster", "storage", "config", "paths"},
     "monitoring": {"storage", "config", "paths"},

@@ -28,12 +28,14 @@ from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config.errors import ConfigError, DivergedError
 from vit_dist.data.pipeline import train_indices
 from vit_dist.inspection.sheet import draw_grid
+from vit_dist.monitoring import hparams
 from vit_dist.monitoring.goodput import summary
 from vit_dist.monitoring.log import RunLog, detail
 from vit_dist.monitoring.meter import Meter
+from vit_dist.monitoring.profiler import Profiler
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.starts import Starts
-from vit_dist.monitoring.writer import Writer, make_writer, was_written
+from vit_dist.monitoring.writer import Writer, events_folder, make_writer, was_written
 from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 from vit_dist.run.best import FOLDER as BEST
@@ -49,7 +51,9 @@ from vit_dist.run.facts import host_facts
 from vit_dist.run.input import first_images, images_to_inspect, train_data
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
+from vit_dist.run.scalars import Scalars
 from vit_dist.run.start import Start, check_data, find_start, restore_or_init
+from vit_dist.run.texts import changes_text, config_text, model_text, run_text
 from vit_dist.run.tpu_hosts import check_reading, tpu_hosts
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_whole
@@ -57,6 +61,7 @@ from vit_dist.storage.lock import WorkdirLock
 from vit_dist.training.checkpoint import Checkpointer
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import jit_warnings
+from vit_dist.training.watch import KINDS, PREFIX
 
 # Shown until the first metrics are: for a large model this takes minutes.
 WAITS = "the first step is traced and compiled"
@@ -197,6 +202,12 @@ def _run(
     with (
         make_writer(workdir, first_step=first, active=chief) as writer,
         Progress(options.total_steps, first_step=first, title="train", waits=WAITS) as progress,
+        Profiler(
+            str(events_folder(workdir)),
+            first=options.monitor.profile.start_step,
+            count=options.monitor.profile.num_steps,
+            active=chief,
+        ) as profiler,
     ):
         note = progress.note if chief else logging.info
         loop = _Loop(
@@ -214,12 +225,15 @@ def _run(
             preemption=preemption,
             watchdog=watchdog,
             starts=starts,
+            profiler=profiler,
             micro_batch=cut.micro_batch,
             note=note,
         )
         try:
             _announce(options, data, strategy, state, workdir, origin, writer, note)
             metrics = loop.run(evaluated=evaluated)
+            if not metrics.get("preempted"):
+                writer.summary(int(metrics["step"]), hparams.session_end)
         except Exception as error:
             _finish_saving(checkpointer)
             better = explain(
@@ -281,6 +295,7 @@ class _Loop:
         preemption: Preemption,
         watchdog: Watchdog,
         starts: Starts,
+        profiler: Profiler,
         micro_batch: int,
         note: Callable[..., None],
     ):
@@ -289,6 +304,7 @@ class _Loop:
         self.checkpointer, self.best = checkpointer, best
         self.writer, self.progress = writer, progress
         self.preemption, self.watchdog, self.starts = preemption, watchdog, starts
+        self.profiler = profiler
         self.micro_batch, self.note, self.chief = micro_batch, note, is_chief(strategy)
         self.calendar = Calendar(
             total=options.total_steps,
@@ -297,6 +313,8 @@ class _Loop:
             evaluate=options.eval_steps,
             draw=options.figures_steps,
             evals={name: entry.every for name, entry in options.evaluation.evals.items()},
+            watch=options.monitor.watch.every,
+            bounds=profiler.bounds,
         )
         self.drawing = Drawing(
             options.model.network,
@@ -309,6 +327,7 @@ class _Loop:
         self.meter = Meter(
             batch_size=options.input.batch_size, num_devices=strategy.num_replicas_in_sync
         )
+        self.scalars = Scalars(options, state, strategy, self.meter)
         # Made once for all checkpoints: it takes a second with many files.
         self.fingerprint = data.sources["train"].fingerprint()
         self.first = int(state.step.numpy())  # the step at which this process begins
@@ -347,8 +366,10 @@ class _Loop:
         # evaluate. What is trained is saved before anything else can fail.
         while step < total and not self.is_over(step):
             n = min(self.calendar.steps_to_event(step), asked.steps)
-            tensors = self.call(batches, step, n)
+            with self.profiler.step(step):
+                tensors = self.call(batches, step, n)
             step += n
+            self.look(step, tensors)
             asked = self.ask()
             # Only now: after its first call a host waits here for those that compile longer.
             self.starts.spending.switch("steps")
@@ -392,7 +413,11 @@ class _Loop:
         began = time.monotonic()
         # A tensor: a Python int would be traced and compiled again for each new value.
         tensors = self.train_steps(batches, tf.constant(n, tf.int64))
-        self.pace.done(n, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self.pace.done(n, seconds)
+        # The first call compiles: its time is none of a step.
+        if step > self.first:
+            self.meter.called(n, seconds)
         waited = tensors.pop("input_wait")
         self.meter.waited += waited
         self.stalled += waited if step > self.first else 0.0
@@ -422,12 +447,28 @@ class _Loop:
             steps=min(a >> 2 for a in answers),
         )
 
+    def look(self, step: int, tensors: dict[str, tf.Tensor]) -> None:
+        """Writes what a look at the variables has found, and a profile that ends here."""
+        found = {k: tensors.pop(k) for k in list(tensors) if k.startswith(PREFIX)}
+        if self.chief and found and self.calendar.watches_at(step):
+            names = list(self.state.optimizer.variables)
+            for kind in KINDS:
+                norms = found[f"{PREFIX}{kind}/norms"].numpy()
+                counts = found.get(f"{PREFIX}{kind}/counts")
+                self.writer.watched(
+                    step, kind, names, norms, None if counts is None else counts.numpy()
+                )
+        if self.profiler.ends_at(step):
+            with self.meter.pause("profile"), self.starts.spending.on("profiling"):
+                self.profiler.stop(lambda: float(tensors["loss"]))
+
     def log(self, step: int, tensors: Mapping[str, tf.Tensor]) -> dict[str, float]:
         """Fetches and writes the metrics; between saves the one wait for the device (law 4)."""
         # float() waits until the device has done the steps so far.
         metrics = {k: float(v) for k, v in tensors.items() if k != "applied"}
         self.sums = {}
         self._check_finite()
+        times = {f"speed/{k}": v for k, v in self.meter.step_times().items()}
         metrics |= self.meter.read(step)
         # A save that failed in the background ends the run here, at the next log.
         self.checkpointer.poll()
@@ -443,8 +484,9 @@ class _Loop:
         self.starts.spending.stalled(float(self.stalled))
         self.stalled = 0.0
         self.starts.note(step)
+        more = {**times, **self.scalars.read(step, metrics)}
         rows = {f"train/{k}": v for k, v in metrics.items()}
-        self.writer.scalars(step, {**rows, **self.starts.scalars()})
+        self.writer.scalars(step, {**rows, **more, **self.starts.scalars()})
         if self.chief:
             shown = ["loss", "accuracy", "learning_rate", "grad_norm", "examples_per_second"]
             shown += [k for k in ("loss_scale", "skipped_steps") if k in metrics]
@@ -507,7 +549,7 @@ class _Loop:
         """Starts to write the state beside the newest ones if it is the best so far."""
         if self.best.is_better(step, metrics):
             self.note(f"step {step}: the best so far, kept in the folder {BEST} of the run")
-            with self.meter.pause(), self.starts.spending.on("saving"):
+            with self.meter.pause("saving"), self.starts.spending.on("saving"):
                 self.best.save(*self.collect(), step=step)
 
     def judge(self, split: str, step: int) -> dict[str, float]:
@@ -526,7 +568,7 @@ class _Loop:
             return self.preemption.requested()
 
         self.watchdog.progress(step, f"the evaluation of {split}")
-        with self.meter.pause(), self.starts.spending.on("evaluating"):
+        with self.meter.pause("evaluation"), self.starts.spending.on("evaluating"):
             read = self.options.evaluation.evals[split].split if named else split
             self.split, self.steps_read = read, range(0)
             metrics = (self.evals if named else self.evaluate)(split, stop=stop)
@@ -556,7 +598,7 @@ class _Loop:
         if not float(tensors.get("applied", 1.0)) and step < self.calendar.total:
             self.note(f"step {step}: not saved, its update was skipped (float16 overflow)")
             return
-        with self.meter.pause(), self.starts.spending.on("saving"):
+        with self.meter.pause("saving"), self.starts.spending.on("saving"):
             self.saved_step, self.saved_time = step, time.monotonic()
             arrays, notes = self.collect()
             # Before the save begins: a checkpoint whose step no line tells would seem to come from
@@ -573,7 +615,7 @@ class _Loop:
         if self.chief:
             if step == self.calendar.total:
                 self.drawing.finish(stop=self.preemption.requested)
-            with self.meter.pause():
+            with self.meter.pause("figures"):
                 self.drawing.begin(step, self.state.eval_model)
 
     def collect(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -651,7 +693,14 @@ def _announce(
     first, chief = int(state.step.numpy()), is_chief(strategy)
     if chief:
         write_whole(expand(workdir) / "config.json", text.encode())
-        writer.text(first, "config", f"```json\n{text}\n```")
+        devices = {"replicas": strategy.num_replicas_in_sync, "hosts": num_hosts(strategy)}
+        record = options.record
+        writer.summary(first, lambda: hparams.session_start(record, devices=devices))
+        writer.text(first, "run", run_text(options, strategy))
+        writer.text(first, "config", config_text(record))
+        writer.text(first, "config_changes", changes_text(record))
+        writer.text(first, "model", model_text(state.model, options.model.network))
+        writer.text(first, "weights", f"```\n{origin}\n```")
     detail("config: %s", text)
     detail("TensorFlow %s said while it started:\n%s", tf.__version__, notices().rstrip() or "-")
     source = data.sources["train"]

@@ -91,7 +91,7 @@ def test_constants_are_rows_and_no_curves(tmp_path):
     with make_writer(tmp_path) as writer:
         writer.scalars(1, {"val/examples": 180, "val/loss": 1.0, "train/examples_per_second": 5.0})
     assert read_rows(tmp_path)[0]["val/examples"] == 180
-    assert read_events(tmp_path).Tags()["scalars"] == ["val/loss", "train/examples_per_second"]
+    assert read_events(tmp_path).Tags()["scalars"] == ["val/loss", "speed/examples_per_second"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

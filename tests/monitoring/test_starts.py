@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_and_goes_on(tmp_path, capsys):
         assert (start.hosts, start.replicas) == (1, 1)
         # All time is accounted for, and what happened took some.
         assert sum(start.seconds.values()) == pytest.approx(start.until - start.began, abs=0.1)
-        expected = set(KINDS) - {"input_stall", "meeting", "restoring"}
+        expected = set(KINDS) - {"input_stall", "meeting", "restoring", "profiling"}
         assert expected <= set(start.seconds)
     assert starts[1].seconds["compiling"] > starts[1].seconds["steps"] > 0
     shown = capsys.readouterr().out.splitlines()

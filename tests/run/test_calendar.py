@@ -86,3 +86,13 @@ def test_a_slow_call_is_remembered_for_the_next_two():
     assert pace.limit == 1
     pace.done(1, 0.01)
     assert pace.limit == 2
+
+
+def test_calls_end_at_looks_and_where_a_profile_begins_and_ends():
+    calendar = Calendar(total=20, log=0, save=0, evaluate=0, watch=8, bounds=(5, 6, 7))
+    step, ends = 0, []
+    while step < calendar.total:
+        step += calendar.steps_to_event(step)
+        ends.append(step)
+    assert ends == [5, 6, 7, 8, 16, 20]
+    assert [end for end in ends if calendar.watches_at(end)] == [8, 16]

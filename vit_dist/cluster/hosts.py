@@ -8,6 +8,8 @@ import functools
 
 import tensorflow as tf
 
+from vit_dist.cluster import tpu_vm
+
 
 def host_replicas(strategy: tf.distribute.Strategy) -> range:
     """The numbers of the replicas that this host feeds; all hosts have equally many, in order."""
@@ -95,6 +97,22 @@ def device_kind(strategy: tf.distribute.Strategy) -> str:
     # All replicas of a strategy run on one kind of device, so the first tells.
     device = strategy.extended.worker_devices[0]
     return tf.DeviceSpec.from_string(device).device_type or "CPU"
+
+
+def device_name(strategy: tf.distribute.Strategy) -> str:
+    """What the first device calls itself: "NVIDIA A100-SXM4-40GB", "TPU v5litepod-16".
+
+    "CPU" for CPUs, and "" where nobody tells.
+    """
+    kind = device_kind(strategy)
+    if kind == "TPU":
+        vm = tpu_vm.found().vm
+        return f"TPU {vm.kind}" if vm and vm.kind else ""
+    if kind == "GPU":
+        gpus = tf.config.get_visible_devices("GPU")
+        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        return details.get("device_name", "")
+    return kind
 
 
 def describe(strategy: tf.distribute.Strategy, *, batch_size: int, accumulation: int = 1) -> str:

@@ -212,6 +212,19 @@ DEFAULTS: dict[str, Any] = {
         "all_reduce_dtype": "float32",  # dtype in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
+    "monitor": {  # training/watch.py, costs/devices.py; docs/monitoring.md
+        # JSON or TOML: peaks of devices that the table of MFU lacks, or has wrong; "": none
+        "device_file": "",
+        "update_norm": False,  # the norm of each update, computed in the step
+        # steps from one look at each weight, gradient and update to the next; 0: never
+        "watch_steps": _number(0, "[0, inf)"),
+        "histograms": True,  # with watch_steps: histograms, too, not the norms alone
+    },
+    "profile": {  # monitoring/profiler.py
+        # the first step, from 0, of a profile for TensorBoard; None: no profile
+        "start_step": _Key(None, int, "[0, inf)"),
+        "num_steps": _number(5, "[1, 1000]"),  # how many steps are profiled
+    },
     "strategy": {  # cluster/strategy.py
         "name": "auto",  # auto | single | mirrored | multiworker | tpu | local
         # split the CPU into so many devices; 0: use it whole

@@ -1,7 +1,8 @@
 """Files that grow while a run goes on: metrics and log line by line, and TensorBoard's events.
 
 metrics.jsonl is the record of a run, so a row that cannot be written is an error. TensorBoard's
-events are a second copy of it for the eye: a run that cannot write them warns once and goes on.
+events are a second copy of it for the eye: a run that cannot write them warns once and goes on, and
+never waits for them.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import itertools
 import math
 import os
 import platform
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from vit_dist.paths import expand, is_remote
-from vit_dist.storage.errors import FAILURES, cause, kind_of
+from vit_dist.storage.errors import FAILURES, cause
 from vit_dist.storage.files import make_folder
 
 FLUSH_SECONDS = 30
@@ -112,60 +114,103 @@ def open_rows(path: epath.Path) -> GrowingFile:
 
 
 class EventFile:
-    """A file of events for TensorBoard, one for each start of a run; it warns if storage fails.
+    """A file of events for TensorBoard, one for each start of a run, written by a thread.
+
+    The training never waits for it, and nothing that goes wrong in it ends a run: it is told once,
+    and then nothing more is written. A process that is killed loses what it had not yet written,
+    usually some milliseconds.
 
     TensorBoard's own EventFileWriter is not used, because where storage fails it prints a traceback
     from a thread, and then raises at every call.
 
-    Several threads may write: figures come from a thread of their own.
-
     Args:
       folder: where TensorBoard looks; made if absent.
+      most: how many events may wait; where the storage is slower than that, further ones are lost.
+      patience: seconds that `close` waits for the thread.
     """
 
-    def __init__(self, folder: epath.PathLike):
+    def __init__(self, folder: epath.PathLike, *, most: int = 1000, patience: float = 60.0):
         # TensorBoard looks for "tfevents" in names, and reads a folder's files in order of name:
         # the time comes first, in ten digits, so that a later start is read later.
         name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}"
         self._path = expand(folder) / f"{name}.{os.getpid()}.{next(_numbers)}"
         self._records: RecordWriter | None = None
-        # An event is written in several pieces, between which no other may come. Not a plain Lock:
-        # a warning that logs could come back here.
-        self._lock = threading.RLock()
-        with self._giving_up():
-            make_folder(folder)
-            self._records = RecordWriter(open_growing(self._path, "wb"))
+        self._given_up = self._full = self._incomplete = False
+        self._patience = patience
+        # None ends the thread.
+        self._waiting: queue.Queue[Callable[[], event_pb2.Event] | None] = queue.Queue(most)
+        # A daemon: a disk that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+        self._thread.start()
         # The first event of a file names its version; readers expect it.
         self.add(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def add(self, event: event_pb2.Event) -> None:
-        """Writes one event; does nothing once a write has failed."""
-        with self._giving_up():
-            if self._records is not None:
-                self._records.write(event.SerializeToString())
+    def add(self, event: event_pb2.Event | Callable[[], event_pb2.Event]) -> None:
+        """Lets the thread write an event, or what a function that takes time makes of it."""
+        make = event if callable(event) else lambda: event
+        try:
+            self._waiting.put_nowait(make)
+        except queue.Full:
+            if not self._full:
+                self._full = True
+                logging.warning(
+                    "%s cannot be written as fast as events come: TensorBoard lacks some; "
+                    "metrics.jsonl has all scalars",
+                    self._path,
+                )
 
     def close(self) -> None:
-        """Closes the file; further events are dropped."""
+        """Waits until all is written, and closes the file; further events are dropped."""
+        try:
+            self._waiting.put(None, timeout=self._patience)
+        except queue.Full:
+            # The thread hangs in a write; what waits is lost with the process.
+            return
+        self._thread.join(self._patience)
+
+    def _run(self) -> None:
+        with self._giving_up():
+            make_folder(self._path.parent)
+            self._records = RecordWriter(open_growing(self._path, "wb"))
+        while (make := self._waiting.get()) is not None:
+            # After a failure the queue is still emptied, so that nobody waits for room in it.
+            if self._records is None:
+                continue
+            data = self._made(make)
+            with self._giving_up():
+                self._records.write(data)
         with self._giving_up():
             records, self._records = self._records, None
             if records is not None:
                 records.close()
 
+    def _made(self, make: Callable[[], event_pb2.Event]) -> bytes:
+        """The bytes of an event; of one that cannot be made, those of an empty event."""
+        # Of any kind, as in _giving_up: the storage is well, so other events go on.
+        try:
+            return make().SerializeToString()
+        except Exception as error:
+            if not self._incomplete:
+                logging.warning("TensorBoard lacks something in %s: %r", self._path, error)
+            self._incomplete = True
+            return event_pb2.Event(wall_time=time.time()).SerializeToString()
+
     @contextlib.contextmanager
     def _giving_up(self):
-        """Turns a failure of the storage into one warning, after which nothing is written."""
+        """Turns whatever fails into one warning, after which nothing is written."""
         try:
-            with self._lock:
-                yield
-        except FAILURES as error:
-            if kind_of(error) is None:
-                raise
+            yield
+        # Of any kind: the eye's copy of the metrics is not worth a run.
+        except Exception as error:
             records, self._records = self._records, None
-            logging.warning(
-                "cannot write %s (%s): going on without TensorBoard; metrics.jsonl has all scalars",
-                self._path,
-                cause(error),
-            )
+            if not self._given_up:
+                logging.warning(
+                    "cannot write %s (%s): going on without TensorBoard; metrics.jsonl has all "
+                    "scalars",
+                    self._path,
+                    cause(error),
+                )
+            self._given_up = True
             # Closing writes what is pending and fails in the same way; it has been told already.
             if records is not None:
                 with contextlib.suppress(*FAILURES):

@@ -37,6 +37,7 @@ KINDS = (
     "input_stall",  # within steps the host waited for a batch
     "saving",  # as far as training stood still for it; a thread writes while training goes on
     "evaluating",
+    "profiling",  # writing what config.profile asks for
 )
 DONE = "done"
 

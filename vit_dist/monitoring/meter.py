@@ -1,5 +1,7 @@
 """Throughput between log steps, and the time left."""
 
+import bisect
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ class Meter:
     right after a metric of that step has arrived on the host: then the device has done the step.
 
     Attributes:
+      seconds: kind of pause -> seconds spent in it since the Meter was made.
       waited: seconds of this interval in which the host waited for batches. The loop adds to it; it
         may be a tensor, which only `read` waits for.
     """
@@ -31,6 +34,9 @@ class Meter:
         self._num_reads = 0
         self._smoothed: float | None = None  # seconds per step, a moving average for `eta`
         self._pause_began: float | None = None
+        self.seconds: dict[str, float] = {}
+        # (seconds of each step of a call, steps), of the calls of this interval.
+        self._calls: list[tuple[float, int]] = []
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -39,16 +45,41 @@ class Meter:
         self._began = self._clock()
         self._paused = 0.0
         self.waited = 0.0
+        self._calls = []
+
+    def called(self, steps: int, seconds: float) -> None:
+        """Notes a call of so many steps, and the seconds until it came back."""
+        self._calls.append((seconds / steps, steps))
+
+    def step_times(self) -> dict[str, float]:
+        """Seconds of a step since the last `read`: "step_seconds_median", "step_seconds_p95".
+
+        A call of several steps counts as so many steps of equal length. On an accelerator the host
+        runs ahead by as much as the runtime lets it: there these tell how evenly the device takes
+        work rather than how long it works. {} before the first call.
+        """
+        if not self._calls:
+            return {}
+        seconds, steps = zip(*sorted(self._calls), strict=True)
+        done = list(itertools.accumulate(steps))
+
+        def quantile(share: float) -> float:
+            # The first call by which so many of all steps have been done as fast.
+            return seconds[bisect.bisect_left(done, share * done[-1])]
+
+        return {"step_seconds_median": quantile(0.5), "step_seconds_p95": quantile(0.95)}
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Stops the clock for the body of a `with`."""
+    def pause(self, kind: str = "other") -> Iterator[None]:
+        """Stops the clock for the body of a `with`, whose time is counted as `kind`."""
         assert self._pause_began is None, "pauses do not nest"
         self._pause_began = self._clock()
         try:
             yield
         finally:
-            self._paused += self._clock() - self._pause_began
+            passed = self._clock() - self._pause_began
+            self._paused += passed
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + passed
             self._pause_began = None
 
     def read(self, step: int) -> dict[str, float]:

@@ -9,16 +9,19 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
 from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.plugins.histogram import metadata as histogram_metadata
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.util import tensor_util
 
+from vit_dist.monitoring.curves import curve_of
 from vit_dist.monitoring.files import EventFile, GrowingFile, open_rows
 from vit_dist.paths import expand
 from vit_dist.storage.errors import FAILURES, explain, only_warn
@@ -48,9 +51,19 @@ def make_writer(workdir: epath.PathLike, *, first_step: int = 0, active: bool = 
     """
     if not active:
         return Writer(None, None)
+    rows = _Rows(expand(workdir) / METRICS_FILE, first_step)
+    return Writer(rows, EventFile(events_folder(workdir)))
+
+
+def events_folder(workdir: epath.PathLike) -> epath.Path:
+    """The folder for events: the run's, or the one inside it where version 0.1 began to write them.
+
+    TensorBoard takes each folder with events for a run, so a curve goes on only in the same folder.
+    """
     workdir = expand(workdir)
-    rows = _Rows(workdir / METRICS_FILE, first_step)
-    return Writer(rows, EventFile(_events_folder(workdir)))
+    old = workdir / OLD_TENSORBOARD_DIR
+    has_events = old.is_dir() and any("tfevents" in path.name for path in old.iterdir())
+    return old if has_events else workdir
 
 
 def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
@@ -69,6 +82,7 @@ class Writer:
     def __init__(self, rows: "_Rows | None", events: EventFile | None):
         self._rows = rows
         self._events = events
+        self._session_begun = False
 
     def scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Appends one row. NaN and infinities become null in JSON, which has neither.
@@ -87,18 +101,16 @@ class Writer:
         # allow_nan=False below would refuse what a strict JSON reader cannot read either.
         row: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         row |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        # Before the first row of this start, for the same reason as in make_writer.
-        if not self._rows.begun:
-            self._events.add(_session_start(self._rows.first_step))
+        self._begin_session()
         self._rows.add(json.dumps(row, allow_nan=False) + "\n")
         curves = {k: v for k, v in values.items() if k.split("/")[-1] not in CONSTANTS}
-        self._add(step, [_Value(tag=k, simple_value=v) for k, v in curves.items()])
+        self._add(step, lambda: [_scalar(curve_of(k), v) for k, v in curves.items()])
 
     def text(self, step: int, name: str, markdown: str) -> None:
         """Shows `markdown` in TensorBoard's text tab; metrics.jsonl has no texts."""
         metadata = text_metadata.create_summary_metadata(name, "")
         tensor = _string_tensor([markdown.encode()])
-        self._add(step, [_Value(tag=name, metadata=metadata, tensor=tensor)])
+        self._add(step, lambda: [_Value(tag=name, metadata=metadata, tensor=tensor)])
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Shows uint8 images (N, H, W, C), C = 1 or 3, in TensorBoard's image tab."""
@@ -108,12 +120,61 @@ class Writer:
             raise ValueError(
                 f"images must be uint8 [N, H, W, 1 or 3], not {images.dtype} {list(images.shape)}"
             )
+
         # The image plugin's format: a tensor of strings with width, height, and each image as PNG.
-        height, width = images.shape[1:3]
-        content = [str(width).encode(), str(height).encode(), *map(_encode_png, images)]
-        metadata = image_metadata.create_summary_metadata(name, "")
-        tensor = _string_tensor(content)
-        self._add(step, [_Value(tag=name, metadata=metadata, tensor=tensor)])
+        # Made by the thread that writes, as PNG takes long.
+        def values() -> list[summary_pb2.Summary.Value]:
+            height, width = images.shape[1:3]
+            content = [str(width).encode(), str(height).encode(), *map(_encode_png, images)]
+            metadata = image_metadata.create_summary_metadata(name, "")
+            return [_Value(tag=name, metadata=metadata, tensor=_string_tensor(content))]
+
+        self._add(step, values)
+
+    def watched(
+        self,
+        step: int,
+        kind: str,
+        names: Sequence[str],
+        norms: np.ndarray,
+        counts: np.ndarray | None,
+    ) -> None:
+        """Shows a norm and a histogram of each variable; see training.watch.Watch.
+
+        Args:
+          step: the step of the look.
+          kind: "weights", "gradients" or "updates".
+          names: of the V variables.
+          norms: (V, 3): norm, smallest and largest value.
+          counts: (V, bins), or None for no histograms.
+        """
+
+        def values() -> list[summary_pb2.Summary.Value]:
+            found = [
+                _scalar(f"{kind}_norm/{n}", row[0]) for n, row in zip(names, norms, strict=True)
+            ]
+            if counts is not None:
+                rows = zip(names, norms, counts, strict=True)
+                # Of NaN and infinities there is no histogram, but a norm that tells.
+                found += [
+                    _histogram(f"{kind}/{name}", low, high, row)
+                    for name, (_, low, high), row in rows
+                    if math.isfinite(low) and math.isfinite(high)
+                ]
+            return found
+
+        self._begin_session()
+        self._add(step, values)
+
+    def summary(self, step: int, make: Callable[[], summary_pb2.Summary]) -> None:
+        """Writes a summary that another part of TensorBoard defines, such as its HParams."""
+
+        # TensorBoard's plugins make the classes of TensorFlow where that is installed, and events
+        # here are of TensorBoard's own: the same bytes.
+        def values() -> list[summary_pb2.Summary.Value]:
+            return [_Value.FromString(value.SerializeToString()) for value in make().value]
+
+        self._add(step, values)
 
     def close(self) -> None:
         """Writes out what is pending; the writer cannot be used afterwards.
@@ -138,25 +199,30 @@ class Writer:
         with only_warn("closing the metrics"):
             self.close()
 
-    def _add(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
+    def _begin_session(self) -> None:
+        """Makes TensorBoard drop what earlier starts logged behind the step where this one began.
+
+        Before the first point of this start, for the reason that make_writer tells: the event drops
+        every point of a later step that stands before it.
+        """
+        if self._rows is None or self._events is None or self._session_begun:
+            return
+        self._session_begun = True
+        self._events.add(_session_start(self._rows.first_step))
+
+    def _add(self, step: int, values: Callable[[], list[summary_pb2.Summary.Value]]) -> None:
+        """Writes what `values` returns, which the thread that writes calls."""
+        now = time.time()
+
+        def make() -> event_pb2.Event:
+            summary = summary_pb2.Summary(value=values())
+            return event_pb2.Event(step=int(step), wall_time=now, summary=summary)
+
         if self._events is not None:
-            summary = summary_pb2.Summary(value=values)
-            self._events.add(
-                event_pb2.Event(step=int(step), wall_time=time.time(), summary=summary)
-            )
+            self._events.add(make)
 
 
 _Value = summary_pb2.Summary.Value
-
-
-def _events_folder(workdir: epath.Path) -> epath.Path:
-    """The folder for events: the run's, or the one inside it where version 0.1 began to write them.
-
-    TensorBoard takes each folder with events for a run, so a curve goes on only in the same folder.
-    """
-    old = workdir / OLD_TENSORBOARD_DIR
-    has_events = old.is_dir() and any("tfevents" in path.name for path in old.iterdir())
-    return old if has_events else workdir
 
 
 class _Rows:
@@ -231,6 +297,20 @@ def _session_start(first_step: int) -> event_pb2.Event:
         wall_time=time.time(),
         session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
     )
+
+
+def _scalar(tag: str, value: float) -> summary_pb2.Summary.Value:
+    return _Value(tag=tag, simple_value=value)
+
+
+def _histogram(tag: str, low: float, high: float, counts: np.ndarray) -> summary_pb2.Summary.Value:
+    """A histogram of equally wide bins from `low` to `high`."""
+    edges = np.linspace(low, high, len(counts) + 1)
+    # The histogram plugin's format: (bins, 3) of left edge, right edge, count.
+    rows = np.stack([edges[:-1], edges[1:], counts], axis=1)
+    tensor = tensor_util.make_tensor_proto(rows)
+    metadata = histogram_metadata.create_summary_metadata(tag, "")
+    return _Value(tag=tag, metadata=metadata, tensor=tensor)
 
 
 def _string_tensor(content: list[bytes]) -> tensor_pb2.TensorProto:

@@ -65,6 +65,7 @@ def make_step(
         options=options.step,
         mixing=options.input.mixing,
         masked=bool(data.damage),
+        watch=options.monitor.watch,
     )
 
 

@@ -15,6 +15,8 @@ class Calendar:
       log, save, evaluate: steps from one event to the next; 0 for none before the end.
       draw: the same of figures; 0 for none at all.
       evals: the same for each of config.evals by name.
+      watch: the same of looks at the variables; 0 for none at all.
+      bounds: further steps at which a call has to end.
     """
 
     total: int
@@ -23,6 +25,8 @@ class Calendar:
     evaluate: int
     draw: int = 0
     evals: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    watch: int = 0
+    bounds: tuple[int, ...] = ()
 
     def logs_at(self, step: int) -> bool:
         """Whether metrics are written at `step`."""
@@ -47,12 +51,17 @@ class Calendar:
             name for name, every in self.evals.items() if step < self.total and _due(every, step)
         ]
 
+    def watches_at(self, step: int) -> bool:
+        """Whether the step that ends at `step` has looked at the variables."""
+        return _due(self.watch, step)
+
     def steps_to_event(self, step: int) -> int:
         """How many steps from `step`, which is before the end, to the next event."""
         ends = [self.total - step]
         # At a multiple of `every` the next event is a whole period away, never 0 steps.
-        periods = (self.log, self.save, self.evaluate, self.draw, *self.evals.values())
+        periods = (self.log, self.save, self.evaluate, self.draw, self.watch, *self.evals.values())
         ends += [every - step % every for every in periods if every]
+        ends += [bound - step for bound in self.bounds if bound > step]
         return min(ends)
 
 

@@ -13,6 +13,7 @@ from vit_dist.config import durations as durations_lib
 from vit_dist.config.binding import bind
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.config.imports import check_imports, import_modules
+from vit_dist.costs.devices import DEVICES, read_devices
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing, check_groups, make_mixing
 from vit_dist.data.ops.pipe import Pipe, parse
@@ -31,6 +32,8 @@ from vit_dist.run.options import (
     EvaluationOptions,
     InputOptions,
     ModelOptions,
+    MonitorOptions,
+    ProfileOptions,
     RunOptions,
     WeightsOptions,
 )
@@ -41,6 +44,7 @@ from vit_dist.training.optimizer import OptimizerOptions
 from vit_dist.training.schedules import Schedule
 from vit_dist.training.sharding import NOT_ON_TPUS
 from vit_dist.training.step import StepOptions, check_batch
+from vit_dist.training.watch import WatchOptions
 
 # Keys of config.model that are arguments of build_vit; all others are arguments of vit_config.
 _BUILD_KEYS = ("head_bias", "posemb_stddev")
@@ -112,6 +116,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         # 0 is never, so a share that rounds to 0 means every step here, too.
         figures_steps=max(durations["figures"], 1) if _figures_key(config) else 0,
         save_minutes=config.save_minutes or 0.0,
+        monitor=_check_monitor(config, total_steps=durations["total"]),
         keep_checkpoints=config.keep_checkpoints,
         best=_check_best(config, evaluation.evals, has_val="val" in data.sources),
         resume_from=config.resume_from,
@@ -206,6 +211,38 @@ def _check_optimizer(config: FrozenConfigDict) -> OptimizerOptions:
     if optimizer.shard_state and config.strategy.name == "tpu":
         raise ConfigError(NOT_ON_TPUS)
     return optimizer
+
+
+def _check_monitor(config: FrozenConfigDict, *, total_steps: int) -> MonitorOptions:
+    """What a run shows of itself.
+
+    Raises:
+      ConfigError: a profile beyond the end of the run, or a mistake in the file of devices.
+    """
+    profile = ProfileOptions(**bind(ProfileOptions, config.profile, name="profile"))
+    start, count = profile.start_step, profile.num_steps
+    if start is not None and start + count > total_steps:
+        raise ConfigError(
+            f"config.profile asks for steps {start}..{start + count - 1}, and the run has "
+            f"{total_steps}, counted from 0: lower config.profile.start_step or num_steps"
+        )
+    return _monitor(**bind(_monitor, config.monitor, name="monitor"), profile=profile)
+
+
+def _monitor(
+    *,
+    device_file: str,
+    update_norm: bool,
+    watch_steps: int,
+    histograms: bool,
+    profile: ProfileOptions | None = None,
+) -> MonitorOptions:
+    """The options of config.monitor."""
+    return MonitorOptions(
+        devices=read_devices(device_file) if device_file else DEVICES,
+        watch=WatchOptions(every=watch_steps, histograms=histograms, update_norm=update_norm),
+        profile=profile or ProfileOptions(),
+    )
 
 
 def check_parts(

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vit_dist.costs.devices import Device
 from vit_dist.data.damage import Damage
 from vit_dist.data.mixing import Mixing
 from vit_dist.data.ops.pipe import Pipe
@@ -18,6 +19,7 @@ from vit_dist.training.losses import Loss
 from vit_dist.training.optimizer import OptimizerOptions
 from vit_dist.training.schedules import Schedule
 from vit_dist.training.step import StepOptions
+from vit_dist.training.watch import WatchOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,34 @@ class BestOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileOptions:
+    """Which steps are profiled.
+
+    Attributes:
+      start_step: the first one, from 0; None for no profile.
+      num_steps: how many.
+    """
+
+    start_step: int | None = None
+    num_steps: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorOptions:
+    """What a training shows of itself beyond what costs nothing.
+
+    Attributes:
+      devices: the table of what devices can do, by which MFU is computed.
+      watch: which norms and histograms the step computes.
+      profile: which steps are profiled.
+    """
+
+    devices: tuple[Device, ...]
+    watch: WatchOptions
+    profile: ProfileOptions
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """All that a training does.
 
@@ -187,6 +217,7 @@ class RunOptions:
       log_steps, eval_steps, save_steps: how often; 0 for never before the end.
       figures_steps: how often the model's inside is drawn; 0 for never.
       save_minutes: how often by the clock, beside save_steps; 0 for never.
+      monitor: what it shows of itself.
       keep_checkpoints: how many of the newest stay.
       best: the one to keep beside them; None for none.
       resume_from, init_from: where a run in an empty workdir takes its state or its weights from;
@@ -207,6 +238,7 @@ class RunOptions:
     save_steps: int
     figures_steps: int
     save_minutes: float
+    monitor: MonitorOptions
     keep_checkpoints: int
     best: BestOptions | None
     resume_from: str

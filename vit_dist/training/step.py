@@ -10,7 +10,7 @@ Shapes: b examples per replica, a micro-batches, C classes.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -21,6 +21,7 @@ from vit_dist.training.fallback import MEANS, Program, first_that_compiles, time
 from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.state import TrainState
 from vit_dist.training.update import Tensors, Updated, make_settle, make_update
+from vit_dist.training.watch import Watch, WatchOptions
 
 JITS = ("auto", "whole", "split", "off")
 ALL_REDUCE_DTYPES = ("float32", "bfloat16")
@@ -234,6 +235,7 @@ def make_train_step(
     options: StepOptions | None = None,
     mixing: Mixing | None = None,
     masked: bool = False,
+    watch: WatchOptions | None = None,
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
     """Makes train_steps(batches, n), which runs n steps without the host in between (law 4).
 
@@ -248,14 +250,16 @@ def make_train_step(
       options: None for the defaults of StepOptions.
       mixing: mixup and CutMix of images and labels, within each micro-batch; None for none.
       masked: batches have a "mask", float32 (b,); examples where it is 0 add nothing to the sums.
+      watch: which norms and histograms the step computes besides; None for none.
 
     Returns:
       train_steps(batches, n): `batches` iterates over {"image", "label"}, with "mix" (by example
       what `mixing` takes) if there is mixing; n is a scalar int tensor.
       It returns float32 scalars. Means over the n steps: "loss" and "accuracy". Of the last step:
-      "grad_norm" (before clipping), "learning_rate" and, in float16, "applied", 1.0 if it changed
-      the weights. Sums over the n steps: "masked", a number of examples, if `masked`, and
-      "input_wait", the seconds that the host waited for batches.
+      "grad_norm" (before clipping), "learning_rate", in float16 "applied", 1.0 if it changed the
+      weights, and what `watch` asks for (see watch.Watch; arrays among them). Sums over the n
+      steps: "masked", a number of examples, if `masked`, and "input_wait", the seconds that the
+      host waited for batches.
 
     Raises:
       ConfigError: the batch cannot be cut into replicas and micro-batches.
@@ -275,15 +279,16 @@ def make_train_step(
     )
     # All functions made here are plain Python at first. Nothing is traced or compiled before the
     # first call of train_steps, which knows the shapes of a batch.
+    watched, decay = Watch(state, watch), options.ema_decay
     update: Any = make_update(
-        state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=options.ema_decay
+        state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=decay, watch=watched
     )
-    settle: Any = make_settle(state, ema_decay=options.ema_decay) if sharded else None
+    settle: Any = make_settle(state, ema_decay=decay, watch=watched) if sharded else None
     jit = choose_jit(options.jit, kind=device_kind(strategy), num_replicas=replicas)
     sent_as = options.all_reduce_dtype if replicas > 1 else None
     # The loop has to know the names of the metrics before it traces its body.
     applied = ("applied",) if state.model.compute_dtype == "float16" else ()
-    last = ("grad_norm", "learning_rate", *applied)
+    last = ("grad_norm", "learning_rate", *applied, *watched.scalars)
     counted = ("masked",) if masked else ()
 
     def program(jit: str) -> Program:
@@ -293,7 +298,7 @@ def make_train_step(
             parts = tuple(compiled(part) if part else None for part in parts)
         run = _make_replica_step(*parts, sent_as=sent_as)
         one_step = _make_one_step(compiled(run) if jit == "whole" else run, strategy)
-        loop = _make_loop(one_step, counted=counted, last=last)
+        loop = _make_loop(one_step, counted=counted, last=last, arrays=watched.arrays)
         return Program(tf.function(one_step, autograph=False), loop, counted=counted)
 
     if jit == "whole" and replicas > 1:
@@ -333,7 +338,7 @@ def without_grappler(function: Callable[..., Any]) -> Callable[..., Any]:
 def _make_replica_step(
     gradients: Callable[..., Any],
     update: Callable[..., Updated],
-    settle: Callable[..., None] | None,
+    settle: Callable[..., Tensors] | None,
     *,
     sent_as: str | None,
 ) -> Callable[[Tensors], Tensors]:
@@ -358,8 +363,7 @@ def _make_replica_step(
         done = update(grads, sums, number)
         # (n,) -> (R n,), in the order of the replicas; a single replica has nothing to gather.
         packed = done.packed if sent_as is None else context.all_gather(done.packed, axis=0)
-        settle(packed, done.apply_update)
-        return done.metrics
+        return {**done.metrics, **settle(packed, done.apply_update)}
 
     return replica_step
 
@@ -391,9 +395,16 @@ def _make_one_step(
 
 
 def _make_loop(
-    one_step: Callable[[Any], Tensors], *, counted: tuple[str, ...], last: tuple[str, ...]
+    one_step: Callable[[Any], Tensors],
+    *,
+    counted: tuple[str, ...],
+    last: tuple[str, ...],
+    arrays: Mapping[str, tuple[int, ...]],
 ) -> Callable[[Iterator[Any], tf.Tensor], Tensors]:
-    """The loop over n steps: `counted` metrics are summed, `last` ones are the last step's."""
+    """The loop over n steps: `counted` metrics are summed, `last` ones are the last step's.
+
+    So are `arrays`, metrics that are no scalars, by name and shape.
+    """
     summed = MEANS + counted
 
     # Traced once: `n` is a tensor, so any number of steps is the same program. The loop is one of
@@ -410,6 +421,7 @@ def _make_loop(
 
         # A loop's variables need a value, of their final dtype, before its first turn.
         out = {name: tf.constant(0.0) for name in summed + last}
+        out |= {name: tf.zeros(shape) for name, shape in arrays.items()}
         start = (tf.zeros_like(n), tf.constant(0.0, tf.float64), out)
         _, waited, out = tf.while_loop(lambda i, *_: i < n, turn, start)
         count = tf.cast(n, tf.float32)

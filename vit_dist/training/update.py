@@ -10,6 +10,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from vit_dist.training.state import TrainState
+from vit_dist.training.watch import Watch
 
 GROWTH_STEPS = 2000  # float16: good steps after which the loss scale doubles (as Keras and Apex)
 
@@ -21,7 +22,8 @@ class Updated(NamedTuple):
 
     Attributes:
       metrics: float32 scalars: the summed metrics, "grad_norm" before clipping, "learning_rate",
-        and in float16 "applied", 1.0 if the weights changed, 0.0 if an overflow skipped the step.
+        in float16 "applied", 1.0 if the weights changed, 0.0 if an overflow skipped the step, and
+        what a Watch finds.
       apply_update: scalar bool, whether this step changes weights and slots.
       packed: None, or with sharded optimizer state the new weights of the variables that this
         replica owns, (n,) float32. The model changes when `settle` gets the packs of all replicas.
@@ -38,12 +40,14 @@ def make_update(
     schedule: Callable[[tf.Tensor], tf.Tensor],
     clip_norm: float | None,
     ema_decay: float | None,
+    watch: Watch | None = None,
 ) -> Callable[..., Updated]:
     """Makes update(grads, sums, replica=None), which changes this replica's variables.
 
     Its arguments are the gradients (float32, one per trained variable) and the metrics, both summed
     over the replicas, and with sharded optimizer state the number of the replica, an int.
     """
+    watch = watch or Watch(state)
     scaled = state.model.compute_dtype == "float16"
 
     def update(grads: list[tf.Tensor], sums: Tensors, replica: int | None = None) -> Updated:
@@ -54,13 +58,14 @@ def make_update(
         # l2_loss is half the sum of squares. One infinity or NaN anywhere makes the norm infinite
         # or NaN. All replicas have the same sums, so all decide alike without another message.
         norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(g) for g in grads]))
+        seen = watch.gradients(grads, done=lambda: step + 1)
         finite = tf.math.is_finite(norm) & tf.math.is_finite(sums["loss"])
         apply_update = finite & (state.first_bad_step.value() < 0)
         if clip_norm is not None:
             # 1e-30: without it a gradient of zeros would become 0 * (c / 0) = NaN.
             factor = tf.minimum(1.0, clip_norm / tf.maximum(norm, 1e-30))
             grads = [g * factor for g in grads]
-        rate = schedule(step)
+        rate, before = schedule(step), watch.weights()
         packed = state.optimizer.apply(
             grads,
             learning_rate=rate,
@@ -71,6 +76,7 @@ def make_update(
         # With sharded state the model still has its old weights here; `settle` averages then.
         if packed is None:
             _update_average(state, ema_decay, apply_update)
+            seen |= watch.updates(before, done=lambda: step + 1)
         # In float16 an overflow only lowers the loss scale. In other precisions, or where the scale
         # is 1 already, nothing can repair it. The number of the first bad step closes the gate for
         # good, and the host reads it at its next log or save (law 4).
@@ -83,7 +89,7 @@ def make_update(
         # corrections depend on `updates`, the number of gradients that its moments have seen.
         state.updates.assign_add(tf.cast(apply_update, tf.int64))
         state.step.assign_add(1)
-        metrics = {**sums, "grad_norm": norm, "learning_rate": rate}
+        metrics = {**sums, "grad_norm": norm, "learning_rate": rate, **seen}
         if scaled:
             metrics["applied"] = tf.cast(apply_update, tf.float32)
         return Updated(metrics, apply_update, packed)
@@ -92,17 +98,21 @@ def make_update(
 
 
 def make_settle(
-    state: TrainState, *, ema_decay: float | None
-) -> Callable[[tf.Tensor, tf.Tensor], None]:
+    state: TrainState, *, ema_decay: float | None, watch: Watch | None = None
+) -> Callable[[tf.Tensor, tf.Tensor], Tensors]:
     """Makes settle(gathered, apply_update), the end of an update of sharded optimizer state.
 
     It writes the new weights of all replicas, `gathered` (R n,) float32 in the replicas' order,
-    into the model, and then updates the moving average.
+    into the model, and then updates the moving average. It returns what a Watch finds of it.
     """
+    watch = watch or Watch(state)
 
-    def settle(gathered: tf.Tensor, apply_update: tf.Tensor) -> None:
+    def settle(gathered: tf.Tensor, apply_update: tf.Tensor) -> Tensors:
+        before = watch.weights()
         state.optimizer.take(gathered)
         _update_average(state, ema_decay, apply_update)
+        # update() has counted this step already.
+        return watch.updates(before, done=state.step.value)
 
     return settle
 

@@ -1,0 +1,33 @@
+"""The peak of a device: by the table, or measured."""
+
+import numpy as np
+import pytest
+
+from vit_dist.costs.peak import MeasuredPeak, known_peak, measure_product
+
+
+def test_accelerators_are_looked_up():
+    peak = known_peak("NVIDIA A100-SXM4-40GB", "bfloat16")
+    assert peak.flops == 312e12 and "by the table" in peak.source
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("Voodoo 2", "float32"), ("Tesla T4", "bfloat16")])
+def test_nobody_guesses(name, dtype):
+    peak = known_peak(name, dtype)
+    assert peak.flops is None and "no MFU" in peak.source
+
+
+def test_the_fastest_product_counts():
+    times = iter([0.0, 3.0, 10.0, 12.0, 20.0, 25.0])
+    assert measure_product(size=10, tries=3, clock=lambda: next(times)) == 2 * 10**3 / 2.0
+
+
+def test_a_cpu_is_measured_and_shared_by_its_replicas():
+    measured = MeasuredPeak(4, measure=lambda: 8e9)
+    measured.wait()
+    assert measured.peak().flops == 2e9 and "measured" in measured.peak().source
+
+
+def test_a_real_product():
+    flops = measure_product(size=64, tries=2)
+    assert np.isfinite(flops) and flops > 1e6
