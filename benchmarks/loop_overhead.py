@@ -22,12 +22,12 @@ import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vit_dist import train as train_lib
 from vit_dist.cluster.meeting import meet
 from vit_dist.cluster.preemption import Preemption
 from vit_dist.cluster.strategy import make_strategy
 from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config import finalize
+from vit_dist.monitoring.profiler import Profiler
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.starts import Starts
 from vit_dist.monitoring.writer import make_writer
@@ -36,6 +36,8 @@ from vit_dist.run.build import Evaluation, make_state, make_step
 from vit_dist.run.check import check
 from vit_dist.run.evals import Evals
 from vit_dist.run.input import train_data
+from vit_dist.run.loop import Guards, Loop
+from vit_dist.storage.lock import WorkdirLock
 from vit_dist.training.checkpoint import Checkpointer
 
 SMOKE = {"image_size": 32, "depth": 1, "steps": 1, "rounds": 1}
@@ -53,7 +55,8 @@ def measure(args: argparse.Namespace, workdir: str, starts: Starts) -> list[tupl
     preemption = Preemption()
     preemption.attach(lambda number: [number])
     writer, progress = make_writer(workdir), Progress(options.total_steps, title="loop")
-    loop = train_lib._Loop(
+    watchdog = Watchdog(meet(None, timeout_seconds=1.0), timeout_seconds=1.0)
+    loop = Loop(
         options,
         data,
         strategy=strategy,
@@ -65,9 +68,8 @@ def measure(args: argparse.Namespace, workdir: str, starts: Starts) -> list[tupl
         best=Best(options.best, workdir, strategy),
         writer=writer,
         progress=progress,
-        preemption=preemption,
-        watchdog=Watchdog(meet(None, timeout_seconds=1.0), timeout_seconds=1.0),
-        starts=starts,
+        guards=Guards(preemption, watchdog, WorkdirLock(workdir), starts),
+        profiler=Profiler(workdir, first=0, count=0, active=False),
         micro_batch=options.input.batch_size,
         note=print,
     )

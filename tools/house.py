@@ -39,9 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "": {"model"},  # vit_dist/__init__.py
     "train": {
         "run",
-        "data",
         "training",
-        "inspection",
         "monitoring",
         "cluster",
         "storage",

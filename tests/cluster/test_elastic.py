@@ -39,6 +39,7 @@ def train_until(flags, environment, step, number):
 
     from vit_dist import train
     from vit_dist.run import cli
+    from vit_dist.run.loop import Loop
 
     def log(loop, done, tensors):
         found = before(loop, done, tensors)
@@ -48,7 +49,7 @@ def train_until(flags, environment, step, number):
             os.kill(os.getpid(), number)
         return found
 
-    before, train._Loop.log = train._Loop.log, log
+    before, Loop.log = Loop.log, log
     train.define_flags()
     cli.run(train.main)
 

@@ -15,9 +15,9 @@ import yaml
 from tests.support import processes, tiny
 from tests.support.clusters import free_addresses
 from tests.support.engines import DSTACK, SKYPILOT, cluster_spec, tf_config, without
-from vit_dist import train
 from vit_dist.cluster.environment import find_cluster
 from vit_dist.monitoring.starts import Starts
+from vit_dist.run.loop import Loop
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("jobset", "jobset_tpu", "skypilot", "vertex")
@@ -288,7 +288,7 @@ def test_variables_that_cannot_be(started, engine):
 def test_the_other_hosts_wait_for_the_chiefs_checkpoint(monkeypatch):
     """The first that leaves may be the end of all: JobSet, SkyPilot and Vertex AI stop the rest."""
     order = []
-    monkeypatch.setattr(train, "all_hosts", lambda strategy, number: order.append("met"))
+    monkeypatch.setattr("vit_dist.run.loop.all_hosts", lambda strategy, number: order.append("met"))
     loop = types.SimpleNamespace(
         strategy=None,
         watchdog=types.SimpleNamespace(progress=lambda *args: None),
@@ -296,7 +296,7 @@ def test_the_other_hosts_wait_for_the_chiefs_checkpoint(monkeypatch):
         best=types.SimpleNamespace(wait=lambda: order.append("best written")),
         starts=Starts(),
     )
-    train._Loop.finish_saving(loop, 5)
+    Loop.finish_saving(loop, 5)
     assert order == ["written", "best written", "met"]
 
 

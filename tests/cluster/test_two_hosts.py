@@ -86,12 +86,13 @@ def train_until_stuck(flags, environment):
 
     from vit_dist import train
     from vit_dist.run import cli
+    from vit_dist.run.loop import Loop
 
     def stand_still(loop, step, tensors):
         if step >= 200:
             threading.Event().wait()
         return {}
 
-    train._Loop.log = stand_still
+    Loop.log = stand_still
     train.define_flags()
     cli.run(train.main)

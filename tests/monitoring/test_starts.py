@@ -128,8 +128,8 @@ def kill_at(flags, step):
     """A training that is killed once it has logged a step."""
     sys.argv = ["train.py", *flags]
 
-    from vit_dist import train
     from vit_dist.run import cli
+    from vit_dist.run.loop import Loop
 
     def log(loop, done, tensors):
         found = before(loop, done, tensors)
@@ -139,7 +139,7 @@ def kill_at(flags, step):
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    before, train._Loop.log = train._Loop.log, log
+    before, Loop.log = Loop.log, log
     train.define_flags()
     cli.run(train.main)
 

@@ -12,6 +12,7 @@ from vit_dist import train as train_module
 from vit_dist.config.errors import UserError
 from vit_dist.evaluate import evaluate
 from vit_dist.run.check import check
+from vit_dist.run.loop import Loop
 from vit_dist.run.origins import open_origin
 from vit_dist.train import train
 from vit_dist.training.checkpoint import open_checkpoint
@@ -42,14 +43,14 @@ def planned(monkeypatch):
             return None if stop() else {"accuracy": VALUES[step], "loss": 1.0, "examples": 3.0}
 
     planned_stops = {}
-    inner = train_module._Loop.judge
+    inner = Loop.judge
 
     def judge(loop, split, step):
         Planned.loop_step = staticmethod(lambda: step)
         return inner(loop, split, step)
 
     monkeypatch.setattr(train_module, "Evaluation", Planned)
-    monkeypatch.setattr(train_module._Loop, "judge", judge)
+    monkeypatch.setattr(Loop, "judge", judge)
     return judged, planned_stops
 
 

@@ -204,24 +204,24 @@ _STEPS_BEFORE = SAVE_STEPS + 2
 
 def hook_step(fire, host, *, after=_STEPS_BEFORE):
     """Before a call of the step, when this start has done so many steps."""
-    from vit_dist import train
+    from vit_dist.run.loop import Loop
 
-    inner = train._Loop.call
+    inner = Loop.call
 
     def call(loop, batches, step, n):
         if step >= loop.first + after:
             fire()
         return inner(loop, batches, step, n)
 
-    train._Loop.call = call
+    Loop.call = call
 
 
 def hook_save(fire, host):
     """On the chief between the state and its manifest, where a checkpoint is most delicate."""
-    from vit_dist import train
+    from vit_dist.run.loop import Loop
     from vit_dist.training import checkpoint
 
-    inner, write = train._Loop.save, checkpoint.write_state
+    inner, write = Loop.save, checkpoint.write_state
 
     def save(loop, step, tensors):
         fire()
@@ -233,7 +233,7 @@ def hook_save(fire, host):
         return sums
 
     if host:
-        train._Loop.save = save
+        Loop.save = save
     else:
         checkpoint.write_state = write_state
 
@@ -323,9 +323,9 @@ def obey(host):
 
     Each call of the step also takes a while, so that a run of minutes has few steps.
     """
-    from vit_dist import train
+    from vit_dist.run.loop import Loop
 
-    inner, waiting = train._Loop.call, []
+    inner, waiting = Loop.call, []
 
     def call(loop, batches, step, n):
         while waiting:
@@ -333,7 +333,7 @@ def obey(host):
         _NEVER.wait(float(os.environ.get("TORTURE_PAUSE", "0")))
         return inner(loop, batches, step, n)
 
-    train._Loop.call = call
+    Loop.call = call
 
     def listen():
         while True:
