@@ -263,3 +263,30 @@ def test_the_wait_for_batches_is_known(replicas):
     # Some are made ahead, but for no later step than the next two.
     assert engine.waited[0] >= (STEPS - 3) * 0.3 > 0
     assert engine.waited[0] > at_hand
+
+
+@pytest.mark.parametrize("shard_state", [False, True])
+def test_an_average_that_warms_up(shard_state):
+    """timm's: after t updates the decay is min(d, 1 - (1 + t)^(-2/3)), so the first is 0."""
+    decay, steps = 0.5, 4
+    engine = Engine(
+        make_net,
+        replicas=2,
+        jit="off",
+        ema_decay=decay,
+        ema_warmup=True,
+        optimizer={"name": "sgd", "shard_state": shard_state},
+        loss=OPTIONS["loss"],
+    )
+    average = None
+    for step in range(steps):
+        engine.run(IMAGES[: step + 1], LABELS[: step + 1])
+        final = engine.state.to_arrays()
+        weights = {k[6:]: v for k, v in final.items() if k.startswith("model/")}
+        d = min(decay, 1 - (1 + step) ** (-2 / 3))
+        average = average or weights
+        average = {k: d * average[k] + (1 - d) * w for k, w in weights.items()}
+        for name, value in average.items():
+            # A few roundings of each weight and step; weights and their averages are below 2.
+            atol = 2 * 4 * steps * np.finfo(np.float32).eps
+            np.testing.assert_allclose(final[f"ema/{name}"], value, rtol=0, atol=atol)

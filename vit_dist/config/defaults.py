@@ -209,6 +209,7 @@ DEFAULTS: dict[str, Any] = {
         "accumulation": _number(1, "[1, inf)"),  # micro-batches per replica and step
         "clip_norm": _Key(1.0, float, "(0, inf)"),  # largest global norm; None: no clipping
         "ema_decay": _Key(None, float, "(0, 1)"),  # e.g. 0.9999; None: no moving average
+        "ema_warmup": False,  # decay grows from 0, 1 - (1 + updates)^(-2/3), up to ema_decay
         "all_reduce_dtype": "float32",  # dtype in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },

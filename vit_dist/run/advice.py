@@ -93,8 +93,8 @@ def average_warnings(decay: float | None, num_steps: int) -> list[str]:
     return [
         f"config.step.ema_decay {decay} averages over {1 / (1 - decay):,.0f} steps, and there are "
         f"{num_steps:,}: {decay**num_steps:.0%} of what is evaluated at the end will be the "
-        f"initial weights. Set --config.step.ema_decay={better:.2g}, or None to evaluate the "
-        "weights themselves"
+        "initial weights. Set --config.step.ema_warmup=True, or "
+        f"--config.step.ema_decay={better:.2g}, or None to evaluate the weights themselves"
     ]
 
 

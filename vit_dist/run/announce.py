@@ -70,7 +70,9 @@ def announce(
         pipes = {"train_pipe": options.input.pipe, "eval_pipe": options.evaluation.pipe}
         warnings += data_warnings(data.splits, options.image_size)
         warnings += pixel_warnings(data.sources, **pipes)
-    for line in [*warnings, *average_warnings(options.step.ema_decay, options.total_steps)]:
+    # With a warm-up nothing is left of the initial weights.
+    decay = None if options.step.ema_warmup else options.step.ema_decay
+    for line in [*warnings, *average_warnings(decay, options.total_steps)]:
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)

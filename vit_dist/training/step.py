@@ -49,6 +49,7 @@ class StepOptions:
       accumulation: micro-batches per replica and step; memory does not grow with their number.
       clip_norm: largest global norm of the gradient of the global batch; None for no clipping.
       ema_decay: d in average = d * average + (1 - d) * weights; None for no moving average.
+      ema_warmup: whether d grows to ema_decay from 0, as 1 - (1 + updates)^(-2/3).
       all_reduce_dtype: dtype in which replicas send each other gradients. "bfloat16" halves the
         traffic and rounds each replica's share of the gradient to 8 bits of mantissa; "float32"
         rounds nothing. A single replica sends nothing.
@@ -61,6 +62,7 @@ class StepOptions:
     accumulation: int = 1
     clip_norm: float | None = 1.0
     ema_decay: float | None = None
+    ema_warmup: bool = False
     all_reduce_dtype: str = "float32"
     jit: str = "auto"
 
@@ -279,11 +281,12 @@ def make_train_step(
     )
     # All functions made here are plain Python at first. Nothing is traced or compiled before the
     # first call of train_steps, which knows the shapes of a batch.
-    watched, decay = Watch(state, watch), options.ema_decay
+    average: dict[str, Any] = {"ema_decay": options.ema_decay, "ema_warmup": options.ema_warmup}
+    watched = Watch(state, watch)
     update: Any = make_update(
-        state, schedule=schedule, clip_norm=options.clip_norm, ema_decay=decay, watch=watched
+        state, schedule=schedule, clip_norm=options.clip_norm, watch=watched, **average
     )
-    settle: Any = make_settle(state, ema_decay=decay, watch=watched) if sharded else None
+    settle: Any = make_settle(state, watch=watched, **average) if sharded else None
     jit = choose_jit(options.jit, kind=device_kind(strategy), num_replicas=replicas)
     sent_as = options.all_reduce_dtype if replicas > 1 else None
     # The loop has to know the names of the metrics before it traces its body.

@@ -40,6 +40,7 @@ def make_update(
     schedule: Callable[[tf.Tensor], tf.Tensor],
     clip_norm: float | None,
     ema_decay: float | None,
+    ema_warmup: bool = False,
     watch: Watch | None = None,
 ) -> Callable[..., Updated]:
     """Makes update(grads, sums, replica=None), which changes this replica's variables.
@@ -75,7 +76,8 @@ def make_update(
         )
         # With sharded state the model still has its old weights here; `settle` averages then.
         if packed is None:
-            _update_average(state, ema_decay, apply_update)
+            share = _share_of_new(ema_decay, ema_warmup, state.updates.value())
+            _update_average(state, share, apply_update)
             seen |= watch.updates(before, done=lambda: step + 1)
         # In float16 an overflow only lowers the loss scale. In other precisions, or where the scale
         # is 1 already, nothing can repair it. The number of the first bad step closes the gate for
@@ -98,7 +100,11 @@ def make_update(
 
 
 def make_settle(
-    state: TrainState, *, ema_decay: float | None, watch: Watch | None = None
+    state: TrainState,
+    *,
+    ema_decay: float | None,
+    ema_warmup: bool = False,
+    watch: Watch | None = None,
 ) -> Callable[[tf.Tensor, tf.Tensor], Tensors]:
     """Makes settle(gathered, apply_update), the end of an update of sharded optimizer state.
 
@@ -110,20 +116,36 @@ def make_settle(
     def settle(gathered: tf.Tensor, apply_update: tf.Tensor) -> Tensors:
         before = watch.weights()
         state.optimizer.take(gathered)
-        _update_average(state, ema_decay, apply_update)
-        # update() has counted this step already.
+        # update() has counted this step, and this update, already.
+        share = _share_of_new(ema_decay, ema_warmup, state.updates.value() - 1)
+        _update_average(state, share, apply_update)
         return watch.updates(before, done=state.step.value)
 
     return settle
 
 
-def _update_average(state: TrainState, decay: float | None, apply_update: tf.Tensor) -> None:
+def _share_of_new(
+    decay: float | None, warmup: bool, updates: tf.Tensor
+) -> tf.Tensor | float | None:
+    """What share of the moving average the new weights become: 1 - decay.
+
+    With warm-up the decay is min(decay, 1 - (1 + t)^(-2/3)) after t `updates` (timm's ModelEmaV3):
+    the average begins as the weights after the first update, and covers more of them as they come.
+    """
+    if decay is None or not warmup:
+        return None if decay is None else 1 - decay
+    return tf.maximum(1 - decay, (1.0 + tf.cast(updates, tf.float32)) ** (-2 / 3))
+
+
+def _update_average(
+    state: TrainState, share: tf.Tensor | float | None, apply_update: tf.Tensor
+) -> None:
     """Moves the moving average, if there is one, towards the weights that the model has now."""
-    if state.ema is None or decay is None:
+    if state.ema is None or share is None:
         return
     for average, weight in zip(state.ema.weights, state.model.weights, strict=True):
         old = tf.convert_to_tensor(average.value)
-        new = old + (1 - decay) * (tf.convert_to_tensor(weight.value) - old)
+        new = old + share * (tf.convert_to_tensor(weight.value) - old)
         # A select rather than a branch: XLA fuses it into the arithmetic above.
         average.value.assign(tf.where(apply_update, new, old))
 
