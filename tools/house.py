@@ -29,6 +29,7 @@ COMMANDS = (
     "doctor",
     "sweep",
     "report",
+    "soup",
     "figures",
 )
 SHARED = ("paths",)  # the one file at the top that is no command
@@ -56,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "tpu_worker": {"run", "cluster", "config"},
     "launch": {"run", "training", "cluster", "config", "paths"},
     "doctor": {"run", "cluster", "config"},
+    "soup": {"run", "training", "storage", "config", "paths"},
     "report": {"run", "inspection", "monitoring", "storage", "config", "paths"},
     "sweep": {"launch", "run", "cluster", "storage", "config", "paths"},
     "figures": {

@@ -1,0 +1,81 @@
+"""The average of checkpoints is their mean, and reads as a run."""
+
+import numpy as np
+import pytest
+
+from tests.support import processes, tiny
+from vit_dist.config.errors import ConfigError
+from vit_dist.evaluate import evaluate
+from vit_dist.soup import average
+from vit_dist.train import train
+from vit_dist.training.checkpoint import Checkpointer, open_checkpoint
+
+MODEL = {"width": 4, "depth": 1}
+
+
+def write(folder, arrays, *, step=3, model=MODEL, names=("a", "b")):
+    checkpointer = Checkpointer(folder)
+    notes = {"model": model, "class_names": list(names), "config": {"seed": 1}}
+    checkpointer.save(arrays, step=step, notes=notes)
+    checkpointer.wait()
+    return str(folder)
+
+
+def test_the_mean(tmp_path):
+    random = np.random.default_rng(0)
+    values = random.normal(size=(3, 2, 5)).astype(np.float32)
+    one = write(tmp_path / "a", {"model/w": values[0], "optimizer/m": values[0]}, step=3)
+    # A moving average counts before the weights; a checkpoint's own folder is one, too.
+    write(tmp_path / "b", {"model/w": values[0], "ema/w": values[1]}, step=9)
+    two = str(tmp_path / "b" / "checkpoints" / "000000009")
+    write(tmp_path / "c" / "best", {"model/w": values[2]}, step=4)
+    folder = average([one, two, f"{tmp_path / 'c'}:best"], str(tmp_path / "out"))
+    found = open_checkpoint(str(folder))
+    assert found.step == 9 and set(found.arrays) == {"model/w"}
+    expected = np.mean(values, axis=0, dtype=np.float64).astype(np.float32)
+    np.testing.assert_array_equal(found.arrays["model/w"], expected)
+    assert len(found.notes["average_of"]) == 3 and found.notes["class_names"] == ["a", "b"]
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_cannot_be_averaged(tmp_path):
+    w = np.ones((2, 2), np.float32)
+    one = write(tmp_path / "a", {"model/w": w})
+    for name, options, said in (
+        ("net", {"model": {**MODEL, "width": 8}}, "different network: width is 4 and 8"),
+        ("names", {"names": ("b", "a")}, "different data: class names is"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            average([one, write(tmp_path / name, {"model/w": w}, **options)], str(tmp_path / "o"))
+    more = write(tmp_path / "more", {"model/w": w, "model/x": w})
+    with pytest.raises(ConfigError, match=r"x is None and \(2, 2\)"):
+        average([one, more], str(tmp_path / "o"))
+    with pytest.raises(ConfigError, match="there is no checkpoint at"):
+        average([one, str(tmp_path / "absent")], str(tmp_path / "o"))
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(ConfigError, match="holds checkpoints already"):
+        average([one, one], more)
+
+
+def test_it_reads_as_a_run(tmp_path):
+    config = tiny.make(total_steps=2)
+    metrics = train(config, str(tmp_path / "run"))
+    run = str(tmp_path / "run")
+    flags = [f"--checkpoints={run},{run}", f"--output={tmp_path / 'soup'}"]
+    code, text = processes.run(*flags, module="vit_dist.soup", log=tmp_path / "log")
+    assert code == 0 and "the average of 2 checkpoints" in text, text
+    # Of one checkpoint twice the mean is the checkpoint: (x + x) / 2 rounds nothing.
+    found = evaluate(config, str(tmp_path / "soup"), splits=["val"])
+    assert found["val"]["loss"] == metrics["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--checkpoints=a", "--output=o"), "give two checkpoints or more"),
+        (("--checkpoints=a,b",), "give a folder for the average"),
+    ],
+)
+def test_mistakes(tmp_path, flags, said):
+    code, text = processes.run(*flags, module="vit_dist.soup", log=tmp_path / "log", cwd=tmp_path)
+    assert code == 2 and said in text and "Traceback" not in text
