@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "paths",
     },
     "evaluate": {"run", "evaluators", "cluster", "storage", "config", "paths"},
-    "predict": {"export", "run", "data", "config"},
+    "predict": {"export", "run", "data", "inspection", "storage", "config", "paths"},
     "export": {"run", "data", "model", "config", "paths"},
     "convert": {"run", "data", "monitoring", "config"},
     "show": {"run", "data", "inspection", "storage", "config"},

@@ -1,12 +1,19 @@
 """What a trained ViT sees in images.
 
-python -m vit_dist.predict --checkpoint runs/NAME --images 'photos/*.jpg' [--top 3]
+    python -m vit_dist.predict --checkpoint runs/NAME --images 'photos/*.jpg' [--top 3]
+    find photos -newer last | python -m vit_dist.predict --checkpoint runs/NAME --images=- \\
+        --output=new.csv --sheet=new.png
 
 --checkpoint takes what config.init_from takes. A run has recorded how images are prepared and what
 its classes are called; weights of another system need a config.json beside them that tells it.
+Images that cannot be read are named and left out; the exit code is 1 then.
 """
 
+import csv
+import io
+import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,10 +27,17 @@ from absl import flags
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import message_of
 from vit_dist.export import Served, hint_without_flags, open_served
+from vit_dist.inspection.sheet import Cell, draw_grid
+from vit_dist.paths import expand
 from vit_dist.run.image_files import expand_images, shown
+from vit_dist.storage.errors import check_bucket
+from vit_dist.storage.files import make_folder, write_whole
 
 # Images that are classified at once; their files are in memory together.
 _BATCH = 32
+# Images that a sheet shows, the first ones.
+_SHEET, _COLUMNS = 100, 10
+_FORMATS = (".csv", ".jsonl")
 
 
 class Prediction(NamedTuple):
@@ -39,9 +53,15 @@ def define_flags() -> None:
     """Defines this command's flags."""
     flags.DEFINE_string("checkpoint", None, "a run's folder, or weights of any system")
     flags.DEFINE_multi_string(
-        "images", [], "files, patterns such as 'photos/*.jpg', or folders; may be given repeatedly"
+        "images",
+        [],
+        "files, patterns such as 'photos/*.jpg', folders, or - for names of files from standard "
+        "input, one a line; may be given repeatedly",
     )
+    flags.DEFINE_boolean("recursive", False, "take the images in folders below a folder, too")
     flags.DEFINE_integer("top", 1, "how many classes to name", lower_bound=1)
+    flags.DEFINE_string("output", None, "file for the result, .csv or .jsonl; printed by default")
+    flags.DEFINE_string("sheet", None, f"PNG of the first {_SHEET} images with their classes")
 
 
 def main() -> int:
@@ -49,26 +69,96 @@ def main() -> int:
     given = flags.FLAGS
     if not given.checkpoint or not given.images:
         raise ConfigError("give a model and images: --checkpoint runs/NAME --images 'photos/*.jpg'")
-    bad = 0
-    for found in predict(given.checkpoint, given.images, top=given.top):
-        if found.problem:
+    output, sheet = given.output, given.sheet
+    if output and not output.endswith(_FORMATS):
+        raise ConfigError(f"--output {output} must end in one of {', '.join(_FORMATS)}")
+    for flag, path in (("--output", output), ("--sheet", sheet)):
+        if path:
+            check_bucket(path, flag)
+    images = [name for text in given.images for name in (_from_stdin() if text == "-" else [text])]
+    if not images:
+        raise DataError("standard input names no images")
+    rows: list[Prediction] = []
+    began, count, bad = time.monotonic(), 0, 0
+    found = predict(given.checkpoint, images, top=given.top, recursive=given.recursive)
+    for prediction in found:
+        count += 1
+        if prediction.problem:
             bad += 1
-            print(f"left out: {found.problem}", file=sys.stderr, flush=True)
-            continue
-        pairs = zip(found.classes, found.probabilities, strict=True)
-        print(shown(found.path), *(f"{name} {p:.1%}" for name, p in pairs), sep="\t", flush=True)
+            print(f"left out: {prediction.problem}", file=sys.stderr, flush=True)
+        elif not output:
+            pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+            named = [f"{name} {p:.1%}" for name, p in pairs]
+            print(shown(prediction.path), *named, sep="\t", flush=True)
+        if output or (sheet and len(rows) < _SHEET):
+            rows.append(prediction)
+    if output:
+        _write(output, (_as_csv if output.endswith(".csv") else _as_json_lines)(rows, given.top))
+    if sheet:
+        _write(sheet, _draw(given.checkpoint, [row for row in rows if not row.problem][:_SHEET]))
+    # Of the whole command but its imports: the model is opened and traced in it, too.
+    rate = count / (time.monotonic() - began)
+    print(f"{count} images, {rate:.1f} a second", file=sys.stderr)
     if bad:
         print(f"error: {bad} images could not be read, see above", file=sys.stderr)
     return cli.FAILURE if bad else 0
 
 
-def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator[Prediction]:
+def _from_stdin() -> list[str]:
+    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+
+def _write(path: str, data: bytes) -> None:
+    file = expand(path)
+    make_folder(file.parent)
+    write_whole(file, data)
+
+
+def _as_csv(rows: Sequence[Prediction], top: int) -> bytes:
+    """A line for each image: path, problem, then class and probability of each rank."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ranks = [f"{what}_{i}" for i in range(1, top + 1) for what in ("class", "probability")]
+    writer.writerow(["path", "problem", *ranks])
+    for row in rows:
+        pairs = zip(row.classes, row.probabilities, strict=True)
+        cells = [shown(row.path), row.problem, *(x for pair in pairs for x in pair)]
+        writer.writerow(cells + [""] * (2 + len(ranks) - len(cells)))
+    return text.getvalue().encode()
+
+
+def _as_json_lines(rows: Sequence[Prediction], top: int) -> bytes:
+    """An object for each image with the fields of Prediction."""
+    lines = [json.dumps({**row._asdict(), "path": shown(row.path)}) for row in rows]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _draw(checkpoint: str, rows: Sequence[Prediction]) -> bytes:
+    """A sheet of images as the model sees them, with their likeliest classes, as a PNG file."""
+    served, _ = open_served(checkpoint, hint=hint_without_flags(checkpoint))
+    cells = []
+    for row in rows:
+        pixels = served.prepare(tf.io.read_file(row.path)).numpy()
+        # Of one channel: grey. Of other numbers of channels only the first three have colours.
+        pixels = pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3]
+        cells.append(Cell(pixels, f"{row.classes[0]} {row.probabilities[0]:.0%}"))
+    if not cells:
+        raise DataError("there is no image to show on --sheet: none could be read")
+    buffer = io.BytesIO()
+    draw_grid(cells, columns=_COLUMNS).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def predict(
+    checkpoint: str, images: Sequence[str], *, top: int = 1, recursive: bool = False
+) -> Iterator[Prediction]:
     """Classifies image files; the Prediction of a file that cannot be read says why.
 
     Args:
       checkpoint: see origins.open_origin.
       images: files, patterns or folders, local or gs://.
       top: how many classes to name for each.
+      recursive: whether a folder stands for the images in the folders below it, too.
 
     Yields:
       One Prediction an image, in the order given (patterns and folders sorted).
@@ -77,7 +167,7 @@ def predict(checkpoint: str, images: Sequence[str], *, top: int = 1) -> Iterator
       DataError: no such images.
       ConfigError: a checkpoint without a head.
     """
-    paths = expand_images(images)
+    paths = expand_images(images, recursive=recursive)
     served, names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
     for start in range(0, len(paths), _BATCH):
         yield from _predict_batch(served, names, paths[start : start + _BATCH], top)

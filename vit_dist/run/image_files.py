@@ -10,10 +10,14 @@ from vit_dist.data.sources.folder import EXTENSIONS
 from vit_dist.paths import expand
 
 
-def expand_images(images: Sequence[str]) -> list[str]:
+def expand_images(images: Sequence[str], *, recursive: bool = False) -> list[str]:
     """The image files that files, patterns and folders name, each file once.
 
     A text that names nothing is tried as several with commas between them.
+
+    Args:
+      images: files, patterns or folders, local or gs://.
+      recursive: whether a folder stands for the images in the folders below it, too.
 
     Raises:
       DataError: a text that names no file.
@@ -21,19 +25,25 @@ def expand_images(images: Sequence[str]) -> list[str]:
     paths: list[str] = []
     for text in images:
         # First as a whole: the name of a file may hold a comma.
-        found = _files_of(text)
+        found = _files_of(text, recursive)
         for part in text.split(",") if not found else ():
-            found += _files_of(part) or _none_at(part)
+            found += _files_of(part, recursive) or _none_at(part)
         paths += found
     # Each once, in order: callers keep images by their paths.
     return list(dict.fromkeys(paths))
 
 
-def _files_of(text: str) -> list[str]:
+def _files_of(text: str, recursive: bool) -> list[str]:
     path = str(expand(text))
     if tf.io.gfile.isdir(path):
-        names = sorted(tf.io.gfile.listdir(path))
-        return [f"{path}/{n}" for n in names if n.lower().endswith(tuple(EXTENSIONS))]
+        # Each folder's images in the order of their names, then those of the folders in it.
+        folders = tf.io.gfile.walk(path) if recursive else [(path, (), tf.io.gfile.listdir(path))]
+        return [
+            f"{folder.rstrip('/')}/{name}"
+            for folder, _, names in sorted(folders, key=lambda entry: entry[0])
+            for name in sorted(names)
+            if name.lower().endswith(tuple(EXTENSIONS))
+        ]
     # As a name first, then as a pattern: brackets in a file's name would be a pattern, too.
     return [path] if tf.io.gfile.exists(path) else sorted(tf.io.gfile.glob(path))
 

@@ -1,0 +1,96 @@
+"""What predict reads, and the forms in which it tells what it found."""
+
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from tests.support import processes, tiny
+from vit_dist.predict import predict
+from vit_dist.train import train
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A run on a folder of images: (the run, the folder)."""
+    tmp = tmp_path_factory.mktemp("photos")
+    folder = tiny.make_folder(tmp / "data")
+    config = tiny.of_folder(folder, total_steps=1, data__val_split="")
+    train(config, str(tmp / "run"))
+    return tmp / "run", folder / "val"
+
+
+def call(run, *flags, log, lines=None):
+    """Exit code and output of predict; `lines` is its standard input."""
+    return processes.call(_with_input, lines, [f"--checkpoint={run}", *flags], log=log)
+
+
+def _with_input(lines, flags):
+    import sys
+
+    if lines is not None:
+        sys.stdin = io.StringIO("".join(f"{line}\n" for line in lines))
+    processes.main("vit_dist.predict", *flags)
+
+
+def test_folders_below_a_folder(photos, tmp_path):
+    run, folder = photos
+    (folder / "dogs" / "notes.txt").write_text("no image")
+    paths = [found.path for found in predict(str(run), [str(folder)], recursive=True)]
+    expected = sorted(str(path) for path in folder.glob("*/*.jpg"))
+    assert paths == expected and len(paths) == 16
+
+
+def test_the_same_in_each_form(photos, tmp_path):
+    run, folder = photos
+    bad = folder / "dogs" / "broken.jpg"
+    bad.write_bytes(b"not an image")
+    try:
+        flags = [f"--images={folder / 'dogs'}", "--top=2"]
+        expected = list(predict(str(run), [str(folder / "dogs")], top=2))
+        for name in ("new/found.csv", "found.jsonl"):
+            sheet = tmp_path / f"{name.rpartition('.')[2]}.png"
+            more = [f"--output={tmp_path / name}", f"--sheet={sheet}"]
+            code, text = call(run, *flags, *more, log=tmp_path / f"{sheet.stem}.log")
+            assert code == 1 and "broken.jpg" in text and "9 images" in text, text
+    finally:
+        bad.unlink()
+    with open(tmp_path / "new" / "found.csv") as file:
+        rows = list(csv.DictReader(file))
+    objects = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    for row, found, want in zip(rows, objects, expected, strict=True):
+        assert row["path"] == found["path"] == want.path
+        assert row["problem"] == found["problem"] == want.problem
+        assert found["classes"] == want.classes
+        if want.problem:
+            assert not row["class_1"]
+            continue
+        assert [row["class_1"], row["class_2"]] == want.classes
+        assert found["probabilities"] == pytest.approx(want.probabilities, rel=1e-5)
+        assert float(row["probability_1"]) == found["probabilities"][0]
+    # 8 images beside each other, as large as the smallest that a sheet shows.
+    width, height = Image.open(tmp_path / "csv.png").size
+    assert width > 8 * 64 and 64 < height < 128
+
+
+def test_names_from_standard_input(photos, tmp_path):
+    run, folder = photos
+    paths = [str(folder / "cats" / f"{i}.jpg") for i in (3, 1)]
+    code, text = call(run, "--images=-", log=tmp_path / "log", lines=[*paths, ""])
+    assert code == 0, text
+    assert [line.split("\t")[0] for line in text.splitlines() if "\t" in line] == paths
+
+
+@pytest.mark.parametrize(
+    "flags, lines, said",
+    [
+        (["--images=a.jpg", "--output=a.txt"], None, "--output a.txt must end in one of .csv, "),
+        (["--images=-"], [], "standard input names no images"),
+        (["--images=-"], ["absent.jpg"], "there are no images at 'absent.jpg'"),
+    ],
+)
+def test_mistakes(tmp_path, flags, lines, said):
+    code, text = call("absent", *flags, log=tmp_path / "log", lines=lines)
+    assert code == 2 and said in text and "Traceback" not in text, text
