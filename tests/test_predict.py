@@ -71,7 +71,8 @@ def test_the_same_in_each_form(photos, tmp_path):
         assert found["probabilities"] == pytest.approx(want.probabilities, rel=1e-5)
         assert float(row["probability_1"]) == found["probabilities"][0]
     # 8 images beside each other, as large as the smallest that a sheet shows.
-    width, height = Image.open(tmp_path / "csv.png").size
+    with Image.open(tmp_path / "csv.png") as sheet:
+        width, height = sheet.size
     assert width > 8 * 64 and 64 < height < 128
 
 
