@@ -128,6 +128,7 @@ def kill_at(flags, step):
     """A training that is killed once it has logged a step."""
     sys.argv = ["train.py", *flags]
 
+    from vit_dist import train as command
     from vit_dist.run import cli
     from vit_dist.run.loop import Loop
 
@@ -140,8 +141,8 @@ def kill_at(flags, step):
         return found
 
     before, Loop.log = Loop.log, log
-    train.define_flags()
-    cli.run(train.main)
+    command.define_flags()
+    cli.run(command.main)
 
 
 def test_a_run_that_is_killed_and_goes_on(tmp_path, capsys):
