@@ -27,7 +27,6 @@ from vit_dist.cluster.meeting import meet
 from vit_dist.cluster.strategy import choose_cluster, make_strategy
 from vit_dist.config.errors import ConfigError
 from vit_dist.evaluators.registry import LOGITS
-from vit_dist.paths import expand
 from vit_dist.run.build import Evaluation, make_model
 from vit_dist.run.check import check_evaluation
 from vit_dist.run.evals import Evals
@@ -39,7 +38,7 @@ from vit_dist.run.sources import SPLITS
 from vit_dist.run.start import check_whole, fill
 from vit_dist.run.tpu_hosts import check_reading, tpu_hosts
 from vit_dist.storage.errors import check_bucket
-from vit_dist.storage.files import make_folder, write_whole
+from vit_dist.storage.files import write_output
 
 Results = dict[str, dict[str, float]]
 
@@ -77,9 +76,10 @@ def main() -> int:
     )
     show(results, title=f"{checkpoint} at {config.image_size} px")
     if options.json:
-        _write(options.json, json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
+        text = json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n"
+        write_output(options.json, text.encode())
     if options.csv:
-        _write(options.csv, as_csv(results))
+        write_output(options.csv, as_csv(results).encode())
     return 0
 
 
@@ -121,12 +121,6 @@ def _without_nan(results: Mapping[str, Mapping[str, float]]) -> dict[str, dict[s
         name: {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         for name, metrics in results.items()
     }
-
-
-def _write(path: str, text: str) -> None:
-    file = expand(path)
-    make_folder(file.parent)
-    write_whole(file, text.encode())
 
 
 def evaluate(

@@ -28,10 +28,9 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import message_of
 from vit_dist.export import Served, hint_without_flags, open_served
 from vit_dist.inspection.sheet import Cell, draw_grid
-from vit_dist.paths import expand
 from vit_dist.run.image_files import expand_images, shown
 from vit_dist.storage.errors import check_bucket
-from vit_dist.storage.files import make_folder, write_whole
+from vit_dist.storage.files import write_output
 
 # Images that are classified at once; their files are in memory together.
 _BATCH = 32
@@ -80,8 +79,9 @@ def main() -> int:
         raise DataError("standard input names no images")
     rows: list[Prediction] = []
     began, count, bad = time.monotonic(), 0, 0
-    found = predict(given.checkpoint, images, top=given.top, recursive=given.recursive)
-    for prediction in found:
+    paths = expand_images(images, recursive=given.recursive)
+    served, names = open_served(given.checkpoint, hint=hint_without_flags(given.checkpoint))
+    for prediction in _predict(served, names, paths, given.top):
         count += 1
         if prediction.problem:
             bad += 1
@@ -93,9 +93,10 @@ def main() -> int:
         if output or (sheet and len(rows) < _SHEET):
             rows.append(prediction)
     if output:
-        _write(output, (_as_csv if output.endswith(".csv") else _as_json_lines)(rows, given.top))
+        is_csv = output.endswith(".csv")
+        write_output(output, _as_csv(rows, given.top) if is_csv else _as_json_lines(rows))
     if sheet:
-        _write(sheet, _draw(given.checkpoint, [row for row in rows if not row.problem][:_SHEET]))
+        write_output(sheet, _draw(served, [row for row in rows if not row.problem][:_SHEET]))
     # Of the whole command but its imports: the model is opened and traced in it, too.
     rate = count / (time.monotonic() - began)
     print(f"{count} images, {rate:.1f} a second", file=sys.stderr)
@@ -106,12 +107,6 @@ def main() -> int:
 
 def _from_stdin() -> list[str]:
     return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-
-
-def _write(path: str, data: bytes) -> None:
-    file = expand(path)
-    make_folder(file.parent)
-    write_whole(file, data)
 
 
 def _as_csv(rows: Sequence[Prediction], top: int) -> bytes:
@@ -127,15 +122,14 @@ def _as_csv(rows: Sequence[Prediction], top: int) -> bytes:
     return text.getvalue().encode()
 
 
-def _as_json_lines(rows: Sequence[Prediction], top: int) -> bytes:
+def _as_json_lines(rows: Sequence[Prediction]) -> bytes:
     """An object for each image with the fields of Prediction."""
     lines = [json.dumps({**row._asdict(), "path": shown(row.path)}) for row in rows]
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _draw(checkpoint: str, rows: Sequence[Prediction]) -> bytes:
+def _draw(served: Served, rows: Sequence[Prediction]) -> bytes:
     """A sheet of images as the model sees them, with their likeliest classes, as a PNG file."""
-    served, _ = open_served(checkpoint, hint=hint_without_flags(checkpoint))
     cells = []
     for row in rows:
         pixels = served.prepare(tf.io.read_file(row.path)).numpy()
@@ -169,6 +163,12 @@ def predict(
     """
     paths = expand_images(images, recursive=recursive)
     served, names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
+    yield from _predict(served, names, paths, top)
+
+
+def _predict(
+    served: Served, names: Sequence[str], paths: Sequence[str], top: int
+) -> Iterator[Prediction]:
     for start in range(0, len(paths), _BATCH):
         yield from _predict_batch(served, names, paths[start : start + _BATCH], top)
 

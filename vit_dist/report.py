@@ -15,7 +15,7 @@ from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's
 from absl import flags
 from tensorboard import plugin_util
 
-from vit_dist.config.defaults import get_defaults
+from vit_dist.config.defaults import as_json, get_defaults
 from vit_dist.config.errors import ConfigError
 from vit_dist.inspection.curves import colour_of, draw_curves
 from vit_dist.inspection.draw import check_matplotlib
@@ -23,7 +23,7 @@ from vit_dist.inspection.page import Page
 from vit_dist.monitoring.goodput import format_table, measure
 from vit_dist.monitoring.history import History, flatten, read_history
 from vit_dist.paths import expand
-from vit_dist.storage.files import make_folder, write_whole
+from vit_dist.storage.files import write_output
 
 # What stands in the first table where a run has it.
 _RESULTS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/loss")
@@ -43,9 +43,7 @@ def main() -> int:
         raise ConfigError("give the folders of runs: --runs runs/first,runs/second")
     check_matplotlib("python -m vit_dist.report")
     page = make_report([read_history(expand(folder)) for folder in flags.FLAGS.runs])
-    output = expand(flags.FLAGS.output)
-    make_folder(output.parent)
-    write_whole(output, page.encode())
+    output = write_output(flags.FLAGS.output, page.encode())
     print(f"wrote {output} ({len(page) / 1e6:.1f} MB)")
     return 0
 
@@ -140,7 +138,7 @@ def _add_configs(page: Page, runs: Mapping[str, History]) -> None:
     page.heading("Config")
     configs = {name: run.config for name, run in runs.items()}
     keys = sorted({key for config in configs.values() for key in config})
-    defaults = flatten(json.loads(get_defaults().to_json_best_effort()))
+    defaults = flatten(as_json(get_defaults()))
 
     def row(key: str) -> dict[str, str]:
         values = {n: _shown(config.get(key)) for n, config in configs.items()}

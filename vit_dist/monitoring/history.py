@@ -12,7 +12,7 @@ from tensorboard.util import tensor_util
 from vit_dist.config.errors import ConfigError
 from vit_dist.monitoring.goodput import StartRecord, read_records
 from vit_dist.monitoring.starts import STARTS_FILE
-from vit_dist.monitoring.writer import METRICS_FILE
+from vit_dist.monitoring.writer import METRICS_FILE, events_folder
 from vit_dist.storage.files import list_folder
 
 _CONFIG = "config.json"
@@ -55,7 +55,7 @@ def read_history(folder: epath.Path) -> History:
     if not metrics.exists():
         raise ConfigError(f"{folder} is no run's folder: there is no {METRICS_FILE} in it")
     config, starts = folder / _CONFIG, folder / STARTS_FILE
-    texts, images = _read_events(folder)
+    texts, images = _read_events(epath.Path(events_folder(folder)))
     return History(
         name=folder.name,
         config=flatten(json.loads(config.read_text())) if config.exists() else {},

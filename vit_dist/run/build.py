@@ -69,6 +69,12 @@ def make_step(
     )
 
 
+def compiles(options: EvaluationOptions, strategy: tf.distribute.Strategy) -> bool:
+    """Whether XLA compiles what an evaluation runs on the devices."""
+    replicas = strategy.num_replicas_in_sync
+    return choose_jit(options.jit, kind=device_kind(strategy), num_replicas=replicas) != "off"
+
+
 class Evaluation:
     """Judges a model on the splits of a run; a split's data set is made at its first use.
 
@@ -86,15 +92,12 @@ class Evaluation:
         strategy: tf.distribute.Strategy,
     ):
         self._options, self._data, self._strategy = options, data, strategy
-        jit = choose_jit(
-            options.jit, kind=device_kind(strategy), num_replicas=strategy.num_replicas_in_sync
-        )
         self._evaluate = make_evaluator(
             model,
             options.loss,
             strategy=strategy,
             preprocess=options.pipe.device,
-            jit=jit != "off",
+            jit=compiles(options, strategy),
         )
         # Split -> data set, kept: tf.data sets up its threads for each data set, not for each pass.
         self._datasets: dict[str, Any] = {}

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from vit_dist.cluster.hosts import all_hosts, device_kind
+from vit_dist.cluster.hosts import all_hosts
 from vit_dist.evaluators.cache import OutputCache
 from vit_dist.evaluators.outputs import Outputs, make_collector
 from vit_dist.evaluators.registry import FEATURES, LOGITS
 from vit_dist.model.vit import ViT, named_weights
-from vit_dist.run.build import check_counted, explained
+from vit_dist.run.build import check_counted, compiles, explained
 from vit_dist.run.explain import Reading
 from vit_dist.run.facts import code_facts
 from vit_dist.run.input import eval_data
 from vit_dist.run.options import Data, EvalOptions, EvaluationOptions
-from vit_dist.training.step import choose_jit
 
 # Names of variables that features do not depend on.
 _HEAD = "head/"
@@ -52,10 +51,7 @@ class Evals:
         self._model = model
         # One for each kind of values: logits change with the head alone, features do not.
         self._caches = {values: OutputCache(folder) for values in (FEATURES, LOGITS)}
-        jit = choose_jit(
-            options.jit, kind=device_kind(strategy), num_replicas=strategy.num_replicas_in_sync
-        )
-        self._jit = jit != "off"
+        self._jit = compiles(options, strategy)
         # By pipe and values, and by split and pipe: a tf.function is traced, and tf.data sets up
         # its threads, once for each object.
         self._collectors: dict[tuple[str, str], Callable[..., Any]] = {}

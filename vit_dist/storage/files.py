@@ -142,6 +142,14 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def write_output(path: epath.PathLike, data: bytes) -> epath.Path:
+    """Writes a file that a user has named, whole, and makes its folder; returns its path."""
+    file = expand(path)
+    make_folder(file.parent)
+    write_whole(file, data)
+    return file
+
+
 def remove_tree(path: epath.PathLike) -> None:
     """Removes a folder with all that is in it; does nothing if there is no such folder."""
     path = expand(path)
