@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test torture soak seconds test-pythons check-newest test-interop test-tpu test-tpu-compile lint format bench bench-tpu clean
+.PHONY: help install demo check test test-all torture soak seconds test-pythons check-newest test-interop test-tpu test-tpu-compile lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,11 +35,17 @@ PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## lint, and the tests that neither start a process nor compile: about a minute
 	@began=$$(date +%s); $(MAKE) --no-print-directory lint && \
-	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow)' tests && \
+	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow or exhaustive)' tests && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"
 
-test: $(STAMP) ## run the tests, but those of test-interop and test-tpu
-	$(PYTEST) --ignore-glob='*/test_interop*' --ignore-glob='*/test_wheel*' tests
+# Tests that need no environment of their own.
+HERE = --ignore-glob='*/test_interop*' --ignore-glob='*/test_wheel*' tests
+
+test: $(STAMP) ## run the tests that prove each thing once; test-interop and test-tpu have environments of their own
+	$(PYTEST) -m 'not exhaustive' $(HERE)
+
+test-all: $(STAMP) ## make test, and the further cases of what it proves by example; an hour or less
+	$(PYTEST) $(HERE)
 
 seconds: $(STAMP) .venv-interop/.installed .venv-tpu/.installed ## run all tests and write down how long each takes
 	$(PYTEST) --write-seconds tests

@@ -11,6 +11,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's would spin beside TensorFlow's
 os.environ["GCS_RETRY_CONFIG_MAX_RETRIES"] = "2"  # of what a bucket may answer later, such as 503
 os.environ["GCS_RETRY_CONFIG_INIT_DELAY_TIME_US"] = "1000"
 for variable in ("TF_CONFIG", "KERAS_BACKEND", "TPU_NAME"):

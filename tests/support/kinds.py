@@ -20,6 +20,7 @@ MARKERS = {
     "compiles": "calls XLA, or builds a training step or an input pipeline",
     "bucket": "talks to the tests' own bucket",
     "slow": "takes more than two CPU seconds for another reason",
+    "exhaustive": "one case more of what others prove by example; `make test-all` runs it",
 }
 # Functions of the package that start a process.
 STARTERS = {"hidden"}
