@@ -31,6 +31,7 @@ COMMANDS = (
     "report",
     "soup",
     "figures",
+    "plan",
 )
 SHARED = ("paths",)  # the one file at the top that is no command
 
@@ -57,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "tpu_worker": {"run", "cluster", "config"},
     "launch": {"run", "training", "cluster", "config", "paths"},
     "doctor": {"run", "cluster", "config"},
+    "plan": {"run", "costs", "data", "storage", "config"},
     "soup": {"run", "training", "storage", "config", "paths"},
     "report": {"run", "inspection", "monitoring", "storage", "config", "paths"},
     "sweep": {"launch", "run", "cluster", "storage", "config", "paths"},
@@ -84,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluators": {"training", "storage", "config", "paths"},
     "inspection": {"model", "config"},
-    "costs": {"model", "config"},
+    "costs": {"model", "training", "config"},
     "data": {"storage", "config", "paths"},
     "training": {"model", "cluster", "storage", "config", "paths"},
     "monitoring": {"storage", "config", "paths"},

@@ -67,10 +67,10 @@ _GEFORCE = "NVIDIA's white paper of the architecture, appendix; 16 bits with flo
 # by nearly the same name (L40, RTX 4090 Laptop, H100 NVL), the regex leaves them out: no MFU is
 # better than a wrong one.
 DEVICES: tuple[Device, ...] = (
-    Device("TPU v4", r"tpu.*v4", 275, None, None, 275, 34.4, 1228, 300, _TPU + "v4"),
-    Device("TPU v5e", r"tpu.*v5(e|.?lite)", 197, None, None, 197, 17.2, 819, 200, _TPU + "v5e"),
-    Device("TPU v5p", r"tpu.*v5p", 459, None, None, 459, 102, 2765, 600, _TPU + "v5p"),
-    Device("TPU v6e", r"tpu.*v6", 918, None, None, 918, 34.4, 1640, 448, _TPU + "v6e"),
+    Device("TPU v4", r"tpu.*v4", 275, None, None, 275, 34.4, 1228, 600, _TPU + "v4"),
+    Device("TPU v5e", r"tpu.*v5(e|.?lite)", 197, None, None, 197, 17.2, 819, 400, _TPU + "v5e"),
+    Device("TPU v5p", r"tpu.*v5p", 459, None, None, 459, 102, 2765, 1200, _TPU + "v5p"),
+    Device("TPU v6e", r"tpu.*v6", 918, None, None, 918, 34.4, 1638, 800, _TPU + "v6e"),
     Device("A100 40 GB", r"\ba100", 312, 312, 156, 19.5, 42.9, 1555, 600, _AMPERE),
     Device("A100 80 GB", r"\ba100.*80gb", 312, 312, 156, 19.5, 85.9, 2039, 600, _AMPERE),
     Device("H100", r"\bh100(?!.*nvl)", 989.4, 989.4, 494.7, 66.9, 85.9, 3350, 900, _HOPPER),

@@ -16,6 +16,8 @@ from vit_dist.costs.devices import DEVICES, Device, find_device
 # A product of this size takes milliseconds, and its three matrices fit into the caches.
 _SIZE = 512
 _TRIES = 20
+# Bytes of a copy: far more than the caches hold.
+_COPY = 2**27
 
 
 class Peak(NamedTuple):
@@ -60,6 +62,23 @@ def measure_product(
         # At least 1e-9 s: a coarse clock may not have moved.
         seconds.append(max(clock() - began, 1e-9))
     return 2 * size**3 / min(seconds)
+
+
+def measure_copy(
+    *, size: int = _COPY, tries: int = _TRIES, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Bytes per second that this host's memory reads and writes: the fastest of some copies.
+
+    Args:
+      size: bytes of what is copied; each is read once and written once.
+    """
+    x, out = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    seconds = []
+    for _ in range(tries):
+        began = clock()
+        np.copyto(out, x)
+        seconds.append(max(clock() - began, 1e-9))
+    return 2 * size / min(seconds)
 
 
 class MeasuredPeak:

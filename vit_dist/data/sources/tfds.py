@@ -303,7 +303,8 @@ def _check_network(builder) -> None:
     missing = [
         url
         for url, info in builder.url_infos.items()
-        if not (downloads / "manual" / info.filename).exists()
+        # Old lists of checksums have no names of files, imagenet2012's among them.
+        if not (downloads / "manual" / (info.filename or url.rpartition("/")[2])).exists()
     ]
     if cached or not missing:
         return

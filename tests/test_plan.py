@@ -1,0 +1,138 @@
+"""A plan: what a training takes of a machine, and what makes it fit."""
+
+import json
+
+import pytest
+
+from tests.support import tiny
+from tests.support.processes import TINY, Command
+from vit_dist.config import finalize, get_defaults
+from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.plan import as_json, plan
+from vit_dist.train import train
+from vit_dist.training.checkpoint import open_checkpoint
+
+WIDE = {"model__width": 8192, "model__mlp_dim": 32768, "model__depth": 2, "model__num_heads": 64}
+SIZE = {"num_examples": 1_281_167, "num_classes": 1000}
+
+
+def config(variant="B/16", batch_size=4096, **changed):
+    found = get_defaults()
+    found.total_epochs = 90
+    found.model.variant, found.input.batch_size = variant, batch_size
+    found.precision = "bfloat16"
+    found.data.source = "tfds"
+    for key, value in changed.items():
+        section, _, name = key.rpartition("__")
+        (found[section] if section else found)[name] = value
+    return finalize(found)
+
+
+def figures(found):
+    return {(row.section, row.name): row for row in found.rows}
+
+
+def test_what_fits_is_said_to_fit():
+    found = plan(config("S/16", batch_size=1024), "v5e-16", **SIZE, price=2.0)
+    assert found.fits and found.need < found.available and not found.changes
+    rows = figures(found)
+    # timm's vit_small_patch16_224, without cls token and its position.
+    assert rows["model", "parameters"].value == 22_050_664 - 384 - 384
+    assert rows["batch", "images of a device"].value == 64
+    steps = rows["time", "steps"].value
+    assert steps == round(90 * 1_281_167 / 1024)
+    # Money is hours times the price, and hours are steps times a step.
+    hours = rows["time", "run, expected"].value
+    assert rows["time", "cost, expected"].value == pytest.approx(2 * hours)
+    milliseconds = rows["time", "step, expected"].value
+    assert hours == pytest.approx(steps * milliseconds / 3.6e6)
+    assert all(row.how in ("exact", "estimated", "given") for row in found.rows)
+    json.loads(json.dumps(as_json(found), allow_nan=False))
+
+
+def test_what_does_not_fit_is_refused_with_flags_that_make_it():
+    base = {"model__depth": 6, "batch_size": 4096}
+    found = plan(config(**base), "v5e-1", **SIZE)
+    assert not found.fits and found.need > found.available
+    flags = [change.flags for change in found.changes]
+    assert any("step.accumulation" in text for text in flags) and len(flags) > 1
+    for change in found.changes:
+        assert change.memory.total <= found.available
+        changed = {}
+        for word in change.flags.split():
+            key, _, value = word.removeprefix("--config.").partition("=")
+            value = int(value) if value.isdigit() else value
+            changed[key.replace(".", "__")] = value == "True" if value == "True" else value
+        again = plan(config(**base, **changed), "v5e-1", **SIZE)
+        assert again.fits and again.need == change.memory.total
+
+
+def test_sharded_state_is_not_suggested_for_tpus_but_for_cards():
+    # The state alone is too much: 6.5 GB of weights, 13 GB of moments, as much again of gradients.
+    def ways(target):
+        found = plan(config(batch_size=64, **WIDE), target, **SIZE)
+        assert not found.fits
+        return " ".join(change.flags for change in found.changes)
+
+    assert "shard_state" in ways("8xRTX4090")
+    assert "shard_state" not in ways("v5e-8")
+
+
+def test_nothing_helps():
+    found = plan(config(batch_size=8, **WIDE), "v5e-1", **SIZE)
+    assert not found.fits and found.changes == []
+
+
+def test_a_checkpoint_is_as_large_as_it_says(tmp_path):
+    small = tiny.make(optimizer__momentum_dtype="bfloat16", step__ema_decay=0.9, total_steps=1)
+    found = figures(plan(small, "cpu"))
+    train(small, str(tmp_path))
+    arrays = open_checkpoint(str(tmp_path)).arrays
+    size = sum(arrays[name].nbytes for name in arrays if "/" in name)
+    assert found["storage", "checkpoint"].value * 1e9 == pytest.approx(size)
+
+
+def test_the_input_is_measured_and_scaled():
+    small = tiny.make()
+    found = figures(plan(small, "cpu", input_seconds=0.1, host_cores=1))
+    here = found["input", "images per second here"]
+    assert here.how == "measured" and here.value > 0
+    needed = found["input", "images per second that a host needs"].value
+    cores = found["input", "cores that a host needs"]
+    of_core = found["input", "images per second of a core here"].value
+    assert cores.value == pytest.approx(needed / of_core)
+    assert ("--config.input.cache" in cores.note) == (cores.value > 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "v7-8"}, "v5e-8"),
+        ({"target": "8xH100", "price": -1.0}, "--price"),
+        ({"target": "8xH100", "num_classes": 1}, "--num_classes must be 2 or more"),
+        ({"target": "8xH100", "num_examples": None}, "--num_examples must be 1 or more"),
+        ({"target": "8xH100", "host_cores": 0}, "--host_cores"),
+        ({"target": "8xH100", "input_seconds": -1.0}, "--input_seconds"),
+        ({"target": "3xH100"}, "4096"),  # does not divide the batch
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(config(), **{**SIZE, **options})
+
+
+def test_data_that_is_not_here_can_be_stood_in_for(tmp_path):
+    absent = config(data__name="imagenet2012", data__data_dir=str(tmp_path))
+    with pytest.raises(DataError, match="--num_examples=1281167 --num_classes=1000"):
+        plan(absent, "v5e-8")
+    assert plan(absent, "v5e-256", **SIZE).rows
+
+
+def test_the_command(tmp_path):
+    words = (f"--config={TINY}", "--target=2xcpu", f"--json={tmp_path / 'plan.json'}")
+    with Command(
+        *words, "--input_seconds=0.1", module="vit_dist.plan", log=tmp_path / "log"
+    ) as run:
+        assert run.wait() == 0, run.text()
+    assert "it fits" in run.text() and "measured" in run.text()
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True

@@ -1,0 +1,105 @@
+"""Machines by the names that people and clouds give them: v5e-8, 8xA100-80GB, cpu."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vit_dist.config.errors import ConfigError
+from vit_dist.costs.devices import DEVICES, Device, find_device
+from vit_dist.costs.peak import measure_copy, measure_product
+
+# Google counts TensorCores in the names of these, two for each chip; chips in those of v5e and v6e.
+_TWO_CORES = ("v4", "v5p")
+# Chips of one host: of v5e and v6e up to eight are one machine, larger slices have hosts of four.
+_CHIPS_OF_HOST, _CHIPS_OF_ONE_HOST = 4, 8
+_GB = 1e9
+EXAMPLES = "v5e-8, v4-32, v6e-16, 8xA100-80GB, 8xH100, 1xRTX4090, cpu, 2xcpu"
+
+
+class Target(NamedTuple):
+    """Devices that a training would run on.
+
+    Attributes:
+      name: as it was given.
+      kind: "TPU", "GPU" or "CPU".
+      device: one of them; a CPU's was measured on this machine.
+      num_devices: how many.
+      hosts: machines that they are in.
+    """
+
+    name: str
+    kind: str
+    device: Device
+    num_devices: int
+    hosts: int
+
+
+def parse_target(text: str, devices: Sequence[Device] = DEVICES) -> Target:
+    """The machine of a name such as "v5e-8".
+
+    Args:
+      text: a TPU slice as Google names it (v5e-8, v5litepod-8), or NxCARD (8xH100; one without a
+        number), or cpu: the processor of this machine, shared by N replicas in Nxcpu.
+      devices: the table.
+
+    Raises:
+      ConfigError: an unknown device, or a number that cannot be.
+    """
+    slice_ = re.fullmatch(r"(?:tpu[- ]?)?(v\d+[a-z]*)-(\d+)", text, re.IGNORECASE)
+    if slice_:
+        return _slice(text, slice_[1].lower(), int(slice_[2]), devices)
+    number, name = re.fullmatch(r"(?:(\d+)x)?(.*)", text, re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
+    count = int(number or 1)
+    if not count:
+        raise ConfigError(f"--target={text!r} has no device; give such as {EXAMPLES}")
+    if name.lower() == "cpu":
+        return Target(text, "CPU", _this_cpu(count), count, hosts=1)
+    # Cards are written with and without the space of the table: RTX4090.
+    spaced = re.sub(r"(?i)\brtx[- ]?(?=\d)", "RTX ", name)
+    device = find_device(spaced, devices) if name else None
+    if device is None or device.name.startswith("TPU"):
+        raise ConfigError(_unknown(text, devices))
+    return Target(text, "GPU", device, count, hosts=1)
+
+
+def _slice(text: str, generation: str, number: int, devices: Sequence[Device]) -> Target:
+    generation = {"v5litepod": "v5e"}.get(generation, generation)
+    device = find_device(f"TPU {generation}", devices)
+    if device is None:
+        raise ConfigError(_unknown(text, devices))
+    if generation in _TWO_CORES:
+        if number < 8 or number % 8:
+            raise ConfigError(
+                f"--target={text!r}: {generation} counts TensorCores, two for each of a host's "
+                f"four chips: {generation}-8, {generation}-16, {generation}-24, ..."
+            )
+        chips = number // 2
+        return Target(text, "TPU", device, chips, hosts=chips // _CHIPS_OF_HOST)
+    if number not in (1, 4, 8) and (number < 8 or number % _CHIPS_OF_HOST):
+        raise ConfigError(
+            f"--target={text!r}: {generation} has slices of 1, 4, 8, 16, 32, ... chips"
+        )
+    hosts = 1 if number <= _CHIPS_OF_ONE_HOST else number // _CHIPS_OF_HOST
+    return Target(text, "TPU", device, number, hosts)
+
+
+def _unknown(text: str, devices: Sequence[Device]) -> str:
+    known = ", ".join(device.name for device in devices)
+    return (
+        f"--target={text!r} is unknown; give such as {EXAMPLES}. Known devices: {known}; "
+        "--config.monitor.device_file=FILE adds others"
+    )
+
+
+def _this_cpu(replicas: int) -> Device:
+    """This machine's processor as the table would have it, for one of some replicas; measured."""
+    flops = measure_product() / 1e12 / replicas
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GB / replicas
+    bandwidth = measure_copy() / _GB / replicas
+    # bfloat16 is computed in float32 where the processor has no units for it; a measurement of
+    # those is not made.
+    source = "measured on this machine: a product of matrices, a copy of memory"
+    return Device(
+        "this CPU", "cpu", flops, flops, None, flops, memory, bandwidth, bandwidth, source
+    )

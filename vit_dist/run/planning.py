@@ -1,0 +1,382 @@
+"""What a training would need of a machine, from its checked options: memory, time, input, money.
+
+Nothing here runs a step: each figure says whether it is exact (counted from shapes), measured on
+this machine, or estimated.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from vit_dist.config.errors import ConfigError
+from vit_dist.costs.flops import layer_flops
+from vit_dist.costs.memory import State, StepMemory, count_state, step_memory
+from vit_dist.costs.step_time import StepTime, remat_flops, step_time
+from vit_dist.costs.targets import Target
+from vit_dist.run.check import check_parts
+from vit_dist.run.options import RunOptions
+from vit_dist.training.sharding import NOT_ON_TPUS
+
+# Of a device's memory a program gets so much: the rest is the runtime's, and lost between buffers.
+USABLE = 0.92
+# Batches are tried in multiples of it, which is what matrix units like.
+_BATCH_UNIT = 8
+_LARGEST_BATCH = 65536
+
+
+class Row(NamedTuple):
+    """One figure of a plan.
+
+    Attributes:
+      section, name: where it stands.
+      value: a number in `unit`, or a word.
+      unit: "" for counts and words.
+      how: "exact", "measured", "estimated" or "given".
+      note: what to know of it; "" for nothing.
+    """
+
+    section: str
+    name: str
+    value: float | str
+    unit: str
+    how: str
+    note: str = ""
+
+
+class Change(NamedTuple):
+    """Keys of the config that would be set to make it fit, and what comes of it.
+
+    Attributes:
+      flags: to paste behind the command.
+      memory: of a device then.
+      flops: operations of a step over those of the config's.
+      accumulation: micro-batches of a step.
+    """
+
+    flags: str
+    memory: StepMemory
+    flops: float
+    accumulation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The keys of a config that decide a device's memory and that may be changed to save some."""
+
+    accumulation: int
+    remat: str
+    momentum_dtype: str
+    shard_state: bool
+    precision: str
+
+    def flags(self, before: "Cut") -> str:
+        """What has to be set to come here from `before`."""
+        keys = {
+            "accumulation": "step.accumulation",
+            "remat": "model.remat",
+            "momentum_dtype": "optimizer.momentum_dtype",
+            "shard_state": "optimizer.shard_state",
+            "precision": "precision",
+        }
+        return " ".join(
+            f"--config.{key}={getattr(self, field)}"
+            for field, key in keys.items()
+            if getattr(self, field) != getattr(before, field)
+        )
+
+
+class Planner:
+    """The sums for one training on one machine.
+
+    Args:
+      options: checked.
+      num_examples: of an epoch.
+      target: the machine.
+
+    Raises:
+      ConfigError: the batch cannot be divided among the machine's devices.
+    """
+
+    def __init__(self, options: RunOptions, num_examples: int, target: Target):
+        self.options, self.num_examples, self.target = options, num_examples, target
+        if options.optimizer.shard_state and target.kind == "TPU":
+            raise ConfigError(NOT_ON_TPUS)
+        check_parts(
+            options.input.batch_size,
+            options.step,
+            options.input.mixing,
+            num_replicas=target.num_devices,
+            shard_state=options.optimizer.shard_state,
+        )
+        self.network: Mapping[str, Any] = options.model.network
+        self.share = options.input.batch_size // target.num_devices
+        self.cut = Cut(
+            options.step.accumulation,
+            self.network["remat"],
+            options.optimizer.momentum_dtype,
+            options.optimizer.shard_state,
+            options.model.precision,
+        )
+        self._states: dict[str, State] = {}
+
+    def state(self, cut: Cut | None = None) -> State:
+        """The variables of the training; counted once for each dtype of momentum."""
+        dtype = (cut or self.cut).momentum_dtype
+        if dtype not in self._states:
+            optimizer = dataclasses.replace(self.options.optimizer, momentum_dtype=dtype)
+            ema = bool(self.options.step.ema_decay)
+            self._states[dtype] = count_state(self.network, optimizer, ema=ema)
+        return self._states[dtype]
+
+    def memory(self, cut: Cut | None = None, *, batch_size: int | None = None) -> StepMemory:
+        """Bytes of one device with `batch_size` images; its share of the global batch for None."""
+        cut = cut or self.cut
+        return step_memory(
+            {**self.network, "remat": cut.remat},
+            self.state(cut),
+            batch_size=self.share if batch_size is None else batch_size,
+            precision=cut.precision,
+            accumulation=cut.accumulation,
+            num_devices=self.target.num_devices,
+            shard_state=cut.shard_state,
+        )
+
+    @property
+    def available(self) -> float:
+        """Bytes that a program gets of one device; inf where the table does not tell."""
+        memory = self.target.device.memory
+        return math.inf if memory is None else USABLE * memory * 1e9
+
+    @property
+    def fits(self) -> bool:
+        return self.memory().total <= self.available
+
+    def largest_batch(self, cut: Cut) -> int:
+        """Images that a device has room for; 0 if not even its state fits."""
+        # Memory grows with the batch, so the sizes that fit are those before a place in the list.
+        sizes = range(_BATCH_UNIT, _LARGEST_BATCH + 1, _BATCH_UNIT)
+        count = bisect.bisect_right(
+            sizes, self.available, key=lambda b: self.memory(cut, batch_size=b).total
+        )
+        return count * _BATCH_UNIT
+
+    def time(self, cut: Cut | None = None) -> StepTime | None:
+        """Of one step; None where the table of devices lacks a number."""
+        cut = cut or self.cut
+        return step_time(
+            {**self.network, "remat": cut.remat},
+            self.state(cut),
+            self.target,
+            batch_size=self.share,
+            precision=cut.precision,
+        )
+
+    def changes(self) -> list[Change]:
+        """Ways to make the training fit that keep its global batch; those with few keys first."""
+        before = self._flops(self.cut.remat)
+        found = [
+            Change(
+                cut.flags(self.cut),
+                self.memory(cut),
+                self._flops(cut.remat) / before,
+                cut.accumulation,
+            )
+            for cut in self._cheaper()
+        ]
+        # A way that changes all the keys of a shorter one, and others besides, adds something only
+        # if its micro-batches are larger.
+        kept: list[Change] = []
+        for change in sorted(found, key=lambda x: (len(_keys(x.flags)), x.flops)):
+            if not any(
+                _keys(change.flags) >= _keys(other.flags)
+                and change.accumulation >= other.accumulation
+                for other in kept
+            ):
+                kept.append(change)
+        return kept
+
+    def _cheaper(self) -> Iterator[Cut]:
+        """Every combination of what saves memory, with as few micro-batches as make it fit."""
+        group = self.options.input.mixing.group_size if self.options.input.mixing else 1
+        parts = [
+            n
+            for n in range(self.cut.accumulation, self.share // group + 1)
+            if self.share % (n * group) == 0
+        ]
+        # Each form of remat saves more than those before it, so none is undone.
+        remats = ("none", "attention", "full")
+        shardable = self.target.kind != "TPU" and self.target.num_devices > 1
+        precision = self.cut.precision
+        for remat, dtype, sharded, dtype_of_activations in itertools.product(
+            remats[remats.index(self.cut.remat) :],
+            dict.fromkeys((self.cut.momentum_dtype, "bfloat16")),
+            dict.fromkeys((self.cut.shard_state, self.cut.shard_state or shardable)),
+            dict.fromkeys((precision, "bfloat16" if precision == "float32" else precision)),
+        ):
+            fits = (
+                cut
+                for n in parts
+                if (cut := Cut(n, remat, dtype, sharded, dtype_of_activations)) != self.cut
+                and self.memory(cut).total <= self.available
+            )
+            yield from itertools.islice(fits, 1)
+
+    def _flops(self, remat: str) -> int:
+        return remat_flops({**self.network, "remat": remat}, self.state().trained)
+
+
+def _keys(flags: str) -> set[str]:
+    return {word.partition("=")[0] for word in flags.split()}
+
+
+def rows_of(planner: Planner, *, price: float | None) -> list[Row]:
+    """The figures that need nothing but the config and the machine's name."""
+    return [
+        *_model_rows(planner),
+        *_memory_rows(planner),
+        *_batch_rows(planner),
+        *_time_rows(planner, price),
+        *_storage_rows(planner),
+    ]
+
+
+def _model_rows(planner: Planner) -> list[Row]:
+    state, network = planner.state(), planner.network
+    layers = layer_flops(network, trained=state.trained)
+    rows = [
+        Row("model", "parameters", state.parameters, "", "exact"),
+        Row("model", "parameters that train", state.gradients // 4, "", "exact"),
+    ]
+    groups: dict[str, list[int]] = {}
+    for layer in layers:
+        block, _, rest = layer.name.partition("/")
+        name = block if not block.startswith("encoderblock") else f"blocks, {rest.split('/')[0]}"
+        sums = groups.setdefault(name, [0, 0])
+        sums[0] += layer.forward
+        sums[1] += layer.backward
+    forward, backward = (sum(x[i] for x in groups.values()) for i in (0, 1))
+    for name, (ahead, back) in {"all": (forward, backward), **groups}.items():
+        rows.append(Row("operations per image", f"{name}, forward", ahead / 1e9, "GFLOP", "exact"))
+        rows.append(Row("operations per image", f"{name}, backward", back / 1e9, "GFLOP", "exact"))
+    return rows
+
+
+def _memory_rows(planner: Planner) -> list[Row]:
+    memory, available = planner.memory(), planner.available
+    exact = ("weights", "optimizer", "average", "batch", "gradients")
+    rows = [
+        Row(
+            "memory of a device",
+            name,
+            value / 1e9,
+            "GB",
+            "exact" if name in exact else "estimated",
+            "given back as activations go" if name == "gradients" else "",
+        )
+        for name, value in memory._asdict().items()
+    ]
+    rows.append(
+        Row("memory of a device", "most at one time", memory.total / 1e9, "GB", "estimated")
+    )
+    if available != math.inf:
+        note = f"{USABLE:.0%} of its memory"
+        rows.append(Row("memory of a device", "there is", available / 1e9, "GB", "given", note))
+    return rows
+
+
+def _batch_rows(planner: Planner) -> list[Row]:
+    rows = [Row("batch", "images of a device", planner.share, "", "exact")]
+    if planner.available == math.inf:
+        return rows
+    for remat in ("none", "attention", "full"):
+        cut = dataclasses.replace(planner.cut, remat=remat, accumulation=1)
+        name = f"largest of a device in one piece, model.remat={remat}"
+        rows.append(Row("batch", name, planner.largest_batch(cut), "", "estimated"))
+    return rows
+
+
+def _time_rows(planner: Planner, price: float | None) -> list[Row]:
+    options, time = planner.options, planner.time()
+    epochs = options.total_steps * options.input.batch_size / planner.num_examples
+    rows = [
+        Row("time", "steps", options.total_steps, "", "exact"),
+        Row("time", "epochs", epochs, "", "exact"),
+    ]
+    if time is None:
+        note = f"the table of devices has not all numbers of {planner.target.device.name}"
+        return [*rows, Row("time", "step", "unknown", "", "estimated", note)]
+    batch = options.input.batch_size
+    parts = (
+        ("operations at the peak", time.compute),
+        ("memory traffic, at least", time.bytes_least),
+        ("memory traffic, as programs are compiled", time.bytes_compiled),
+        ("all-reduce by itself", time.all_reduce),
+    )
+    rows += [Row("time", name, value * 1e3, "ms", "estimated") for name, value in parts]
+    for name, seconds in (("floor", time.floor), ("expected", time.expected)):
+        hours = seconds * options.total_steps / 3600
+        note = f"bound by {time.binds}" if name == "expected" else "nothing can be faster"
+        rows.append(Row("time", f"step, {name}", seconds * 1e3, "ms", "estimated", note))
+        rows.append(Row("time", f"images per second, {name}", batch / seconds, "", "estimated"))
+        rows.append(Row("time", f"run, {name}", hours, "hours", "estimated", "steps alone"))
+        if price is not None:
+            cost = hours * price
+            rows.append(Row("time", f"cost, {name}", cost, "", "estimated", "hours x --price"))
+    return rows
+
+
+def _storage_rows(planner: Planner) -> list[Row]:
+    options, state = planner.options, planner.state()
+    # Checkpoints hold bfloat16 moments as float32.
+    whole = planner.state(dataclasses.replace(planner.cut, momentum_dtype="float32"))
+    size = (state.weights + whole.optimizer + state.average) / 1e9
+    kept = options.keep_checkpoints + (1 if options.best else 0)
+    height, width = options.image_size
+    pixels = height * width * planner.network["channels"]
+    batches = (options.input.prefetch + 2) * options.input.batch_size / planner.target.hosts
+    return [
+        Row("storage", "checkpoint", size, "GB", "exact"),
+        Row("storage", "checkpoints that are kept", kept * size, "GB", "exact", f"{kept} of them"),
+        Row("host", "batches that are kept ready", batches * pixels / 1e9, "GB", "estimated"),
+    ]
+
+
+def input_rows(
+    planner: Planner,
+    *,
+    images_per_second: float,
+    image_bytes: float | None,
+    host_cores: int | None = None,
+) -> list[Row]:
+    """The figures of the input, from a measurement of this machine's.
+
+    Args:
+      images_per_second: that this machine makes, on all its cores.
+      image_bytes: of a stored image, on average; None where images are not files.
+      host_cores: of the target; None if nobody tells.
+    """
+    cores, time = os.cpu_count() or 1, planner.time()
+    note = f"{cores} cores of this machine"
+    rows = [
+        Row("input", "images per second here", images_per_second, "", "measured", note),
+        Row("input", "images per second of a core here", images_per_second / cores, "", "measured"),
+    ]
+    if time is not None:
+        needed = planner.options.input.batch_size / time.expected / planner.target.hosts
+        rows.append(Row("input", "images per second that a host needs", needed, "", "estimated"))
+        count = needed / (images_per_second / cores)
+        note = "of this machine's kind, scaled"
+        if host_cores is not None and count > host_cores:
+            note = (
+                f"MORE THAN ITS {host_cores}: --config.input.cache=decoded, a smaller first side "
+                "(decode ops of docs/ops.md), or --config.input.service=HOST:PORT"
+            )
+        rows.append(Row("input", "cores that a host needs", count, "", "estimated", note))
+        if image_bytes is not None:
+            read = needed * image_bytes / 1e6
+            rows.append(Row("input", "a host reads", read, "MB/s", "estimated", "from storage"))
+    return rows
