@@ -22,7 +22,7 @@ from _process import memory
 
 HERE = Path(__file__).resolve().parent
 SMOKE = {
-    "variant": "Ti/16",
+    "variant": "mu/16",
     "depth": 1,
     "batch_size": 4,
     "image_size": 32,

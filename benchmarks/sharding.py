@@ -24,7 +24,7 @@ from _process import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {
-    "variant": "Ti/16",
+    "variant": "mu/16",
     "depth": 1,
     "image_size": 32,
     "steps": 1,

@@ -49,6 +49,7 @@ def assert_well(process, *, replicas):
     return found
 
 
+@pytest.mark.exhaustive  # with two processes, each check: test_two_hosts
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_this_machine(replicas, tmp_path):
     flags = ["--config.strategy.name=single"]

@@ -47,7 +47,7 @@ def arrays_of(model):
     return {name: v.numpy() for name, v in named_weights(model).items()}
 
 
-def test_a_saved_model_takes_files_and_gives_probabilities(run, folder, tmp_path):
+def test_a_saved_model_takes_files_and_gives_probabilities(run, judged, folder, tmp_path):
     path = tmp_path / "saved"
     assert "savedmodel" in ALL_FORMATS
     export(str(run), "savedmodel", str(path))
@@ -60,10 +60,8 @@ def test_a_saved_model_takes_files_and_gives_probabilities(run, folder, tmp_path
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     assert (path / "labels.txt").read_text() == "cats\ndogs\n"
     # The accuracy is that of evaluate, which reads and prepares in its own way.
-    config = of_folder(folder, model__pool="tok")
-    judged = evaluate(config, str(run))["val"]["accuracy"]
     labels = np.array([file.parent.name == "dogs" for file in files])
-    assert (probabilities.argmax(1) == labels).mean() == judged
+    assert (probabilities.argmax(1) == labels).mean() == judged["val"]["accuracy"]
     found = list(predict(str(run), [str(folder / "val" / "cats"), str(files[-1])], top=2))
     assert [p.path for p in found] == [str(f) for f in [*files[:8], files[-1]]]
     for row, expected in zip(found, probabilities[[*range(8), 15]], strict=True):
@@ -97,8 +95,11 @@ np.save(sys.argv[2], model(np.ones((1, 8, 8, 3), "f")))
     ("first", "then"),
     [
         ("", ""),
-        ("import keras", ""),
-        ("", "from vit_dist.model.attention import Attention"),  # in the middle of our own imports
+        pytest.param("import keras", "", marks=pytest.mark.exhaustive),
+        # In the middle of our own imports.
+        pytest.param(
+            "", "from vit_dist.model.attention import Attention", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_keras_file_is_loaded_after_import_vit_dist(run, tmp_path, first, then):
@@ -119,21 +120,21 @@ def test_a_keras_file_is_loaded_after_import_vit_dist(run, tmp_path, first, then
 
 @pytest.fixture(scope="module", params=["as they are", "resized"])
 def digits(request, tmp_path_factory):
-    """A run on the digits, arrays of 8 x 8, and whether its pipe resizes them."""
+    """A run on the digits, arrays of 8 x 8; its SavedModel; and whether its pipe resizes them."""
     workdir, resized = tmp_path_factory.mktemp("digits"), request.param == "resized"
     ops = {"input__train_ops": ANY_SIZE, "input__eval_ops": ANY_SIZE, "image_size": 16}
     train(without_evaluation(total_steps=1, **(ops if resized else {})), str(workdir))
-    return workdir, resized
+    path = str(workdir / "saved")
+    export(str(workdir), "savedmodel", path)
+    return workdir, tf.saved_model.load(path).signatures["serving_default"], resized
 
 
 def arrays_like_digits():
     return np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
 
 
-def test_a_saved_model_of_a_run_on_arrays_takes_arrays(digits, tmp_path):
-    workdir, resized = digits
-    export(str(workdir), "savedmodel", str(tmp_path / "saved"))
-    serve = tf.saved_model.load(str(tmp_path / "saved")).signatures["serving_default"]
+def test_a_saved_model_of_a_run_on_arrays_takes_arrays(digits):
+    workdir, serve, resized = digits
     images = arrays_like_digits()
     origin = open_origin(str(workdir))
     model = load_model(origin)
@@ -152,12 +153,10 @@ def test_a_saved_model_of_a_run_on_arrays_takes_arrays(digits, tmp_path):
 
 def test_files_are_classified_by_a_run_on_arrays(digits, tmp_path):
     """predict, as in the README's first run."""
-    workdir, resized = digits
+    workdir, serve, resized = digits
     images = arrays_like_digits()
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    export(str(workdir), "savedmodel", str(tmp_path / "saved"))
-    serve = tf.saved_model.load(str(tmp_path / "saved")).signatures["serving_default"]
     expected = serve(images=tf.constant(images))["probabilities"].numpy()
     found = list(predict(str(workdir), [str(tmp_path / "*.png")], top=1))
     for row, prediction in zip(expected, found, strict=True):
@@ -211,8 +210,17 @@ def test_what_a_file_does_not_tell_is_asked_for_by_the_command_at_hand(tmp_path)
         list(predict(path, [str(tmp_path)]))
 
 
-@pytest.mark.parametrize("system", ["npz", "timm", "huggingface"])
-def test_a_run_leaves_and_comes_back(run, folder, tmp_path, system):
+@pytest.fixture(scope="module")
+def judged(run, folder):
+    """What evaluate says of the run itself."""
+    return evaluate(of_folder(folder, model__pool="tok"), str(run))
+
+
+# Each format by itself: tests/model/formats.
+@pytest.mark.parametrize(
+    "system", ["npz", pytest.param("timm", marks=pytest.mark.exhaustive), "huggingface"]
+)
+def test_a_run_leaves_and_comes_back(run, judged, folder, tmp_path, system):
     """Run -> file -> init_from of another run: the same weights, evaluated alike."""
     path = tmp_path / ("weights.npz" if system == "npz" else "weights")
     export(str(run), system, str(path))
@@ -220,7 +228,7 @@ def test_a_run_leaves_and_comes_back(run, folder, tmp_path, system):
     for name, array in mine.tensors.items():
         np.testing.assert_array_equal(np.asarray(again.tensors[name]), array)
     config = of_folder(folder, model__pool="tok")
-    assert evaluate(config, str(path)) == evaluate(config, str(run))
+    assert evaluate(config, str(path)) == judged
     if system != "npz":
         assert list(again.class_names) == ["cats", "dogs"]
 

@@ -39,7 +39,9 @@ def names(drawn, format="png"):
     return tuple(path.stem for path in drawn.files)
 
 
-@pytest.mark.parametrize("system", ["run", "timm", "huggingface"])
+@pytest.mark.parametrize(
+    "system", ["run", pytest.param("timm", marks=pytest.mark.exhaustive), "huggingface"]
+)
 def test_any_checkpoint(system, run, run_with_cls, folder, tmp_path, monkeypatch, capsys):
     """The model sees each image as it was trained to, whichever file its weights are in."""
     checkpoint = str(run)
@@ -65,7 +67,7 @@ def test_any_checkpoint(system, run, run_with_cls, folder, tmp_path, monkeypatch
         assert abs(np.asarray(first).mean() - pixels[0].mean()) < 5
 
 
-@pytest.mark.parametrize("format", ["svg", "pdf"])
+@pytest.mark.parametrize("format", ["svg", pytest.param("pdf", marks=pytest.mark.exhaustive)])
 def test_weights_alone(format, run, tmp_path):
     drawn = figures(str(run), str(tmp_path / "new" / "folder"), format=format)
     assert names(drawn, format) == OF_WEIGHTS

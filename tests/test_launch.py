@@ -83,9 +83,14 @@ def test_one_process_knows_of_no_cluster(started):
 
 
 @pytest.mark.spawns
+@pytest.mark.exhaustive
+def test_a_bucket_without_a_checkpoint(remote):
+    assert launch.newest_step(str(remote)) is None
+
+
+@pytest.mark.spawns
 def test_the_newest_checkpoint_of_a_bucket(remote):
     """TensorFlow alone can look there, in a process of its own."""
-    assert launch.newest_step(str(remote)) is None
     checkpointer = Checkpointer(remote)
     checkpointer.save({"model/w": np.zeros(3, np.float32)}, step=7, notes={})
     checkpointer.wait()

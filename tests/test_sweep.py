@@ -103,13 +103,14 @@ def test_variants_of_the_config_file(tmp_path):
     assert "--config.total_steps=4" in second and second[-1].endswith("total_steps=4,seed=0")
 
 
-def test_two_trainings(tmp_path):
+@pytest.mark.parametrize("rates", ["0.1", pytest.param("1e-3,0.1", marks=pytest.mark.exhaustive)])
+def test_real_trainings(rates, tmp_path):
     folder = tmp_path / "s"
-    flags = ["--config.total_steps=2", "--set=optimizer.learning_rate=1e-3,0.1"]
+    flags = ["--config.total_steps=2", f"--set=optimizer.learning_rate={rates}"]
     code, text = sweep(folder, *flags, log=tmp_path / "log", pretend=False)
     assert code == 0, text[-3000:]
     rows = read_table(folder)
-    assert set(rows) == {"learning_rate=1e-3", "learning_rate=0.1"}
+    assert set(rows) == {f"learning_rate={rate}" for rate in rates.split(",")}
     for name, row in rows.items():
         last = [r for r in tiny.rows(folder / name) if "val/accuracy" in r][-1]
         assert float(row["val/accuracy"]) == last["val/accuracy"]

@@ -40,9 +40,9 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """12 steps with XLA and a moving average; log at 4, evaluate at 6, save at 3 steps."""
+    """12 steps with a moving average; log at 4, evaluate at 6, save at 3 steps."""
     workdir = tmp_path_factory.mktemp("trained")
-    config = make(eval_steps=6, save_steps=3, step__ema_decay=0.5, step__jit="auto")
+    config = make(eval_steps=6, save_steps=3, step__ema_decay=0.5)
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     metrics = train(config, str(workdir))
@@ -145,7 +145,8 @@ def test_a_finished_run_only_evaluates_again(trained, tmp_path):
     assert_same(arrays(workdir), arrays(trained.workdir))
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+# Of train: tests/data/test_damage.py, without a run around it.
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.exhaustive), "val"])
 def test_a_damaged_image_is_named(split, tmp_path):
     """The header stays, the rest is lost: what an interrupted copy leaves."""
     bad = make_folder(tmp_path / "images") / split / "dogs" / "5.jpg"
@@ -164,11 +165,19 @@ def test_a_damaged_image_is_named(split, tmp_path):
 # precision, and when it fails
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_trains(precision, tmp_path, capsys):
-    config = without_evaluation(precision=precision, total_steps=4, step__clip_norm=None)
+    """bfloat16 with XLA, which also compiles the evaluation."""
+    half = {"precision": precision, "total_steps": 4, "step__clip_norm": None}
+    if precision == "bfloat16":
+        config = make(**half, step__jit="auto", data__test_split="")
+    else:
+        config = without_evaluation(**half)
     metrics = train(config, str(tmp_path))
     assert metrics["loss"] == pytest.approx(np.log(10), abs=0.5)
+    if precision == "bfloat16":
+        assert metrics["val_loss"] == pytest.approx(np.log(10), abs=0.5)
     if precision == "float16":
         assert metrics["loss_scale"] <= 2.0**15 and metrics["skipped_steps"] < 4
         assert {"train/loss_scale", "train/skipped_steps"} <= set(rows(tmp_path)[-1])
@@ -206,6 +215,7 @@ def test_no_state_is_saved_after_a_loss_that_is_not_finite(tmp_path):
     assert (saved["step"], saved["first_bad_step"]) == (1, -1)
 
 
+@pytest.mark.exhaustive  # of the step alone: training/test_topologies.py; also run/test_elastic.py
 def test_devices_and_micro_batches_change_nothing(tmp_path):
     """The same run on one device at once, and on two in two parts each: equal to rounding."""
     plain = {"model__dropout": 0.0, "optimizer__name": "sgd", "total_steps": 3}

@@ -12,8 +12,12 @@ from tests.support.documents import commands_of
 ROOT = Path(__file__).resolve().parents[1]
 # What makes them short.
 SMALL = {
-    "vit_dist.train": ["--config.input.batch_size=16", "--config.input.eval_batch_size=16"],
-    "vit_dist.evaluate": ["--config.input.eval_batch_size=16"],
+    "vit_dist.train": [
+        "--config.input.batch_size=16",
+        "--config.input.eval_batch_size=16",
+        "--config.step.jit=off",
+    ],
+    "vit_dist.evaluate": ["--config.input.eval_batch_size=16", "--config.step.jit=off"],
 }
 
 

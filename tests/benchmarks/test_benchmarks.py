@@ -17,7 +17,7 @@ def test_every_benchmark_is_tried():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_it_runs(name, tmp_path):
-    out = run_benchmark(name, "--smoke", folder=tmp_path)
+    out = run_benchmark(name, "--smoke", folder=tmp_path, forks=True)
     assert re.search(r"\d", out.splitlines()[-1]), out
 
 

@@ -14,6 +14,7 @@ from vit_dist.evaluate import evaluate
 from vit_dist.run.check import check
 from vit_dist.run.loop import Loop
 from vit_dist.run.origins import open_origin
+from vit_dist.run.start import find_start
 from vit_dist.train import train
 from vit_dist.training.checkpoint import open_checkpoint
 
@@ -63,7 +64,9 @@ def steps_saved(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize(("mode", "step"), [("max", 6), ("min", 4)])
+@pytest.mark.parametrize(
+    ("mode", "step"), [pytest.param("max", 6, marks=pytest.mark.exhaustive), ("min", 4)]
+)
 def test_the_best_stays_beside_the_newest(tmp_path, planned, mode, step):
     train(config(keep_best=f"{mode} val/accuracy"), str(tmp_path))
     assert best_of(tmp_path) == (step, VALUES[step])
@@ -86,7 +89,8 @@ def test_patience(tmp_path, planned):
     assert max(rows) <= 10
 
 
-@pytest.mark.parametrize("at", [6, 10])
+# In the evaluation that is the best one, and in the one that ends the run.
+@pytest.mark.parametrize("at", [6, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, planned, at):
     _, stops = planned
     stops[at] = True
@@ -120,10 +124,14 @@ def test_by_another_evaluation_and_read_by_others(tmp_path):
     found = evaluate(made, f"{tmp_path}/run:best", splits=[])
     assert found["near"]["k5_accuracy"] == pytest.approx(value)
     # A run may begin at it.
-    begun = config(total_steps=1, init_from=f"{tmp_path}/run:best", optimizer__learning_rate=0.0)
-    train(begun, str(tmp_path / "next"))
-    mine, best = tiny.arrays(tmp_path / "next"), open_checkpoint(f"{tmp_path}/run/best").arrays
-    np.testing.assert_array_equal(mine["model/head/kernel"], best["model/head/kernel"])
+    options, _ = check(config(total_steps=1, init_from=f"{tmp_path}/run:best"))
+    begun, best = (
+        find_start(str(tmp_path / "next"), options),
+        open_checkpoint(f"{tmp_path}/run/best"),
+    )
+    assert begun.how == "init_from" and begun.checkpoint.step == step
+    name = "model/head/kernel"
+    np.testing.assert_array_equal(begun.checkpoint.arrays[name], best.arrays[name])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["keep_best"]
 
 

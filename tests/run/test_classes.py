@@ -27,7 +27,7 @@ def config(root, classes, labels, **changed):
         data__test_split="",
         input__train_ops=ops,
         input__eval_ops=ops,
-        **{"total_steps": 20, "optimizer__learning_rate": 0.01, **changed},
+        **{"total_steps": 10, "optimizer__learning_rate": 0.01, **changed},
     )
 
 

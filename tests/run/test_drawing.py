@@ -77,6 +77,7 @@ def test_figures_do_not_change_the_training(runs):
 
 
 @pytest.mark.compiles
+@pytest.mark.exhaustive  # without a training around it: test_one_drawing_at_a_time
 def test_a_drawing_that_fails_stops_nothing_and_says_so_once(tmp_path, monkeypatch, capfd):
     def fail(look):
         raise MemoryError("there is no room for a picture")

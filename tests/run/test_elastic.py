@@ -88,15 +88,18 @@ def test_groups_that_have_grown_since():
     assert cut(24, 3, start_of(micro_batch=2), **grown)[:2] == (2, 2)
 
 
-def test_two_replicas_then_one_then_two(tmp_path, capsys):
+# Of hosts that come back: tests/cluster/test_elastic.py.
+@pytest.mark.parametrize("starts", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_two_replicas_then_one_then_two(starts, tmp_path, capsys):
     """The same weights as on one device all the time; dropout's masks depend on the replica."""
     one = {"model__dropout": 0.0, "optimizer__name": "sgd", "mixing__mixup_alpha": 0.5}
-    one |= {"step__ema_decay": 0.9, "total_steps": 6}
+    one |= {"step__ema_decay": 0.9, "total_steps": 2 * starts}
     two = {**one, "strategy__name": "mirrored", "strategy__virtual_cpus": 2}
     train(without_evaluation(**one), str(tmp_path / "whole"))
     capsys.readouterr()
     # Its schedule is constant, so that an end at another step changes nothing before it.
-    for steps, devices, parts in ((2, two, ""), (4, one, "in 2 micro"), (6, two, "")):
+    turns = ((2, two, ""), (4, one, "in 2 micro"), (6, two, ""))[:starts]
+    for steps, devices, parts in turns:
         train(without_evaluation(**{**devices, "total_steps": steps}), str(tmp_path / "parts"))
         (line,) = [x for x in capsys.readouterr().out.splitlines() if "replica(s) on CPU" in x]
         assert parts in line and ("micro" in line) == bool(parts)

@@ -15,8 +15,12 @@ LIMIT = 60  # seconds of a command; the slowest takes two
 SHARE = 50  # commands of one process
 
 
+# `make test` takes one share of them, `make test-all` each.
+BEGINS = [0, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(SHARE, COUNT, SHARE))]
+
+
 @pytest.mark.spawns
-@pytest.mark.parametrize("begin", range(0, COUNT, SHARE))
+@pytest.mark.parametrize("begin", BEGINS)
 def test_commands(begin, tmp_path):
     cases = list(enumerate(make_cases(COUNT, SEED)))[begin : begin + SHARE]
     results, log = tmp_path / "results", tmp_path / "log"

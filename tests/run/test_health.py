@@ -225,11 +225,14 @@ def test_xla_that_is_missing_or_wrong(strategy, monkeypatch):
 
 @pytest.fixture(scope="module")
 def checked():
-    return check(tiny.make(step__jit="auto"))
+    return check(tiny.make())
 
 
-@pytest.mark.compiles
-@pytest.mark.parametrize("broken", ["", "mean", "weights"])
+# With XLA, and with nothing broken, tests/test_doctor.py does it.
+@pytest.mark.parametrize(
+    "broken",
+    ["mean", *(pytest.param(b, marks=pytest.mark.exhaustive) for b in ("weights", ""))],
+)
 def test_a_step_with_other_numbers(broken, strategy, checked, monkeypatch):
     options, data = checked
     real = machine.make_step

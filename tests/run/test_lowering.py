@@ -81,7 +81,17 @@ def unfit(hlo):
     return kinds & HOST | set(re.findall(r"\w+\[[^\]]*<=\d+[^\]]*\]", hlo))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+# Between them: each optimizer, loss, precision and kind of mixing; dropout, averages, clipping.
+COVERING = ("deit3", "transfer", "vit_i21k")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.exhaustive] * (p.stem not in COVERING))
+        for p in CONFIGS
+    ],
+)
 def test_a_recipes_step_is_one_program(path, monkeypatch):
     monkeypatch.setattr(build, "device_kind", lambda strategy: "TPU")
     config = small(path)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from etils import epath
 
-from tests.support.tiny import arrays, assert_same, rows, without_evaluation
+from tests.support.tiny import rows, without_evaluation
 from vit_dist.config.errors import ConfigError, DataError, StorageError
 from vit_dist.evaluate import evaluate
 from vit_dist.monitoring import files
@@ -77,7 +77,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(workdir, da
         assert word in str(error.value)
     assert error.value.exit_code == 2
     assert rows(workdir) == before and not (workdir / LOCK_FILE).exists()
-    shutil.move(workdir / "checkpoints", workdir / "damaged")  # as the message says
+
+
+@pytest.mark.exhaustive  # a workdir without checkpoints begins anew in every other test
+def test_checkpoints_moved_away_begin_the_run_anew(workdir):
+    """As the message about damaged ones says."""
+    shutil.move(workdir / "checkpoints", workdir / "damaged")
     assert train(config(total_steps=3), str(workdir))["step"] == 3
     assert [row["step"] for row in rows(workdir)] == [3]
 
@@ -96,10 +101,6 @@ def test_a_run_whose_checkpoint_cannot_be_read_does_not_begin_anew(workdir):
             fail()
         assert error.value.exit_code == 1
     assert rows(workdir) == before
-    manifest.unlink()
-    (workdir / "kept").rename(manifest)
-    assert train(config(total_steps=15), str(workdir))["step"] == 15
-    assert [row["step"] for row in rows(workdir)] == [3, 6, 9, 12, 15]
 
 
 def test_a_folder_of_checkpoints_that_cannot_be_listed(workdir, monkeypatch):
@@ -112,41 +113,24 @@ def test_a_folder_of_checkpoints_that_cannot_be_listed(workdir, monkeypatch):
 
 
 def test_files_of_a_user_without_a_name(workdir):
-    """As in a container that is started with a user id of its own."""
+    """As in a container that is started with a user id of its own. One checkpoint is damaged.
+
+    The run goes on from 9, as 12 is; what is damaged takes up no place: 15 and 10 are kept, not 15
+    and 12.
+    """
     for path in [workdir, *workdir.rglob("*")]:
         os.chown(path, 54321, 54321)
-    assert train(config(total_steps=15), str(workdir))["step"] == 15
-
-
-def test_what_is_damaged_takes_up_no_place(workdir):
-    """The run goes on from 9, as 12 is damaged; at 15 it keeps 15 and 10, not 15 and 12."""
     flip(checkpoints(workdir)[-1])
     train(without_evaluation(save_steps=5, step__ema_decay=0.9, total_steps=15), str(workdir))
     assert [path.name for path in checkpoints(workdir)] == ["000000010", "000000015"]
 
 
-def test_the_checkpoint_to_begin_with_is_closed(trained, tmp_path, monkeypatch):
-    """Pruned while it is open, it would take up the disk's room to the end of the run."""
-    shutil.copytree(trained, tmp_path / "run")
-    closed = []
-    monkeypatch.setattr(start.Checkpoint, "close", lambda self: closed.append(self.step))
-    train(config(total_steps=13), str(tmp_path / "run"))
-    train(config(init_from=str(trained), total_steps=1), str(tmp_path / "new"))
-    assert closed == [12, 12]
-
-
-def test_resumed_to_the_bit(trained, workdir, tmp_path):
-    train(config(total_steps=15), str(workdir))
-    train(config(total_steps=15), str(tmp_path / "whole"))
-    assert_same(arrays(workdir), arrays(tmp_path / "whole"))
-
-
 def test_one_run_in_a_workdir(workdir):
+    """Once the lock is gone the run goes on: test_the_home_folder."""
     before = rows(workdir)
     with WorkdirLock(workdir), pytest.raises(ConfigError, match=r"in use by process \d+ on"):
         train(config(total_steps=15), str(workdir))
     assert rows(workdir) == before
-    train(config(total_steps=13), str(workdir))
 
 
 def test_who_was_taken_over_does_not_save(tmp_path, monkeypatch):
@@ -159,7 +143,8 @@ def test_who_was_taken_over_does_not_save(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics", "events"])
+# Of events without a run around them: tests/monitoring/test_failures.py.
+@pytest.mark.parametrize("name", ["metrics", pytest.param("events", marks=pytest.mark.exhaustive)])
 def test_a_disk_that_is_full_for_one_file(tmp_path, monkeypatch, caplog, name):
     """A lost row of metrics ends the run; TensorBoard's events are a copy of them."""
 
@@ -179,13 +164,24 @@ def test_a_disk_that_is_full_for_one_file(tmp_path, monkeypatch, caplog, name):
     assert "gcloud" not in str(error.value)
 
 
-def test_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    train(config(total_steps=3), "~/runs/x")
+def test_the_home_folder(workdir, tmp_path, monkeypatch):
+    """A run in ~ goes on, is evaluated, and is what another one begins with.
+
+    The checkpoint that a run begins with is closed: pruned while it is open, it would take up the
+    disk's room to the end of the run.
+    """
+    closed = []
+    with monkeypatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path))
+        patch.chdir(tmp_path)
+        patch.setattr(start.Checkpoint, "close", lambda self: closed.append(self.step))
+        train(config(total_steps=15), "~/run")
+        assert closed == [12]
+        assert evaluate(config(), "~/run", splits=["train"])["train"]["examples"] > 0
+        closed.clear()
+        train(config(total_steps=1, init_from="~/run"), "~/new/z")
+        assert closed == [15]
     assert not (tmp_path / "~").exists()
-    assert (tmp_path / "runs/x/checkpoints/000000003").exists()
-    assert (tmp_path / "runs/x/metrics.jsonl").exists()
-    metrics = evaluate(config(), "~/runs/x", splits=["train"])
-    assert metrics["train"]["examples"] > 0
-    train(config(total_steps=1, init_from="~/runs/x"), str(tmp_path / "z"))
+    assert [path.name for path in checkpoints(workdir)] == ["000000012", "000000015"]
+    assert [row["step"] for row in rows(workdir)] == [3, 6, 9, 12, 15]
+    assert (tmp_path / "new/z/checkpoints/000000001").exists()
