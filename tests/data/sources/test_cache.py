@@ -19,6 +19,7 @@ from vit_dist.data.sources.cache import CachedSource
 from vit_dist.data.sources.folder import FolderSource
 from vit_dist.data.sources.open import open_source
 from vit_dist.run.check import check
+from vit_dist.storage import errors
 
 
 @pytest.fixture
@@ -33,8 +34,14 @@ def batches(source, **options):
     return list(ds.take(4).as_numpy_iterator())
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("form", cache.FORMS)
+def exhaustive(*case):
+    return pytest.param(*case, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("form", "on_disk"),
+    [("raw", True), ("decoded", False), exhaustive("raw", False), exhaustive("decoded", True)],
+)
 def test_batches_are_those_of_the_source(folder, form, on_disk, tmp_path):
     source, paths = folder
     want = batches(source)
@@ -84,9 +91,10 @@ def test_a_cache_that_was_not_finished_is_filled_again(folder, tmp_path):
     assert data.stat().st_size > 100 and table.exists()
 
 
-@pytest.mark.parametrize("form", cache.FORMS)
+@pytest.mark.parametrize("form", ["raw", exhaustive("decoded")])
 def test_storage_that_fails_for_a_moment_is_not_kept(folder, form, tmp_path, monkeypatch):
     """It is no damage: the run ends, and the next one finds no trace of it."""
+    monkeypatch.setattr(errors, "WAITS", (0.0,))
     source, _ = folder
     load = FolderSource.load
 
@@ -106,7 +114,7 @@ def test_storage_that_fails_for_a_moment_is_not_kept(folder, form, tmp_path, mon
     assert damage.counts() == {}
 
 
-@pytest.mark.parametrize("form", cache.FORMS)
+@pytest.mark.parametrize("form", [exhaustive("raw"), "decoded"])
 def test_a_flipped_bit_in_a_cache_is_named_and_not_masked(folder, form, tmp_path):
     source, _ = folder
     for masked in (False, True):
@@ -208,8 +216,8 @@ def test_a_config_with_a_cache_is_checked_and_read(tmp_path):
     "ops_of_training",
     [
         "decode(exif=True, background=255)|resize(16)",
-        "decode|resize(16)",
-        "decode(exif=True, min_side=8)|resize(16)",
+        exhaustive("decode|resize(16)"),
+        exhaustive("decode(exif=True, min_side=8)|resize(16)"),
         "decode_jpeg_and_inception_crop(16, area_min=50, exif=True, background=7)",
     ],
 )

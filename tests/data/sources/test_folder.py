@@ -89,6 +89,7 @@ def test_a_part_of_a_mixture_may_name_its_split(tmp_path):
 
 # Latin-1 where UTF-8 is expected, and whatever a shell or a glob would understand otherwise.
 ODD = ["caf\udce9", "a b", "a,b", "[x]", "{x}", "*", "a?", "~x", "50% #1", "日本", "it's", 'a"b']
+PIPED = ("caf\udce9", "*")  # what is read one by one is read by the same ops in a pipeline
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -106,13 +107,14 @@ def test_odd_names_of_folders_classes_and_files(tmp_path, name):
         assert "caf\\xe9" in source.class_names
     for i in range(2):
         assert source.read(tf.constant(i, tf.int64))["image"].numpy() == source.load(i)[0]
-    pipe = parse("decode|resize(4)|value_range")
-    ds = pipeline.make_train_data(source, pipe, batch_size=2, seed=0)
-    (batch,) = ds.take(1).as_numpy_iterator()
-    assert sorted(batch["label"]) == [0, 1]
     assert open_source("folder", split="train", data_dir=f"{root}/").fingerprint() == (
         source.fingerprint()
     )
+    if name in PIPED:
+        pipe = parse("decode|resize(4)|value_range")
+        ds = pipeline.make_train_data(source, pipe, batch_size=2, seed=0)
+        (batch,) = ds.take(1).as_numpy_iterator()
+        assert sorted(batch["label"]) == [0, 1]
 
 
 # files that are no images

@@ -112,32 +112,41 @@ def stored_labels(source):
     return [int(source.decode_record(r)["label"]) for r in source.stream(seed=None, epoch=0)]
 
 
+# In training each kind of source once. An evaluation has other code where a source is streamed.
+IN_TRAINING = [(kind, 7 if i % 2 and "tfds" not in kind else -1) for i, kind in enumerate(KINDS)]
+IN_EVALUATION = [("tfrecord", -1), ("tfrecord streamed", 7)]
 # TFDS itself stores no label above the classes; -1 it does.
 CASES = [(kind, bad) for kind in KINDS for bad in (7, -1) if bad < 0 or "tfds" not in kind]
 
 
-@pytest.mark.parametrize(("kind", "bad"), CASES)
-def test_a_label_outside_of_the_classes(kind, bad, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "bad", "training"),
+    [
+        pytest.param(*case, training, marks=[] if case in chosen else pytest.mark.exhaustive)
+        for training, chosen in ((True, IN_TRAINING), (False, IN_EVALUATION))
+        for case in CASES
+    ],
+)
+def test_a_label_outside_of_the_classes(kind, bad, training, tmp_path):
     stored = [i % 3 for i in range(COUNT)]
     stored[BAD] = bad
     source = make(kind, tmp_path, stored, check_files=False)
     mixed = kind == "mixture"
     numbers = {BAD, COUNT + BAD} if mixed else {stored_labels(source).index(bad)}
-    for training in (True, False):
-        with pytest.raises(tf.errors.InvalidArgumentError) as error:
-            read(source, training=training)
-        text = explain_data_error(source, error.value)
-        assert f"its label is {bad}" in text and "on_bad_example=mask" in text
-        assert any(source.describe(number) in text for number in numbers)
-        damage = Damage(source)
-        batches = read(source, training=training, damage=damage)
-        masked = np.concatenate([b["index"][b["mask"] == 0] for b in batches])
-        # The pipeline runs ahead of its reader: what it has masked there does not count.
-        counts = damage.counts(before=sum(len(batch["mask"]) for batch in batches))
-        assert numbers.issuperset(masked) and len(masked) == sum(counts.values()) > 0
-        assert set(damage.counts()) == {"mislabelled"}
-        for batch in batches:
-            assert (batch["label"][batch["mask"] == 0] == 0).all()
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        read(source, training=training)
+    text = explain_data_error(source, error.value)
+    assert f"its label is {bad}" in text and "on_bad_example=mask" in text
+    assert any(source.describe(number) in text for number in numbers)
+    damage = Damage(source)
+    batches = read(source, training=training, damage=damage)
+    masked = np.concatenate([b["index"][b["mask"] == 0] for b in batches])
+    # The pipeline runs ahead of its reader: what it has masked there does not count.
+    counts = damage.counts(before=sum(len(batch["mask"]) for batch in batches))
+    assert numbers.issuperset(masked) and len(masked) == sum(counts.values()) > 0
+    assert set(damage.counts()) == {"mislabelled"}
+    for batch in batches:
+        assert (batch["label"][batch["mask"] == 0] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "tfds array_record", "tfds tfrecord", "array_record"])
@@ -214,11 +223,18 @@ class Shares(Source):
 
 
 @pytest.mark.parametrize("wrong", [[0.5, 0.4, 0.0], [1.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
-def test_shares_that_are_no_distribution(wrong):
+def test_shares_that_are_no_distribution_end_a_run(wrong):
+    rows = tf.constant([[0.2, 0.3, 0.5], wrong])
+    index = tf.constant(5, tf.int64)
+    np.testing.assert_array_equal(labels.check_shares(rows[0], index), rows[0])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the shares of its label sum to"):
+        labels.check_shares(rows[1], index)
+
+
+def test_shares_that_are_no_distribution_in_a_pipeline():
     rows = [[0.2, 0.3, 0.5]] * 8
     pipe = "value_range|keep('image', 'label', 'index')"
-    assert len(read(Shares(rows), pipe=pipe, batch_size=4)) == 9
-    source = Shares([*rows[:5], wrong, *rows[6:]])
+    source = Shares([*rows[:5], [0.5, 0.4, 0.0], *rows[6:]])
     with pytest.raises(tf.errors.InvalidArgumentError, match="the shares of its label sum to"):
         read(source, pipe=pipe, batch_size=4)
     damage = Damage(source)
@@ -285,7 +301,8 @@ def write_split(folder, split, stored):
     images.write_tfrecords(folder, (len(stored),), split, labels=stored)
 
 
-def test_a_run_on_one_bad_label(tmp_path):
+def test_runs_on_bad_labels(tmp_path):
+    """One bad label ends a run or is masked; a split without labels is not evaluated."""
     stored = [i % 3 for i in range(COUNT)]
     write_split(tmp_path, "val", stored)
     stored[BAD] = 3
@@ -296,17 +313,10 @@ def test_a_run_on_one_bad_label(tmp_path):
     metrics = train(masked, str(tmp_path / "masks"))
     assert metrics["masked"] >= 1 and metrics["masked_mislabelled"] >= 1
     assert np.isfinite(metrics["loss"])
-
-
-def test_an_unlabelled_split_is_not_evaluated(tmp_path):
-    stored = [i % 3 for i in range(COUNT)]
-    write_split(tmp_path, "train", stored)
-    write_split(tmp_path, "val", stored)
-    train(config_of(tmp_path, total_steps=2), str(tmp_path / "run"))
     write_split(tmp_path, "test", [0] + [-1] * 19)
     config = config_of(tmp_path, data__test_split="test")
     with pytest.raises(ValueError, match=r"not known, as in test splits"):
-        evaluate(config, str(tmp_path / "run"), splits=["test"])
+        evaluate(config, str(tmp_path / "masks"), splits=["test"])
 
 
 def test_png_of_arrays_of_other_channels(tmp_path):

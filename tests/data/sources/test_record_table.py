@@ -158,9 +158,9 @@ def test_compressed_files_are_streamed_in_the_order_of_plain_ones(tmp_path, kind
     for _ in range(2):  # from a scan, and from the table
         packed = open_records(tmp_path / "packed")
         assert not packed.indexable and packed.num_examples == 20
-        for have, want in zip(batches(packed), batches(plain), strict=True):
-            for key in want:
-                np.testing.assert_array_equal(have[key], want[key], err_msg=key)
+    for have, want in zip(batches(packed), batches(plain), strict=True):
+        for key in want:
+            np.testing.assert_array_equal(have[key], want[key], err_msg=key)
     assert packed.find_damage() is None and packed.peek(0) == plain.peek(0)
     assert "unpacked byte 0" in packed.describe(0)
     with pytest.raises(ConfigError, match=rf"compressed \({kind}\).*leave config.data.stream out"):

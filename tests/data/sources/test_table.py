@@ -1,5 +1,7 @@
 """Every source gives what its spec says: in training, evaluation and previews, under any pipe."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -84,51 +86,72 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dtypes_and_shapes(kind, data):
+def test_what_a_pipe_gives(kind, data):
     source = make(kind, data)
     for text in KINDS[kind]:
-        pipe = parse(text + KEEP)
-        spec = pipeline.check_pipe(source, pipe)
+        spec = pipeline.check_pipe(source, parse(text + KEEP))
         assert spec["image"] == tf.TensorSpec((8, 8, 3), tf.uint8)
-        known = {"batch_size": 8, "num_threads": 1}
-        made = {
-            "training": pipeline.make_train_data(source, pipe, seed=1, **known),
-            "evaluation": pipeline.make_eval_data(source, pipe, **known),
-            "preview": pipeline.make_train_data(source, pipe, seed=1, only=4, **known),
-        }
-        for name, ds in made.items():
-            (batch,) = ds.take(1).as_numpy_iterator()
-            for key in ("image", "label", "index"):
-                count = 4 if name == "preview" else 8
-                want = (count, *spec[key].shape), spec[key].dtype.as_numpy_dtype
-                assert (batch[key].shape, batch[key].dtype) == want, (kind, text, name, key)
-                assert tuple(ds.element_spec[key].shape) == want[0]
-            assert pipe.device(tf.constant(batch["image"])).dtype == tf.float32
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "stream" not in k and "packed" not in k])
+def cases():
+    """kind, pipe and use of each case: each kind once, each pipe and each use with what differs.
+
+    Sources differ in what they hold (arrays, files) and in how they are read (by index, in order).
+    """
+    streamed = {"tfrecord, streamed", "tfds tfrecord"}
+    chosen = {(kind, i % 2, "training") for i, kind in enumerate(KINDS)}
+    chosen |= {("demo", 2, "training"), ("tfrecord", 2, "training")}
+    chosen |= {(kind, 0, "evaluation") for kind in ("demo", "folder", *streamed)}
+    chosen |= {(kind, 0, "preview") for kind in ("synthetic arrays", "folder", *streamed)}
+    for kind in KINDS:
+        for case in itertools.product([kind], range(3), ("training", "evaluation", "preview")):
+            yield pytest.param(*case, marks=[] if case in chosen else pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("kind", "number", "use"), cases())
+def test_dtypes_and_shapes(kind, number, use, data):
+    source = make(kind, data)
+    pipe = parse(KINDS[kind][number] + KEEP)
+    spec = pipeline.check_pipe(source, pipe)
+    known = {"batch_size": 8, "num_threads": 1}
+    if use == "evaluation":
+        ds = pipeline.make_eval_data(source, pipe, **known)
+    else:
+        only = {"only": 4} if use == "preview" else {}
+        ds = pipeline.make_train_data(source, pipe, seed=1, **only, **known)
+    (batch,) = ds.take(1).as_numpy_iterator()
+    for key in ("image", "label", "index"):
+        count = 4 if use == "preview" else 8
+        want = (count, *spec[key].shape), spec[key].dtype.as_numpy_dtype
+        assert (batch[key].shape, batch[key].dtype) == want, key
+        assert tuple(ds.element_spec[key].shape) == want[0]
+    assert pipe.device(tf.constant(batch["image"])).dtype == tf.float32
+
+
+INDEXED = [k for k in KINDS if k not in ("tfrecord, streamed", "tfrecord, packed", "tfds tfrecord")]
+
+
+@pytest.mark.parametrize("kind", INDEXED)
 def test_what_is_shown(kind, data):
     """A contact sheet reads one example by its number, and its image after each op."""
     source = make(kind, data)
-    if not source.indexable:
-        return
     example = source.read(tf.constant(3, tf.int64))
     for key, spec in source.element_spec.items():
         assert spec.is_compatible_with(example[key]), (key, example[key])
     place = {"index": tf.constant(3, tf.int64), "epoch": tf.constant(0, tf.int64)}
     example = {**example, **place, "seed": tf.constant([1, 2])}
-    for text in KINDS[kind]:
+    # Each pipe with arrays and with files, and each kind with one.
+    number = INDEXED.index(kind)
+    for text in KINDS[kind] if kind in ("demo", "folder") else [KINDS[kind][number % 2]]:
         shown = stages(parse(text), example)
         assert all(image.dtype == np.uint8 and image.shape[-1] == 3 for image in shown)
         assert shown[-1].shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "tfds tfrecord"])
+@pytest.mark.parametrize("kind", INDEXED)
 def test_load_agrees_with_read(kind, data):
     """One is for threads of Python, the other for graphs."""
     source = make(kind, data)
-    if not source.indexable:
-        return
     for index in (0, 7):
         example = source.read(tf.constant(index, tf.int64))
         image, label = source.load(index)
