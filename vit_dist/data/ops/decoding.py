@@ -268,7 +268,11 @@ def _decoder(exif: bool, background: Color | None) -> Callable:
             binary.has(data, 0, PNG), lambda: png.decode(data), lambda: _decode_mended(data)
         )
         if exif:
-            pixels = orientation.turn(pixels, orientation.of_other(data))
+            # After the pixels. TensorFlow gives up a call that stands beside one that fails, and
+            # would now and then report that the first was cancelled, not what is wrong.
+            with tf.control_dependencies([pixels]):
+                way = orientation.of_other(tf.identity(data))
+            pixels = orientation.turn(pixels, way)
         return _lay_over(pixels, background)
 
     return decode_other
