@@ -106,9 +106,8 @@ def _endless(name: str, **environment: str) -> Run:
     (folder / "orders").mkdir()
     return Run(
         folder,
-        f"--config.total_steps={LONG}",
-        "--config.step.jit=off",
-        "--config.data.val_split=",
+        *torture.flags_of("off", LONG, judged=False),
+        *torture.RICH,
         options=("--max_restarts=1000",),
         environment=environment,
     )

@@ -1,4 +1,4 @@
-"""One run on 3, 2, 1 and 4 hosts in turn: the weights of the run that nobody disturbed."""
+"""One run on 2, 1 and 3 hosts in turn: the weights of the run that nobody disturbed."""
 
 import json
 import os
@@ -73,26 +73,52 @@ def run_on(hosts, workdir, *, step=None, number=signal.SIGTERM):
     return codes, started[0].text()
 
 
-@pytest.mark.timeout(1500)
-def test_three_hosts_then_two_then_one_then_four(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_on(1, whole)[0] == [0]
+TERM, KILL = signal.SIGTERM, signal.SIGKILL
+# Each start: its hosts, the step after which the last one gets a signal, and what is said of the
+# batch, which is cut as finely as the first start needed it.
+TURNS = {
+    "two, one, three": [
+        (2, 3, TERM, "24 = 2 x 12"),
+        # Killed in the step after the save of step 8: step 9 is trained again.
+        (1, 9, KILL, "24 = 1 x 24, in 2 micro-batches each"),
+        (3, None, None, "24 = 3 x 8"),
+    ],
+    "three, two, one, four": [
+        (3, 3, TERM, "24 = 3 x 8"),
+        (2, 6, TERM, "24 = 2 x 12, in 2 micro-batches each"),
+        (1, 9, KILL, "24 = 1 x 24, in 3 micro-batches each"),
+        (4, None, None, "24 = 4 x 6"),
+    ],
+}
 
-    codes, text = run_on(3, parts, step=3)
-    assert codes == [PREEMPTED] * 3, text
-    assert "24 = 3 x 8" in text and "micro-batches" not in text
-    codes, text = run_on(2, parts, step=6)
-    assert codes == [PREEMPTED] * 2, text
-    assert "24 = 2 x 12, in 2 micro-batches each" in text
-    # Killed in the step after the save of step 8: step 9 is trained again.
-    codes, text = run_on(1, parts, step=9, number=signal.SIGKILL)
-    assert codes == [-signal.SIGKILL], text
-    assert "24 = 1 x 24, in 3 micro-batches each" in text
-    codes, text = run_on(4, parts)
-    assert codes == [0] * 4, text
-    assert "24 = 4 x 6" in text and "resumed from step 8" in text
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that one host does alone, undisturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert run_on(1, folder)[0] == [0]
+    return folder
+
+
+@pytest.mark.spawns
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "turns",
+    [
+        "two, one, three",
+        pytest.param("three, two, one, four", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_hosts_come_and_go(whole, tmp_path, turns):
+    parts = tmp_path / "parts"
+    for hosts, step, number, batch in TURNS[turns]:
+        codes, text = run_on(hosts, parts, step=step, number=number)
+        ends = {TERM: [PREEMPTED] * hosts, KILL: [-KILL] * hosts, None: [0] * hosts}
+        assert codes == ends[number], text
+        assert batch in text and ("micro" in batch) == ("micro-batches" in text), text
+    assert "resumed from step 8" in text
 
     tiny.assert_same(tiny.arrays(parts), tiny.arrays(whole), atol=1e-5)
     assert [row["step"] for row in tiny.rows(parts)] == list(range(1, TOTAL + 1))
-    starts = load_starts(parts)
-    assert [start.hosts for start in starts] == [start.replicas for start in starts] == [3, 2, 1, 4]
+    starts, counts = load_starts(parts), [hosts for hosts, *_ in TURNS[turns]]
+    assert [start.hosts for start in starts] == [start.replicas for start in starts] == counts

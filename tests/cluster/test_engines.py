@@ -300,6 +300,7 @@ def test_the_other_hosts_wait_for_the_chiefs_checkpoint(monkeypatch):
     assert order == ["written", "best written", "met"]
 
 
+@pytest.mark.exhaustive  # its parts: test_elastic.py, test_torture.py, test_slurm_real.py
 @pytest.mark.timeout(900)
 def test_pods_that_are_stopped_go_on_as_if_they_had_not(started, tmp_path):
     """What Kubernetes does by launch/jobset.yaml: SIGTERM to a pod, and all pods start again."""

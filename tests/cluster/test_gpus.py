@@ -1,12 +1,13 @@
 """What keeps TensorFlow from a machine's GPUs, judged from made-up facts."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
+from tests.support import processes
 from vit_dist.cluster import gpus
 from vit_dist.cluster.gpus import Card, Found
 
@@ -194,26 +195,21 @@ def test_flags(flags, options, expected):
     assert gpus.xla_flags(flags, **given) == expected
 
 
-PROGRAM = """
-import tensorflow as tf
-print(float(tf.function(lambda x: x * 2, jit_compile=True)(tf.constant(4.0))))
-"""
+def compile_with(flags):
+    """In a process that has not called XLA yet: it reads its flags when it is called first."""
+    os.environ["XLA_FLAGS"] = " ".join(f"{name}={value}" for name, value in flags.items())
+    print(float(tf.function(lambda x: x * 2, jit_compile=True)(tf.constant(4.0))))
 
 
 @pytest.mark.spawns
-def test_xla_knows_the_flags():
+def test_xla_knows_the_flags(tmp_path):
     """It aborts the process at one that it does not know."""
     flags = {**gpus.OVERLAP, gpus.DATA_DIR: "/nowhere"}
-
-    def outcome(flags):
-        words = " ".join(f"{name}={value}" for name, value in flags.items())
-        environ = {**os.environ, "XLA_FLAGS": words}
-        command = [sys.executable, "-c", PROGRAM]
-        return subprocess.run(command, env=environ, capture_output=True, text=True)
-
-    assert outcome(flags).stdout.strip() == "8.0"
-    done = outcome({**flags, "--xla_gpu_no_such_flag": "1"})
-    assert done.returncode and "Unknown flag" in done.stderr
+    code, text = processes.call(compile_with, flags, log=tmp_path / "known")
+    assert code == 0 and "8.0" in text.split(), text
+    flags["--xla_gpu_no_such_flag"] = "1"
+    code, text = processes.call(compile_with, flags, log=tmp_path / "unknown")
+    assert code and "Unknown flag" in text, text
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """launch/slurm.sbatch under a real Slurm: two nodes on this machine."""
 
 import contextlib
+import json
 
 import numpy as np
 import pytest
 
+from tests.support import processes, tiny
 from tests.support import slurm as lib
-from tests.support import tiny
+from tests.support.clusters import free_addresses
 from tests.support.waiting import wait_for
 
 SCRIPT = lib.ROOT / "launch/slurm.sbatch"
@@ -41,11 +43,18 @@ def slurm(tmp_path_factory):
 @pytest.mark.parametrize(
     "codes, progress, state, said",
     [
-        ("0", "", "COMPLETED", ["start 1: done"]),
         ("2 0", "", "FAILED", ["start 1: exit code 2: another start would not help"]),
-        ("42 143 0", "", "COMPLETED", ["start 2: stopped on request: back", "start 3: done"]),
         ("1 42 1 1 0", "", "FAILED", ["exit code 1, 3 times without a new checkpoint: giving up"]),
-        ("1 1 1 137 0", "1", "COMPLETED", ["start 4: exit code 137: back", "start 5: done"]),
+        (
+            "1 1 137 143 0",
+            "1",
+            "COMPLETED",
+            [
+                "start 3: exit code 137: back",
+                "start 4: stopped on request: back",
+                "start 5: done",
+            ],
+        ),
     ],
 )
 def test_what_follows_an_exit_code(slurm, tmp_path, codes, progress, state, said):
@@ -77,7 +86,7 @@ from tests.support import tiny
 
 def get_config():
     config = tiny.get_config()
-    config.total_steps, config.log_steps = 600, 20
+    config.total_steps, config.log_steps = {total}, 20
     config.data.val_split = config.data.test_split = ""
     config.step.ema_decay = 0.99
     config.mixing.mixup_alpha = 0.2
@@ -86,31 +95,41 @@ def get_config():
 """
 
 
+def run_undisturbed(config, workdir):
+    """Two hosts of one cluster, without Slurm."""
+    flags = (f"--config={config}", f"--workdir={workdir}")
+    cluster = {"worker": free_addresses(2)}
+    with contextlib.ExitStack() as stack:
+        started = []
+        for index in range(2):
+            task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+            environment, log = {"TF_CONFIG": json.dumps(task)}, f"{workdir}-{index}"
+            host = processes.Command(*flags, log=log, env=environment)
+            started.append(stack.enter_context(host))
+        for host in started:
+            assert host.wait() == 0, host.text()[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.spawns
 @pytest.mark.timeout(1800)
 def test_a_job_that_is_preempted_ends_with_equal_weights(slurm, tmp_path):
-    (tmp_path / "config.py").write_text(CONFIG)
-
-    def submit(name):
-        given = {"CONFIG": tmp_path / "config.py", "WORKDIR": tmp_path / name}
-        return slurm.submit(SCRIPT, *OPTIONS, PYTHONPATH=lib.ROOT, CUDA_VISIBLE_DEVICES=-1, **given)
-
-    undisturbed = submit("undisturbed")
-    assert slurm.wait_while(undisturbed, "PENDING", "RUNNING") == "COMPLETED", slurm.log(
-        undisturbed
-    )
-    assert "start 1: done" in slurm.log(undisturbed)
-    assert "Slurm says that this is worker 1 (127.0.0.1:" in slurm.log(undisturbed)
-
-    job = submit("preempted")
-    wait_for(lambda: "step 20/600" in slurm.log(job), 600)
+    config, workdir = tmp_path / "config.py", tmp_path / "preempted"
+    config.write_text(CONFIG.format(total=10**6))
+    given = {"CONFIG": config, "WORKDIR": workdir, "PYTHONPATH": lib.ROOT}
+    job = slurm.submit(SCRIPT, *OPTIONS, CUDA_VISIBLE_DEVICES=-1, **given)
+    wait_for(lambda: "step 20/" in slurm.log(job), 600)
     slurm.call("scancel", "--signal=TERM", job)
     wait_for(lambda: "start 1: stopped on request: back into the queue" in slurm.log(job), 120)
+    # The job waits for two minutes, in which it gets an end.
+    step = tiny.open_checkpoint(str(workdir)).step
+    config.write_text(CONFIG.format(total=step + 20))
     assert slurm.wait_while(job, "PENDING", "RUNNING") == "COMPLETED", slurm.log(job)
     log = slurm.log(job)
-    assert "start 2: done" in log and "resumed from step" in log, log
+    assert "Slurm says that this is worker 1 (127.0.0.1:" in log
+    assert "start 2: done" in log and f"resumed from step {step}" in log, log
 
+    run_undisturbed(config, tmp_path / "undisturbed")
     expected, found = (tiny.arrays(tmp_path / name) for name in ("undisturbed", "preempted"))
     assert set(expected) == set(found)
     for name, array in expected.items():

@@ -25,14 +25,30 @@ class Feed:
 
 @pytest.fixture(params=[1, 2], ids=["one host", "two hosts"])
 def strategy(request, monkeypatch):
-    monkeypatch.setitem(tpu_strategy_util._INITIALIZED_TPU_SYSTEMS, "", topology(request.param))
-    return tf.distribute.TPUStrategy(FakeResolver(request.param))
+    return make_strategy(request.param, monkeypatch)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def make_strategy(hosts, monkeypatch):
+    monkeypatch.setitem(tpu_strategy_util._INITIALIZED_TPU_SYSTEMS, "", topology(hosts))
+    return tf.distribute.TPUStrategy(FakeResolver(hosts))
+
+
+# float32 has no part that the others lack.
+FURTHER = [(1, "float32"), (2, "float32"), (1, "float16"), (2, "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "precision"),
+    [
+        (1, "bfloat16"),
+        (2, "float16"),
+        *(pytest.param(*of, marks=pytest.mark.exhaustive) for of in FURTHER),
+    ],
+)
 def test_step_compiles_into_one_tpu_program_with_one_sum_per_gradient(
-    strategy, monkeypatch, precision
+    hosts, monkeypatch, precision
 ):
+    strategy = make_strategy(hosts, monkeypatch)
     monkeypatch.setattr(vit, "initialize", lambda *args, **kwargs: None)  # needs the devices
     graph = tf.Graph()
     with graph.as_default(), strategy.scope():

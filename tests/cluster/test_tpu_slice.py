@@ -1,5 +1,6 @@
 """A TPU slice of two hosts on loopback: real workers and TensorFlow servers, CPUs for chips."""
 
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from vit_dist.run.check import check
 from vit_dist.run.facts import code_facts
 from vit_dist.run.input import eval_data, train_data
 from vit_dist.run.tpu_hosts import check_reading
+from vit_dist.train import train
 
 BATCH, HOSTS = 12, 2
 PER_REPLICA = BATCH // (HOSTS * tpu.CORES)
@@ -112,26 +114,41 @@ def places(strategy, batch, *, masked=False):
     return made
 
 
+# A source whose examples have places, one that is a stream; the others are read as they are.
+SOURCES = ("folder", "tfrecord")
+FURTHER = ("tfds", "synthetic")
+
+
 @pytest.fixture(scope="module")
 def epochs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("slice")
-    data = write_data(root)
-    with tpu.workers(root) as (running, name):
-        output = root / "found.json"
-        code, text = processes.call(read_epochs, name, data, output, log=root / "log")
-        assert code == 0, text[-3000:]
-        codes = [worker.wait(60) for worker in running]
-    return json.loads(output.read_text()), codes, [worker.text() for worker in running]
+    """epochs(source): what the slice read of it; how the workers ended, and what they printed."""
+
+    @functools.cache
+    def read(sources):
+        root = tmp_path_factory.mktemp("slice")
+        data = {name: keys for name, keys in write_data(root).items() if name in sources}
+        with tpu.workers(root) as (running, name):
+            output = root / "found.json"
+            code, text = processes.call(read_epochs, name, data, output, log=root / "log")
+            assert code == 0, text[-3000:]
+            codes = [worker.wait(60) for worker in running]
+        return json.loads(output.read_text()), codes, [worker.text() for worker in running]
+
+    def get(source):
+        found, codes, texts = read(SOURCES if source in SOURCES else FURTHER)
+        return found[source], codes, texts
+
+    return get
 
 
-SOURCES = ("folder", "tfrecord", "tfds", "synthetic")
+ALL_SOURCES = [*SOURCES, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in FURTHER)]
 
 
 @pytest.mark.spawns
 @pytest.mark.compiles
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ALL_SOURCES)
 def test_each_host_reads_the_examples_that_law_1_gives_it(epochs, source):
-    found = epochs[0][source]
+    found, *_ = epochs(source)
     for step in found["train"]:
         assert [host for host, _ in step] == [0, 0, 1, 1]
         assert {len(numbers) for _, numbers in step} == {PER_REPLICA}
@@ -145,9 +162,9 @@ def test_each_host_reads_the_examples_that_law_1_gives_it(epochs, source):
 
 @pytest.mark.spawns
 @pytest.mark.compiles
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ALL_SOURCES)
 def test_an_evaluation_reads_every_example_once_and_can_be_done_again(epochs, source):
-    found = epochs[0][source]
+    found, *_ = epochs(source)
     count = found["counts"][1]
     for batches in found["val"]:
         assert [host for host, _ in batches[0]] == [0, 0, 1, 1]
@@ -156,8 +173,9 @@ def test_an_evaluation_reads_every_example_once_and_can_be_done_again(epochs, so
 
 
 @pytest.mark.spawns
+@pytest.mark.compiles
 def test_workers_end_with_their_program(epochs):
-    _, codes, texts = epochs
+    _, codes, texts = epochs(SOURCES[0])
     assert codes == [0, 0]
     assert all("ready: waiting for the program at port" in text for text in texts)
 
@@ -187,56 +205,51 @@ ENDLESS = "--config.total_steps=1000000"
 
 
 def has_begun(text):
-    return "step 4/" in text
+    """Whether this start has trained and saved: a log after the first."""
+    return len(re.findall(r"step \d+/", text)) >= 2
+
+
+def stop_worker(folder, number, log):
+    """Starts workers and program, sends worker 1 a signal, and waits until the program has ended.
+
+    Returns:
+      (the program's exit code and text, the workers' exit codes, the port of worker 1); where the
+      signal kills, its exit code is that of the other worker alone.
+    """
+    with tpu.workers(folder) as (running, name):
+        flags = flags_of(name, folder / "run", ENDLESS, "--config.save_steps=4")
+        with processes.Call(program, *flags, log=folder / log) as running_program:
+            running_program.wait_for(lambda: has_begun(running_program.text()))
+            os.kill(running[1].pid, number)
+            code, text = running_program.wait(120), running_program.text()
+        left = running[:1] if number == signal.SIGKILL else running
+        codes = [worker.wait(60) for worker in left]
+    return code, text, codes, name.rpartition(":")[2]
 
 
 @pytest.mark.spawns
 @pytest.mark.compiles
-def test_a_signal_to_a_worker_saves_the_run_and_a_restart_ends_as_one_process_would(tmp_path):
-    """The host of a worker is taken away: all leave with 42, and the same command goes on."""
-    with tpu.workers(tmp_path) as (running, name):
-        flags = flags_of(name, tmp_path / "run", ENDLESS)
-        with processes.Call(program, *flags, log=tmp_path / "log") as running_program:
-            running_program.wait_for(lambda: has_begun(running_program.text()))
-            os.kill(running[1].pid, signal.SIGTERM)
-            assert running_program.wait(120) == 42
-        assert [worker.wait(60) for worker in running] == [42, 42]
-        text = running_program.text()
-    port = name.rpartition(":")[2]
+def test_a_worker_is_stopped_and_another_is_killed_and_the_run_is_as_of_one_process(tmp_path):
+    """The same command goes on, and what it saves is what a process alone has at that step."""
+    # The host of a worker is taken away: all leave with 42.
+    code, text, codes, port = stop_worker(tmp_path, signal.SIGTERM, "log")
+    assert (code, codes) == (42, [42, 42]), text[-3000:]
     assert f"asked to stop: SIGTERM on TPU host 1 (127.0.0.1:{port})" in text
     step = tiny.open_checkpoint(str(tmp_path / "run")).step
-    total = f"--config.total_steps={step + 4}"
-    with tpu.workers(tmp_path) as (running, name):
-        code, text = processes.call(
-            program, *flags_of(name, tmp_path / "run", total), log=tmp_path / "log2"
-        )
-        assert code == 0, text[-3000:]
-        assert f"resumed from step {step}" in text
-    alone = ("--config.strategy.name=single", "--config.strategy.tpu=")
-    code, text = processes.run(
-        *flags_of("", tmp_path / "alone", total, *alone), log=tmp_path / "log3"
-    )
-    assert code == 0, text[-3000:]
-    found, expected = (tiny.arrays(tmp_path / name) for name in ("run", "alone"))
-    tiny.assert_same(found, expected, atol=2e-4)
 
-
-@pytest.mark.spawns
-@pytest.mark.compiles
-def test_a_worker_that_is_killed_ends_the_run_with_its_name(tmp_path):
-    with tpu.workers(tmp_path) as (running, name):
-        flags = flags_of(name, tmp_path / "run", ENDLESS)
-        with processes.Call(program, *flags, log=tmp_path / "log") as running_program:
-            running_program.wait_for(lambda: has_begun(running_program.text()))
-            os.kill(running[1].pid, signal.SIGKILL)
-            assert running_program.wait(60) == 1
-            text = running_program.text()
-        # The other worker does not stay for a program that is gone.
-        assert running[0].wait(60) == 1
+    # The other worker does not stay for a program that is gone.
+    code, text, codes, port = stop_worker(tmp_path, signal.SIGKILL, "log2")
+    assert (code, codes) == (1, [1]), text[-3000:]
+    assert f"resumed from step {step}" in text
     (message,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    port = name.rpartition(":")[2]
     assert f"TPU host 1 (127.0.0.1:{port}): its worker is gone" in message
     assert "Start all" in message
+
+    saved = tiny.open_checkpoint(str(tmp_path / "run"))
+    assert saved.step > step
+    changed = {"model__dropout": 0.0, "total_steps": saved.step}
+    train(tiny.without_evaluation(**changed), str(tmp_path / "alone"))
+    tiny.assert_same(saved.arrays, tiny.arrays(tmp_path / "alone"), atol=2e-4)
 
 
 def read_elsewhere(name, folder):

@@ -61,9 +61,9 @@ def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
             for i, e in enumerate(environment)
         ]
         chief, other = hosts
-        chief.wait_for(lambda: step_of(chief) >= 100, seconds=LONG)
+        chief.wait_for(lambda: step_of(chief) >= 60, seconds=LONG)
         before = [resources_of(host) for host in hosts]
-        chief.wait_for(lambda: step_of(chief) >= 1100, seconds=LONG)
+        chief.wait_for(lambda: step_of(chief) >= 260, seconds=LONG)
         after = [resources_of(host) for host in hosts]
         for (threads, files), (threads_now, files_now) in zip(before, after, strict=True):
             assert threads_now - threads < 20 and files_now - files < 10, (before, after)
@@ -75,7 +75,7 @@ def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
         rf"lost another worker: worker 1 \({workers[1]}\), silent for \d+ s, ", message
     )
     last = int(re.search(r"last at step (\d+) in train", message)[1])
-    assert last >= 1000
+    assert last >= 240
     assert "Start all of them again" in message
 
 

@@ -60,8 +60,8 @@ def test_masks_only_when_training_and_never_without_seed(kind):
 # As a TPU draws them: compiled, from XLA's generator
 
 
-def compiled_mask(layer, seed=SEED, shape=(64, 8, 32)):
-    """The mask, and the gradient of its sum times `weights`, over `weights`."""
+def compiled(layer, shape=(64, 8, 32)):
+    """seed -> the mask, and the gradient of its sum times `weights`, over `weights`."""
     weights = tf.constant(np.random.default_rng(0).uniform(1, 2, shape), layer.compute_dtype)
 
     @tf.function(jit_compile=True, autograph=False)
@@ -73,13 +73,29 @@ def compiled_mask(layer, seed=SEED, shape=(64, 8, 32)):
             total = tf.reduce_sum(y * weights)
         return y, tape.gradient(total, x) / weights
 
-    return [tf.cast(t, tf.float32).numpy() for t in run(tf.constant(seed, tf.int32))]
+    def masks(seed=SEED):
+        return [tf.cast(t, tf.float32).numpy() for t in run(tf.constant(seed, tf.int32))]
+
+    return masks
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9, 1e-4, 0.9999])
+RATES = [(0.1, "float32"), (0.5, "mixed_bfloat16"), (1e-4, "mixed_bfloat16"), (0.9999, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("rate", "dtype"),
+    [
+        *RATES,
+        *(
+            pytest.param(rate, dtype, marks=pytest.mark.exhaustive)
+            for rate in (0.1, 0.5, 0.9, 1e-4, 0.9999)
+            for dtype in ("float32", "mixed_bfloat16")
+            if (rate, dtype) not in RATES
+        ),
+    ],
+)
 def test_rates_in_bytes(rate, dtype):
-    out, gradient = compiled_mask(Dropout(rate, form="tensor", name="one", dtype=dtype))
+    out, gradient = compiled(Dropout(rate, form="tensor", name="one", dtype=dtype))()
     real = min(max(round(rate * 256), 1), 255) / 256
     scale = tf.cast(1 / (1 - real), Dropout(0.1, dtype=dtype).compute_dtype).numpy()
     np.testing.assert_allclose(np.unique(out), [0, float(scale)], rtol=1e-6)
@@ -89,12 +105,14 @@ def test_rates_in_bytes(rate, dtype):
 
 
 def test_masks_of_bytes_depend_on_seed_and_layer_alone():
-    first, _ = compiled_mask(Dropout(0.5, form="tensor", name="one"))
-    again, _ = compiled_mask(Dropout(0.5, form="tensor", name="one"))
-    np.testing.assert_array_equal(first, again)
-    others = [("one", (3, 8)), ("one", (4, 7)), ("two", SEED)]
-    for name, seed in others:
-        other, _ = compiled_mask(Dropout(0.5, form="tensor", name=name), seed)
+    one, same, two = (
+        compiled(Dropout(0.5, form="tensor", name=name)) for name in ("one", "one", "two")
+    )
+    first, _ = one()
+    for again in (one, same):
+        np.testing.assert_array_equal(first, again()[0])
+    for draw, seed in ((one, (3, 8)), (one, (4, 7)), (two, SEED)):
+        other, _ = draw(seed)
         assert 0.25 < np.mean((first == 0) == (other == 0)) < 0.75
 
 
@@ -194,52 +212,53 @@ def make_probe(form):
     return model
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("split", "matrix"), ("off", "matrix"), ("split", "tensor")],
-    ids="-".join,
+def make_engine(jit, form, seed=0):
+    return Engine(
+        functools.partial(make_probe, form),
+        replicas=2,
+        accumulation=2,
+        jit=jit,
+        seed=seed,
+        clip_norm=None,
+        optimizer={"name": "sgd", "momentum": 0.0},
+        schedule=lambda step: 1.0,
+        preprocess=lambda x: x,
+    )
+
+
+def drawn_by(engine, steps):
+    """One (BATCH, 32) mask for each step, over 2 replicas x 2 micro-batches."""
+    out = []
+    for step in steps:
+        images = np.eye(BATCH, dtype=np.float32)[None]
+        engine.run(images, np.zeros((1, BATCH), np.int32), step=np.int64(step))
+        out.append(engine.state.to_arrays()["model/rows"] != 0)
+    return np.array(out)
+
+
+# With the forms that are drawn in other ways: by Philox, and compiled by XLA's own generator.
+OTHERS = [("split", "matrix"), ("split", "tensor")]
+
+
+@pytest.mark.parametrize(
+    ("jit", "form"),
+    [("off", "matrix"), OTHERS[1], pytest.param(*OTHERS[0], marks=pytest.mark.exhaustive)],
 )
-def masks(request):
-    """masks(steps): one (BATCH, 32) mask for each step, over 2 replicas x 2 micro-batches."""
-
-    jit, form = request.param
-
-    def make(seed):
-        return Engine(
-            functools.partial(make_probe, form),
-            replicas=2,
-            accumulation=2,
-            jit=jit,
-            seed=seed,
-            clip_norm=None,
-            optimizer={"name": "sgd", "momentum": 0.0},
-            schedule=lambda step: 1.0,
-            preprocess=lambda x: x,
-        )
-
-    engines = functools.cache(make)
-
-    def get(steps, seed=0):
-        engine, out = engines(seed), []
-        for step in steps:
-            images = np.eye(BATCH, dtype=np.float32)[None]
-            engine.run(images, np.zeros((1, BATCH), np.int32), step=np.int64(step))
-            out.append(engine.state.to_arrays()["model/rows"] != 0)
-        return np.array(out)
-
-    return get
-
-
-def test_masks_differ_everywhere_and_repeat(masks):
-    drawn = masks([0, 1, 10**9])
+def test_masks_differ_everywhere_and_repeat(jit, form):
+    engine = make_engine(jit, form)
+    drawn = drawn_by(engine, [0, 1, 10**9])
     parts = drawn.reshape(3 * 4, BATCH // 4, 32)  # step, replica and micro-batch
     for i, one in enumerate(parts):
         assert abs(one.mean() - 0.5) < 4 * 0.5 / np.sqrt(one.size)
         for other in parts[:i]:
             assert 0.25 < np.mean(one == other) < 0.75
-    np.testing.assert_array_equal(masks([10**9, 1, 0])[::-1], drawn)
+    np.testing.assert_array_equal(drawn_by(engine, [10**9, 1, 0])[::-1], drawn)
 
 
-def test_masks_depend_on_the_seed(masks):
-    first, other = masks([0]), masks([0], seed=1)
+@pytest.mark.parametrize(
+    ("jit", "form"),
+    [("off", "matrix"), *(pytest.param(*of, marks=pytest.mark.exhaustive) for of in OTHERS)],
+)
+def test_masks_depend_on_the_seed(jit, form):
+    first, other = (drawn_by(make_engine(jit, form, seed), [0]) for seed in (0, 1))
     assert 0.4 < np.mean(first == other) < 0.6

@@ -1,5 +1,6 @@
 """Rematerialisation and blockwise attention: the same numbers, computed anew and not kept."""
 
+import functools
 import re
 
 import numpy as np
@@ -37,82 +38,101 @@ def gradients(model, *, jit):
     }
 
 
-OPTIONS = {"dropout": 0.2, "drop_path": 0.3, "layer_scale": 0.5, "pool": "tok", "rep_size": 8}
+# Masks of the one block, too: by default the first block drops no paths.
+OPTIONS = {
+    "depth": 1,
+    "dropout": 0.2,
+    "drop_path": 0.3,
+    "drop_path_growth": "constant",
+    "layer_scale": 0.5,
+    "pool": "tok",
+    "rep_size": 8,
+}
 
 
-def test_the_same_gradients_in_half_precision():
+# Both policies draw the masks of what they compute again, and `full` computes all of it again.
+TRIED = ["full", pytest.param("attention", marks=pytest.mark.exhaustive)]
+
+
+@pytest.mark.parametrize("policy", TRIED)
+def test_the_same_gradients_in_half_precision(policy):
     """Masks included: a layer that is computed again draws what it drew.
 
     tests/training/test_gradients.py compares them in float32, with XLA and without.
     """
     # Sums of bfloat16 in another order.
-    compare_policies(limit=0.04, jit=False, precision="bfloat16")
+    compare_with_none(policy, limit=0.04, jit=False, precision="bfloat16")
 
 
-def test_the_same_gradients_in_the_form_for_tpus():
-    # Attention's own masks are drawn again, too. One block, as compiling takes long.
-    compare_policies(limit=1e-6, jit=True, form="tensor", attention_dropout=0.2, depth=1)
+@pytest.mark.exhaustive  # below, masks are drawn again; a seed's are the same (test_dropout.py)
+@pytest.mark.parametrize("policy", ["full", "attention"])
+def test_the_same_gradients_in_the_form_for_tpus(policy):
+    # Attention's own masks are drawn again, too.
+    compare_with_none(policy, limit=1e-6, jit=True, form="tensor", attention_dropout=0.2)
 
 
-def compare_policies(*, limit, jit, **made):
-    found = {
-        policy: gradients(tiny_vit(remat=policy, **made, **OPTIONS), jit=jit) for policy in POLICIES
-    }
-    total = norm(found["none"].values())
-    for policy in ("attention", "full"):
-        errors = {name: g - found["none"][name] for name, g in found[policy].items()}
-        assert norm(errors.values()) <= limit * total
-        for name, error in errors.items():
-            # The key's bias has no gradient but rounding: it moves all logits of a row alike.
-            assert norm([found["none"][name]]) > 1e-3 or name.endswith("key/bias"), name
-            assert norm([error]) <= 10 * limit * max(norm([found["none"][name]]), 0.1), name
+def compare_with_none(policy, *, limit, jit, **made):
+    expected, found = (
+        gradients(tiny_vit(remat=name, **made, **OPTIONS), jit=jit) for name in ("none", policy)
+    )
+    total = norm(expected.values())
+    errors = {name: g - expected[name] for name, g in found.items()}
+    assert norm(errors.values()) <= limit * total
+    for name, error in errors.items():
+        # The key's bias has no gradient but rounding: it moves all logits of a row alike.
+        assert norm([expected[name]]) > 1e-3 or name.endswith("key/bias"), name
+        assert norm([error]) <= 10 * limit * max(norm([expected[name]]), 0.1), name
 
 
 def norm(arrays):
     return np.sqrt(sum(np.sum(np.square(a.astype(np.float64))) for a in arrays))
 
 
-def instructions(model):
-    """How often each kind of instruction is in the step that XLA compiled."""
+@functools.cache
+def program(policy, stage, **options):
+    """XLA's program of the step: "hlo" as every kind of device gets it, or "optimized_hlo"."""
+    return _lowered(policy, **options)(stage=stage)
+
+
+@functools.cache
+def _lowered(policy, **options):
+    model = tiny_vit(remat=policy, **options)
     images, seed = tf.constant(images_for(model)), tf.constant(SEED, tf.int32)
     step = tf.function(step_of(model), jit_compile=True, autograph=False)
-    hlo = step.experimental_get_compiler_ir(images, seed)(stage="optimized_hlo")
+    return step.experimental_get_compiler_ir(images, seed)
+
+
+def instructions(policy):
+    """How often each kind of instruction is in the step that XLA compiled."""
+    hlo = program(policy, "optimized_hlo", depth=1)
     return {kind: len(re.findall(rf" {kind}\(", hlo)) for kind in ("dot", "tanh", "exponential")}
 
 
 def test_xla_computes_again_what_it_was_told_to():
     """It merges equal expressions, which would keep everything after all."""
-    plain, attention, full = (instructions(tiny_vit(remat=policy)) for policy in POLICIES)
-    blocks = 2
-    assert attention["dot"] == plain["dot"] + 2 * blocks  # logits, and what is divided by the sum
+    plain, attention, full = map(instructions, POLICIES)
+    assert attention["dot"] == plain["dot"] + 2  # logits, and what is divided by the sum
     assert attention["tanh"] == plain["tanh"] and attention["exponential"] > plain["exponential"]
     # q, k, v, logits, P V, out and the MLP's first; its second is not needed again.
-    assert full["dot"] == plain["dot"] + 7 * blocks
+    assert full["dot"] == plain["dot"] + 7
     assert full["tanh"] > plain["tanh"] and full["exponential"] > plain["exponential"]
-
-
-def lowered(model):
-    """The step before XLA's own passes, as every kind of device gets it."""
-    images, seed = tf.constant(images_for(model)), tf.constant(SEED, tf.int32)
-    step = tf.function(step_of(model), jit_compile=True, autograph=False)
-    return step.experimental_get_compiler_ir(images, seed)(stage="hlo")
 
 
 def test_a_barrier_stands_before_what_is_computed_again():
     """GPUs and TPUs need it: there XLA sees that the zero of the other form is one."""
-    barriers = [lowered(tiny_vit(remat=policy)).count(" opt-barrier(") for policy in POLICIES]
+    barriers = [program(policy, "hlo").count(" opt-barrier(") for policy in POLICIES]
     assert barriers == [0, 2, 2]  # one for each block
 
 
 def test_masks_are_not_kept_where_a_tpu_computes_again():
-    """The blocks' layers draw in the forward pass, and again when that is repeated."""
+    """The block's layers draw in the forward pass, and again when that is repeated."""
     draws = [
         # Philox makes the layers' seeds, the default generator their masks.
-        lowered(tiny_vit(remat=policy, form="tensor", dropout=0.1)).count("algorithm=rng_default")
+        program(policy, "hlo", form="tensor", depth=1, dropout=0.1).count("algorithm=rng_default")
         for policy in ("none", "full")
     ]
-    # One layer behind the embedding, and three in each of two blocks.
-    assert draws == [1 + 2 * 3, 1 + 2 * 2 * 3]
+    # One layer behind the embedding, and three in the block.
+    assert draws == [1 + 3, 1 + 2 * 3]
 
 
 def test_the_barrier_has_gradients_of_any_order():
@@ -174,8 +194,17 @@ def both(function, *inputs):
     return [y, *tape.gradient(loss, inputs)]
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize(("keys", "block"), [(12, 4), (12, 5), (7, 64), (9, 1)])
+@pytest.mark.parametrize(
+    ("keys", "block", "jit"),
+    [
+        *((keys, block, False) for keys, block in ((12, 4), (12, 5), (7, 64), (9, 1))),
+        (12, 5, True),
+        *(
+            pytest.param(keys, block, True, marks=pytest.mark.exhaustive)
+            for keys, block in ((12, 4), (7, 64), (9, 1))
+        ),
+    ],
+)
 def test_blockwise_equals_plain(keys, block, jit):
     rng = np.random.default_rng(0)
     query, key, value = (
@@ -201,26 +230,36 @@ def test_blockwise_with_large_logits():
     assert np.abs(query @ key.transpose(0, 1, 3, 2)).max() > 100
 
 
+@functools.cache
+def blockwise_gradients(block, precision="float32"):
+    model = tiny_vit(attention_block=block, precision=precision, pool="map", depth=1)
+    return gradients(model, jit=False)
+
+
 def test_a_vit_with_blockwise_attention():
-    plain, blockwise = (
-        gradients(tiny_vit(attention_block=block, pool="map"), jit=False) for block in (None, 3)
-    )
+    plain, blockwise = blockwise_gradients(None), blockwise_gradients(3)
     for name, expected in plain.items():
         error = norm([blockwise[name] - expected])
         assert error <= 1e-5 * max(norm([expected]), 1), name
 
 
-@pytest.mark.parametrize(("precision", "epsilon"), [("bfloat16", 2**-8), ("float16", 2**-11)])
-def test_a_vit_with_blockwise_attention_in_half_precision(precision, epsilon):
-    """As near to the gradients of float32 as rounding allows; how near depends on the processor."""
-    expected = gradients(tiny_vit(pool="map"), jit=False)
-    options = {"precision": precision, "pool": "map"}
-    for block in (None, 3):
-        found = gradients(tiny_vit(attention_block=block, **options), jit=False)
-        errors = {name: found[name] - expected[name] for name in expected}
-        assert norm(errors.values()) <= 16 * epsilon * norm(expected.values())
-        for name, error in errors.items():
-            assert norm([error]) <= 64 * epsilon * max(norm([expected[name]]), 1), name
+HALVES = [("bfloat16", 2**-8, 3), ("float16", 2**-11, 3)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "epsilon", "block"),
+    [*HALVES, *(pytest.param(*h[:2], None, marks=pytest.mark.exhaustive) for h in HALVES)],
+)
+def test_a_vit_with_blockwise_attention_in_half_precision(precision, epsilon, block):
+    """As near to the gradients of float32 as rounding allows; how near depends on the processor.
+
+    Plain attention (`block` None) is as near.
+    """
+    expected, found = blockwise_gradients(None), blockwise_gradients(block, precision)
+    errors = {name: found[name] - expected[name] for name in expected}
+    assert norm(errors.values()) <= 16 * epsilon * norm(expected.values())
+    for name, error in errors.items():
+        assert norm([error]) <= 64 * epsilon * max(norm([expected[name]]), 1), name
 
 
 def test_nothing_as_large_as_the_logits():

@@ -246,15 +246,22 @@ def test_each_kind_of_device_has_its_form():
 # Low precision
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.007)])
+LOW = [
+    {"pool": "tok"},
+    {"pool": "map", "rep_size": 8},
+    {"pool": "tok", "form": "tensor"},
+    {"pool": "map", "form": "tensor", "softmax": "compute"},
+    {"pool": "tok", "softmax": "compute"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "precision", "tolerance"),
     [
-        {"pool": "tok"},
-        {"pool": "map", "rep_size": 8},
-        {"pool": "tok", "form": "tensor"},
-        {"pool": "map", "form": "tensor", "softmax": "compute"},
-        {"pool": "tok", "softmax": "compute"},
+        *((options, "bfloat16", 0.05) for options in LOW),
+        (LOW[0], "float16", 0.007),
+        (LOW[3], "float16", 0.007),
+        *(pytest.param(LOW[i], "float16", 0.007, marks=pytest.mark.exhaustive) for i in (1, 2, 4)),
     ],
     ids=str,
 )

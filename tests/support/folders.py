@@ -1,5 +1,6 @@
 """Folders as timm and Hugging Face publish them, of a tiny ViT of ours."""
 
+import functools
 import json
 
 import safetensors.numpy
@@ -18,13 +19,20 @@ def make(folder, system="timm", *, note=False, **options):
     Returns:
       The state dict, and the config.json.
     """
-    options = {"image_size": 8, "num_classes": 3, "pool": "tok", "gelu": "erf", **options}
-    model = randomize(build_vit(vit_config("mu/4", **options)))
-    write_pretrained(folder, system, arrays_of(model), model.get_config(), **HALF)
+    arrays, network = _network(**options)
+    write_pretrained(folder, system, arrays, network, **HALF)
     state = safetensors.numpy.load_file(folder / "model.safetensors")
     if not note:
         safetensors.numpy.save_file(state, folder / "model.safetensors")
     return state, json.loads((folder / "config.json").read_text())
+
+
+@functools.cache
+def _network(**options):
+    """Weights by name, and the network; to build it takes some tenths of a second."""
+    options = {"image_size": 8, "num_classes": 3, "pool": "tok", "gelu": "erf", **options}
+    model = randomize(build_vit(vit_config("mu/4", **options)))
+    return arrays_of(model), model.get_config()
 
 
 def save(folder, config, state=None):

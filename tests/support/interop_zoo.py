@@ -1,7 +1,7 @@
 """Networks of timm and transformers that look like a ViT, small and random: test_interop_zoo.py.
 
-interop_zoo.py FOLDER   folders with weights and config.json; logits in logits.npz, what they are
-                        in made.json
+interop_zoo.py FOLDER [NAME ...]   folders with weights and config.json; logits in logits.npz, what
+                                   they are in made.json. All that timm has, or those of these names
 
 Runs in the environment that has PyTorch; its PYTHONPATH holds benchmarks/, for _torch_alone.
 """
@@ -89,11 +89,12 @@ VARIED = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     """Makes all of them; one that cannot be made so small is noted with its error."""
     found, made = {}, {}
-    names = sorted(name for module in MODULES for name in timm.list_models(module=module))
-    for name in names:
+    every = sorted(name for module in MODULES for name in timm.list_models(module=module))
+    assert set(names) <= set(every), set(names) - set(every)
+    for name in names or every:
         _make_timm(folder / name, name, found, made)
     for name in TRANSFORMERS:
         _make_transformers(folder / name, name, {}, found, made)
@@ -179,4 +180,4 @@ def _outputs(model, kind):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -27,6 +27,13 @@ from vit_dist.training.checkpoint import open_checkpoint
 HOSTS = ("chief", "other")
 TOTAL = 160  # steps; a start takes some eight of them until its fault
 HANGS = 150  # seconds in which nothing happens, until a chain counts as hung
+# What a run computes; PLAIN takes a third less time to begin.
+RICH = (
+    "--config.model.dropout=0.1",
+    "--config.step.ema_decay=0.9",
+    "--config.mixing.mixup_alpha=0.2",
+)
+PLAIN = ("--config.model.dropout=0",)
 FLAGS = (
     f"--config={processes.TINY}",
     "--config.log_steps=2",
@@ -35,9 +42,6 @@ FLAGS = (
     "--config.data.test_split=",
     "--config.input.eval_batch_size=60",
     "--config.model.depth=1",
-    "--config.model.dropout=0.1",
-    "--config.step.ema_decay=0.9",
-    "--config.mixing.mixup_alpha=0.2",
     # The first is allowed for what compiles, also on a machine that is busy otherwise.
     "--config.strategy.timeout_seconds=45",
     "--config.strategy.patience_seconds=10",
@@ -149,22 +153,41 @@ class Run:
 
 
 def restore(base, folder):
-    """Puts a run that has ended at its first save into the folder of a chain."""
+    """Puts what an undisturbed run had at its first save into the folder of a chain."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base, folder / "run", ignore=shutil.ignore_patterns("logs", "lock.json"))
+    workdir = folder / "run"
+    shutil.copytree(base, workdir, ignore=shutil.ignore_patterns("logs", "lock.json"))
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        if int(checkpoint.name) > SAVE_STEPS:
+            shutil.rmtree(checkpoint)
+    rows = [json.dumps(row) for row in tiny.rows(workdir) if row["step"] <= SAVE_STEPS]
+    (workdir / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+
+
+def flags_of(jit, total, *, judged):
+    flags = [f"--config.total_steps={total}", f"--config.step.jit={jit}"]
+    # To trace an evaluation takes seconds of each start.
+    return flags if judged else [*flags, "--config.data.val_split="]
 
 
 class Reference:
-    """Undisturbed runs: to the end, and to the step at which chains begin; with and without XLA."""
+    """Undisturbed runs, with all their checkpoints; with and without XLA, evaluated and not.
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    Args:
+      folder: for their workdirs.
+      computed: RICH or PLAIN, also for the chains that are compared with them.
+    """
 
-    def workdir(self, jit, total):
-        folder = self.folder / f"{jit}-{total}"
+    def __init__(self, folder, *, computed=RICH):
+        self.folder, self.computed = Path(folder), computed
+
+    def workdir(self, jit, total, *, judged=False):
+        folder = self.folder / f"{jit}-{total}{'-judged' * judged}"
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            with Run(folder, f"--config.total_steps={total}", f"--config.step.jit={jit}") as run:
+            flags = flags_of(jit, total, judged=judged)
+            keep = f"--config.keep_checkpoints={total}"
+            with Run(folder, *flags, *self.computed, keep) as run:
                 assert run.wait() == 0, run.text()[-3000:]
                 assert not run.restarts()
             (folder / "done").touch()
@@ -175,7 +198,7 @@ class Reference:
 
         With `judged` its evaluations are compared as well.
         """
-        reference = self.workdir(jit, total)
+        reference = self.workdir(jit, total, judged=judged)
         found, expected = (open_checkpoint(str(w)) for w in (workdir, reference))
         if found.step != total:
             return f"ended at step {found.step}"
@@ -198,18 +221,18 @@ class Reference:
         return f"evaluations of steps {sorted(missing)} differ" if missing else ""
 
 
-def run_chain(cells, reference, folder, *, say=print):
+def run_chain(cells, reference, folder, *, total=TOTAL, say=print):
     """Runs cells one after the other; they are all of one phase, or of none that compiles.
+
+    The run ends at step `total`.
 
     Returns:
       A list of Outcomes.
     """
     folder, jit = Path(folder), "auto" if cells[0].phase == "compiling" else "off"
     judged = any(cell.phase == "evaluation" for cell in cells)
-    restore(reference.workdir(jit, SAVE_STEPS), folder)
-    flags = [f"--config.total_steps={TOTAL}", f"--config.step.jit={jit}"]
-    if not judged:  # to trace an evaluation takes seconds of each start
-        flags.append("--config.data.val_split=")
+    restore(reference.workdir(jit, total, judged=judged), folder)
+    flags = [*flags_of(jit, total, judged=judged), *reference.computed]
     if cells[0].fault == MISSING:
         flags += ["--config.strategy.timeout_seconds=10", "--config.strategy.patience_seconds=30"]
     environment = {"TORTURE_CELLS": json.dumps(cells)}
@@ -219,7 +242,8 @@ def run_chain(cells, reference, folder, *, say=print):
         lines, code = _follow(run, say)
         fired, text = run.fired(), run.text()
     what = _judge(cells, fired, text, code)
-    what = what or reference.differs(run.workdir, jit, judged=judged) or "bit-equal"
+    what = what or reference.differs(run.workdir, jit, total=total, judged=judged)
+    what = what or "bit-equal"
     return [_outcome(cell, i, fired, lines, what) for i, cell in enumerate(cells)]
 
 

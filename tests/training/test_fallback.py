@@ -18,18 +18,18 @@ def split():
     return engine.run(IMAGES, LABELS, calls=ALL), engine.state.to_arrays()
 
 
-def test_what_cannot_be_compiled_is_split(split, caplog):
+@pytest.mark.parametrize("calls", [ALL, pytest.param([1] * STEPS, marks=pytest.mark.exhaustive)])
+def test_what_cannot_be_compiled_is_split(split, caplog, calls):
     """TensorFlow's own refusal: on CPUs it makes one program, on one device, of all replicas."""
     expected, arrays = split
-    for calls in (ALL, [1] * STEPS):
-        engine = Engine(make_net, replicas=2, jit="whole", **OPTIONS)
-        got = engine.run(IMAGES, LABELS, calls=calls)
-        assert "step.jit=whole cannot be compiled here (" in caplog.text
-        assert "(Trying to access resource" in caplog.text
-        for name, value in engine.state.to_arrays().items():
-            np.testing.assert_array_equal(value, arrays[name], name)
-        if calls == ALL:
-            assert got == [pytest.approx(row, rel=1e-6) for row in expected]
+    engine = Engine(make_net, replicas=2, jit="whole", **OPTIONS)
+    got = engine.run(IMAGES, LABELS, calls=calls)
+    assert "step.jit=whole cannot be compiled here (" in caplog.text
+    assert "(Trying to access resource" in caplog.text
+    for name, value in engine.state.to_arrays().items():
+        np.testing.assert_array_equal(value, arrays[name], name)
+    if calls == ALL:
+        assert got == [pytest.approx(row, rel=1e-6) for row in expected]
 
 
 class Counter:

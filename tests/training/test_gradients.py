@@ -21,6 +21,7 @@ from vit_dist.training.step import make_gradients
 
 BATCH, CLASSES, SIZE = 8, 5, (16, 8)
 MASKS = {"dropout": 0.2, "drop_path": 0.3, "drop_path_growth": "constant"}
+ALL_MASKS = {**MASKS, "attention_dropout": 0.1}  # blockwise attention has no masks of its own
 # Pairs of neighbours, which no cut into micro-batches parts.
 MIXING = make_mixing(mixup_alpha=0.8, cutmix_alpha=1.0, mode="elem")
 
@@ -78,13 +79,20 @@ def assert_within(limit, found, expected):
     assert ratio <= min(limit, 1e-6), f"all variables as one: {ratio:.2e}"
 
 
-# Each policy and each number of micro-batches, not each pair of both: to trace one takes seconds,
-# and to compile it more.
-CASES = [("none", 2, False), ("none", 4, False), ("attention", 1, False), ("full", 4, False)]
-COMPILED = [("none", 2, True), ("attention", 2, True), ("full", 4, True)]
+def further(*case):
+    return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize(("remat", "parts", "jit"), CASES + COMPILED)
+# Each policy and each number of micro-batches once, not each pair of both: to trace one takes
+# seconds, and to compile it more. test_with_masks has the rest.
+CASES = [
+    ("full", 4, False),
+    *(further(*case) for case in [("none", 2, False), ("none", 4, False), ("attention", 1, False)]),
+    *(further(*case) for case in [("none", 2, True), ("attention", 2, True), ("full", 4, True)]),
+]
+
+
+@pytest.mark.parametrize(("remat", "parts", "jit"), CASES)
 def test_of_the_whole_batch(remat, parts, jit):
     """Mixup and CutMix on: any policy in any number of micro-batches is as none in one."""
     expected = gradients(jit=jit)
@@ -93,18 +101,23 @@ def test_of_the_whole_batch(remat, parts, jit):
 
 @pytest.mark.parametrize(
     ("remat", "parts", "jit"),
-    [("attention", 2, False), ("full", 1, False), ("attention", 2, True), ("full", 2, True)],
+    [
+        ("attention", 2, False),
+        ("full", 2, True),
+        further("full", 1, False),
+        further("attention", 2, True),
+    ],
 )
 def test_with_masks(remat, parts, jit):
     """Each micro-batch draws masks of its own; what is computed again draws them again."""
-    options = {"parts": parts, "jit": jit, "attention_dropout": 0.1, **MASKS}
+    options = {"parts": parts, "jit": jit, **ALL_MASKS}
     # Without XLA a block that is computed again adds up in another order: 1.0e-6 was seen, in a
     # bias whose few terms nearly cancel.
     limit = 2e-6 if remat == "full" and not jit else 1e-6
     assert_within(limit, gradients(remat=remat, **options), gradients(**options))
 
 
-@pytest.mark.parametrize(("parts", "jit"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("parts", "jit"), [(1, False), further(2, True)])
 def test_blockwise_attention(parts, jit):
     expected = gradients(parts=parts, jit=jit, **MASKS)
     assert_within(1e-5, gradients(attention_block=3, parts=parts, jit=jit, **MASKS), expected)
@@ -112,6 +125,7 @@ def test_blockwise_attention(parts, jit):
 
 def test_the_measure_can_tell():
     """No masks, and those of another cut into micro-batches, are far apart."""
-    plain, once, twice = gradients(), gradients(**MASKS), gradients(parts=2, **MASKS)
+    plain = gradients(jit=False)
+    once, twice = (gradients(parts=parts, jit=False, **ALL_MASKS) for parts in (1, 2))
     for one, other in ((plain, once), (once, twice), (plain, twice)):
         assert furthest(one, other)[0] > 0.1

@@ -66,16 +66,22 @@ def restated(name, initial, *, decay, steps=10, **options):
     }
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3])
+UPDATES = [
+    *((name, {}) for name in NAMES),
+    ("adamw", {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3}),
+    ("lamb", {"epsilon": 1e-8}),
+    ("sgd", {"momentum": 0.0}),
+    ("lion", {"beta_1": 0.95, "beta_2": 0.98}),
+    ("adafactor_vit", {"beta_1": 0.8, "beta_2": 0.5}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "decay"),
     [
-        *((name, {}) for name in NAMES),
-        ("adamw", {"beta_1": 0.8, "beta_2": 0.95, "epsilon": 1e-3}),
-        ("lamb", {"epsilon": 1e-8}),
-        ("sgd", {"momentum": 0.0}),
-        ("lion", {"beta_1": 0.95, "beta_2": 0.98}),
-        ("adafactor_vit", {"beta_1": 0.8, "beta_2": 0.5}),
+        *((*update, 0.3) for update in UPDATES),
+        # Biases have no decay in the rows above.
+        *(pytest.param(*update, 0.0, marks=pytest.mark.exhaustive) for update in UPDATES),
     ],
 )
 def test_ten_updates(name, options, decay):

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import shutil
-import socket
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from tests.support import processes
+from tests.support.clusters import free_addresses
 from tests.support.stepping import (
     IMAGES,
     LABELS,
@@ -39,7 +39,13 @@ def slots_of(arrays):
     return {name: value for name, value in arrays.items() if name.startswith("optimizer/")}
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Those whose slots differ in kind: two of the weight's shape and a ratio of norms; rows and
+# columns; a matrix's product, and Adam's for the rest. The others share their code.
+KINDS = ("lamb", "adafactor_vit", "muon")
+OF_A_KIND = [pytest.param(n, marks=pytest.mark.exhaustive) for n in NAMES if n not in KINDS]
+
+
+@pytest.mark.parametrize("name", [*KINDS, *OF_A_KIND])
 def test_the_same_as_without(name):
     """Weights, averages and slots after five steps; each slot is on its owner's device alone."""
     results = []
@@ -59,7 +65,7 @@ def test_the_same_as_without(name):
     assert set(optimizer.shards.owners.values()) == {0, 1}
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [2, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_compiled(replicas):
     """As every replica moves its own with XLA; one replica owns all and sends nothing."""
     jit = "split" if replicas > 1 else "whole"
@@ -167,42 +173,60 @@ def test_mistakes():
 
 # by the command
 
-SHORT = {"model__dropout": 0.0, "total_steps": 4, "save_steps": 2, "optimizer__name": "lamb"}
+# The same keys for a call of the function and for the command.
+SHORT = {"model.dropout": 0.0, "total_steps": 4, "save_steps": 2, "optimizer.name": "lamb"}
 TWO = {"strategy__name": "mirrored", "strategy__virtual_cpus": 2}
 
 
-def test_a_run_goes_on_to_the_bit_and_on_one_device(tmp_path):
-    """From its checkpoint at half time: on two devices again, and on one that holds all."""
-    run, half, one = (tmp_path / name for name in ("run", "half", "one"))
-    train(without_evaluation(**SHORT, **TWO, optimizer__shard_state=True), str(run))
-    for other in (half, one):
-        shutil.copytree(run, other)
-        shutil.rmtree(other / "checkpoints" / "000000004")
-    train(without_evaluation(**SHORT, **TWO, optimizer__shard_state=True), str(half))
-    assert_bits(arrays(half), arrays(run))
-    train(without_evaluation(**SHORT), str(one))
-    assert_same(arrays(one), arrays(run), atol=1e-5)
+def run_here(folder, **changed):
+    short = {key.replace(".", "__"): value for key, value in SHORT.items()}
+    train(without_evaluation(**short, **changed), str(folder))
 
 
-def test_two_workers_save_what_both_hold(tmp_path):
-    """The chief alone writes; what it writes is what one process without shards has."""
-    flags = [f"--config={processes.TINY}", "--config.model.dropout=0", "--config.data.val_split="]
-    flags += ["--config.total_steps=4", "--config.save_steps=2", "--config.data.test_split="]
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(2)]
-        cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
-    both = ["--config.strategy.name=multiworker", "--config.optimizer.shard_state=True"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run on two devices that hold a part each."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_here(folder, **TWO, optimizer__shard_state=True)
+    return folder
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """The folder of that run as it was at half time."""
+    shutil.copytree(whole, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "000000004")
+    return tmp_path / "half"
+
+
+def test_a_run_goes_on_to_the_bit(whole, half):
+    run_here(half, **TWO, optimizer__shard_state=True)
+    assert_bits(arrays(half), arrays(whole))
+
+
+@pytest.mark.exhaustive
+def test_a_run_goes_on_on_one_device(whole, half):
+    """test_a_checkpoint_does_not_show_who_held_what does so with the step alone."""
+    run_here(half)
+    assert_same(arrays(half), arrays(whole), atol=1e-5)
+
+
+def test_two_workers_go_on_and_save_what_both_hold(whole, half, tmp_path):
+    """The chief alone writes; what it writes is what two devices of one process have."""
+    flags = [f"--config={processes.TINY}", f"--workdir={half}"]
+    flags += ["--config.data.val_split=", "--config.data.test_split="]
+    flags += [f"--config.{key}={value}" for key, value in SHORT.items()]
+    flags += ["--config.strategy.name=multiworker", "--config.optimizer.shard_state=True"]
+    cluster = {"worker": free_addresses(2)}
     with contextlib.ExitStack() as stack:
         started = []
         for index in range(2):
-            task = {"type": "worker", "index": index}
+            environment = {"cluster": cluster, "task": {"type": "worker", "index": index}}
             command = processes.Command(
-                *flags, *both, f"--workdir={tmp_path / 'two'}", log=tmp_path / f"log{index}",
-                env={"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})},
-            )  # fmt: skip
+                *flags, log=tmp_path / f"log{index}", env={"TF_CONFIG": json.dumps(environment)}
+            )
             started.append(stack.enter_context(command))
         for command in started:
             assert command.wait() == 0, command.text()[-3000:]
-    code, text = processes.run(*flags, f"--workdir={tmp_path / 'one'}", log=tmp_path / "log")
-    assert code == 0, text[-3000:]
-    assert_same(arrays(tmp_path / "two"), arrays(tmp_path / "one"), atol=1e-5)
+    assert "resumed from step 2" in started[0].text()
+    assert_same(arrays(half), arrays(whole), atol=1e-5)

@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import socket
-import threading
 
 import numpy as np
 import pytest
@@ -49,8 +48,19 @@ def assert_same(arrays, name):
         np.testing.assert_allclose(arrays[key], value, rtol=1e-4, atol=2e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("replicas", "accumulation"), [(1, 4), (2, 1), (2, 2)])
+# On two replicas with two micro-batches each, optimizers whose slots differ in kind; on the other
+# topologies one, since no optimizer knows which of them summed its gradients.
+KINDS = [("adamw", 2, 2), ("lamb", 2, 2), ("adafactor", 2, 2), ("muon", 2, 2)]
+KINDS += [("adamw", 1, 4), ("adamw", 2, 1)]
+OF_A_KIND = [
+    pytest.param(name, *of, marks=pytest.mark.exhaustive)
+    for name in NAMES
+    for of in ((1, 4), (2, 1), (2, 2))
+    if (name, *of) not in KINDS
+]
+
+
+@pytest.mark.parametrize(("name", "replicas", "accumulation"), KINDS + OF_A_KIND)
 def test_replicas_and_micro_batches(name, replicas, accumulation):
     engine = Engine(make_net, replicas=replicas, accumulation=accumulation, **options_of(name))
     engine.run(IMAGES[:STEPS], LABELS[:STEPS])
@@ -58,10 +68,15 @@ def test_replicas_and_micro_batches(name, replicas, accumulation):
     engine.replicas_hold_the_same()
 
 
-# What two workers run: every optimizer, some with their state cut up, and gradients in 16 bits.
-IN_PARTS = ("adamw", "lamb", "adafactor_vit")
+# What two workers run: optimizers, some with their state cut up, and gradients in 16 bits. RUNS
+# have slots of every shape; FURTHER are for `make test-all`.
+IN_PARTS = ("adafactor_vit", "adamw", "lamb")
 SHARDED, BFLOAT16, FLOAT16 = "sharded ", "bfloat16 gradients", "float16"
-RUNS = (*NAMES, *(SHARDED + name for name in IN_PARTS), BFLOAT16, FLOAT16)
+RUNS = ("adamw", "adafactor_vit", SHARDED + "adafactor_vit", BFLOAT16, FLOAT16)
+FURTHER = (
+    *(name for name in NAMES if name not in RUNS),
+    *(SHARDED + name for name in IN_PARTS if SHARDED + name not in RUNS),
+)
 OVERFLOW = 1  # the step at which it overflows, on the second worker alone
 
 
@@ -82,8 +97,8 @@ def engine_of(run, strategy):
     return Engine(make, strategy=strategy, accumulation=2, **options)
 
 
-def work(index, addresses, out):
-    """One of two workers: takes its half of every batch of all RUNS."""
+def work(index, addresses, runs, out):
+    """One of two workers: takes its half of every batch of each of `runs`."""
     task = {"type": "worker", "index": index}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
     from vit_dist.cluster.strategy import make_strategy
@@ -91,7 +106,7 @@ def work(index, addresses, out):
     strategy = make_strategy(name="multiworker", timeout_seconds=100.0)
     half = slice(index * BATCH // 2, (index + 1) * BATCH // 2)
     arrays = {}
-    for run in RUNS:
+    for run in runs:
         engine = engine_of(run, strategy)
         data = {"image": images_of(run)[:, half], "label": LABELS[:STEPS, half]}
         data = tf.data.Dataset.from_tensor_slices(data).repeat()  # endless: so shapes are static
@@ -108,68 +123,92 @@ def work(index, addresses, out):
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
+    """workers(run): what each of two workers has at the end of one of RUNS or FURTHER, arrays.
+
+    Two processes do all RUNS, and two more FURTHER if a test asks for one of them.
+    """
+
+    @functools.cache
+    def arrays_of(runs):
+        return run_workers(runs, tmp_path_factory.mktemp("workers"))
+
+    return lambda run: [found[run] for found in arrays_of(RUNS if run in RUNS else FURTHER)]
+
+
+def run_workers(runs, folder):
     """For each of two workers: run -> the arrays that it ended with."""
-    folder = tmp_path_factory.mktemp("workers")
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in range(2)]
         addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
-    ended = {}
-
-    def run(index):
-        arguments = (index, addresses, str(folder / f"{index}.npz"))
-        ended[index] = processes.call(work, *arguments, log=folder / f"log{index}")
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with contextlib.ExitStack() as stack:
+        started = []
+        for index in range(2):
+            arguments = (index, addresses, runs, str(folder / f"{index}.npz"))
+            call = processes.Call(work, *arguments, log=folder / f"log{index}")
+            started.append(stack.enter_context(call))
+        for worker in started:
+            assert worker.wait() == 0, worker.text()[-3000:]
     found = []
     for index in range(2):
-        code, text = ended[index]
-        assert code == 0, text[-3000:]
-        runs = {run: {} for run in RUNS}
+        arrays = {run: {} for run in runs}
         for key, value in np.load(folder / f"{index}.npz").items():
             run, _, name = key.partition(":")
-            runs[run][name] = value
-        found.append(runs)
+            arrays[run][name] = value
+        found.append(arrays)
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+def cases(names, prefix=""):
+    """Parameters of a test: names of runs, exhaustive those of FURTHER."""
+    return [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if prefix + name in FURTHER else [])
+        for name in names
+    ]
+
+
+@pytest.mark.spawns
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", cases(NAMES))
 def test_workers(workers, name):
-    for runs in workers:
-        assert_same(weights_of(runs[name]), name)
+    for arrays in workers(name):
+        assert_same(weights_of(arrays), name)
 
 
-@pytest.mark.parametrize("name", IN_PARTS)
+@pytest.mark.spawns
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", cases(IN_PARTS, SHARDED))
 def test_workers_that_hold_a_part_of_the_state(workers, name):
     """Each reads all slots for a checkpoint, and has a part of them."""
-    for runs in workers:
-        assert_same(weights_of(runs[SHARDED + name]), name)
-    first, second = ({**runs[SHARDED + name], "own slots": np.zeros(2)} for runs in workers)
+    for arrays in workers(SHARDED + name):
+        assert_same(weights_of(arrays), name)
+    first, second = ({**arrays, "own slots": np.zeros(2)} for arrays in workers(SHARDED + name))
     assert_bits(first, second)
-    (size, count), *_ = (runs[name]["own slots"] for runs in workers)
-    parts = [runs[SHARDED + name]["own slots"] for runs in workers]
+    (size, count), *_ = (arrays["own slots"] for arrays in workers(name))
+    parts = [arrays["own slots"] for arrays in workers(SHARDED + name)]
     assert parts[0][0] + parts[1][0] == size and parts[0][1] + parts[1][1] == count
     assert min(part[1] for part in parts) > 0
 
 
+@pytest.mark.spawns
+@pytest.mark.compiles
 def test_workers_that_send_bfloat16(workers):
     """To 8 bits of each gradient; all workers to the bit."""
-    assert_bits(workers[0][BFLOAT16], workers[1][BFLOAT16])
-    found, expected = weights_of(workers[0][BFLOAT16]), alone("adamw")
-    exact = weights_of(workers[0]["adamw"])
+    first, second = workers(BFLOAT16)
+    assert_bits(first, second)
+    found, expected = weights_of(first), alone("adamw")
+    exact = weights_of(workers("adamw")[0])
     for key, value in expected.items():
         limit = 0.01 if key.startswith(("model/", "ema/")) else 2**-6 * np.abs(value).max()
         np.testing.assert_allclose(found[key], value, rtol=0, atol=limit, err_msg=key)
     assert max(np.abs(found[key] - exact[key]).max() for key in exact) > 1e-6  # it is rounded
 
 
+@pytest.mark.spawns
+@pytest.mark.compiles
 def test_float16_that_overflows_on_one_worker(workers):
     """Both skip the step, count it, and halve the scale; the others count."""
-    assert_bits(workers[0][FLOAT16], workers[1][FLOAT16])
-    found = workers[0][FLOAT16]
+    found, second = workers(FLOAT16)
+    assert_bits(found, second)
     assert (found["step"], found["updates"], found["first_bad_step"]) == (STEPS, STEPS - 1, -1)
     assert (found["loss_scale"], found["good_steps"]) == (INITIAL_LOSS_SCALE / 2, STEPS - 2)
     # As one device does.

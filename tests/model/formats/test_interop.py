@@ -96,6 +96,7 @@ def test_logits_of_transformers(made):
     assert len(names) == 7
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["s8", "s16", "b32", "b14_registers"])
 def test_full_depth_of_timm(full, name):
     """12 blocks of S and B, as saved and at other resolutions, one of them not square."""
@@ -107,6 +108,7 @@ def test_full_depth_of_timm(full, name):
         assert_close(mine, expected, f"{name}@{size}")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["vit_s16", "vit_b32", "dinov2_b14_registers"])
 def test_full_depth_of_transformers(full, name):
     folder, logits = full

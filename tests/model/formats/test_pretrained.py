@@ -23,24 +23,34 @@ HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 # layout, how the tree is made, what is known of the network then
+LAYOUTS = [
+    ("published", TOK, {"pool": "tok", "prefix_posemb": "cls"}),
+    ("published", TOK | {"rep": True}, {"rep_size": 8}),
+    ("published", {}, {"pool": "gap", "cls_token": False}),
+    ("linen", TOK, {"pool": "tok"}),
+    ("before_2022", TOK, {"prefix_posemb": "cls"}),
+    ("big_vision", {"cls": True}, {"pool": "tok", "prefix_posemb": "none"}),
+    ("big_vision", {"rep": True, "positions": 0}, {"posemb": "sincos2d"}),
+    ("big_vision", {"map_head": True}, {"pool": "map"}),
+    ("inlined_map", {"map_head": True, "head": False}, {"pool": "map", "num_classes": 0}),
+    ("optimizer", TOK, {"pool": "tok"}),
+    ("two_towers", {"map_head": True, "head": False}, {"pool": "map"}),
+    ("scanned", {"map_head": True}, {"depth": 2}),
+]
+
+
 @pytest.mark.parametrize(
-    ("layout", "options", "known"),
+    ("layout", "options", "known", "save"),
     [
-        ("published", TOK, {"pool": "tok", "prefix_posemb": "cls"}),
-        ("published", TOK | {"rep": True}, {"rep_size": 8}),
-        ("published", {}, {"pool": "gap", "cls_token": False}),
-        ("linen", TOK, {"pool": "tok"}),
-        ("before_2022", TOK, {"prefix_posemb": "cls"}),
-        ("big_vision", {"cls": True}, {"pool": "tok", "prefix_posemb": "none"}),
-        ("big_vision", {"rep": True, "positions": 0}, {"posemb": "sincos2d"}),
-        ("big_vision", {"map_head": True}, {"pool": "map"}),
-        ("inlined_map", {"map_head": True, "head": False}, {"pool": "map", "num_classes": 0}),
-        ("optimizer", TOK, {"pool": "tok"}),
-        ("two_towers", {"map_head": True, "head": False}, {"pool": "map"}),
-        ("scanned", {"map_head": True}, {"depth": 2}),
+        *((*layout, np.savez) for layout in LAYOUTS),
+        (*LAYOUTS[0], np.savez_compressed),
+        # What is compressed does not depend on the layout.
+        *(
+            pytest.param(*layout, np.savez_compressed, marks=pytest.mark.exhaustive)
+            for layout in LAYOUTS[1:]
+        ),
     ],
 )
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_layouts(tmp_path, layout, options, known, save):
     tree = flax_vit.make_tree(**options)
     written = getattr(flax_vit, layout)(tree)
