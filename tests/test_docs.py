@@ -22,7 +22,6 @@ from vit_dist.data.ops.pipe import _REGISTRY, parse
 from vit_dist.data.sources.open import SOURCES
 from vit_dist.export import ALL_FORMATS
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import vit_config
 from vit_dist.run.check import check
 from vit_dist.run.variants import parse_choices, product, words_of
 from vit_dist.training.optimizer import NAMES as OPTIMIZERS
@@ -266,26 +265,6 @@ def test_messages_are_real():
     assert len(quoted) > 20
     for text in quoted:
         assert text in EXTERNAL or any(text in message for message in messages()), text
-
-
-def test_images_a_device_are_what_the_sums_give():
-    text = (ROOT / "docs" / "gpu.md").read_text()
-    head = re.search(r"^\| Model \|(.*)\|$", text, re.M)[1]
-    sizes = [1e9 * int(number) for number in re.findall(r"(\d+) GB", head)]
-    rows = re.findall(r"^\| (\S+) at (\d+) px \|([\d |]+)\|$", text, re.M)
-    assert len(sizes) == 4 and len(rows) >= 6
-    for variant, size, numbers in rows:
-        net = vit_config(variant, image_size=int(size), num_classes=1000)
-        tokens = (int(size) // net["patch_size"]) ** 2
-        width, mlp = net["width"], net["mlp_dim"]
-        # Attention's four and the MLP's two matrices, patches and head; biases do not matter here.
-        parameters = net["depth"] * (4 * width**2 + 2 * width * mlp) + width * (
-            3 * net["patch_size"] ** 2 + 1000
-        )
-        image = tokens * net["depth"] * (30 * width + 4 * net["num_heads"] * tokens)
-        for memory, number in zip(sizes, map(int, numbers.split("|")), strict=True):
-            fit = (0.9 * memory - 20 * parameters) / image
-            assert number <= fit < 2 * number, (variant, size, memory, fit)
 
 
 def test_faults_are_shown_by_tests():

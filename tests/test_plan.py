@@ -1,6 +1,8 @@
 """A plan: what a training takes of a machine, and what makes it fit."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,9 +10,14 @@ from tests.support import tiny
 from tests.support.processes import TINY, Command
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.costs.memory import count_state, step_memory
+from vit_dist.costs.targets import parse_target
+from vit_dist.model.variants import vit_config
 from vit_dist.plan import as_json, plan
+from vit_dist.run.planning import USABLE
 from vit_dist.train import train
 from vit_dist.training.checkpoint import open_checkpoint
+from vit_dist.training.optimizer import OptimizerOptions
 
 WIDE = {"model__width": 8192, "model__mlp_dim": 32768, "model__depth": 2, "model__num_heads": 64}
 SIZE = {"num_examples": 1_281_167, "num_classes": 1000}
@@ -136,3 +143,22 @@ def test_the_command(tmp_path):
         assert run.wait() == 0, run.text()
     assert "it fits" in run.text() and "measured" in run.text()
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
+
+
+@pytest.mark.slow
+def test_the_table_of_images_a_device():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "gpu.md").read_text()
+    head = re.search(r"^\| Model \|(.*)\|$", text, re.M)[1]
+    targets = [parse_target(name) for name in re.findall(r"`(\S+)`", head)]
+    rows = re.findall(r"^\| (\S+) at (\d+) px \|([\d |]+)\|$", text, re.M)
+    assert len(targets) == 4 and len(rows) >= 6
+    for variant, size, numbers in rows:
+        network = vit_config(variant, image_size=int(size), num_classes=1000)
+        state = count_state(network, OptimizerOptions(), ema=True)
+        for target, number in zip(targets, map(int, numbers.split("|")), strict=True):
+            there = USABLE * target.device.memory * 1e9
+            need = [
+                step_memory(network, state, batch_size=n, precision="bfloat16").total
+                for n in (number, 2 * number)
+            ]
+            assert need[0] <= there < need[1], (variant, size, target.name, need)
