@@ -19,6 +19,7 @@ from pathlib import Path
 import _config
 import _smoke
 import tensorflow as tf
+from _machine import Machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -102,13 +103,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     args = _smoke.parse(parser, SMOKE)
+    machine = Machine(smoke=args.smoke)
     with tempfile.TemporaryDirectory() as workdir, Starts().open(workdir) as starts:
         results = measure(args, workdir, starts)
     bare = statistics.median(b for b, _ in results)
     whole = statistics.median(w for _, w in results)
-    print(
+    machine.conclude(
         f"{args.variant} at {args.image_size}, batch 16: bare step {bare * 1e3:.0f} ms, "
-        f"whole loop {whole * 1e3:.0f} ms, ratio {whole / bare:.3f} (n={args.rounds}; limit 1.02)"
+        f"whole loop {whole * 1e3:.0f} ms, ratio {whole / bare:.3f} (n={args.rounds}; limit 1.02)",
+        [w / b for b, w in results],
     )
 
 

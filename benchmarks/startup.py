@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import _smoke
+from _machine import Machine
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 20.0
@@ -54,16 +55,18 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--depth", type=int, help="number of blocks")
     args = _smoke.parse(parser, SMOKE)
+    machine = Machine(smoke=args.smoke)
     results = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as workdir:
             results.append(measure(args, workdir))
     ready = statistics.median(r for r, _ in results)
     first = statistics.median(f for _, f in results)
-    print(
+    machine.conclude(
         f"Ti/16 at {args.image_size}: {ready:.1f} s to the model, {first - ready:.1f} s to compile "
         f"the first step and run it; {first:.1f} s in all, "
-        f"{first / LIMIT:.2f} of the limit (n={args.rounds})"
+        f"{first / LIMIT:.2f} of the limit (n={args.rounds})",
+        [f / LIMIT for _, f in results],
     )
 
 

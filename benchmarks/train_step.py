@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import _smoke
+from _machine import Machine
 
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / ".venv-interop" / "bin" / "python"
@@ -58,7 +59,7 @@ class Worker:
         self.process.wait()
 
 
-def compare(variant: str, args: argparse.Namespace) -> float:
+def compare(variant: str, args: argparse.Namespace, machine: Machine) -> None:
     batch_size, steps, rounds = args.batch_size, args.steps, args.rounds
     sizes = (args.image_size, args.depth, batch_size, args.threads)
     arguments = (variant, *map(str, sizes))
@@ -79,13 +80,12 @@ def compare(variant: str, args: argparse.Namespace) -> float:
     ratio = rate["ours"] / rate["peer"]
     # The ratio of each round shows how far noise moves it.
     pairs = sorted(p / o for o, p in zip(times["ours"], times["peer"], strict=True))
-    print(
+    machine.conclude(
         f"{variant} at {args.image_size}, batch {batch_size}, {args.threads} threads: "
         f"vit_dist {rate['ours']:.2f} images/s, timm {rate['peer']:.2f} images/s, "
         f"ratio {ratio:.2f} (rounds {pairs[0]:.2f} to {pairs[-1]:.2f}, n={rounds})",
-        flush=True,
+        pairs,
     )
-    return ratio
 
 
 def main() -> None:
@@ -100,8 +100,9 @@ def main() -> None:
     args = _smoke.parse(parser, SMOKE)
     if not PEER.exists():
         raise SystemExit("timm is not installed: run `make bench`")
+    machine = Machine(smoke=args.smoke)
     for variant in args.variants.split(","):
-        compare(variant, args)
+        compare(variant, args, machine)
 
 
 if __name__ == "__main__":
