@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from scipy.special import log_softmax
 
-from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.evaluators.classification import make_evaluator, metric_names
 from vit_dist.training.losses import make_loss
 
 EXAMPLES, BATCH, CLASSES = 21, 8, 7  # the last of three batches holds five examples
@@ -106,6 +106,7 @@ def test_several_labels_of_an_example(replicas):
 def test_top5_needs_more_than_five_classes(classes, present):
     actual = evaluate(*make_data(classes))
     assert ("top5_accuracy" in actual) == present
+    assert set(metric_names(classes)) == set(actual) - {"examples"}
 
 
 def test_equal_logits_are_no_hits():

@@ -6,13 +6,16 @@ import signal
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.support import tiny
 from vit_dist import train as train_module
 from vit_dist.config.errors import UserError
 from vit_dist.evaluate import evaluate
+from vit_dist.run.best import Best
 from vit_dist.run.check import check
 from vit_dist.run.loop import Loop
+from vit_dist.run.options import BestOptions
 from vit_dist.run.origins import open_origin
 from vit_dist.run.start import find_start
 from vit_dist.train import train
@@ -135,9 +138,16 @@ def test_by_another_evaluation_and_read_by_others(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["keep_best"]
 
 
-def test_an_unknown_metric_is_named(tmp_path, planned):
+def test_an_unknown_metric_is_named_before_the_run_begins():
     with pytest.raises(UserError, match="'val/acuracy' is unknown; there are val/accuracy, "):
-        train(config(keep_best="max val/acuracy"), str(tmp_path))
+        check(config(keep_best="max val/acuracy"))
+
+
+def test_an_unknown_metric_of_another_evaluation_is_named_once_it_has_judged(tmp_path):
+    options = BestOptions(metric="near/acuracy", mode="max", patience=0)
+    best = Best(options, str(tmp_path), tf.distribute.get_strategy())
+    with pytest.raises(UserError, match="'near/acuracy' is unknown; there are near/accuracy"):
+        best.is_better(2, {"accuracy": 0.5})
 
 
 @pytest.mark.parametrize(

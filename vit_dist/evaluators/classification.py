@@ -11,6 +11,7 @@ from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.step import compiled, without_grappler
 
 Tensors = dict[str, tf.Tensor]
+_TOP = 5  # how many classes count for "top5_accuracy"
 
 
 def make_evaluator(
@@ -45,8 +46,8 @@ def make_evaluator(
         targets = as_distribution(labels, logits.shape[-1])
         rank = _rank(logits, targets)
         out = {"accuracy": tf.cast(rank < 1, tf.float32), "loss": loss_fn(logits, labels)}
-        if logits.shape[-1] > 5:
-            out["top5_accuracy"] = tf.cast(rank < 5, tf.float32)
+        if logits.shape[-1] > _TOP:
+            out["top5_accuracy"] = tf.cast(rank < _TOP, tf.float32)
         out["examples"] = tf.ones_like(mask)
         # A select and not a product: the model may give NaN for padding, and 0 * NaN is NaN.
         return {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
@@ -86,6 +87,11 @@ def make_evaluator(
         return {**means, "examples": examples}
 
     return evaluate
+
+
+def metric_names(num_classes: int) -> tuple[str, ...]:
+    """The means that an evaluator of so many classes gives, without its number of examples."""
+    return ("accuracy", "loss", *(("top5_accuracy",) if num_classes > _TOP else ()))
 
 
 def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:

@@ -20,6 +20,7 @@ from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.data.pipeline import check_pipe
 from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.source import Source
+from vit_dist.evaluators.classification import metric_names
 from vit_dist.inspection.draw import check_matplotlib
 from vit_dist.model.posemb import METHODS
 from vit_dist.model.variants import PRECISIONS, vit_config
@@ -118,7 +119,11 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         save_minutes=config.save_minutes or 0.0,
         monitor=_check_monitor(config, total_steps=durations["total"]),
         keep_checkpoints=config.keep_checkpoints,
-        best=_check_best(config, evaluation.evals, has_val="val" in data.sources),
+        best=_check_best(
+            config,
+            evaluation.evals,
+            metrics_of_val=metric_names(train.num_classes) if "val" in data.sources else (),
+        ),
         resume_from=config.resume_from,
         init_from=config.init_from,
         record=config_lib.as_json(config),
@@ -293,7 +298,7 @@ def _figures_key(config: FrozenConfigDict) -> str:
 
 
 def _check_best(
-    config: FrozenConfigDict, evals: Collection[str], *, has_val: bool
+    config: FrozenConfigDict, evals: Collection[str], *, metrics_of_val: Sequence[str]
 ) -> BestOptions | None:
     if config.keep_best is None:
         if config.patience is not None:
@@ -303,12 +308,16 @@ def _check_best(
             )
         return None
     found = re.fullmatch(r"(max|min) (\w+)/(.+)", config.keep_best)
-    names = [*(["val"] if has_val else []), *evals]
+    names = [*(["val"] if metrics_of_val else []), *evals]
     if found is None or found[2] not in names:
         raise ConfigError(
             f"config.keep_best {config.keep_best!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' "
             f"with a NAME of what this run judges: {', '.join(names) or 'nothing'}"
         )
+    # What the kinds of config.evals find is known only once they have judged: see Best.is_better.
+    if found[2] == "val" and found[3] not in metrics_of_val:
+        known = ", ".join(f"val/{name}" for name in metrics_of_val)
+        raise ConfigError(f"config.keep_best 'val/{found[3]}' is unknown; there are {known}")
     return BestOptions(
         metric=f"{found[2]}/{found[3]}", mode=found[1], patience=config.patience or 0
     )
