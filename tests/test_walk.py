@@ -54,6 +54,7 @@ def run(words, folder):
     return out
 
 
+@pytest.mark.exhaustive  # test_walkthrough, test_export and test_predict have its steps
 def test_from_a_folder_to_predictions(folder):
     text = (ROOT / "docs" / "finetuning.md").read_text()
     section = text.split("### As it went here")[1].split("\n## ")[0]

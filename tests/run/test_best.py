@@ -103,6 +103,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, planned, at):
     assert best_of(tmp_path) == (6, 0.5) and steps_saved(tmp_path) == [10]
 
 
+@pytest.mark.exhaustive
 def test_what_was_judged_and_not_saved_is_judged_again(tmp_path, planned, monkeypatch):
     def fail(self, arrays, notes, *, step):
         raise RuntimeError("killed")
@@ -116,6 +117,7 @@ def test_what_was_judged_and_not_saved_is_judged_again(tmp_path, planned, monkey
     assert best_of(tmp_path) == (4, 0.1)
 
 
+@pytest.mark.exhaustive
 def test_by_another_evaluation_and_read_by_others(tmp_path):
     near = {"near": {"kind": "knn", "every": 4, "options": {"k": (5,)}}}
     made = config(evals=near, eval_steps=0, keep_best="max near/k5_accuracy")

@@ -142,6 +142,7 @@ def spy(monkeypatch, values):
     return seen
 
 
+@pytest.mark.exhaustive
 def test_given_up_for_a_signal_and_made_up_for(tmp_path, run, monkeypatch):
     class Disturbed(train_module.Evals):
         """Sends a signal in the first evaluation."""

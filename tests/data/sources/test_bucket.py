@@ -45,6 +45,7 @@ def test_a_run_resumes_to_the_bit(remote, tmp_path, monkeypatch):
     assert [e.step for e in events.Scalars("train/loss")] == logged
 
 
+@pytest.mark.exhaustive
 def test_from_photographs_to_predictions(remote, tmp_path):
     """Data, run, weights to begin with and images: all in buckets."""
     copy(make_folder(tmp_path), remote / "photos")
