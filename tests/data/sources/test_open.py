@@ -251,14 +251,19 @@ def test_tfds_names_a_shard_that_was_cut(tmp_path):
     assert "15 records instead of 20" in source.find_damage()
 
 
-def test_tfds_without_network_says_what_to_do(tmp_path, monkeypatch):
+# The list of checksums of the second names no files, only addresses.
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("mnist", "train-images-idx3-ubyte.gz"), ("imagenet2012", "ILSVRC2012_img_train.tar")],
+)
+def test_tfds_without_network_says_what_to_do(name, file, tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", offline)
     with pytest.raises(ValueError) as error:
-        open_source("tfds", split="train", name="mnist", data_dir=str(tmp_path))
-    for word in ("could not prepare mnist", "data_dir", "manual", "train-images-idx3-ubyte.gz"):
+        open_source("tfds", split="train", name=name, data_dir=str(tmp_path))
+    for word in (f"could not prepare {name}", "data_dir", "manual", file):
         assert word in str(error.value)
 
 
