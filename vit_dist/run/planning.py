@@ -64,7 +64,7 @@ class Change(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Choice:
     """The keys of a config that decide a device's memory and that may be changed to save some."""
 
     accumulation: int
@@ -73,7 +73,7 @@ class Cut:
     shard_state: bool
     precision: str
 
-    def flags(self, before: "Cut") -> str:
+    def flags(self, before: "Choice") -> str:
         """What has to be set to come here from `before`."""
         keys = {
             "accumulation": "step.accumulation",
@@ -114,7 +114,7 @@ class Planner:
         )
         self.network: Mapping[str, Any] = options.model.network
         self.share = options.input.batch_size // target.num_devices
-        self.cut = Cut(
+        self.choice = Choice(
             options.step.accumulation,
             self.network["remat"],
             options.optimizer.momentum_dtype,
@@ -123,26 +123,26 @@ class Planner:
         )
         self._states: dict[str, State] = {}
 
-    def state(self, cut: Cut | None = None) -> State:
+    def state(self, choice: Choice | None = None) -> State:
         """The variables of the training; counted once for each dtype of momentum."""
-        dtype = (cut or self.cut).momentum_dtype
+        dtype = (choice or self.choice).momentum_dtype
         if dtype not in self._states:
             optimizer = dataclasses.replace(self.options.optimizer, momentum_dtype=dtype)
             ema = bool(self.options.step.ema_decay)
             self._states[dtype] = count_state(self.network, optimizer, ema=ema)
         return self._states[dtype]
 
-    def memory(self, cut: Cut | None = None, *, batch_size: int | None = None) -> StepMemory:
+    def memory(self, choice: Choice | None = None, *, batch_size: int | None = None) -> StepMemory:
         """Bytes of one device with `batch_size` images; its share of the global batch for None."""
-        cut = cut or self.cut
+        choice = choice or self.choice
         return step_memory(
-            {**self.network, "remat": cut.remat},
-            self.state(cut),
+            {**self.network, "remat": choice.remat},
+            self.state(choice),
             batch_size=self.share if batch_size is None else batch_size,
-            precision=cut.precision,
-            accumulation=cut.accumulation,
+            precision=choice.precision,
+            accumulation=choice.accumulation,
             num_devices=self.target.num_devices,
-            shard_state=cut.shard_state,
+            shard_state=choice.shard_state,
         )
 
     @property
@@ -155,37 +155,37 @@ class Planner:
     def fits(self) -> bool:
         return self.memory().total <= self.available
 
-    def largest_batch(self, cut: Cut) -> int:
+    def largest_batch(self, choice: Choice) -> int:
         """Images that a device has room for; 0 if not even its state fits."""
         # Memory grows with the batch, so the sizes that fit are those before a place in the list.
         sizes = range(_BATCH_UNIT, _LARGEST_BATCH + 1, _BATCH_UNIT)
         count = bisect.bisect_right(
-            sizes, self.available, key=lambda b: self.memory(cut, batch_size=b).total
+            sizes, self.available, key=lambda b: self.memory(choice, batch_size=b).total
         )
         return count * _BATCH_UNIT
 
-    def time(self, cut: Cut | None = None) -> StepTime | None:
+    def time(self, choice: Choice | None = None) -> StepTime | None:
         """Of one step; None where the table of devices lacks a number."""
-        cut = cut or self.cut
+        choice = choice or self.choice
         return step_time(
-            {**self.network, "remat": cut.remat},
-            self.state(cut),
+            {**self.network, "remat": choice.remat},
+            self.state(choice),
             self.target,
             batch_size=self.share,
-            precision=cut.precision,
+            precision=choice.precision,
         )
 
     def changes(self) -> list[Change]:
         """Ways to make the training fit that keep its global batch; those with few keys first."""
-        before = self._flops(self.cut.remat)
+        before = self._flops(self.choice.remat)
         found = [
             Change(
-                cut.flags(self.cut),
-                self.memory(cut),
-                self._flops(cut.remat) / before,
-                cut.accumulation,
+                choice.flags(self.choice),
+                self.memory(choice),
+                self._flops(choice.remat) / before,
+                choice.accumulation,
             )
-            for cut in self._cheaper()
+            for choice in self._cheaper()
         ]
         # A way that changes all the keys of a shorter one, and others besides, adds something only
         # if its micro-batches are larger.
@@ -199,29 +199,29 @@ class Planner:
                 kept.append(change)
         return kept
 
-    def _cheaper(self) -> Iterator[Cut]:
+    def _cheaper(self) -> Iterator[Choice]:
         """Every combination of what saves memory, with as few micro-batches as make it fit."""
         group = self.options.input.mixing.group_size if self.options.input.mixing else 1
         parts = [
             n
-            for n in range(self.cut.accumulation, self.share // group + 1)
+            for n in range(self.choice.accumulation, self.share // group + 1)
             if self.share % (n * group) == 0
         ]
         # Each form of remat saves more than those before it, so none is undone.
         remats = ("none", "attention", "full")
         shardable = self.target.kind != "TPU" and self.target.num_devices > 1
-        precision = self.cut.precision
+        precision = self.choice.precision
         for remat, dtype, sharded, dtype_of_activations in itertools.product(
-            remats[remats.index(self.cut.remat) :],
-            dict.fromkeys((self.cut.momentum_dtype, "bfloat16")),
-            dict.fromkeys((self.cut.shard_state, self.cut.shard_state or shardable)),
+            remats[remats.index(self.choice.remat) :],
+            dict.fromkeys((self.choice.momentum_dtype, "bfloat16")),
+            dict.fromkeys((self.choice.shard_state, self.choice.shard_state or shardable)),
             dict.fromkeys((precision, "bfloat16" if precision == "float32" else precision)),
         ):
             fits = (
-                cut
+                choice
                 for n in parts
-                if (cut := Cut(n, remat, dtype, sharded, dtype_of_activations)) != self.cut
-                and self.memory(cut).total <= self.available
+                if (choice := Choice(n, remat, dtype, sharded, dtype_of_activations)) != self.choice
+                and self.memory(choice).total <= self.available
             )
             yield from itertools.islice(fits, 1)
 
@@ -293,9 +293,9 @@ def _batch_rows(planner: Planner) -> list[Row]:
     if planner.available == math.inf:
         return rows
     for remat in ("none", "attention", "full"):
-        cut = dataclasses.replace(planner.cut, remat=remat, accumulation=1)
+        choice = dataclasses.replace(planner.choice, remat=remat, accumulation=1)
         name = f"largest of a device in one piece, model.remat={remat}"
-        rows.append(Row("batch", name, planner.largest_batch(cut), "", "estimated"))
+        rows.append(Row("batch", name, planner.largest_batch(choice), "", "estimated"))
     return rows
 
 
@@ -332,7 +332,7 @@ def _time_rows(planner: Planner, price: float | None) -> list[Row]:
 def _storage_rows(planner: Planner) -> list[Row]:
     options, state = planner.options, planner.state()
     # Checkpoints hold bfloat16 moments as float32.
-    whole = planner.state(dataclasses.replace(planner.cut, momentum_dtype="float32"))
+    whole = planner.state(dataclasses.replace(planner.choice, momentum_dtype="float32"))
     size = (state.weights + whole.optimizer + state.average) / 1e9
     kept = options.keep_checkpoints + (1 if options.best else 0)
     height, width = options.image_size
