@@ -38,14 +38,11 @@ check: $(STAMP) ## lint, and the tests that neither start a process nor compile:
 	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow or exhaustive)' tests && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"
 
-# Tests that need no environment of their own.
-HERE = --ignore-glob='*/test_interop*' --ignore-glob='*/test_wheel*' tests
-
 test: $(STAMP) ## run the tests that prove each thing once; test-interop and test-tpu have environments of their own
-	$(PYTEST) -m 'not exhaustive' $(HERE)
+	$(PYTEST) -m 'not exhaustive' --ignore-glob='*/test_interop*' --ignore-glob='*/test_wheel*' tests
 
-test-all: $(STAMP) ## make test, and the further cases of what it proves by example; an hour or less
-	$(PYTEST) $(HERE)
+test-all: $(STAMP) .venv-interop/.installed ## test and test-interop, with the further cases of what they prove by example
+	$(PYTEST) --ignore-glob='*/test_wheel*' tests
 
 seconds: $(STAMP) .venv-interop/.installed .venv-tpu/.installed ## run all tests and write down how long each takes
 	$(PYTEST) --write-seconds tests

@@ -33,6 +33,22 @@ class LayerFlops(NamedTuple):
     backward: int
 
 
+class Tokens(NamedTuple):
+    """Vectors of an image that pass through the blocks: its patches, and all with the prefix."""
+
+    patches: int
+    all: int
+
+
+def count_tokens(network: Mapping[str, Any]) -> Tokens:
+    """The tokens of one image; `network` as for `layer_flops`."""
+    (height, width), size = as_pair(network["image_size"]), network["patch_size"]
+    patches = (height // size) * (width // size)
+    has_cls = network.get("cls_token")
+    cls = needs_cls(network["pool"]) if has_cls is None else has_cls
+    return Tokens(patches, patches + int(cls) + network["registers"])
+
+
 class _Counter:
     """Adds up layers in the order of the forward pass, with what the backward pass has to do."""
 
@@ -94,11 +110,8 @@ def layer_flops(
         gradient, and what lies before the first weight that trains needs no backward pass.
     """
     counter = _Counter(trained)
-    (height, width_px), size = as_pair(network["image_size"]), network["patch_size"]
-    patches, width = (height // size) * (width_px // size), network["width"]
-    has_cls = network.get("cls_token")
-    prefix = int(needs_cls(network["pool"]) if has_cls is None else has_cls) + network["registers"]
-    tokens, hidden = patches + prefix, network["mlp_dim"]
+    patches, tokens = count_tokens(network)
+    size, width, hidden = network["patch_size"], network["width"], network["mlp_dim"]
     # Images are no variables: nothing asks for their gradient.
     needed = counter.dense(
         "embedding", patches, size * size * network["channels"], width, needed=False

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from vit_dist.costs.flops import layer_flops
-from vit_dist.model.variants import as_pair, needs_cls
+from vit_dist.costs.flops import count_tokens, layer_flops
+from vit_dist.model.variants import as_pair
 from vit_dist.model.vit import ViT, named_weights
 from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 from vit_dist.training.sharding import assign_owners
@@ -164,11 +164,8 @@ def activation_bytes(
       precision: of activations.
     """
     entry = 4 if precision == "float32" else 2
-    (height, width_px), size = as_pair(network["image_size"]), network["patch_size"]
-    patches, width = (height // size) * (width_px // size), network["width"]
-    has_cls = network.get("cls_token")
-    cls = needs_cls(network["pool"]) if has_cls is None else has_cls
-    tokens = patches + int(cls) + network["registers"]
+    height, width_px = as_pair(network["image_size"])
+    tokens, width = count_tokens(network).all, network["width"]
     attention = 0 if network["attention_block"] else network["num_heads"] * tokens * entry
     rest = (6 * width + 2 * network["mlp_dim"]) * entry + 2 * 2 * _FLOAT32
     kept = {

@@ -164,15 +164,14 @@ class Planner:
         )
         return count * _BATCH_UNIT
 
-    def time(self, choice: Choice | None = None) -> StepTime | None:
+    def time(self) -> StepTime | None:
         """Of one step; None where the table of devices lacks a number."""
-        choice = choice or self.choice
         return step_time(
-            {**self.network, "remat": choice.remat},
-            self.state(choice),
+            self.network,
+            self.state(),
             self.target,
             batch_size=self.share,
-            precision=choice.precision,
+            precision=self.choice.precision,
         )
 
     def changes(self) -> list[Change]:
