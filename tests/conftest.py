@@ -4,6 +4,7 @@ import collections
 import importlib
 import itertools
 import os
+import time
 import types
 
 # Before TensorFlow is imported. Two xdist workers share a machine that may have two cores only.
@@ -36,14 +37,30 @@ def pytest_configure(config):
     """Splits the CPU before a test touches it: MirroredStrategy then has 2 or 4 devices."""
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
-    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
-        return  # only hands tests to its workers
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(config))
+        if config.getoption("numprocesses", None):
+            return  # only hands tests to its workers
     importlib.import_module("vit_dist.run.cli")  # TensorFlow, without what is slow to import
     import tensorflow as tf
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
     config.stash[WATCH], config.stash[HEARD] = Watch(), {}
+
+
+class Failures:
+    """Prints a failure when it happens, and not only at the end: that may never come."""
+
+    def __init__(self, config):
+        self._config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            terminal = self._config.pluginmanager.getplugin("terminalreporter")
+            terminal.write_line("")
+            terminal.write_sep("!", f"{time.strftime('%H:%M:%S')} {report.nodeid} ({report.when})")
+            terminal.write_line(report.longreprtext[-5000:])
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -96,7 +96,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("vit_dist.cluster.watchdog.BEAT_SECONDS", 0.01)
     monkeypatch.setattr("vit_dist.cluster.watchdog._SILENT_SECONDS", 0.3)
     verdicts = {}
-    done = threading.Barrier(2)
+    done = threading.Barrier(2, timeout=90)
 
     def leave(text):
         verdicts.setdefault(threading.current_thread(), text)

@@ -3,6 +3,8 @@
 import socket
 import threading
 
+from tests.support.waiting import wait_for
+
 
 def free_addresses(count):
     """ "localhost:port", where nobody listens."""
@@ -14,7 +16,10 @@ def free_addresses(count):
 
 
 def in_threads(function, indices):
-    """index -> None, or the exception that function(index) ended with; all run at once."""
+    """index -> None, or the exception that function(index) ended with; all run at once.
+
+    A thread that hangs fails the test and is left behind; it does not keep the process from ending.
+    """
     outcome = {}
 
     def one(index):
@@ -23,9 +28,8 @@ def in_threads(function, indices):
         except BaseException as error:
             outcome[index] = error
 
-    threads = [threading.Thread(target=one, args=(i,)) for i in indices]
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in indices]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    wait_for(lambda: len(outcome) == len(threads), 200)
     return outcome

@@ -131,6 +131,7 @@ class Watchdog:
         self._pauses: list[tuple[float, float]] = []
         self._lock = threading.Lock()  # of the lines
         self._over = threading.Event()
+        self._armed = False  # faulthandler's timer is ours
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
@@ -139,9 +140,10 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._over.set()
         if self._thread.is_alive():
-            self._over.set()
             self._thread.join()
+        if self._armed:  # and no other's, such as that of a test runner
             faulthandler.cancel_dump_traceback_later()
 
     def progress(self, step: int, doing: str = "train") -> None:
@@ -208,7 +210,7 @@ class Watchdog:
             # on a host that is alone: after Ctrl-Z for that long, it would end what goes on.
             if self._meeting.lines and now - armed > _REARM_SECONDS:
                 faulthandler.dump_traceback_later(self._limits.first + 60, exit=True, file=2)
-                armed = now
+                self._armed, armed = True, now
             with self._lock:
                 verdict = self._hear()
                 states = self._states()
