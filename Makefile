@@ -31,7 +31,7 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 
 # A file stays with one process, whose fixtures it shares; tests/conftest.py puts the long files first.
 # Three for two cores: tests that start processes wait for them much of the time.
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 3
 # Tests of processes and their signals can fail beside others on a machine that is overloaded. What failed (exit code
 # 1; not what was interrupted, 2) is run once more by itself, and said; what fails again, fails.
 ALONE = { code=$$?; test $$code = 1 || exit $$code; \

@@ -1,6 +1,7 @@
 """One TensorFlow setting for all tests: the CPU alone, seen as four devices; and their kinds."""
 
 import collections
+import faulthandler
 import importlib
 import itertools
 import os
@@ -26,6 +27,7 @@ from tests.support.bucket import serve_bucket  # noqa: E402
 from tests.support.kinds import MARKERS, Watch, kinds_of  # noqa: E402
 
 WATCH = pytest.StashKey[Watch]()
+STDERR = pytest.StashKey[int]()
 HEARD = pytest.StashKey[dict[object, set[str]]]()  # fixture -> what its set-up did
 
 
@@ -47,6 +49,7 @@ def pytest_configure(config):
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
     config.stash[WATCH], config.stash[HEARD] = Watch(), {}
+    config.stash[STDERR] = os.dup(2)  # before tests' output is caught
 
 
 class Failures:
@@ -86,6 +89,18 @@ def pytest_collection_modifyitems(items):
 def _fixtures(item):
     """The definitions of the fixtures of a test."""
     return [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Ends the process, and says where it stands, where pytest-timeout cannot: in C++ code."""
+    marks = [mark.args[0] for mark in item.iter_markers("timeout")]
+    seconds = (marks or [float(item.config.getini("timeout"))])[0]
+    faulthandler.dump_traceback_later(seconds + 30, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(wrapper=True)

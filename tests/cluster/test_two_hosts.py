@@ -74,8 +74,8 @@ def test_threads_and_files_stay_as_many_and_a_stopped_host_is_named(tmp_path):
     assert re.search(
         rf"lost another worker: worker 1 \({workers[1]}\), silent for \d+ s, ", message
     )
-    last = int(re.search(r"last at step (\d+) in train", message)[1])
-    assert last >= 240
+    # Heard of a second or more before it was stopped, in which a fast machine does many steps.
+    assert int(re.search(r"last at step (\d+) in train", message)[1]) >= 60
     assert "Start all of them again" in message
 
 
