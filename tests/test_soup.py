@@ -1,12 +1,14 @@
 """The average of checkpoints is their mean, and reads as a run."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests.support import processes, tiny
 from vit_dist.config.errors import ConfigError
 from vit_dist.evaluate import evaluate
-from vit_dist.soup import average
+from vit_dist.soup import average, choose
 from vit_dist.train import train
 from vit_dist.training.checkpoint import Checkpointer, open_checkpoint
 
@@ -61,12 +63,43 @@ def test_it_reads_as_a_run(tmp_path):
     config = tiny.make(total_steps=2)
     metrics = train(config, str(tmp_path / "run"))
     run = str(tmp_path / "run")
-    flags = [f"--checkpoints={run},{run}", f"--output={tmp_path / 'soup'}"]
+    flags = [f"--checkpoints={run},{run}/", f"--output={tmp_path / 'soup'}"]
+    flags.append("--greedy=min val/loss")
     code, text = processes.run(*flags, module="vit_dist.soup", log=tmp_path / "log")
     assert code == 0 and "the average of 2 checkpoints" in text, text
+    assert text.count(f"val/loss {metrics['val_loss']:.6g}: ") == 3
     # Of one checkpoint twice the mean is the checkpoint: (x + x) / 2 rounds nothing.
     found = evaluate(config, str(tmp_path / "soup"), splits=["val"])
     assert found["val"]["loss"] == metrics["val_loss"]
+
+
+# What a stand-in for evaluate finds in the one weight of a checkpoint: how near it is to TARGET.
+TARGET = 1.0
+
+
+@pytest.mark.parametrize("by, sign", [("min val/loss", 1), ("max val/accuracy", -1)])
+def test_a_greedy_soup_takes_what_makes_it_no_worse(by, sign, tmp_path, monkeypatch, capsys):
+    weights = {"far": 3.0, "near": 0.8, "other_side": 1.3, "same": 0.8}
+    paths = [write(tmp_path / k, {"model/w": np.float64([v])}) for k, v in weights.items()]
+
+    def judge(config, checkpoint, *, splits, evals):
+        assert (splits, evals) == (["val"], [])
+        error = abs(float(open_checkpoint(checkpoint).arrays["model/w"][0]) - TARGET)
+        return {"val": {"loss": error, "accuracy": -error}}
+
+    monkeypatch.setattr("vit_dist.soup.evaluate", judge)
+    chosen = choose(tiny.make(), paths, by=by)
+    # near 0.2; with same 0.2, no worse; with other_side |2.9 / 3 - 1| = 0.03; with far 0.475.
+    assert [Path(path).name for path in chosen] == ["near", "same", "other_side"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 + 3 and lines[-1].endswith("far, which is left out")
+    assert lines[-1].startswith(f"{by[4:]} {sign * 0.475:g}: ")
+
+
+@pytest.mark.parametrize("by", ["val/accuracy", "max accuracy", "max test/accuracy", "best val/x"])
+def test_a_greedy_soup_by_nothing(by):
+    with pytest.raises(ConfigError, match=r"must be 'max NAME/METRIC' .* judges: val$"):
+        choose(tiny.make(), ["a", "b"], by=by)
 
 
 @pytest.mark.parametrize(

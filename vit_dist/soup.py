@@ -1,16 +1,22 @@
 """Averages the weights of several checkpoints.
 
     python -m vit_dist.soup --checkpoints=runs/a,runs/b:best,runs/c --output=runs/soup
+    python -m vit_dist.soup --checkpoints=... --output=runs/soup --greedy='max val/accuracy'
     python -m vit_dist.evaluate --checkpoint=runs/soup
 
 "Model soups" (Wortsman et al., arXiv 2203.05482): runs that were fine-tuned from the same weights,
 or steps of one run, often judge better as an average. Each checkpoint is a run's folder (its newest
 checkpoint), RUN:best, or a checkpoint's own folder; of a run with a moving average that is taken.
+With --greedy the best checkpoint comes first, and each other one is taken only if the average with
+it judges no worse (the paper's recipe 1). --config.key=value changes how that is judged.
+
 The output is laid out like a run: evaluate, predict, export, figures and config.init_from read it.
 It holds no optimizer, so no training can be resumed from it.
 """
 
 import json
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +26,11 @@ from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's
 import numpy as np
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from vit_dist.config.errors import ConfigError
 from vit_dist.config.recorded import of_best
+from vit_dist.evaluate import evaluate
 from vit_dist.paths import expand
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_whole
@@ -33,6 +41,10 @@ def define_flags() -> None:
     """Defines this command's flags; not at import: other commands have flags of the same names."""
     flags.DEFINE_list("checkpoints", None, "two or more, with commas between; RUN:best, too")
     flags.DEFINE_string("output", None, "folder for the average, as of a run")
+    flags.DEFINE_string(
+        "greedy", None, "'max NAME/METRIC' or 'min ...', such as 'max val/accuracy': choose by it"
+    )
+    cli.define_config(default_from="checkpoints")
 
 
 def main() -> int:
@@ -43,9 +55,74 @@ def main() -> int:
     if not output:
         raise ConfigError("give a folder for the average: --output=runs/soup")
     check_bucket(output, "--output")
+    if flags.FLAGS.greedy:
+        _check_free(output)
+        paths = choose(cli.load_config(), paths, by=flags.FLAGS.greedy)
     folder = average(paths, output)
     print(f"wrote {folder}, the average of {len(paths)} checkpoints")
     return 0
+
+
+def choose(config: ConfigDict, paths: Sequence[str], *, by: str) -> list[str]:
+    """Which checkpoints to average: the greedy soup of Wortsman et al., recipe 1.
+
+    Prints what each judged. Intermediate averages are written to a temporary folder.
+
+    Args:
+      config: how val or config.evals are judged, see evaluate.
+      paths: see average.
+      by: "max NAME/METRIC" or "min NAME/METRIC", where NAME is "val" or one of config.evals.
+
+    Returns:
+      The best checkpoint, then those with which the average judged no worse, best first.
+
+    Raises:
+      ConfigError: `by` is malformed or names no metric; also what evaluate and average raise.
+    """
+    sign, name, metric = _parse(by, config)
+
+    def judge(checkpoint: str) -> float:
+        splits, evals = (["val"], []) if name == "val" else ([], [name])
+        found = evaluate(config, checkpoint, splits=splits, evals=evals)[name]
+        if metric not in found:
+            known = ", ".join(f"{name}/{key}" for key in found)
+            raise ConfigError(f"--greedy names {name}/{metric}; there are {known}")
+        return found[metric]
+
+    def judge_average(chosen: Sequence[str]) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return judge(str(average(chosen, f"{folder}/soup")))
+
+    def say(value: float, text: str) -> None:
+        print(f"{name}/{metric} {value:.6g}: {text}", flush=True)
+
+    values = {}
+    for path in paths:
+        values[path] = judge(of_best(path))
+        say(values[path], path)
+    best, *others = sorted(values, key=lambda path: sign * values[path], reverse=True)
+    chosen, reached = [best], values[best]
+    for path in others:
+        value = judge_average([*chosen, path])
+        # NaN is never as good.
+        if sign * value >= sign * reached:
+            chosen, reached = [*chosen, path], value
+            say(value, f"the average with {path}, which is taken")
+        else:
+            say(value, f"the average with {path}, which is left out")
+    return chosen
+
+
+def _parse(by: str, config: ConfigDict) -> tuple[int, str, str]:
+    """(1 for max or -1 for min, NAME, METRIC)."""
+    found = re.fullmatch(r"(max|min) (\w+)/(.+)", by)
+    names = ["val", *(config.evals or {})]
+    if found is None or found[2] not in names:
+        raise ConfigError(
+            f"--greedy {by!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' with a NAME of what "
+            f"the config judges: {', '.join(names)}"
+        )
+    return (1 if found[1] == "max" else -1), found[2], found[3]
 
 
 def average(paths: Sequence[str], output: str) -> epath.Path:
@@ -64,9 +141,7 @@ def average(paths: Sequence[str], output: str) -> epath.Path:
       DataError: a checkpoint is damaged.
       StorageError: the folder cannot be written.
     """
-    folder = expand(output)
-    if is_checkpoint(folder):
-        raise ConfigError(f"{output} holds checkpoints already: take another --output")
+    folder = _check_free(output)
     found = [open_checkpoint(of_best(path), weights=True) for path in paths]
     try:
         for path, other in zip(paths[1:], found[1:], strict=True):
@@ -83,6 +158,13 @@ def average(paths: Sequence[str], output: str) -> epath.Path:
     checkpointer.wait()
     # Last: with it the folder is a run to the commands.
     write_whole(folder / "config.json", json.dumps(notes["config"], indent=2).encode())
+    return folder
+
+
+def _check_free(output: str) -> epath.Path:
+    folder = expand(output)
+    if is_checkpoint(folder):
+        raise ConfigError(f"{output} holds checkpoints already: take another --output")
     return folder
 
 

@@ -73,7 +73,8 @@ def define_config(*, default_from: str | None = None, built_in: ConfigDict | Non
     """Defines --config FILE[:arg] and --config.key=value.
 
     Args:
-      default_from: name of a flag that names a run; without --config that run's config is taken.
+      default_from: name of a flag that names a run, or several with commas between; without
+        --config the (first) run's config is taken.
       built_in: the command's own config, of which keys can be changed; it takes no file then.
     """
     _DEFAULT_FROM[:] = [default_from] if default_from else []
@@ -150,6 +151,8 @@ def with_recorded_config(arguments: list[str]) -> list[str]:
         if value and recorded.find(value):
             found[place] = (f"{flag}=" if equals else "") + f"{recorded.__file__}:{value}"
     run = _value_of(_DEFAULT_FROM[0], arguments) if _DEFAULT_FROM and not given else None
+    if run and not recorded.find(run):
+        run = run.partition(",")[0]  # of several, such as the checkpoints of an average
     if run and recorded.find(run):
         # Behind the program's name (word 0) and before all --config.key=value.
         found.insert(1, f"--config={recorded.__file__}:{run}")
