@@ -1,5 +1,6 @@
 """What predict reads, and the forms in which it tells what it found."""
 
+import collections
 import csv
 import io
 import json
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.support import processes, tiny
+from vit_dist import predict as predict_module
 from vit_dist.predict import predict
 from vit_dist.train import train
 
@@ -41,6 +43,28 @@ def test_folders_below_a_folder(photos, tmp_path):
     paths = [found.path for found in predict(str(run), [str(folder)], recursive=True)]
     expected = sorted(str(path) for path in folder.glob("*/*.jpg"))
     assert paths == expected and len(paths) == 16
+
+
+def test_several_devices_find_the_same_in_the_same_order(photos, monkeypatch, cpus):
+    """Batches of one image each: those of three devices overtake each other."""
+    run, folder = photos
+    monkeypatch.setattr("vit_dist.predict._BATCH", 1)
+    asked = collections.Counter()
+    predict_batch = predict_module._predict_batch
+
+    def note(served, names, paths, top):
+        asked[served.model.trainable_weights[0].value.device[-5:]] += len(paths)
+        return predict_batch(served, names, paths, top)
+
+    monkeypatch.setattr("vit_dist.predict._predict_batch", note)
+    images = [str(folder)]
+    one = list(predict(str(run), images, recursive=True, devices=cpus[:1]))
+    several = list(predict(str(run), images, recursive=True, devices=cpus[1:]))
+    assert [p.path for p in several] == [p.path for p in one]
+    for a, b in zip(one, several, strict=True):
+        assert a.classes == b.classes and a.probabilities == b.probabilities
+    assert asked["CPU:0"] == 16 and sum(asked[cpu] for cpu in cpus[1:]) == 16
+    assert all(asked[cpu] for cpu in cpus[1:])
 
 
 def test_the_same_in_each_form(photos, tmp_path):

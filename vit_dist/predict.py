@@ -6,15 +6,19 @@
 
 --checkpoint takes what config.init_from takes. A run has recorded how images are prepared and what
 its classes are called; weights of another system need a config.json beside them that tells it.
-Images that cannot be read are named and left out; the exit code is 1 then.
+Images that cannot be read are named and left out; the exit code is 1 then. Each GPU that TensorFlow
+sees has a copy of the model and takes the next images (CUDA_VISIBLE_DEVICES leaves some out).
 """
 
+import collections
 import csv
 import io
 import json
+import queue
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
@@ -32,8 +36,9 @@ from vit_dist.run.image_files import expand_images, shown
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_output
 
-# Images that are classified at once; their files are in memory together.
+# Images that a device classifies at once; their files are in memory together.
 _BATCH = 32
+_AHEAD = 2  # batches for each device that are read before their results are asked for
 # Images that a sheet shows, the first ones.
 _SHEET, _COLUMNS = 100, 10
 _FORMATS = (".csv", ".jsonl")
@@ -80,8 +85,8 @@ def main() -> int:
     rows: list[Prediction] = []
     began, count, bad = time.monotonic(), 0, 0
     paths = expand_images(images, recursive=given.recursive)
-    served, names = open_served(given.checkpoint, hint=hint_without_flags(given.checkpoint))
-    for prediction in _predict(served, names, paths, given.top):
+    copies, names = _open_copies(given.checkpoint, find_devices())
+    for prediction in _predict(copies, names, paths, given.top):
         count += 1
         if prediction.problem:
             bad += 1
@@ -96,10 +101,14 @@ def main() -> int:
         is_csv = output.endswith(".csv")
         write_output(output, _as_csv(rows, given.top) if is_csv else _as_json_lines(rows))
     if sheet:
-        write_output(sheet, _draw(served, [row for row in rows if not row.problem][:_SHEET]))
+        write_output(
+            sheet,
+            _draw(next(iter(copies.values())), [row for row in rows if not row.problem][:_SHEET]),
+        )
     # Of the whole command but its imports: the model is opened and traced in it, too.
     rate = count / (time.monotonic() - began)
-    print(f"{count} images, {rate:.1f} a second", file=sys.stderr)
+    on = f" on {len(copies)} devices" if len(copies) > 1 else ""
+    print(f"{count} images{on}, {rate:.1f} a second", file=sys.stderr)
     if bad:
         print(f"error: {bad} images could not be read, see above", file=sys.stderr)
     return cli.FAILURE if bad else 0
@@ -143,8 +152,19 @@ def _draw(served: Served, rows: Sequence[Prediction]) -> bytes:
     return buffer.getvalue()
 
 
+def find_devices() -> list[str]:
+    """The names of the GPUs that TensorFlow sees; of the CPU where there are none."""
+    gpus = tf.config.list_logical_devices("GPU")
+    return [device.name for device in gpus] or ["/device:CPU:0"]
+
+
 def predict(
-    checkpoint: str, images: Sequence[str], *, top: int = 1, recursive: bool = False
+    checkpoint: str,
+    images: Sequence[str],
+    *,
+    top: int = 1,
+    recursive: bool = False,
+    devices: Sequence[str] | None = None,
 ) -> Iterator[Prediction]:
     """Classifies image files; the Prediction of a file that cannot be read says why.
 
@@ -153,6 +173,7 @@ def predict(
       images: files, patterns or folders, local or gs://.
       top: how many classes to name for each.
       recursive: whether a folder stands for the images in the folders below it, too.
+      devices: names of devices, each of which gets a copy of the model; None for `find_devices()`.
 
     Yields:
       One Prediction an image, in the order given (patterns and folders sorted).
@@ -162,15 +183,47 @@ def predict(
       ConfigError: a checkpoint without a head.
     """
     paths = expand_images(images, recursive=recursive)
-    served, names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
-    yield from _predict(served, names, paths, top)
+    copies, names = _open_copies(checkpoint, devices or find_devices())
+    yield from _predict(copies, names, paths, top)
+
+
+def _open_copies(checkpoint: str, devices: Sequence[str]) -> tuple[dict[str, Served], list[str]]:
+    """Device -> a copy of the model on it; and the names of the classes."""
+    copies: dict[str, Served] = {}
+    names: list[str] = []
+    for device in devices:
+        with tf.device(device):
+            copies[device], names = open_served(checkpoint, hint=hint_without_flags(checkpoint))
+    return copies, names
 
 
 def _predict(
-    served: Served, names: Sequence[str], paths: Sequence[str], top: int
+    copies: dict[str, Served], names: Sequence[str], paths: Sequence[str], top: int
 ) -> Iterator[Prediction]:
-    for start in range(0, len(paths), _BATCH):
-        yield from _predict_batch(served, names, paths[start : start + _BATCH], top)
+    """Hands batches to whichever device is free; yields what they find in the order of `paths`."""
+    free: queue.Queue[str] = queue.Queue()
+    for device in copies:
+        free.put(device)
+
+    def classify(batch: Sequence[str]) -> list[Prediction]:
+        device = free.get()  # there are as many threads as devices: one is free
+        try:
+            with tf.device(device):
+                return list(_predict_batch(copies[device], names, batch, top))
+        finally:
+            free.put(device)
+
+    waiting: collections.deque[Future[list[Prediction]]] = collections.deque()
+    pool = ThreadPoolExecutor(len(copies))
+    try:
+        for start in range(0, len(paths), _BATCH):
+            waiting.append(pool.submit(classify, paths[start : start + _BATCH]))
+            if len(waiting) > _AHEAD * len(copies):
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _predict_batch(
