@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"run", "training", "cluster", "config", "paths"},
     "doctor": {"run", "cluster", "config"},
     "plan": {"run", "costs", "data", "storage", "config"},
-    "soup": {"run", "training", "storage", "config", "paths"},
+    "soup": {"evaluate", "run", "training", "storage", "config", "paths"},
     "report": {"run", "inspection", "monitoring", "storage", "config", "paths"},
     "sweep": {"launch", "run", "cluster", "storage", "config", "paths"},
     "figures": {
