@@ -313,6 +313,13 @@ def test_json_of_the_config_and_back():
         ({"a": 1}, {"b": 1}, ["a: 1 -> null", "b: null -> 1"]),
         ({"a": {"b": 1}}, {"a": 3}, ['a: {"b": 1} -> 3']),
         ({"a": [1, 2]}, {"a": (1, 2)}, []),
+        # Keys that are newer than the run: only what is no default is a change.
+        ({}, {"seed": 0, "step": {"accumulation": 1}}, []),
+        (
+            {"step": {}},
+            {"seed": 3, "step": {"accumulation": 2}},
+            ["seed: 0 -> 3", "step.accumulation: 1 -> 2"],
+        ),
         ({"a": 1}, {"a": True}, ["a: 1 -> true"]),
     ],
 )

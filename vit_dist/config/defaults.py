@@ -416,14 +416,25 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(to_json(config))
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """ "key: old -> new" for every key whose value differs, JSON values on both sides."""
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """ "key: old -> new" for every key whose value differs, JSON values on both sides.
+
+    A key that one of the two lacks, as versions differ, counts as its default; one that has no
+    default any more, or is a name of the user's, as None.
+    """
+    return _changes(old, new, as_json(get_defaults()), "")
+
+
+def _changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str
+) -> list[str]:
     found = []
     for key in sorted(set(old) | set(new)):
-        # A key that one of the two lacks, as versions differ, counts as None.
-        a, b = old.get(key), new.get(key)
+        default = defaults.get(key)
+        a, b = old.get(key, default), new.get(key, default)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += changes(a, b, f"{prefix}{key}.")
+            inner = default if isinstance(default, Mapping) else {}
+            found += _changes(a, b, inner, f"{prefix}{key}.")
         # As text: 1 and 1.0 are equal to Python, and NaN is not equal to itself.
         elif json.dumps(a) != json.dumps(b):
             found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")

@@ -278,9 +278,11 @@ def _newest(
                     continue
                 # Kept as text: the error itself holds its traceback's frames, and with them open
                 # files.
+                if _is_unfinished(path):
+                    logging.warning("passing over %s: its save was interrupted", path)
+                    continue
                 logging.warning("passing over a damaged checkpoint: %s", str(error))
-                if not _is_unfinished(path):
-                    damaged[path] = str(error)
+                damaged[path] = str(error)
         if not vanished:
             break
     return None, damaged

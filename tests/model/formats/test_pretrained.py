@@ -1,6 +1,7 @@
 """Files of other systems: each .npz layout against a restatement; round trips; misfits."""
 
 import json
+import resource
 
 import ml_dtypes
 import numpy as np
@@ -140,6 +141,27 @@ def test_round_trips_have_the_same_bits(tmp_path, options, systems):
         assert {k: found.network[k] for k in compared} == {k: network[k] for k in compared}
         assert {"gelu", "norm_epsilon", "num_heads", "pool", "image_size"} <= compared
         np.testing.assert_allclose(np.asarray(found.mean), 0.5)
+
+
+@pytest.mark.parametrize(
+    "name, system", [("a.npz", "npz"), ("a.safetensors", "timm"), ("a", "timm")]
+)
+def test_a_file_that_cannot_be_written_to_its_end_replaces_none(tmp_path, name, system):
+    network = vit_config("mu/4", image_size=8, num_classes=3, pool="tok")
+    model, path = build_vit(network), tmp_path / name
+    arrays = arrays_of(model)
+    written = write_pretrained(path, system, arrays, model.get_config(), **HALF)
+    before = {file: file.read_bytes() for file in written}
+    # As of a full disk; Python ignores the signal that would tell of it.
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_pretrained(path, system, arrays, model.get_config(), **HALF)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {file: file.read_bytes() for file in before} == before
+    assert {f for f in tmp_path.rglob("*") if f.is_file()} == set(before)
 
 
 def test_positions_move_into_what_a_format_has(tmp_path):

@@ -1,9 +1,10 @@
 """Writes a ViT of ours as another system's file or folder."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
@@ -109,10 +110,10 @@ def _fc_norm(name: str) -> str:
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     if path.suffix != ".npz":
         raise DataError(f"give a file that ends in .npz, not {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Any, as mypy takes one of the arrays for savez's allow_pickle.
     whole: Any = dict(arrays)
-    np.savez(path, **whole)
+    with _whole(path) as file:
+        np.savez(file, **whole)
     return path
 
 
@@ -126,11 +127,25 @@ def _write_safetensors(
     # A file named .safetensors is written alone: with our note in it, and no config.json beside.
     alone = path.suffix == ".safetensors"
     file = path if alone else path / "model.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Not save_file: it makes files that only their owner may read.
-    file.write_bytes(safetensors.numpy.save(dict(arrays), metadata))
-    files = [file]
+    contents = {file: safetensors.numpy.save(dict(arrays), metadata)}
     for name, content in configs.items() if not alone else ():
-        (path / name).write_text(json.dumps(content, indent=2) + "\n")
-        files.append(path / name)
-    return files
+        contents[path / name] = f"{json.dumps(content, indent=2)}\n".encode()
+    for each, data in contents.items():
+        with _whole(each) as out:
+            out.write(data)
+    return [*contents]
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name, and replaces an older one, once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        # Nothing is left of a file that could not be written to its end.
+        part.unlink(missing_ok=True)
