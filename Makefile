@@ -112,6 +112,7 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/load_weights.py
+	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/input.py
 
 # The peers that we compare with, in an environment of their own: they and TensorFlow would contend

@@ -1,7 +1,7 @@
-"""Our side of train_step.py: the training step of vit_dist on one CPU device.
+"""Our side of train_step.py and workers.py: the training step of vit_dist on one CPU device.
 
-Reads numbers of steps from stdin, runs each number in one call and prints the seconds, until stdin
-ends.
+With TF_CONFIG it is one of several workers, each of which takes its share of the batch. Reads
+numbers of steps from stdin, runs each number in one call and prints the seconds, until stdin ends.
 """
 
 import os
@@ -26,7 +26,7 @@ from vit_dist.training.step import make_train_step
 def main() -> None:
     variant, size, depth, batch_size, threads = sys.argv[1], *map(int, sys.argv[2:])
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    strategy = make_strategy(name="single")
+    strategy = make_strategy(name="multiworker" if "TF_CONFIG" in os.environ else "single")
     with strategy.scope():
         # As timm's model: cls token, erf GELU.
         options = {"pool": "tok", "gelu": "erf", "depth": depth}
@@ -44,12 +44,14 @@ def main() -> None:
         batch_size=batch_size,
         seed=0,
     )
+    share = batch_size // strategy.num_replicas_in_sync
     generator = np.random.default_rng(0)
     batch = {
-        "image": generator.integers(0, 256, (batch_size, size, size, 3)).astype(np.uint8),
-        "label": generator.integers(0, 1000, (batch_size,)).astype(np.int32),
+        "image": generator.integers(0, 256, (share, size, size, 3)).astype(np.uint8),
+        "label": generator.integers(0, 1000, (share,)).astype(np.int32),
     }
-    batches = iter(tf.data.Dataset.from_tensors(batch).cache().repeat())
+    data = tf.data.Dataset.from_tensors(batch).cache().repeat()
+    batches = iter(strategy.distribute_datasets_from_function(lambda _: data))
     # Traces and compiles; numpy() waits until the step has been done.
     train_steps(batches, tf.constant(1, tf.int64))["loss"].numpy()
     print("ready", model.count_params(), flush=True)

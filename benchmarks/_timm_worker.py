@@ -1,9 +1,11 @@
-"""The peer of train_step.py: the same training step by timm on PyTorch, eager, float32, CPU.
+"""The peer of train_step.py and workers.py: the same step by timm on PyTorch, eager, float32, CPU.
 
-Runs in an interpreter of its own, which `make bench` installs. Reads numbers of steps from stdin,
-runs them and prints the seconds, until stdin ends.
+With WORLD_SIZE it is one of several workers under DistributedDataParallel with gloo. Runs in an
+interpreter of its own, which `make bench` installs. Reads numbers of steps from stdin, runs them
+and prints the seconds, until stdin ends.
 """
 
+import os
 import sys
 import time
 
@@ -21,11 +23,17 @@ def main() -> None:
     model = timm.create_model(
         NAMES[variant], pretrained=False, num_classes=1000, img_size=size, depth=depth
     ).train()
+    num_params = sum(p.numel() for p in model.parameters())
+    workers = int(os.environ.get("WORLD_SIZE", "1"))
+    if workers > 1:
+        torch.distributed.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    share = batch_size // workers
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     loss_fn = torch.nn.CrossEntropyLoss()
-    images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8)
-    labels = torch.randint(0, 1000, (batch_size,))
-    print("ready", sum(p.numel() for p in model.parameters()), flush=True)
+    images = torch.randint(0, 256, (share, 3, size, size), dtype=torch.uint8)
+    labels = torch.randint(0, 1000, (share,))
+    print("ready", num_params, flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
         # As our step: scale uint8 images, forward, backward, clip by the global norm, AdamW.

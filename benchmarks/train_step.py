@@ -9,15 +9,12 @@ machine. The ratio is that of the median images/s. Goal: at least 1.0.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 
 import _smoke
 from _machine import Machine
+from _stepping import OURS, PEER, PEERS, Worker
 
-HERE = Path(__file__).resolve().parent
-PEER = HERE.parent / ".venv-interop" / "bin" / "python"
 SMOKE = {
     "variants": "Ti/16",
     "image_size": 32,
@@ -28,43 +25,11 @@ SMOKE = {
 }
 
 
-class Worker:
-    """A process that times steps on request."""
-
-    def __init__(self, python: str, script: str, *arguments: str):
-        env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-        self.process = subprocess.Popen(
-            [python, str(HERE / script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        # A worker prints "ready N" when it has compiled.
-        self.num_params = int(self._read().split()[1])
-
-    def _read(self) -> str:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} ended with code {self.process.wait()}")
-        return line
-
-    def seconds(self, steps: int) -> float:
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return float(self._read())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def compare(variant: str, args: argparse.Namespace, machine: Machine) -> None:
     batch_size, steps, rounds = args.batch_size, args.steps, args.rounds
     sizes = (args.image_size, args.depth, batch_size, args.threads)
     arguments = (variant, *map(str, sizes))
-    ours = Worker(sys.executable, "_step_worker.py", *arguments)
-    peer = Worker(str(PEER), "_timm_worker.py", *arguments)
+    ours, peer = Worker(sys.executable, OURS, *arguments), Worker(str(PEER), PEERS, *arguments)
     if ours.num_params != peer.num_params:
         raise SystemExit(f"not the same model: {ours.num_params} and {peer.num_params} parameters")
     times: dict[str, list[float]] = {"ours": [], "peer": []}

@@ -18,6 +18,12 @@ def test_train_step(tmp_path):
     assert re.search(r"vit_dist [\d.]+ images/s, timm [\d.]+ images/s, ratio [\d.]+", out), out
 
 
+@pytest.mark.exhaustive  # six processes that import TensorFlow or PyTorch
+def test_workers(tmp_path):
+    out = run_benchmark("workers", "--smoke", folder=tmp_path)
+    assert re.search(r"efficiency [\d.]+; timm .* ratio of efficiencies [\d.]+ ", out), out
+
+
 def test_input(tmp_path):
     out = run_benchmark("input", "--smoke", folder=tmp_path)
     for system in ("ours", "reference", "timm"):
