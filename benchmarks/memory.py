@@ -4,8 +4,9 @@
 
 Each setting runs in a process of its own (Linux), on one CPU device, compiled by XLA. Measured are
 the peak of resident memory during two steps, less what the process held before the first step
-(weights, optimizer state), and the CPU time of these steps. "long" settings have many tokens: a
-small batch at --long_size pixels.
+(weights, optimizer state), and the CPU time of these steps. Beside it stands what `python -m
+vit_dist.plan` says of the same step. "long" settings have many tokens: a small batch at --long_size
+pixels.
 """
 
 import argparse
@@ -17,10 +18,16 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
 import _smoke
 from _process import memory
 
-HERE = Path(__file__).resolve().parent
+from vit_dist.costs.memory import count_state, step_memory
+from vit_dist.model.variants import vit_config
+from vit_dist.training.optimizer import OptimizerOptions
+
+OPTIMIZER = OptimizerOptions(weight_decay=0.1)
 SMOKE = {
     "variant": "mu/16",
     "depth": 1,
@@ -49,30 +56,43 @@ def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dic
     ]
 
 
+def network_of(variant: str, depth: int | None, setting: dict) -> dict:
+    """The arguments of the setting's ViT."""
+    options = {k: setting[k] for k in ("remat", "attention_block") if k in setting}
+    sizes = {"image_size": setting["image_size"], "depth": depth, "num_classes": 1000}
+    return vit_config(variant, **sizes, **options)
+
+
+def plan(variant: str, depth: int | None, setting: dict) -> int:
+    """Bytes that a step is said to need beside weights and optimizer state."""
+    network = network_of(variant, depth, setting)
+    found = step_memory(
+        network,
+        count_state(network, OPTIMIZER, ema=False),
+        batch_size=setting["batch_size"],
+        precision="float32",
+        accumulation=setting.get("accumulation", 1),
+    )
+    return found.total - found.weights - found.optimizer
+
+
 def measure(variant: str, depth: int | None, setting: dict) -> dict[str, float]:
     """Measures one setting, in a fresh process: peak bytes of a step, and CPU seconds per step."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.path.insert(0, str(HERE.parent))
     import numpy as np
     import tensorflow as tf
 
     from vit_dist.cluster.strategy import make_strategy
-    from vit_dist.model.variants import vit_config
     from vit_dist.model.vit import build_vit, named_weights
     from vit_dist.training.losses import make_loss
-    from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+    from vit_dist.training.optimizer import make_optimizer
     from vit_dist.training.schedules import Schedule
     from vit_dist.training.state import TrainState
     from vit_dist.training.step import StepOptions, make_train_step
 
     strategy, size = make_strategy(name="single"), setting["image_size"]
     with strategy.scope():
-        options = {k: setting[k] for k in ("remat", "attention_block") if k in setting}
-        sizes = {"image_size": size, "depth": depth, "num_classes": 1000}
-        model = build_vit(vit_config(variant, **sizes, **options))
-        state = TrainState(
-            model, make_optimizer(named_weights(model), OptimizerOptions(weight_decay=0.1))
-        )
+        model = build_vit(network_of(variant, depth, setting))
+        state = TrainState(model, make_optimizer(named_weights(model), OPTIMIZER))
     train_steps = make_train_step(
         state,
         make_loss(),
@@ -133,10 +153,12 @@ def main() -> None:
         # Percentages refer to the last plain setting: the first, or "long plain".
         if "plain" in setting["name"] or not base:
             base = found
+        planned = plan(args.variant, args.depth, setting)
         print(
             f"{setting['name']:32} {found['bytes'] / 2**20:8,.0f} MiB "
             f"({found['bytes'] / base['bytes']:4.0%})  {found['seconds']:6.2f} CPU s/step "
-            f"({found['seconds'] / base['seconds']:4.0%})",
+            f"({found['seconds'] / base['seconds']:4.0%}); plan {planned / 2**20:8,.0f} MiB, "
+            f"{planned / found['bytes']:.2f} of it",
             flush=True,
         )
 
