@@ -93,13 +93,25 @@ def _fixtures(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Ends the process, and says where it stands, where pytest-timeout cannot: in C++ code."""
+    """Limits a test's time where pytest-timeout cannot, and keeps it from ending this process.
+
+    A call into C++ code that does not return ends the process, after a dump of where it stands.
+    """
     marks = [mark.args[0] for mark in item.iter_markers("timeout")]
     seconds = (marks or [float(item.config.getini("timeout"))])[0]
     faulthandler.dump_traceback_later(seconds + 30, exit=True, file=item.config.stash[STDERR])
+    process, leave = os.getpid(), os._exit
+
+    def leave_child(code):
+        if os.getpid() != process:
+            leave(code)
+        raise AssertionError(f"{item.nodeid} calls os._exit({code}), which would end all tests")
+
+    os._exit = leave_child
     try:
         return (yield)
     finally:
+        os._exit = leave
         faulthandler.cancel_dump_traceback_later()
 
 

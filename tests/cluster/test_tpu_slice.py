@@ -119,6 +119,12 @@ SOURCES = ("folder", "tfrecord")
 FURTHER = ("tfds", "synthetic")
 
 
+@pytest.fixture(autouse=True)
+def forget_slices(monkeypatch):
+    """A process that had a slice leaves in haste, which the process of all tests must not do."""
+    monkeypatch.setattr(tpu_slice, "_opened", False)
+
+
 @pytest.fixture(scope="module")
 def epochs(tmp_path_factory):
     """epochs(source): what the slice read of it; how the workers ended, and what they printed."""
