@@ -18,7 +18,13 @@ def run(monkeypatch, tmp_path):
 
     def run(pretrained, before, finetuned):
         results = iter((pretrained, finetuned))
-        monkeypatch.setattr(demo, "train", lambda *_: {"test_accuracy": next(results)})
+
+        def train(config, workdir):
+            # A new user is shown what the model looks like inside.
+            assert config.figures_percent == 34.0
+            return {"test_accuracy": next(results)}
+
+        monkeypatch.setattr(demo, "train", train)
         monkeypatch.setattr(demo, "evaluate", lambda *_, **__: {"test": {"accuracy": before}})
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", str(tmp_path), "", flag_values=values)

@@ -217,7 +217,7 @@ def _run(
                 raise
             raise better from error
         finally:
-            loop.drawing.close()
+            loop.background.close()
     # A barrier: a host that leaves takes the cluster down, and the chief may still be saving.
     all_hosts(strategy, 0)
     if chief:

@@ -10,6 +10,8 @@ from vit_dist.evaluators.cache import OutputCache
 
 VALUES = np.arange(12, dtype=np.float32).reshape(4, 3)
 LABELS = np.array([0, 1, 2, 1])
+INDICES = np.array([0, 1, 3, 4])
+ARRAYS = (VALUES, LABELS, INDICES)
 
 
 @pytest.fixture
@@ -22,13 +24,13 @@ def said(caplog, monkeypatch):
 def filled(folder):
     cache = OutputCache(str(folder))
     assert cache.get("weights", "k1") is None
-    cache.put("k1", (VALUES, LABELS), facts={"pipe": "decode"})
+    cache.put("k1", ARRAYS, facts={"pipe": "decode"})
     return cache
 
 
 def assert_whole(found):
     assert found is not None
-    for one, other in zip(found, (VALUES, LABELS), strict=True):
+    for one, other in zip(found, ARRAYS, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -47,7 +49,7 @@ def test_kept_for_another_process(tmp_path):
 def test_memory_forgets_what_other_weights_gave():
     cache = OutputCache()
     cache.get("old", "k1")
-    cache.put("k1", (VALUES, LABELS), facts={})
+    cache.put("k1", ARRAYS, facts={})
     assert_whole(cache.get("old", "k1"))
     assert cache.get("new", "k1") is None
     assert cache.get("old", "k1") is None
@@ -77,7 +79,7 @@ def test_damage_is_named_and_mended(tmp_path, damage, said):
     again = OutputCache(str(tmp_path))
     assert again.get("weights", "k1") is None
     assert any("is damaged" in line and str(tmp_path) in line for line in said())
-    again.put("k1", (VALUES, LABELS), facts={})
+    again.put("k1", ARRAYS, facts={})
     assert_whole(OutputCache(str(tmp_path)).get("weights", "k1"))
 
 
@@ -96,5 +98,5 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("vit_dist.evaluators.cache.write_state", full)
     cache = OutputCache(str(tmp_path))
     with pytest.raises(OSError, match="No space left"):
-        cache.put("k1", (VALUES, LABELS), facts={})
+        cache.put("k1", ARRAYS, facts={})
     assert list(tmp_path.iterdir()) == []

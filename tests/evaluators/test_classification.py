@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from vit_dist.evaluators.classification import make_evaluator, metric_names
+from vit_dist.evaluators.outputs import Outputs
+from vit_dist.evaluators.verdicts import verdicts_of
 from vit_dist.training.losses import make_loss
 
 EXAMPLES, BATCH, CLASSES = 21, 8, 7  # the last of three batches holds five examples
@@ -56,16 +58,21 @@ def dataset_of(strategy, images, labels):
     return strategy.distribute_datasets_from_function(lambda _: data)
 
 
-def evaluate(images, labels, *, replicas=1, jit=False, loss="softmax", scale=1.0):
+def evaluate(images, labels, *, replicas=1, jit=False, loss="softmax", scale=1.0, look=None):
     strategy = make_strategy(replicas)
     with strategy.scope():
         model = Linear()
         model.build()
     run = make_evaluator(
-        model, make_loss(name=loss), strategy=strategy, preprocess=preprocess, jit=jit
+        model,
+        make_loss(name=loss),
+        strategy=strategy,
+        preprocess=preprocess,
+        jit=jit,
+        verdicts=look is not None,
     )
     model.scale.assign(scale)
-    return run(dataset_of(strategy, images, labels))
+    return run(dataset_of(strategy, images, labels), look=look)
 
 
 def expected_metrics(images, labels):
@@ -90,6 +97,45 @@ def test_metrics(replicas, jit):
     assert actual == pytest.approx(expected, rel=1e-6)
     assert 0 < expected["accuracy"] < expected["top5_accuracy"] < 1
     assert all(type(value) is float for value in actual.values())
+
+
+@pytest.mark.parametrize(("replicas", "jit"), [(1, True), (4, False)])
+def test_verdicts_of_each_example_in_the_order_of_the_source(replicas, jit):
+    images, labels = make_data()
+    images[4] = images[4, 0]  # of equal logits the first is taken
+    found = []
+    metrics = evaluate(images, labels, replicas=replicas, jit=jit, look=found.append)
+    assert metrics == pytest.approx(expected_metrics(images, labels), rel=1e-6)
+    p = softmax(images / 10.0, axis=1)
+    (verdicts,) = found
+    assert verdicts.indices.tolist() == list(range(EXAMPLES))
+    assert verdicts.labels.tolist() == labels.tolist()
+    assert verdicts.predictions.tolist() == p.argmax(1).tolist()
+    assert verdicts.hits.mean() == pytest.approx(metrics["accuracy"])
+    np.testing.assert_allclose(verdicts.confidence, p.max(1), rtol=1e-5)
+    np.testing.assert_allclose(verdicts.certainty, p[np.arange(EXAMPLES), labels], rtol=1e-5)
+    # What was gathered on the host as logits gives the same.
+    places = np.arange(EXAMPLES)
+    again = verdicts_of(Outputs(images / 10.0, labels, tuple("abcdefg")), places)
+    for one, other in zip(vars(verdicts).values(), vars(again).values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_verdicts_of_nan_have_the_true_label():
+    images, labels = make_data()
+    found = []
+    evaluate(images, labels, scale=np.nan, look=found.append)
+    assert found[0].labels.tolist() == labels.tolist()
+    assert np.isnan(found[0].certainty).all()
+
+
+def test_of_several_labels_the_likeliest_is_judged():
+    images, _ = make_data()
+    labels = np.zeros((EXAMPLES, CLASSES), np.float32)
+    labels[:, 2], labels[:, 5] = 0.9, 0.1
+    found = []
+    evaluate(images, labels, look=found.append)
+    assert found[0].labels.tolist() == np.where(images[:, 2] >= images[:, 5], 2, 5).tolist()
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support import tiny
+from tests.support import shown, tiny
 from vit_dist.inspection.draw import NAMES, OF_WEIGHTS, draw_weights, pixels
+from vit_dist.inspection.judged import draw_worst_and_best
 from vit_dist.inspection.look import look_at_weights
+from vit_dist.inspection.sheet import Cell
 from vit_dist.model.vit import build_vit, named_weights
+from vit_dist.run import background as background_lib
 from vit_dist.run import drawing as drawing_lib
+from vit_dist.run.background import Background
 from vit_dist.run.check import check
 from vit_dist.run.drawing import Drawing
 from vit_dist.run.input import images_to_inspect
@@ -24,16 +27,9 @@ CONFIG = {"total_steps": 8, "log_steps": 4, "step__ema_decay": 0.5, "model__regi
 
 
 def drawn(workdir):
-    """Name -> step -> pixels, of what TensorBoard shows."""
-    events = EventAccumulator(str(workdir), {"tensors": 0}).Reload()
-    names = [tag for tag in events.Tags()["tensors"] if tag.startswith("figures/")]
-    return {
-        name.removeprefix("figures/"): {
-            event.step: tf.io.decode_png(event.tensor_proto.string_val[2]).numpy()
-            for event in events.Tensors(name)
-        }
-        for name in names
-    }
+    """Name -> step -> pixels, of the figures of the model's inside."""
+    found = shown.pictures(workdir)
+    return {k.removeprefix("figures/"): v for k, v in found.items() if k.startswith("figures/")}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +61,30 @@ def test_what_is_drawn_is_the_average_of_the_weights(runs):
         variable.assign(arrays[f"ema/{name}"])
     for name, figure in draw_weights(look_at_weights(model)):
         np.testing.assert_array_equal(pixels(figure), drawn(runs[4])[name][8])
+
+
+def test_the_last_evaluation_is_shown(runs):
+    options, data = check(tiny.make(data__test_split="", **CONFIG))
+    model, source = build_vit(dict(options.model.network)), data.sources["val"]
+    arrays = tiny.arrays(runs[4])
+    for name, variable in named_weights(model).items():
+        variable.assign(arrays[f"ema/{name}"])
+    images = np.stack([source.load(i)[0] for i in range(source.num_examples)])
+    labels = np.array([source.load(i)[1] for i in range(source.num_examples)])
+    p = tf.nn.softmax(model(options.evaluation.pipe.device(tf.constant(images)))).numpy()
+
+    def cells(order):
+        said = p.argmax(1)
+        captions = {i: f"is {labels[i]}, said {said[i]} ({p[i].max():.2f})" for i in order}
+        return [Cell(images[i], captions[i]) for i in order]
+
+    order = np.argsort(p[np.arange(len(p)), labels])
+    sheet = draw_worst_and_best(cells(order[:16]), cells(order[:-17:-1]))
+    for steps, workdir in runs.items():
+        found = shown.pictures(workdir)
+        np.testing.assert_array_equal(found["val/worst_and_best"][8], sheet)
+        # matplotlib is needed only where figures are asked for.
+        assert ("val/confusions" in found) == ("val/calibration" in found) == (steps > 0)
 
 
 def test_figures_do_not_change_the_training(runs):
@@ -107,8 +127,9 @@ class Waiting:
 def make_drawing(writer, images, told):
     options, _ = check(tiny.without_evaluation())
     pipe = options.evaluation.pipe
-    drawing = Drawing(options.model.network, pipe, images, writer, note=told.append)
-    return drawing, build_vit(dict(options.model.network))
+    background = Background(note=told.append)
+    drawing = Drawing(options.model.network, pipe, images, writer, background)
+    return drawing, background, build_vit(dict(options.model.network))
 
 
 def test_one_drawing_at_a_time():
@@ -116,16 +137,16 @@ def test_one_drawing_at_a_time():
         raise ValueError("no images")
 
     writer, told = Waiting(), []
-    drawing, model = make_drawing(writer, no_images, told)
+    drawing, background, model = make_drawing(writer, no_images, told)
     for step in (1, 2, 3):
         drawing.begin(step, model)
-    drawing.finish(stop=lambda: True)  # a signal ends the wait
+    background.finish(stop=lambda: True)  # a signal ends the wait
     assert not writer.steps
     writer.go.set()
-    drawing.finish()
+    background.finish()
     assert set(writer.steps) == {1} and len(told) == 1
     drawing.begin(4, model)
-    drawing.finish()
+    background.finish()
     assert set(writer.steps) == {1, 4}
     assert told == [
         "warning: figures could not be drawn (ValueError: no images); the training goes on"
@@ -141,19 +162,30 @@ def test_a_run_that_ends_gives_the_drawing_up():
         assert go.wait(60)
         return np.zeros((1, 8, 8, 3), np.uint8)
 
-    drawing, model = make_drawing(writer, images, told)
+    drawing, background, model = make_drawing(writer, images, told)
     writer.go.set()
     drawing.begin(1, model)
     assert reading.wait(60)
-    closing = threading.Thread(target=drawing.close)
+    closing = threading.Thread(target=background.close)
     closing.start()
-    assert drawing._given_up.wait(60)
+    assert background._given_up.wait(60)
     go.set()
     closing.join(60)
     # Of the images nothing was drawn any more, and that is no failure.
     assert not closing.is_alive() and len(writer.steps) == len(OF_WEIGHTS)
-    drawing.finish()
+    background.finish()
     assert not told
+
+
+def test_pictures_that_take_for_ever_are_given_up_and_told(monkeypatch):
+    monkeypatch.setattr(background_lib, "PATIENCE", 0.0)
+    go, told = threading.Event(), []
+    background = Background(note=told.append)
+    background.start("figures", lambda: go.wait(60) and background.go_on())
+    background.finish()
+    go.set()
+    background.close()
+    assert told == ["warning: pictures are given up: not drawn in 0 seconds"]
 
 
 def test_images_are_spread_over_the_split_and_prepared_as_for_evaluation():

@@ -213,13 +213,15 @@ DEFAULTS: dict[str, Any] = {
         "all_reduce_dtype": "float32",  # dtype in which gradients travel: float32 | bfloat16
         "jit": "auto",  # XLA: auto | whole | split | off
     },
-    "monitor": {  # training/watch.py, costs/devices.py; docs/monitoring.md
+    "monitor": {  # training/watch.py, costs/devices.py, run/judged.py; docs/monitoring.md
         # JSON or TOML: peaks of devices that the table of MFU lacks, or has wrong; "": none
         "device_file": "",
         "update_norm": False,  # the norm of each update, computed in the step
         # steps from one look at each weight, gradient and update to the next; 0: never
         "watch_steps": _number(0, "[0, inf)"),
         "histograms": True,  # with watch_steps: histograms, too, not the norms alone
+        # how many of the worst and of the best images of an evaluation are shown; 0: none
+        "judged_images": _number(16, "[0, 100]"),
     },
     "profile": {  # monitoring/profiler.py
         # the first step, from 0, of a profile for TensorBoard; None: no profile

@@ -1,26 +1,27 @@
 """What a model gave for the examples of a split, kept so that it is computed once.
 
-A file holds the values and labels of one key, which the caller makes of all that decides them:
-weights, network, data, pipe and code. Beside it lies a small file with its checksum.
+A file holds the values, labels and indices of one key, which the caller makes of all that decides
+them: weights, network, data, pipe and code. Beside it lies a small file with its checksum.
 """
 
 import json
 from typing import Any
 
-import numpy as np
 from absl import logging
 
 from vit_dist.config.errors import DataError
+from vit_dist.evaluators.outputs import Arrays
 from vit_dist.paths import expand, temporary_name
 from vit_dist.storage.errors import only_warn
 from vit_dist.storage.files import exists, make_folder, write_whole
 from vit_dist.training.state_file import StateFile, Sums, write_state
 
-Arrays = tuple[np.ndarray, np.ndarray]
+# What the arrays are called in a file.
+_NAMES = ("values", "labels", "indices")
 
 
 class OutputCache:
-    """Values and labels by key: of the newest weights in memory, and of any in a folder.
+    """Values, labels and indices by key: of the newest weights in memory, and of any in a folder.
 
     Args:
       folder: where they are kept for later, local or in a bucket; made if absent. "" for nowhere.
@@ -48,11 +49,11 @@ class OutputCache:
         return self._memory.get(key)
 
     def put(self, key: str, arrays: Arrays, *, facts: dict[str, Any]) -> None:
-        """Keeps values and labels, computed with the weights that `get` was last told of.
+        """Keeps arrays that were computed with the weights that `get` was last told of.
 
         Args:
           key: as in `get`.
-          arrays: values and labels.
+          arrays: values, labels and indices.
           facts: written beside them, for people.
 
         Raises:
@@ -67,7 +68,7 @@ class OutputCache:
         # them the data does not count.
         temporary = temporary_name(data)
         try:
-            sums = write_state(temporary, dict(zip(("values", "labels"), arrays, strict=True)))
+            sums = write_state(temporary, dict(zip(_NAMES, arrays, strict=True)))
             temporary.replace(data)
         except BaseException:
             # On a full disk half a file takes up the room that a later attempt needs.
@@ -91,7 +92,7 @@ class OutputCache:
             file = StateFile(data, noted)
             try:
                 file.check()
-                return file["values"], file["labels"]
+                return file["values"], file["labels"], file["indices"]
             finally:
                 file.close()
         except DataError as error:

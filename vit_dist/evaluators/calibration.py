@@ -2,6 +2,8 @@
 Networks", Guo et al. 2017, arXiv 1706.04599).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 # Temperatures between which the best one is looked for. A model that is right about every example
@@ -30,12 +32,46 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, *, bins: int 
       correct: bool (N,), whether it is of that class.
       bins: how many of equal width; bin i holds confidences in (i / bins, (i + 1) / bins].
     """
-    edges = np.linspace(0, 1, bins + 1)
-    # side="left" puts a confidence that is an edge into the bin below it.
-    places = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     # |bin| cancels: what is left of each bin is the sum of correct - confidence.
+    places = bin_places(confidence, bins=bins)
     gaps = np.bincount(places, weights=correct - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def bin_places(confidence: np.ndarray, *, bins: int) -> np.ndarray:
+    """The number of the bin of each confidence, int (N,) in [0, bins); see `calibration_error`."""
+    edges = np.linspace(0, 1, bins + 1)
+    # side="left" puts a confidence that is an edge into the bin below it.
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+
+
+class Reliability(NamedTuple):
+    """What a reliability diagram shows, by bins of confidence as in `calibration_error`.
+
+    Attributes:
+      counts: int (bins,), examples of each bin.
+      accuracy, confidence: float (bins,), means over the examples of a bin; NaN in an empty one.
+      error: the expected calibration error.
+    """
+
+    counts: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+    error: float
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15) -> Reliability:
+    """Counts by bins of confidence; arguments as in `calibration_error`."""
+    places = bin_places(confidence, bins=bins)
+    counts = np.bincount(places, minlength=bins)
+    # 0 / 0 is NaN: an empty bin has no mean.
+    divisor = np.where(counts > 0, counts, np.nan)
+    return Reliability(
+        counts=counts,
+        accuracy=np.bincount(places, weights=correct, minlength=bins) / divisor,
+        confidence=np.bincount(places, weights=confidence, minlength=bins) / divisor,
+        error=calibration_error(confidence, correct, bins=bins),
+    )
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:

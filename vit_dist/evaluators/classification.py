@@ -4,14 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from vit_dist.config.errors import DataError
+from vit_dist.evaluators.verdicts import Verdicts
 from vit_dist.training.losses import Loss, as_distribution
 from vit_dist.training.step import compiled, without_grappler
 
 Tensors = dict[str, tf.Tensor]
 _TOP = 5  # how many classes count for "top5_accuracy"
+_ROWS = "verdicts"  # what a batch's step calls the rows of its examples
 
 
 def make_evaluator(
@@ -21,8 +24,9 @@ def make_evaluator(
     strategy: tf.distribute.Strategy,
     preprocess: Callable[[tf.Tensor], tf.Tensor],
     jit: bool = True,
+    verdicts: bool = False,
 ) -> Callable[..., dict[str, float] | None]:
-    """Makes evaluate(dataset, stop=...) -> {"accuracy", "top5_accuracy", "loss", "examples"}.
+    """Makes evaluate(dataset, stop=..., look=...) -> accuracy, top5_accuracy, loss, examples.
 
     Args:
       model: images -> logits (b, C); its weights are read when evaluate is called.
@@ -30,11 +34,14 @@ def make_evaluator(
       strategy: its replicas share the work.
       preprocess: images as the input delivers them (uint8) -> as the model takes them; on device.
       jit: compile with XLA.
+      verdicts: whether each example's verdict is gathered, too: five numbers an example. Without,
+        the program on the devices has nothing of them.
 
     Returns:
       A function of a distributed data set of {"image", "label", "mask"}, "mask" (b,) being 0 for
       padding and unreadable images. `stop` is called after each batch, on every host; if it returns
-      true, the evaluation is given up and the function returns None.
+      true, the evaluation is given up and the function returns None. With `verdicts`, `look` gets
+      the Verdicts of all examples of all hosts, on every host.
       "accuracy" is the share of examples whose top class is among their labels, "top5_accuracy" of
       those that have a label among their five top classes (absent with 5 classes or fewer). Of
       equal logits the first counts as larger, so a head of zeros scores as chance does. NaN is
@@ -44,13 +51,14 @@ def make_evaluator(
     def sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
         logits = model(preprocess(images), training=False)
         targets = as_distribution(labels, logits.shape[-1])
-        rank = _rank(logits, targets)
+        rank, best = _rank(logits, targets)
         out = {"accuracy": tf.cast(rank < 1, tf.float32), "loss": loss_fn(logits, labels)}
         if logits.shape[-1] > _TOP:
             out["top5_accuracy"] = tf.cast(rank < _TOP, tf.float32)
         out["examples"] = tf.ones_like(mask)
         # A select and not a product: the model may give NaN for padding, and 0 * NaN is NaN.
-        return {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
+        found = {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
+        return {**found, _ROWS: _rows(logits, labels, best, mask)} if verdicts else found
 
     # TPUStrategy compiles everything itself.
     whole = jit and not isinstance(strategy, tf.distribute.TPUStrategy)
@@ -64,17 +72,26 @@ def make_evaluator(
     @tf.function(autograph=False)
     def step(batch: Tensors) -> Tensors:
         out = strategy.run(replica_sums, args=(batch["image"], batch["label"], batch["mask"]))
-        return {k: strategy.reduce("SUM", v, axis=None) for k, v in out.items()}
+        # gather joins the replicas' shares of a global batch in their order: that of the source.
+        rows = {_ROWS: strategy.gather(out.pop(_ROWS), axis=0)} if verdicts else {}
+        return {**rows, **{k: strategy.reduce("SUM", v, axis=None) for k, v in out.items()}}
 
     run_step = without_grappler(step) if whole else step
 
     def evaluate(
-        dataset: Any, *, stop: Callable[[], bool] = lambda: False
+        dataset: Any,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        look: Callable[[Verdicts], None] | None = None,
     ) -> dict[str, float] | None:
         # Batches are added up in float64: float32 counts examples exactly only up to 16 million.
         totals: Tensors = {}
+        rows: list[tf.Tensor] = []
         for batch in dataset:
-            new = {k: tf.cast(v, tf.float64) for k, v in run_step(batch).items()}
+            out = run_step(batch)
+            if verdicts:
+                rows.append(out.pop(_ROWS))
+            new = {k: tf.cast(v, tf.float64) for k, v in out.items()}
             totals = {k: totals[k] + v for k, v in new.items()} if totals else new
             if stop():
                 return None
@@ -84,6 +101,9 @@ def make_evaluator(
             )
         examples = float(totals.pop("examples"))
         means = {k: float(v) / examples for k, v in totals.items()}
+        # Fetched from the device only now, so that the batches did not wait for it.
+        if verdicts and look is not None:
+            look(_verdicts_of(np.concatenate([r.numpy() for r in rows])))
         return {**means, "examples": examples}
 
     return evaluate
@@ -94,10 +114,42 @@ def metric_names(num_classes: int) -> tuple[str, ...]:
     return ("accuracy", "loss", *(("top5_accuracy",) if num_classes > _TOP else ()))
 
 
-def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """How many classes have a larger logit than an example's best label: int32 (b,), 0 for a hit.
+def _rows(logits: tf.Tensor, labels: tf.Tensor, best: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """What is kept of each example: float32 (b, 5), in the order that `_verdicts_of` reads."""
+    p = tf.nn.softmax(tf.cast(logits, tf.float32))
+    # Of class numbers the label itself: with logits of NaN `best` may be another class.
+    label = tf.cast(labels, tf.int32)[:, None] if labels.shape.rank == 1 else best
+    prediction = tf.argmax(logits, -1, tf.int32)[:, None]
+    columns = [
+        # One tensor for all of it, so that hosts meet once a batch. float32 holds class numbers up
+        # to 16 million exactly.
+        *(tf.cast(n, tf.float32) for n in (mask[:, None], label, prediction)),
+        tf.gather(p, prediction, batch_dims=1),
+        tf.gather(p, label, batch_dims=1),
+    ]
+    return tf.concat(columns, axis=1)
+
+
+def _verdicts_of(rows: np.ndarray) -> Verdicts:
+    """The verdicts in `_rows` of all batches, (positions, 5); padding has none."""
+    (places,) = np.nonzero(rows[:, 0] > 0)
+    label, prediction, confidence, certainty = rows[places, 1:].T
+    return Verdicts(
+        indices=places,
+        labels=label.astype(np.int64),
+        predictions=prediction.astype(np.int64),
+        confidence=confidence,
+        certainty=certainty,
+    )
+
+
+def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """How many classes have a larger logit than an example's best label, and which label that is.
 
     `logits` and `targets` are (b, C); an example's labels are the classes with a target above 0.
+
+    Returns:
+      int32 (b,), 0 for a hit; and int32 (b, 1), a class number.
     """
     # A mixed or multi-label target has several labels: the one with the largest logit is judged.
     label_logits = tf.where(targets > 0, logits, logits.dtype.min)
@@ -107,4 +159,4 @@ def _rank(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     ahead = (logits > best) | ((logits == best) & (tf.range(logits.shape[-1]) < first))
     # Comparisons with NaN are false, which would make a model of NaN always right.
     ahead |= tf.math.is_nan(logits) | tf.math.is_nan(best)
-    return tf.reduce_sum(tf.cast(ahead, tf.int32), -1)
+    return tf.reduce_sum(tf.cast(ahead, tf.int32), -1), first

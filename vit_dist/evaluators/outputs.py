@@ -26,8 +26,9 @@ class Outputs:
     class_names: tuple[str, ...]
 
 
-# The values (N, F) and labels (N,) of a data set; None if the collection was given up.
-Collected = tuple[np.ndarray, np.ndarray] | None
+# Of a data set: values (N, F) and labels (N,) as in Outputs, and the place of each example in its
+# source, int64 (N,), rising.
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def make_collector(
@@ -36,8 +37,8 @@ def make_collector(
     strategy: tf.distribute.Strategy,
     preprocess: Callable[[tf.Tensor], tf.Tensor],
     jit: bool = True,
-) -> Callable[..., Collected]:
-    """Makes collect(dataset, stop=...) -> (values, labels), for the data sets of one pipe.
+) -> Callable[..., Arrays | None]:
+    """Makes collect(dataset, stop=...) -> (values, labels, indices), for data sets of one pipe.
 
     Args:
       function: images as the model takes them -> (b, F): its features or its logits.
@@ -70,20 +71,24 @@ def make_collector(
 
     run_step = without_grappler(step) if whole else step
 
-    def collect(dataset: Any, *, stop: Callable[[], bool] = lambda: False) -> Collected:
-        values, labels = [], []
+    def collect(dataset: Any, *, stop: Callable[[], bool] = lambda: False) -> Arrays | None:
+        values, labels, indices = [], [], []
+        seen = 0
         for batch in dataset:
             out = {k: v.numpy() for k, v in run_step(batch).items()}
             # Padding, and examples that cannot be read, have a mask of 0.
             kept = out["mask"] > 0
             values.append(out["value"][kept])
             labels.append(out["label"][kept].astype(np.int64))
+            # An example's place in the data set, which has the order of the source, padding last.
+            indices.append(seen + np.flatnonzero(kept))
+            seen += len(kept)
             if stop():
                 return None
         if not sum(map(len, labels)):
             raise DataError(
                 "nothing to evaluate: the split has no examples, or all of them are masked"
             )
-        return np.concatenate(values), np.concatenate(labels)
+        return np.concatenate(values), np.concatenate(labels), np.concatenate(indices)
 
     return collect

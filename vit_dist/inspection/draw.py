@@ -29,7 +29,7 @@ ROWS = 8
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 
 _MAP = "cividis"
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 _DPI = 110
 _TILE = 112  # pixels of the longer side of an image in a figure
 _GAP = 4  # pixels between images
@@ -99,8 +99,8 @@ def _filters(look: WeightsLook) -> Any:
     factor = max(1, -(-32 // max(height, width)))
     tiles = [_enlarge(_bytes(c), factor) for c in colours]
     rows = [tiles[i : i + 7] for i in range(0, count, 7)]
-    figure, axes = _figure(_mosaic(rows))
-    _title(axes, f"first {count} principal components of the patch kernel")
+    figure, axes = figure_of(_mosaic(rows))
+    set_title(axes, f"first {count} principal components of the patch kernel")
     axes.set_xlabel(f"{look.shares.sum():.0%} of the filters' variance; the largest first")
     return figure
 
@@ -111,13 +111,13 @@ def _positions(look: WeightsLook) -> Any:
     sheet = np.full((rows, rows + 1, columns, columns + 1), np.nan)
     sheet[:, :rows, :, :columns] = look.positions.transpose(0, 2, 1, 3)
     sheet = sheet.reshape(rows * (rows + 1), columns * (columns + 1))[:-1, :-1]
-    figure, axes = _figure(sheet, vmin=-1, vmax=1, bar="cosine similarity")
+    figure, axes = figure_of(sheet, vmin=-1, vmax=1, bar="cosine similarity")
     axes.set_xticks(*_ticks(columns))
     axes.set_yticks(*_ticks(rows))
     axes.set_xlabel("column of the patch")
     axes.set_ylabel("row of the patch")
     kind = "learned" if look.learned else "fixed sine-cosine"
-    _title(axes, f"similarity of position embeddings ({kind})")
+    set_title(axes, f"similarity of position embeddings ({kind})")
     return figure
 
 
@@ -128,14 +128,14 @@ def _ticks(count: int) -> tuple[list[float], list[str]]:
 
 
 def _distances(look: ImagesLook) -> Any:
-    figure, axes = _empty_figure(6.0, 4.0)
+    figure, axes = empty_figure(6.0, 4.0)
     depth, heads = look.distances.shape
     blocks = np.arange(1, depth + 1)
     places = np.repeat(blocks, heads)
-    axes.scatter(places, look.distances.ravel(), s=18, color=_BLUE, label="a head", zorder=3)
+    axes.scatter(places, look.distances.ravel(), s=18, color=BLUE, label="a head", zorder=3)
     # A head that looks at no patch has no distance.
     mean = np.ma.masked_invalid(look.distances).mean(axis=1)
-    axes.plot(blocks, mean, color=_ORANGE, label="mean over heads")
+    axes.plot(blocks, mean, color=ORANGE, label="mean over heads")
     axes.axhline(look.uniform, color="0.4", linestyle="--", label="equal weight everywhere")
     # A tenth more than the highest, which may also be the dashed line.
     axes.set_ylim(0, 1.1 * max(float(np.nanmax(look.distances, initial=0.0)), look.uniform, 1e-6))
@@ -144,7 +144,7 @@ def _distances(look: ImagesLook) -> Any:
     axes.set_xlabel("block")
     axes.set_ylabel("mean attention distance (pixels)")
     axes.legend(frameon=False, fontsize=8)
-    _title(axes, f"mean attention distance over {_images(len(look.images))}")
+    set_title(axes, f"mean attention distance over {_images(len(look.images))}")
     return figure
 
 
@@ -185,7 +185,7 @@ def _norms(look: ImagesLook) -> Any:
 
 
 def _similarity(similarity: np.ndarray) -> Any:
-    figure, axes = _figure(similarity, vmin=0, vmax=1, bar="CKA", side=4.5)
+    figure, axes = figure_of(similarity, vmin=0, vmax=1, bar="CKA", side=4.5)
     depth = len(similarity)
     shown = np.arange(0, depth, -(-depth // 16))
     axes.set_xticks(shown, shown + 1)
@@ -193,14 +193,14 @@ def _similarity(similarity: np.ndarray) -> Any:
     axes.set_xlabel("block")
     axes.set_ylabel("block")
     axes.invert_yaxis()
-    _title(axes, "similarity of what blocks give (linear CKA)")
+    set_title(axes, "similarity of what blocks give (linear CKA)")
     return figure
 
 
 # Parts of figures
 
 
-def _empty_figure(width: float, height: float) -> tuple[Any, Any]:
+def empty_figure(width: float, height: float) -> tuple[Any, Any]:
     """A Figure of so many inches, and its one Axes."""
     from matplotlib.figure import Figure
 
@@ -208,14 +208,14 @@ def _empty_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _figure(
+def figure_of(
     array: np.ndarray, *, bar: str = "", side: float = 6.0, **limits: Any
 ) -> tuple[Any, Any]:
     """A figure of one array: (H, W, 3) colours, or (H, W) numbers with a bar that explains them."""
     height, width = array.shape[:2]
     scale = side / max(height, width)
     # Room for titles and the bar, and no side so short that they would not fit.
-    figure, axes = _empty_figure(max(width * scale, 3.0) + 1.2, max(height * scale, 2.0) + 0.9)
+    figure, axes = empty_figure(max(width * scale, 3.0) + 1.2, max(height * scale, 2.0) + 0.9)
     # "nearest": each cell is a measured number, nothing is between two of them.
     shown = axes.imshow(array, cmap=_MAP, interpolation="nearest", **limits)
     if bar:
@@ -233,16 +233,17 @@ def _sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], title: s
     sheet = _mosaic(rows)
     # As many inches as show each pixel of the sheet as it is.
     side = max(sheet.shape[:2]) / _DPI
-    figure, axes = _figure(sheet, side=max(side, 3.0))
+    figure, axes = figure_of(sheet, side=max(side, 3.0))
     width = rows[0][0].shape[1]
     axes.xaxis.tick_top()
     axes.set_xticks([i * (width + _GAP) + width / 2 for i in range(len(titles))], titles)
     axes.tick_params(axis="x", length=0, labelsize=7)
-    _title(axes, title)
+    set_title(axes, title)
     return figure
 
 
-def _title(axes: Any, text: str) -> None:
+def set_title(axes: Any, text: str) -> None:
+    """Gives Axes the title that all figures have."""
     axes.set_title(text, fontsize=10)
 
 

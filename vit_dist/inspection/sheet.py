@@ -71,6 +71,20 @@ def draw_grid(cells: Sequence[Cell], *, columns: int = 4) -> Image.Image:
     return draw_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
 
 
+def stack(parts: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Puts sheets one below the other, each below its title."""
+    heading = GAP + LINE_HEIGHT
+    widths = [max(image.width, _ceil(text_width(title)) + 2 * GAP) for title, image in parts]
+    height = sum(heading + image.height for _, image in parts)
+    whole = Image.new("RGB", (max(widths), height), "white")
+    draw, top = ImageDraw.Draw(whole), 0
+    for title, image in parts:
+        draw_text(draw, (GAP, top + GAP), title)
+        whole.paste(image, (0, top + heading))
+        top += heading + image.height
+    return whole
+
+
 def describe_label(label: np.ndarray, names: Sequence[str]) -> str:
     """A caption for a label: "cat", or "0.70 cat + 0.30 dog" if it has shares of several classes.
 

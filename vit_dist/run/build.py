@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from vit_dist.cluster.hosts import device_kind
 from vit_dist.evaluators.classification import make_evaluator
+from vit_dist.evaluators.verdicts import Verdicts
 from vit_dist.model.variants import choose_form
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.run.explain import Reading, explain_reading
@@ -82,7 +83,13 @@ class Evaluation:
       options, data: checked; see check.check_evaluation.
       model: its weights are read at each call.
       strategy: its replicas share the work.
+
+    Attributes:
+      verdicts: what the model said of each example at the last call that was not given up; None
+        where the options do not ask for it.
     """
+
+    verdicts: Verdicts | None = None
 
     def __init__(
         self,
@@ -98,6 +105,7 @@ class Evaluation:
             strategy=strategy,
             preprocess=options.pipe.device,
             jit=compiles(options, strategy),
+            verdicts=options.verdicts,
         )
         # Split -> data set, kept: tf.data sets up its threads for each data set, not for each pass.
         self._datasets: dict[str, Any] = {}
@@ -113,11 +121,14 @@ class Evaluation:
         with explained(Reading(split, pipe=self._options.pipe), self._data):
             if split not in self._datasets:
                 self._datasets[split] = eval_data(self._options, self._data, self._strategy, split)
-            metrics = self._evaluate(self._datasets[split], stop=stop)
+            metrics = self._evaluate(self._datasets[split], stop=stop, look=self._keep)
         # None means that it was given up midway.
         if metrics is not None:
             check_counted(self._data, split, round(metrics["examples"]))
         return metrics
+
+    def _keep(self, verdicts: Verdicts) -> None:
+        self.verdicts = verdicts
 
 
 @contextlib.contextmanager

@@ -92,6 +92,10 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     pipe = _parse_pipe(config.input.train_ops, evaluation.model.network)
     _check_images([train], pipe, "config.input.train_ops", evaluation.model.network)
     durations = _durations(config, train.num_examples)
+    # 0 is never, so a share that rounds to 0 means every step.
+    figures_steps = max(durations["figures"], 1) if _figures_key(config) else 0
+    shows = config.monitor.judged_images > 0 or figures_steps > 0
+    evaluation = dataclasses.replace(evaluation, verdicts=shows)
     return RunOptions(
         evaluation=evaluation,
         input=InputOptions(
@@ -114,8 +118,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
-        # 0 is never, so a share that rounds to 0 means every step here, too.
-        figures_steps=max(durations["figures"], 1) if _figures_key(config) else 0,
+        figures_steps=figures_steps,
         save_minutes=config.save_minutes or 0.0,
         monitor=_check_monitor(config, total_steps=durations["total"]),
         keep_checkpoints=config.keep_checkpoints,
@@ -240,6 +243,7 @@ def _monitor(
     update_norm: bool,
     watch_steps: int,
     histograms: bool,
+    judged_images: int,
     profile: ProfileOptions | None = None,
 ) -> MonitorOptions:
     """The options of config.monitor."""
@@ -247,6 +251,7 @@ def _monitor(
         devices=read_devices(device_file) if device_file else DEVICES,
         watch=WatchOptions(every=watch_steps, histograms=histograms, update_norm=update_norm),
         profile=profile or ProfileOptions(),
+        judged_images=judged_images,
     )
 
 

@@ -14,6 +14,7 @@ from vit_dist.cluster.hosts import all_hosts
 from vit_dist.evaluators.cache import OutputCache
 from vit_dist.evaluators.outputs import Outputs, make_collector
 from vit_dist.evaluators.registry import FEATURES, LOGITS
+from vit_dist.evaluators.verdicts import Verdicts, verdicts_of
 from vit_dist.model.vit import ViT, named_weights
 from vit_dist.run.build import check_counted, compiles, explained
 from vit_dist.run.explain import Reading
@@ -36,7 +37,13 @@ class Evals:
       model: its weights are read at each call.
       strategy: its replicas share the work.
       folder: keeps what was computed for later; "" for nowhere.
+
+    Attributes:
+      verdicts: what the model said of each example at the last call that was not given up; None
+        where the options do not ask for it, and for kinds that judge features.
     """
+
+    verdicts: Verdicts | None = None
 
     def __init__(
         self,
@@ -71,22 +78,28 @@ class Evals:
         """
         entry = self._options.evals[name]
         weights = self._weights_digest(entry)
-        arguments = []
+        arguments, indices = [], []
         for key in (entry.split, entry.train) if entry.train else (entry.split,):
-            outputs = self._outputs(entry, key, weights, stop)
-            if outputs is None:
+            found = self._outputs(entry, key, weights, stop)
+            if found is None:
                 return None
-            arguments.append(outputs)
+            arguments.append(found[0])
+            indices.append(found[1])
         # What follows runs on this host alone, without a look at signals.
         if stop():
             return None
         metrics = {k: float(v) for k, v in entry.evaluate(*arguments).items()}
+        judges = self._options.verdicts and entry.kind.values == LOGITS
+        self.verdicts = verdicts_of(arguments[0], indices[0]) if judges else None
         return {**metrics, "examples": float(len(arguments[0].labels))}
 
     def _outputs(
         self, entry: EvalOptions, key: str, weights: str, stop: Callable[[], bool]
-    ) -> Outputs | None:
-        """What the model gives for a split, from the cache or computed; None if given up."""
+    ) -> tuple[Outputs, np.ndarray] | None:
+        """What the model gives for a split, from the cache or computed, and each example's place.
+
+        None if the computation was given up.
+        """
         source = self._data.sources[key]
         facts = self._facts(entry, key, weights)
         digest = _digest(json.dumps(facts, sort_keys=True, default=str).encode())
@@ -99,11 +112,11 @@ class Evals:
                 return None
             cache.put(digest, found, facts=facts)
         assert found is not None, "all hosts have it"
-        values, labels = found
+        values, labels, indices = found
         check_counted(self._data, key, len(labels))
         if entry.columns:
             values = values[:, list(entry.columns)]
-        return Outputs(values, labels, source.class_names)
+        return Outputs(values, labels, source.class_names), indices
 
     def _collect(self, entry: EvalOptions, key: str, stop: Callable[[], bool]) -> Any:
         pipe = str(entry.pipe)

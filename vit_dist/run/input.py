@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ import tensorflow as tf
 from vit_dist.cluster.hosts import host_replicas, remote_hosts, replicas_of
 from vit_dist.config.errors import DataError
 from vit_dist.data.damage import message_of
+from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.pipeline import ALL, Part, make_eval_data, make_train_data
 from vit_dist.data.service import from_services
+from vit_dist.data.sources.source import Source
 from vit_dist.data.view import batch_images
 from vit_dist.inspection.sheet import Cell, describe_label
 from vit_dist.run.options import Data, EvaluationOptions, RunOptions
@@ -92,25 +94,45 @@ def images_to_inspect(options: EvaluationOptions, data: Data, *, count: int = 8)
       DataError: none can be read.
     """
     source = data.sources.get("val", data.sources["train"])
+    last = source.num_examples - 1 if source.indexable else count - 1
+    indices = np.unique(np.linspace(0, last, count).astype(np.int64))
+    return np.stack(list(read_images(source, options.pipe, indices).values()))
+
+
+def read_images(source: Source, pipe: Pipe, indices: Sequence[int]) -> dict[int, np.ndarray]:
+    """Some images of a source as a pipe without random ops prepares them.
+
+    Args:
+      source: prepared here, if it has not been.
+      pipe: its part on the host makes the images.
+      indices: places in the source, rising. A source that can only be streamed is read up to the
+        last of them.
+
+    Returns:
+      Place -> uint8 (height, width, C), without the images that cannot be read.
+
+    Raises:
+      DataError: none can be read.
+    """
     source.prepare()
+    wanted = [int(i) for i in indices]
     if source.indexable:
-        indices = np.unique(np.linspace(0, source.num_examples - 1, count).astype(np.int64))
-        examples = (source.read(tf.constant(i, tf.int64)) for i in indices)
+        examples = ((i, source.read(tf.constant(i, tf.int64))) for i in wanted)
     else:
-        stream = source.stream(seed=None, epoch=0)
-        examples = (source.decode_record(record) for record in stream.take(count))
-    images, problem = [], ""
-    for number, example in enumerate(examples):
+        stream = enumerate(source.stream(seed=None, epoch=0).take(wanted[-1] + 1))
+        examples = ((i, source.decode_record(r)) for i, r in stream if i in set(wanted))
+    images, problem = {}, ""
+    for index, example in examples:
         # The seed is of no effect in a pipe without random ops.
-        place = {"index": tf.constant(number, tf.int64), "epoch": tf.constant(0, tf.int64)}
-        place["seed"] = tf.constant([0, number])
+        place = {"index": tf.constant(index, tf.int64), "epoch": tf.constant(0, tf.int64)}
+        place["seed"] = tf.constant([0, index])
         try:
-            images.append(options.pipe.host({**example, **place})["image"].numpy())
+            images[index] = pipe.host({**example, **place})["image"].numpy()
         except tf.errors.InvalidArgumentError as error:
             problem = message_of(error)
     if not images:
         raise DataError(f"no image of {source} can be read: {problem}")
-    return np.stack(images)
+    return images
 
 
 def _train_dataset(

@@ -24,6 +24,7 @@ from vit_dist.monitoring.profiler import Profiler
 from vit_dist.monitoring.progress import Progress
 from vit_dist.monitoring.starts import Starts
 from vit_dist.monitoring.writer import Writer
+from vit_dist.run.background import Background
 from vit_dist.run.best import FOLDER as BEST
 from vit_dist.run.best import Best
 from vit_dist.run.build import Evaluation
@@ -32,6 +33,7 @@ from vit_dist.run.drawing import Drawing
 from vit_dist.run.evals import Evals
 from vit_dist.run.explain import Reading
 from vit_dist.run.input import images_to_inspect, train_data
+from vit_dist.run.judged import Judged
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.scalars import Scalars
 from vit_dist.storage.lock import WorkdirLock
@@ -104,12 +106,21 @@ class Loop:
             watch=options.monitor.watch.every,
             bounds=profiler.bounds,
         )
+        self.background = Background(note=note)
         self.drawing = Drawing(
             options.model.network,
             options.evaluation.pipe,
             functools.partial(images_to_inspect, options.evaluation, data),
             writer,
-            note=note,
+            self.background,
+        )
+        self.judged = Judged(
+            options.evaluation,
+            data,
+            writer,
+            self.background,
+            count=options.monitor.judged_images,
+            figures=options.figures_steps > 0,
         )
         self.pace = Pace()
         self.meter = Meter(
@@ -186,8 +197,9 @@ class Loop:
                 self.save(step, tensors)
         # The last checkpoint is being written meanwhile.
         metrics |= self.judge_all(["val", "test", *self.calendar.evals], step, without=done)
+        self.judged.draw()
         self.finish_saving(step)
-        self.drawing.finish(stop=self.preemption.requested)
+        self.finish_drawing()
         if self.preemption.requested():
             self.starts.stopped(self.preemption.received)
             metrics["preempted"] = 1.0
@@ -359,11 +371,14 @@ class Loop:
         with self.meter.pause("evaluation"), self.starts.spending.on("evaluating"):
             read = self.options.evaluation.evals[split].split if named else split
             self.split, self.steps_read = read, range(0)
-            metrics = (self.evals if named else self.evaluate)(split, stop=stop)
+            judge = self.evals if named else self.evaluate
+            metrics = judge(split, stop=stop)
         self.starts.note(step)
         if metrics is None:
             self.note(f"step {step}: the evaluation on {split} is given up, to be done at a resume")
             return {}
+        if self.chief and judge.verdicts is not None:
+            self.judged.keep(split, step, judge.verdicts)
         self.writer.scalars(step, {f"{split}/{k}": v for k, v in metrics.items()})
         if named:
             shown = [f"{k} {v:.4f}" for k, v in metrics.items() if k != "examples"]
@@ -402,9 +417,16 @@ class Loop:
         """
         if self.chief:
             if step == self.calendar.total:
-                self.drawing.finish(stop=self.preemption.requested)
+                self.finish_drawing()
             with self.meter.pause("figures"):
                 self.drawing.begin(step, self.state.eval_model)
+            self.judged.draw()
+
+    def finish_drawing(self) -> None:
+        """Waits for the pictures; hosts without any return at once."""
+        # This host's own signals alone: only the chief is here, and a look at those of all hosts
+        # would be a collective, which the others answer with another number.
+        self.background.finish(stop=lambda: self.preemption.noticed)
 
     def collect(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The state and the notes of a checkpoint, on the chief; a collective."""

@@ -122,6 +122,7 @@ class EvaluationOptions:
       jit: "auto", "whole", "split" or "off"; see training.step.choose_jit.
       weights: how weights from elsewhere are fitted.
       evals: further evaluations by name, in the order of the config.
+      verdicts: whether evaluations tell what the model said of each example, for pictures.
     """
 
     model: ModelOptions
@@ -134,6 +135,7 @@ class EvaluationOptions:
     jit: str
     weights: WeightsOptions
     evals: Mapping[str, EvalOptions] = dataclasses.field(default_factory=dict)
+    verdicts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,11 +199,13 @@ class MonitorOptions:
       devices: the table of what devices can do, by which MFU is computed.
       watch: which norms and histograms the step computes.
       profile: which steps are profiled.
+      judged_images: how many of the worst and of the best images of an evaluation; 0 for none.
     """
 
     devices: tuple[Device, ...]
     watch: WatchOptions
     profile: ProfileOptions
+    judged_images: int
 
 
 @dataclasses.dataclass(frozen=True)
