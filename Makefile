@@ -114,6 +114,7 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 	$(BIN)/python benchmarks/load_weights.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/input.py
+	$(BIN)/python benchmarks/prepared.py
 
 # The peers that we compare with, in an environment of their own: they and TensorFlow would contend
 # for the same packages.

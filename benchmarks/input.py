@@ -42,8 +42,8 @@ PYTHONS = {
 }
 
 
-def write_images(folder: Path, count: int) -> None:
-    """Writes `count` JPEGs of 500 x 375, in two classes."""
+def write_images(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
+    """Writes `count` JPEGs of `size`, (width, height) of about 4 to 3, in two classes."""
     from sklearn.datasets import load_sample_images
 
     photos = load_sample_images().images
@@ -55,7 +55,7 @@ def write_images(folder: Path, count: int) -> None:
         left = random.uniform(0, photo.width - width)
         top = random.uniform(0, photo.height - width * 3 / 4)
         box = (left, top, left + width, top + width * 3 / 4)
-        cut = photo.resize((500, 375), Image.Resampling.BICUBIC, box=box)
+        cut = photo.resize(size, Image.Resampling.BICUBIC, box=box)
         path = folder / "train" / str(i % 2) / f"{i:03}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         cut.save(path, quality=int(random.randint(84, 93)))

@@ -60,7 +60,8 @@ def config_of(words: list[str]):
     paths = [re.sub(r"^(--config=)?configs/", rf"\1{ROOT}/configs/", word) for word in words]
     config_flags.DEFINE_config_file("config", flag_values=values)
     evaluate = ("splits", "evals", "features", "json", "csv")
-    for name in ("workdir", "checkpoint", "output", "count", *evaluate):
+    convert = ("short_side", "quality", "format")
+    for name in ("workdir", "checkpoint", "output", "count", *evaluate, *convert):
         flags.DEFINE_string(name, None, "", flag_values=values)
     with mock.patch.object(sys, "argv", ["command", *paths]):  # ml_collections reads it there
         rest = values(sys.argv)[1:]

@@ -11,7 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support import processes, tiny
 from vit_dist.data.ops import basic as ops
+from vit_dist.data.resized import convert_resized
 from vit_dist.data.sources.open import open_source
+from vit_dist.data.sources.preparation import make_preparation
 from vit_dist.data.view import stages, viewable
 from vit_dist.inspection.lettering import LINE_HEIGHT
 from vit_dist.inspection.sheet import GAP, draw_grid
@@ -147,6 +149,38 @@ def test_the_commands(tmp_path):
     for name in ("convert", "show"):
         code, text = call(name, *flags, log=tmp_path / name)
         assert code == 2 and "error: give" in text and "--output" in text
+
+
+def test_a_set_resized_beforehand_by_command(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    ops = f"decode|{tiny.ANY_SIZE}"
+    flags = [f"--config={processes.TINY}", "--config.data.test_split="]
+    flags += [f"--config.input.train_ops={ops}", f"--config.input.eval_ops={ops}"]
+    given = ["--config.data.source=folder", f"--config.data.data_dir={folder}"]
+    out = tmp_path / "raw"
+    options = [f"--output={out}", "--short_side=10", "--format=raw"]
+    code, text = call("convert", *flags, *given, *options, log=tmp_path / "a")
+    how = "short side 10 (area), upright, over white, raw pixels"
+    assert code == 0 and f"train: {how}: of 16 images 16 reduced, 0 turned upright" in text
+    assert f"train with --config.data.source=raw --config.data.data_dir={out}" in text
+    read = ["--config.data.source=raw", f"--config.data.data_dir={out}"]
+    code, text = call("show", *flags, *read, f"--output={tmp_path}/a.png", log=tmp_path / "b")
+    assert code == 0 and f"train was resized beforehand: {how}" in text
+    code, text = call("convert", *flags, *given, *options, "--quality=9", log=tmp_path / "c")
+    assert code == 2 and "error: --quality is that of JPEGs, and --format=raw" in text
+
+
+@pytest.mark.exhaustive
+def test_training_says_how_its_data_was_resized(tmp_path):
+    source = open_source("folder", split="train", data_dir=str(tiny.make_folder(tmp_path / "in")))
+    for split in ("train", "val"):
+        how = make_preparation(6, format="raw")
+        convert_resized(source, tmp_path / "raw", how, split=split, examples_per_shard=9)
+    workdir = tmp_path / "run"
+    train(tiny.of_folder(tmp_path / "raw", data__source="raw"), str(workdir))
+    log = "".join(path.read_text() for path in workdir.glob("*log*"))
+    assert "train was resized beforehand: short side 6 (area)" in log
+    assert "resized beforehand to a short side of 6, and will be enlarged to 8x8" in log
 
 
 def call(*args, log):

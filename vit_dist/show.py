@@ -53,6 +53,9 @@ def main() -> int:
     sheet.save(buffer, format="PNG")
     epath.Path(FLAGS.output).write_bytes(buffer.getvalue())
     print(f"{FLAGS.output}: {sheet.width} x {sheet.height} pixels")
+    prepared = data.sources[FLAGS.split].prepared
+    if prepared is not None:
+        print(f"{FLAGS.split} was resized beforehand: {prepared}")
     lacking = undrawable(data.sources[FLAGS.split].class_names)
     if lacking:
         print(

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.benchmarks import BENCHMARKS, ROOT, run_benchmark
 
-ALONE = ("load_weights", "loop_overhead", "memory", "sharding", "startup")
+ALONE = ("load_weights", "loop_overhead", "memory", "prepared", "sharding", "startup")
 WITH_PEERS = ("input", "tpu_compile", "tpu_options", "train_step", "workers")
 
 

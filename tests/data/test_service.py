@@ -16,7 +16,9 @@ from vit_dist.cluster.strategy import make_strategy
 from vit_dist.data import pipeline, service
 from vit_dist.data.mixing import make_mixing
 from vit_dist.data.ops import basic as ops
+from vit_dist.data.resized import convert_resized
 from vit_dist.data.sources.open import open_source
+from vit_dist.data.sources.preparation import make_preparation
 from vit_dist.run.check import check
 from vit_dist.run.explain import Reading, explain_reading
 from vit_dist.run.input import train_data
@@ -94,7 +96,10 @@ def sources(tmp_path_factory):
         "demo": {},
     }
     names = {"stream": "tfrecord"}
-    return {k: open_source(names.get(k, k), split="train", **v) for k, v in options.items()}
+    opened = {k: open_source(names.get(k, k), split="train", **v) for k, v in options.items()}
+    how = make_preparation(9, format="raw")
+    convert_resized(opened["folder"], root / "raw", how, split="train", examples_per_shard=16)
+    return {**opened, "raw": open_source("raw", split="train", data_dir=str(root / "raw"))}
 
 
 def maker(source, *, first_step=0, local=range(1), replicas=1, pipe=PIPE, **options):
@@ -135,7 +140,7 @@ def exhaustive(*case):
     return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 
-KINDS = ("folder", "tfrecord", "stream", "mixture", "synthetic", "demo")
+KINDS = ("folder", "tfrecord", "stream", "mixture", "synthetic", "demo", "raw")
 SECOND = (7, range(1, 3))  # the second of two hosts, resuming
 CHOSEN = [(kind, 2 if kind in ("folder", "stream") else 1, *SECOND) for kind in KINDS]
 FURTHER = [(kind, 2, *SECOND) for kind in KINDS]
@@ -342,7 +347,7 @@ def test_array_records_are_refused(tmp_path, sources):
 
     convert(sources["folder"], tmp_path, split="train", examples_per_shard=8)
     data = {"data__source": "array_record", "data__data_dir": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"cannot read array_record.*It takes demo, folder"):
+    with pytest.raises(ValueError, match=r"cannot read array_record.*It takes demo, folder, raw"):
         check(tiny.without_evaluation(**data, input__service="a:1"))
 
 

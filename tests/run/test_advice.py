@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from tests.support.odd_images import encoded
 from vit_dist.data.ops.pipe import parse
 from vit_dist.data.sources.open import open_source
+from vit_dist.data.sources.preparation import Preparation
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 
 
@@ -56,6 +58,14 @@ def test_images_smaller_than_asked(tmp_path):
     assert data_warnings(sources, (16, 16)) == []
     (line,) = data_warnings(sources, (64, 32))
     assert line.startswith("3 of 4 ")
+
+
+def test_images_resized_to_less_than_asked():
+    prepared = SimpleNamespace(prepared=Preparation(32))
+    assert data_warnings({"train": prepared, "val": prepared}, (32, 32)) == []
+    (line,) = data_warnings({"train": prepared, "val": prepared}, (32, 48))
+    assert "short side of 32, and will be enlarged to 32x48: convert them with" in line
+    assert "--short_side=48 or more" in line
 
 
 def test_sources_that_do_not_tell_are_left_alone():

@@ -72,7 +72,7 @@ FLAGS = {
         *("checkpoint", "format", "output", "image_size", "save_dtype", "num_heads", "gelu"),
         *("mean", "std", "ignore", "value_range"),
     ),
-    "convert": ("output", "splits", "examples_per_shard"),
+    "convert": ("output", "splits", "examples_per_shard", "short_side", "quality", "format"),
     "show": ("output", "split", "step", "count"),
 }
 

@@ -77,12 +77,13 @@ DEFAULTS: dict[str, Any] = {
     # further evaluations by name, e.g. {"near": {"kind": "knn", "every": 500}}; docs/judging.md
     "evals": _Key(None, object),
     "data": {  # data/sources/; keys left None take the source's own default
-        "source": "demo",  # demo | folder | tfds | tfrecord | array_record | synthetic | mixture
+        # demo | folder | tfds | tfrecord | array_record | raw | synthetic | mixture
+        "source": "demo",
         "train_split": "train",  # as the source names it; tfds: TFDS's syntax, "train[:99%]"
         "val_split": "val",  # "" for none
         "test_split": "test",  # evaluated once, at the end; "" for none
         "name": _Key(None, str),  # tfds: builder, e.g. imagenet2012
-        "data_dir": _Key(None, str),  # tfds, folder, array_record: the folder of the data
+        "data_dir": _Key(None, str),  # tfds, folder, array_record, raw: their folder
         "file_format": _Key(None, str),  # tfds: array_record | tfrecord
         "val_fraction": _Key(None, float, "[0, 1)"),  # folder without val/: share set aside for it
         "test_fraction": _Key(None, float, "[0, 1)"),  # folder without test/: share set aside

@@ -41,7 +41,8 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
 
     Returns:
       One line for each: no validation split, classes that it lacks, classes of very different
-      sizes or with few images, images smaller than image_size.
+      sizes or with few images, images smaller than image_size, or that were resized beforehand to
+      less than it.
     """
     found = []
     train = sources["train"]
@@ -55,6 +56,15 @@ def data_warnings(sources: dict[str, Any], image_size: tuple[int, int]) -> list[
         labels = getattr(source, "labels", None)
         if labels is not None and len(labels):
             found += _class_warnings(name, np.asarray(labels), train.class_names)
+    # By the larger side of what the model takes: a square of 224 is cut from 256 x 341.
+    prepared = getattr(train, "prepared", None)
+    if prepared is not None and prepared.short_side < max(image_size):
+        found.append(
+            f"training images were resized beforehand to a short side of "
+            f"{prepared.short_side}, and will be enlarged to {image_size[0]}x{image_size[1]}"
+            f": convert them with --short_side={max(image_size)} or more, or lower "
+            "config.image_size"
+        )
     paths = getattr(train, "paths", None)
     if paths is not None and len(paths):
         found += _size_warnings([str(path) for path in paths], image_size)

@@ -60,6 +60,9 @@ def announce(
         f"{source.num_examples:,} training examples in {source.num_classes} classes; "
         f"{options.total_steps:,} steps"
     )
+    for split, opened in data.sources.items():
+        if opened.prepared is not None:
+            note(f"{split} was resized beforehand: {opened.prepared}")
     warnings = device_warnings(strategy)
     warnings += jit_warnings(
         options.step.jit,

@@ -124,8 +124,9 @@ def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
         raise ConfigError(
             f"{reader} cannot read {source}"
             + (" from config.input.cache" if section.cache != "off" else "")
-            + ": that calls Python in this process. It takes demo, folder, synthetic, tfrecord, "
-            "TFDS sets prepared as tfrecord and mixtures of these, with config.input.cache='off'"
+            + ": that calls Python in this process. It takes demo, folder, raw, synthetic, "
+            "tfrecord, TFDS sets prepared as tfrecord and mixtures of these, with "
+            "config.input.cache='off'"
         )
 
 

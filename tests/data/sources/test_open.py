@@ -286,7 +286,7 @@ def test_opening_and_checking_touch_no_device(flat):
 
 
 def test_the_table_of_sources_is_complete():
-    kinds = ("demo", "folder", "tfds", "tfrecord", "array_record", "synthetic", "mixture")
+    kinds = ("demo", "folder", "tfds", "tfrecord", "array_record", "raw", "synthetic", "mixture")
     assert tuple(sources.SOURCES) == kinds
     for name, source in sources.SOURCES.items():
         assert source.name == name

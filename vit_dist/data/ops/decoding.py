@@ -16,6 +16,7 @@ from vit_dist.data.ops.basic import (
     resize_image,
 )
 from vit_dist.data.ops.pipe import Pipe, op, switch
+from vit_dist.data.ops.windows import Windowed, cut, size_of
 
 # Aspect ratios (width / height) of Inception's crop, as in GoogLeNet (arXiv 1409.4842, section 6).
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -25,7 +26,7 @@ GIF, WEBP, PNG = b"GIF8", b"RIFF", b"\x89PNG"  # how files begin
 Color = tuple[int, int, int]
 
 
-@op
+@op(windows=True)
 def decode(exif=False, min_side=None, background=None):
     """Decodes JPEG, PNG, BMP, GIF or WebP bytes to (H, W, 3); grey is repeated.
 
@@ -49,7 +50,7 @@ def decode(exif=False, min_side=None, background=None):
     return on_image(apply)
 
 
-@op
+@op(windows=True)
 def inception_crop(size, area_min=5, area_max=100, method="bilinear", antialias=False):
     """Cuts a random window, of `area_min` to `area_max` percent of the area, and resizes it.
 
@@ -58,15 +59,15 @@ def inception_crop(size, area_min=5, area_max=100, method="bilinear", antialias=
     size, area, method = parse_size(size), _area_range(area_min, area_max), parse_method(method)
 
     def crop(image, seed):
-        begin, extent = _crop_window(tf.shape(decoded(image)), area, seed)
-        window = tf.slice(image, begin, extent)
+        begin, extent = _crop_window(size_of(decoded(image)), area, seed)
+        window = cut(image, begin, extent)
         window.set_shape((None, None, image.shape[-1]))
         return resize_image(window, size, method, antialias)
 
     return on_image(crop)
 
 
-@op
+@op(windows=True)
 def decode_jpeg_and_inception_crop(
     size,
     area_min=5,
@@ -201,8 +202,8 @@ def _file_cropper(
 
 
 def _crop_and_resize(image, area, seed, size, method: str, antialias: bool) -> tf.Tensor:
-    begin, extent = _crop_window(tf.shape(image), area, seed)
-    return resize_image(tf.slice(image, begin, extent), size, method, antialias)
+    begin, extent = _crop_window(size_of(image), area, seed)
+    return resize_image(cut(image, begin, extent), size, method, antialias)
 
 
 def _check_decoding(*, exif=False, min_side=None, background=None) -> dict:
@@ -292,7 +293,7 @@ def _lay_over(pixels: tf.Tensor, background: Color | None) -> tf.Tensor:
     return tf.cast(tf.bitwise.right_shift(mixed, tf.constant(8, tf.uint16)), tf.uint8)
 
 
-def _three(image: tf.Tensor) -> tf.Tensor:
+def _three(image: tf.Tensor | Windowed) -> tf.Tensor | Windowed:
     """Returns an array of an image, grey repeated to 3 channels."""
     return tf.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 

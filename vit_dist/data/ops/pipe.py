@@ -26,6 +26,7 @@ from typing import Any
 import tensorflow as tf
 
 from vit_dist.config.errors import ConfigError
+from vit_dist.data.ops.windows import whole
 from vit_dist.data.sources.source import Source
 from vit_dist.data.tracing import deviceless_graph, is_deviceless, switch
 
@@ -50,6 +51,7 @@ class Op:
     on_device: bool  # whether that function takes a batch, in the step on the accelerator
     image: bool  # whether it reads or writes the image
     compiled: bool  # whether XLA compiles it for the host
+    windows: bool = False  # whether it takes images that have not been read, `windows.Windowed`
 
 
 _REGISTRY: dict[str, Op] = {}
@@ -61,6 +63,7 @@ def op(
     on_device: bool = False,
     image: bool = True,
     compiled: bool = False,
+    windows: bool = False,
 ):
     """Registers `make` as an op under its own name.
 
@@ -74,12 +77,16 @@ def op(
         static shape, must keep that shape, and is compiled by XLA for the CPU. Put such ops last:
         they then run as one loop over a chunk of examples. One that an op without `compiled`
         follows runs image by image, which is slower.
+      windows: If true, "image" may also be a `windows.Windowed`, of which the op reads what it
+        needs. Other ops get the whole image.
 
     Raises:
       ConfigError: Another function has registered an op of that name.
     """
     if make is None:
-        return lambda make: op(make, on_device=on_device, image=image, compiled=compiled)
+        return lambda make: op(
+            make, on_device=on_device, image=image, compiled=compiled, windows=windows
+        )
     # A config file may be executed twice, which makes new functions of the same names. They come
     # from one file, and replace each other.
     old = _REGISTRY.get(make.__name__)
@@ -88,7 +95,7 @@ def op(
             f"op {make.__name__!r} of {_origin(make)} has the name of an op of "
             f"{_origin(old.make)}: rename it"
         )
-    _REGISTRY[make.__name__] = Op(make.__name__, make, on_device, image, compiled)
+    _REGISTRY[make.__name__] = Op(make.__name__, make, on_device, image, compiled, windows)
     return make
 
 
@@ -162,6 +169,9 @@ class Pipe:
         for step in self.steps:
             if step.op.on_device or step in self.compiled_tail:
                 continue
+            # An image that has not been read stays so as far as ops can choose what to read of it.
+            if "image" in example and not step.op.windows and step.op.image:
+                example = {**example, "image": whole(example["image"])}
             # Each op gets a seed of its own: from a common one, whether an image is mirrored and
             # where it was cropped would be drawn from the same numbers.
             own = {**example, "seed": tf.random.fold_in(seed, step.position)}
@@ -175,7 +185,9 @@ class Pipe:
             example = {**own, "seed": seed}
             if step.op.name == "keep":
                 kept = step.args
-        return {key: example[key] for key in ((*kept, "seed") if self.compiled_tail else kept)}
+        found = {key: example[key] for key in ((*kept, "seed") if self.compiled_tail else kept)}
+        # Where no op has read the image, it is read here.
+        return {key: whole(value) for key, value in found.items()}
 
     @tf.autograph.experimental.do_not_convert
     def host_chunk(self, examples: Example) -> Example:

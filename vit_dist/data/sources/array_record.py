@@ -24,6 +24,7 @@ from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
+from vit_dist.data.sources.preparation import preparation_of
 from vit_dist.data.sources.records import Keys, make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL, OpenShard, Shard, ShardReader
 from vit_dist.data.sources.synthetic import encode
@@ -61,6 +62,9 @@ class ArrayRecordSource(base.Source):
                 "(python -m vit_dist.convert)"
             )
         table = json.loads(path.read_text())
+        self.prepared = preparation_of(table)
+        if self.prepared is not None and self.prepared.format == "raw":
+            raise DataError(f"{self._folder} holds raw pixels: set config.data.source to raw")
         self._shards = table["shards"]
         self.class_names = tuple(table["class_names"])
         self.num_examples = sum(shard["count"] for shard in self._shards)
@@ -133,8 +137,8 @@ def convert(
     out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
     # Shards are numbered by it, so another number of examples per shard is another plan.
-    plan = {**_plan_of(source), "examples_per_shard": examples_per_shard}
-    _check_plan(out / PLAN, plan)
+    plan = {**plan_of(source), "examples_per_shard": examples_per_shard}
+    check_plan(out / PLAN, plan)
     num_shards = -(-source.num_examples // examples_per_shard)
     shards: list[dict[str, Any]] = []
     written = 0
@@ -144,11 +148,11 @@ def convert(
         # twice in all, and not from its beginning for every shard.
         to_write, to_compare = _Records(source, pool), _Records(source, pool)
         for i in range(num_shards):
-            path = out / f"{i:05d}-of-{num_shards:05d}.array_record"
+            path = out / shard_name(i, num_shards)
             # Slicing a range cuts the last shard off at the number of examples.
             numbers = range(source.num_examples)[i * examples_per_shard :][:examples_per_shard]
             if not path.exists():
-                _write_shard(path, to_write.take(numbers))
+                write_shard(path, to_write.take(numbers))
                 written += 1
             shards.append(_describe_shard(path, source, numbers, to_compare.take(numbers)))
             report(numbers.stop)
@@ -160,14 +164,23 @@ def convert(
     return written
 
 
-def _plan_of(source: base.Source) -> dict[str, Any]:
+def shard_name(number: int, count: int) -> str:
+    """Returns the name of a shard's file, e.g. 00003-of-00008.array_record."""
+    return f"{number:05d}-of-{count:05d}.array_record"
+
+
+def plan_of(source: base.Source) -> dict[str, Any]:
     """Returns which examples a conversion is of; their contents are compared shard by shard."""
     kept = ("num_examples", "classes", "names", "parts")
     return {key: value for key, value in source.fingerprint().items() if key in kept}
 
 
-def _check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
-    # Kept by the first call. With another plan a later call would mix shards of two conversions.
+def check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
+    """Writes the plan of a conversion, or compares it with that of an earlier call.
+
+    Raises:
+      DataError: With another plan this call would mix shards of two conversions.
+    """
     if not path.exists():
         write_whole(path, json.dumps(plan).encode())
     elif json.loads(path.read_text()) != plan:
@@ -203,7 +216,7 @@ class _Records:
         # Shards that were there already have been passed over: the stream is opened anew at the
         # number wanted.
         if self._next != numbers.start:
-            self._stream, self._next = _streamed(self._source, numbers.start), numbers.start
+            self._stream, self._next = streamed(self._source, numbers.start), numbers.start
         for number in numbers:
             image, label = next(self._stream)
             self._next += 1
@@ -217,10 +230,10 @@ class _Records:
                 label, self._source.num_classes, first_label=self._source.first_label
             )
             raise DataError(f"{self._source.describe(number)}: {problem}. {advice}")
-        return make_example(image if isinstance(image, bytes) else _png(image), label, KEYS)
+        return make_example(image if isinstance(image, bytes) else png(image), label, KEYS)
 
 
-def _streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
+def streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
     """Yields image and label of the examples of a stream from number `first` on."""
     with tf.device("CPU:0"):
         # Skipped before decode_record, so that what is passed over costs reading alone.
@@ -230,7 +243,7 @@ def _streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
         yield example["image"], int(example["label"])
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     """Returns the PNG of an array (H, W, C), which holds every value."""
     if image.shape[-1] not in (1, 2, 3, 4):
         raise DataError(
@@ -240,7 +253,8 @@ def _png(image: np.ndarray) -> bytes:
     return encode(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), "PNG")
 
 
-def _write_shard(path: epath.Path, records: Iterator[bytes]) -> None:
+def write_shard(path: epath.Path, records: Iterator[bytes]) -> None:
+    """Writes records as a shard, which has its name when it is whole."""
     temporary = paths.temporary_name(path)
     # Under another name until it is whole; a call that is killed leaves only the temporary file.
     writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)

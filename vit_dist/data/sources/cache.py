@@ -71,12 +71,13 @@ class CachedSource(base.Source):
         decoding: dict[str, Any] | None = None,
     ):
         if not source.indexable or not source.encoded:
-            why = "is streamed" if not source.indexable else "has arrays in memory already"
+            why = "is streamed" if not source.indexable else "has arrays already"
             raise ConfigError(f"config.input.cache={form!r} is of no use: {source} {why}")
         self._source, self._form, self._keep_damaged = source, form, keep_damaged
         self._decoding = decoding or {}
         self.split, self.num_examples = source.split, source.num_examples
         self.class_names, self.first_label = source.class_names, source.first_label
+        self.prepared = source.prepared
         self.encoded = form == "raw"
         self.element_spec = dict(source.element_spec)
         if form == "decoded":

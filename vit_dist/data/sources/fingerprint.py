@@ -1,9 +1,10 @@
 """What tells one set of examples from another, wherever it lies: compared when a run resumes.
 
-A fingerprint knows the number of the examples, the names of classes and files, the order in which
-they are read, the sizes of local files, and the contents of a few examples. It knows no path: a
-copy elsewhere has the same fingerprint. It cannot see that an example outside of the sample was
-replaced by another of the same size, nor, in a bucket, of any size.
+A fingerprint knows the number of the examples, the names of classes and files, how images were
+resized beforehand, the order in which they are read, the sizes of local files, and the contents of
+a few examples. It knows no path: a copy elsewhere has the same fingerprint. It cannot see that an
+example outside of the sample was replaced by another of the same size, nor, in a bucket, of any
+size.
 """
 
 import zlib
@@ -12,7 +13,7 @@ from typing import Any
 
 NUM_SAMPLED = 16  # examples whose contents are compared
 # A difference in one of these is another set, or another order: no resume can go on with it.
-DECIDING = ("num_examples", "classes", "names", "parts", "order")
+DECIDING = ("num_examples", "classes", "prepared", "names", "parts", "order")
 
 
 def checksum(names: Iterable[str]) -> int:

@@ -10,6 +10,7 @@ from vit_dist.data.sources.array_record import ArrayRecordSource
 from vit_dist.data.sources.digits import DemoSource
 from vit_dist.data.sources.folder import FolderSource
 from vit_dist.data.sources.mixture import MixtureSource
+from vit_dist.data.sources.raw import RawSource
 from vit_dist.data.sources.source import Source
 from vit_dist.data.sources.synthetic import SyntheticSource
 from vit_dist.data.sources.tfds import TfdsSource
@@ -21,6 +22,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "tfds": TfdsSource,
     "tfrecord": TfrecordSource,
     "array_record": ArrayRecordSource,
+    "raw": RawSource,
     "synthetic": SyntheticSource,
     "mixture": MixtureSource,
 }

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+from etils import epath
 from google.protobuf.message import DecodeError
 
 from vit_dist import paths
 from vit_dist.config.errors import DataError
+from vit_dist.data.sources.source import CORRUPT, MISSING
 
 # Streams are shuffled by file and then within blocks of this many records: the two blocks held at a
 # time are 0.9 GB of ImageNet's JPEGs (110 kB each).
@@ -152,6 +154,24 @@ def read_record(file: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     records = tf.data.experimental.from_variant(records, tf.TensorSpec((), tf.string))
     # An iterator made and ended for one record: 20 us, next to milliseconds for decoding an image.
     return records.take(1).get_single_element()
+
+
+def load_record(path: epath.PathLike, offset: int) -> bytes:
+    """Returns what `read_record` does, as bytes, for threads.
+
+    Raises:
+      DataError: The file is missing, or the record is damaged. What the storage fails to read
+        raises another error of TensorFlow's, which says nothing of the record.
+    """
+    # As bytes, since TensorFlow refuses names that are not UTF-8.
+    name = tf.constant(os.fsencode(path))
+    with tf.device("CPU:0"):
+        try:
+            return read_record(name, tf.constant(offset, tf.int64)).numpy()
+        except tf.errors.NotFoundError as error:
+            raise DataError(f"{MISSING}: {error.message}") from error
+        except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+            raise DataError(f"{CORRUPT}: {error.message}") from error
 
 
 def find_cut(files: Sequence[str], counts: Sequence[int], compression: str = "") -> str | None:

@@ -15,6 +15,7 @@ from vit_dist.config.errors import DataError
 from vit_dist.data import order
 from vit_dist.data.sources import labels as labels_lib
 from vit_dist.data.sources.fingerprint import checksum, sampled
+from vit_dist.data.sources.preparation import Preparation
 
 # How messages of `read_records` begin.
 MISSING, CORRUPT = "the file is missing", "the storage is damaged"
@@ -43,6 +44,7 @@ class Source(abc.ABC):
       encoded: Whether "image" is the bytes of an image file, else it is a uint8 array.
       element_spec: tf.TensorSpec of each entry of one example, without a batch dimension.
       first_label: The stored number of the first class, where that is an option; else None.
+      prepared: How the images were resized beforehand; None where they were not, or nobody knows.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Source(abc.ABC):
     encoded: bool = True
     element_spec: dict[str, tf.TensorSpec]
     first_label: int | None = None
+    prepared: Preparation | None = None
 
     @property
     def num_classes(self) -> int:
@@ -157,6 +160,8 @@ class Source(abc.ABC):
             "classes": checksum(self.class_names),
             "names": checksum(self.names()),
         }
+        if self.prepared is not None:
+            found["prepared"] = str(self.prepared)
         # A source that cannot tell the sizes has no such entry, and `fingerprint.compare` skips it.
         sizes = self.sizes()
         return {**found, "sample": self.sample(), **({} if sizes is None else {"sizes": sizes})}

@@ -13,7 +13,7 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import checksum, sampled
 from vit_dist.data.sources.record_table import SUFFIX, open_table, read_unverified
-from vit_dist.data.sources.records import Keys, find_cut, read_record, stream_records
+from vit_dist.data.sources.records import Keys, find_cut, load_record, read_record, stream_records
 
 READ_AHEAD_VARIABLE = "GCS_READAHEAD_BUFFER_SIZE_BYTES"  # TensorFlow's, for gs://
 
@@ -151,17 +151,7 @@ class TfrecordSource(base.Source):
         if self._table.compression:
             return super().load(index)
         file, offset = self._locate(index)
-        # As bytes, since TensorFlow refuses names that are not UTF-8.
-        path = os.fsencode(self.files[file])
-        with tf.device("CPU:0"):
-            try:
-                record = read_record(tf.constant(path), tf.constant(offset))
-            except tf.errors.NotFoundError as error:
-                raise DataError(f"{base.MISSING}: {error.message}") from error
-            # Errors of other types come from the storage and say nothing of the record.
-            except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-                raise DataError(f"{base.CORRUPT}: {error.message}") from error
-        return self._keys.load(record.numpy())
+        return self._keys.load(load_record(self.files[file], offset))
 
     def peek(self, index: int) -> tuple[bytes, int]:
         file, offset = self._locate(index)
