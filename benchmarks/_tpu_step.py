@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,22 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
-from tensorflow.compiler.xla.service import hlo_pb2
 
+from vit_dist.config.errors import UserError
+from vit_dist.costs.compiled import TOPOLOGIES, Compiled, Compiler, TooLarge
 from vit_dist.data.mixing import ROW_SPEC, make_mixing
 from vit_dist.model.variants import choose_form, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
+from vit_dist.run.lowering import Lowered
 from vit_dist.training.losses import make_loss
 from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
 from vit_dist.training.schedules import Schedule
 from vit_dist.training.state import TrainState
-from vit_dist.training.step import make_gradients, make_update
+from vit_dist.training.step import make_gradients
+from vit_dist.training.update import make_update
 
 HERE = Path(__file__).resolve().parent
-COMPILER = HERE.parent / ".venv-tpu-compile" / "bin" / "python"
-TOPOLOGY = "v5e:1x1"
+TOPOLOGY = TOPOLOGIES["TPU v5e"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +82,6 @@ def export_step(setting: Setting) -> tuple[bytes, int]:
         ema_decay=0.9999 if setting.ema else None,
     )
 
-    # One replica without a strategy: gradients and update follow each other in one program.
-    @tf.function(jit_compile=True, autograph=False)
-    def step(*values):
-        return update(*gradients(dict(zip(batch, values, strict=True)), tf.constant(0))).metrics
-
     batch_size, side = setting.batch_size, setting.image_size
     batch = {
         "image": tf.TensorSpec((batch_size, side, side, 3), tf.uint8),
@@ -91,43 +89,34 @@ def export_step(setting: Setting) -> tuple[bytes, int]:
     }
     if mixing is not None:
         batch["mix"] = tf.TensorSpec((batch_size, *ROW_SPEC.shape), ROW_SPEC.dtype)
-    serialized = step.experimental_get_compiler_ir(*batch.values())(stage="hlo_serialized")
-    return _without_counters(serialized), network.count_params()
+    # One replica without a strategy: gradients and update follow each other in one program.
+    lowered = Lowered(lambda batch: update(*gradients(batch, tf.constant(0))).metrics, batch)
+    return lowered.module(), network.count_params()
 
 
-def _without_counters(serialized: bytes) -> bytes:
-    """The same module; numbers, names and origins of what TensorFlow has traced before are gone."""
-    module = hlo_pb2.HloModuleProto.FromString(serialized)
-    # Computations and instructions refer to each other by numbers that count on in the process.
-    places = {c.id: i for i, c in enumerate(module.computations, 1)}
-    module.name, module.id = "step", 0
-    module.entry_computation_id = places[module.entry_computation_id]
-    for computation in module.computations:
-        computation.id = places[computation.id]
-        computation.name = f"computation.{computation.id}"
-        first = computation.id << 32  # a number says which computation the instruction is in
-        numbers = {x.id: first + i for i, x in enumerate(computation.instructions)}
-        computation.root_id = numbers[computation.root_id]
-        for instruction in computation.instructions:
-            instruction.ClearField("metadata")
-            instruction.id = numbers[instruction.id]
-            instruction.name = f"{instruction.opcode}.{instruction.id}"
-            lists = (
-                (instruction.operand_ids, numbers),
-                (instruction.control_predecessor_ids, numbers),
-                (instruction.called_computation_ids, places),
-            )
-            for ids, new in lists:
-                ids[:] = [new[i] for i in ids]
-    module.entry_computation_name = f"computation.{module.entry_computation_id}"
-    return module.SerializeToString(deterministic=True)
+def open_compiler(python: str, cache: str | None = None) -> Compiler:
+    """The compiler of an environment; ends this program where there is none."""
+    try:
+        return Compiler(python, cache=cache)
+    except UserError as error:
+        sys.exit(str(error))
 
 
-def compile_for_tpu(python: str, topology: str, *what: str) -> dict[str, float]:
-    """What the compiler says of a program: see _tpu_compiler.py."""
-    # In another interpreter, whose environment has JAX and libtpu.
-    command = [python, str(HERE / "_tpu_compiler.py"), topology, *what]
+def compile_step(compiler: Compiler, step: bytes, topology: str) -> Compiled:
+    """What the compiler says of a program; ends this program where it does not compile."""
+    try:
+        found = compiler.compile(step, topology)
+    except UserError as error:
+        sys.exit(str(error))
+    if isinstance(found, TooLarge):
+        sys.exit(f"it needs {found.needed / 1e9:.1f} GB of {found.limit / 1e9:.1f}")
+    return found
+
+
+def compile_peer(python: str, topology: str, *what: str) -> Compiled:
+    """What the compiler says of the peer: see _tpu_peer.py."""
+    command = [python, str(HERE / "_tpu_peer.py"), topology, *what]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+        sys.exit(done.stderr[-3000:])
+    return Compiled(**json.loads(done.stdout.splitlines()[-1]))

@@ -5,8 +5,8 @@
 TensorFlow exports the whole step (forward, backward, clip, AdamW) as HLO. libtpu's compiler, in an
 environment of its own, turns the HLO into a TPU program and reports what the program needs: memory
 besides its arguments, bytes accessed, flops. Bytes accessed include copies between the two kinds of
-memory on the chip. --peer also compiles the same step written with flax and optax, which takes some
-minutes more.
+memory on the chip. What was compiled before is in the cache that `python -m vit_dist.plan` uses,
+too. --peer also compiles the same step written with flax and optax, which takes some minutes more.
 
 LIMITS are the numbers of big_vision's step, compiled at the default settings.
 """
@@ -14,26 +14,35 @@ LIMITS are the numbers of big_vision's step, compiled at the default settings.
 import argparse
 import ast
 import sys
-import tempfile
-from pathlib import Path
 
 import _smoke
-from _tpu_step import COMPILER, TOPOLOGY, Setting, compile_for_tpu, export_step
+from _tpu_step import (
+    TOPOLOGY,
+    Compiled,
+    Setting,
+    compile_peer,
+    compile_step,
+    export_step,
+    open_compiler,
+)
+
+from vit_dist.costs.compiled import DEFAULT_PYTHON
 
 LIMITS = {"temp": 448e6, "accessed": 7.76e9}  # Ti/16, batch 32, bfloat16, 224 px
 SMOKE = {"batch_size": 2, "model": ["depth=1"]}
 
 
-def show(name: str, found: dict[str, float]) -> None:
+def show(name: str, found: Compiled) -> None:
     print(
-        f"{name}: temp {found['temp'] / 1e6:.0f} MB, arguments {found['arguments'] / 1e6:.0f} MB, "
-        f"bytes accessed {found['accessed'] / 1e9:.2f} GB, flops {found['flops'] / 1e9:.0f} G",
+        f"{name}: temp {found.temp / 1e6:.0f} MB, arguments {found.arguments / 1e6:.0f} MB, "
+        f"bytes accessed {found.accessed / 1e9:.2f} GB, flops {found.flops / 1e9:.0f} G, "
+        f"code {found.code / 1e6:.1f} MB",
         flush=True,
     )
 
 
-def show_ratios(found: dict[str, float], other: dict[str, float], name: str) -> None:
-    ratios = ", ".join(f"{key} {found[key] / other[key]:.2f}" for key in ("temp", "accessed"))
+def show_ratios(found: Compiled, temp: float, accessed: float, name: str) -> None:
+    ratios = f"temp {found.temp / temp:.2f}, accessed {found.accessed / accessed:.2f}"
     print(f"ratio to {name}: {ratios}", flush=True)
 
 
@@ -45,12 +54,12 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in the step")
     parser.add_argument("--topology", default=TOPOLOGY, help="also v5p:2x2x1, v6e:1x1, ..., cpu")
-    parser.add_argument("--python", default=str(COMPILER), help="that has JAX, and libtpu")
+    parser.add_argument("--python", default=DEFAULT_PYTHON, help="that has JAX, and libtpu")
+    parser.add_argument("--cache", default="", help="folder of what was compiled before")
     parser.add_argument("--model", nargs="*", default=[], help="keys of config.model: pool=tok")
     parser.add_argument("--peer", action="store_true", help="compile flax and optax beside it")
     args = _smoke.parse(parser, SMOKE)
-    if not Path(args.python).exists():
-        raise SystemExit("libtpu is not installed: run `make bench-tpu`")
+    compiler = open_compiler(args.python, args.cache or None)
     model = {"softmax": "compute", **dict(pair.split("=", 1) for pair in args.model)}
     model = {key: _literal(value) for key, value in model.items()}
     setting = Setting(
@@ -62,18 +71,15 @@ def main() -> None:
         f"{args.accumulation} micro-batches, bfloat16, {model}, for {args.topology}",
         flush=True,
     )
-    with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
-        Path(file.name).write_bytes(step)
-        found = compile_for_tpu(args.python, args.topology, file.name)
+    found = compile_step(compiler, step, args.topology)
     show("vit_dist", found)
     if (args.variant, args.batch_size, args.accumulation) == ("Ti/16", 32, 1):
-        show_ratios(found, LIMITS, "big_vision's 448 MB and 7.76 GB")
+        show_ratios(found, LIMITS["temp"], LIMITS["accessed"], "big_vision's 448 MB and 7.76 GB")
     if args.peer:
         depth = [str(model["depth"])] if "depth" in model else []
-        what = ("peer", args.variant, str(args.batch_size), *depth)
-        peer = compile_for_tpu(args.python, args.topology, *what)
+        peer = compile_peer(args.python, args.topology, args.variant, str(args.batch_size), *depth)
         show("flax and optax", peer)
-        show_ratios(found, peer, "flax and optax")
+        show_ratios(found, peer.temp, peer.accessed, "flax and optax")
 
 
 def _literal(text: str):

@@ -5,26 +5,24 @@
 Each row of ROWS is a step that libtpu's compiler turns into a TPU program, on a machine without a
 TPU (see tpu_compile.py). A row's bounds say what the option is there for: one that is meant to save
 memory and does not is a failure, and so is a figure that is not the one in docs/tpu_options.md
-any more. --write writes that page. A compilation takes a minute or more, so its figures are kept in
-.cache/tpu_compile under a hash of the program and of the compiler's version.
+any more. --write writes that page. A compilation takes a minute or more, so its figures are kept by
+a hash of the program and of the compiler's version, in the cache of `python -m vit_dist.plan`.
 """
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import _smoke
-from _tpu_step import COMPILER, TOPOLOGY, Setting, compile_for_tpu, export_step
+from _tpu_step import TOPOLOGY, Compiler, Setting, compile_step, export_step, open_compiler
+
+from vit_dist.costs.compiled import DEFAULT_PYTHON
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / ".cache" / "tpu_compile"
 PAGE = ROOT / "docs" / "tpu_options.md"
 BEGIN = "<!-- the table begins: written by benchmarks/tpu_options.py -->\n"
 END = "<!-- the table ends -->"
@@ -144,35 +142,19 @@ def rows() -> list[Row]:
     ]
 
 
-def measure(chosen: list[Row], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(chosen: list[Row], compiler: Compiler, topology: str) -> dict[str, dict[str, float]]:
     """Name of a row -> its figures, from the cache or the compiler; says how far it is."""
     found = {}
     for number, one in enumerate(chosen, 1):
         print(f"{number}/{len(chosen)} {one.name}", end=": ", flush=True)
         step, _ = export_step(one.setting)
-        kept = cache_file(step, args)
-        if not kept.exists():
-            with tempfile.NamedTemporaryFile(suffix=".hlo") as file:
-                Path(file.name).write_bytes(step)
-                figures = compile_for_tpu(args.python, args.topology, file.name)
-            # Kept at once: whoever interrupts this goes on from here.
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(figures))
-        found[one.name] = json.loads(kept.read_text())
+        found[one.name] = dataclasses.asdict(compile_step(compiler, step, topology))
         told = [
             f"{head} {found[one.name][key] / unit:{form}}"
             for key, (head, unit, form) in COLUMNS.items()
         ]
         print(f"{', '.join(told)} (compiled in {found[one.name]['seconds']:.0f} s)", flush=True)
     return found
-
-
-def cache_file(step: bytes, args: argparse.Namespace) -> Path:
-    # Another compiler gives other figures: the folders of its packages carry their versions.
-    packages = Path(args.python).parent.parent.glob("lib/python*/site-packages/*.dist-info")
-    versions = sorted(p.name for p in packages if re.match(r"(jax|jaxlib|libtpu)-", p.name))
-    key = hashlib.sha256(json.dumps([args.topology, versions]).encode() + step).hexdigest()
-    return Path(args.cache) / f"{key[:32]}.json"
 
 
 def table(chosen: list[Row], found: Mapping[str, Mapping[str, float]]) -> str:
@@ -237,12 +219,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     parser.add_argument("--depth", type=int, help="blocks of each model, in place of the variant's")
     parser.add_argument("--batch_size", type=int, help="of each step, in place of the row's")
-    parser.add_argument("--cache", default=str(CACHE), help="folder of what was compiled before")
+    parser.add_argument("--cache", default="", help="folder of what was compiled before")
     parser.add_argument("--topology", default=TOPOLOGY, help="also v5p:2x2x1, v6e:1x1, ..., cpu")
-    parser.add_argument("--python", default=str(COMPILER), help="that has JAX, and libtpu")
+    parser.add_argument("--python", default=DEFAULT_PYTHON, help="that has JAX, and libtpu")
     args = _smoke.parse(parser, SMOKE)
-    if not Path(args.python).exists():
-        raise SystemExit("libtpu is not installed: run `make test-tpu-compile`")
+    compiler = open_compiler(args.python, args.cache or None)
     chosen = choose(args.only)
     other = bool(args.depth or args.batch_size or args.topology != TOPOLOGY)
     if args.write and (args.only or other):
@@ -258,7 +239,7 @@ def main() -> None:
         )
         for one in chosen
     ]
-    found = measure(chosen, args)
+    found = measure(chosen, compiler, args.topology)
     text = table(chosen, found)
     print(text, end="", flush=True)
     if args.write:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny
-from tests.support.processes import TINY, Command
+from tests.support.processes import TINY, Command, run
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.costs.memory import count_state, step_memory
@@ -64,14 +64,14 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it():
     flags = [change.flags for change in found.changes]
     assert any("step.accumulation" in text for text in flags) and len(flags) > 1
     for change in found.changes:
-        assert change.memory.total <= found.available
+        assert change.need <= found.available
         changed = {}
         for word in change.flags.split():
             key, _, value = word.removeprefix("--config.").partition("=")
             value = int(value) if value.isdigit() else value
             changed[key.replace(".", "__")] = value == "True" if value == "True" else value
         again = plan(config(**base, **changed), "v5e-1", **SIZE)
-        assert again.fits and again.need == change.memory.total
+        assert again.fits and again.need == change.need
 
 
 def test_sharded_state_is_not_suggested_for_tpus_but_for_cards():
@@ -111,6 +111,55 @@ def test_the_input_is_measured_and_scaled():
     assert ("--config.input.cache" in cores.note) == (cores.value > 1)
 
 
+def test_a_host_keeps_batches_and_a_cache():
+    base = {"batch_size": 1024, "input__cache": "decoded", "input__prefetch": 3}
+    rows = figures(plan(config("S/16", **base), "v5e-16", **SIZE))
+    # Four hosts; three batches ready, and two on their way.
+    ready = 5 * 1024 / 4 * 224 * 224 * 3
+    assert rows["host", "batches that are kept ready"].value * 1e9 == pytest.approx(ready)
+    # Made-up images have 375 x 500 pixels; a tenth more, as it is estimated from a sample.
+    cache = rows["host", "cache"]
+    assert cache.value * 1e9 == pytest.approx(1.1 * SIZE["num_examples"] * 375 * 500 * 3, rel=1e-3)
+    assert "made-up" in cache.note
+    parts = [row.value for (section, name), row in rows.items() if section == "host"]
+    assert rows["host", "memory, all of these"].value > cache.value + ready / 1e9
+    assert all(value >= 0 for value in parts)
+    # The cache is read once; without it images are read all the time.
+    assert ("host", "reads from storage") not in rows
+    once = rows["host", "reads from storage, once"].value
+    rows = figures(plan(config("S/16", batch_size=1024), "v5e-16", **SIZE))
+    assert ("host", "cache") not in rows
+    images = rows["time", "images per second, expected"].value / 4
+    size = once * 1e9 / SIZE["num_examples"]
+    assert rows["host", "reads from storage"].value * 1e6 == pytest.approx(images * size)
+
+
+@pytest.mark.exhaustive
+def test_a_cache_in_a_folder_is_no_memory(tmp_path):
+    kept = {"input__cache": "raw", "input__cache_dir": str(tmp_path / "cache")}
+    rows = figures(plan(config("S/16", **kept), "v5e-16", **SIZE))
+    assert rows["host", "cache, on disk"].value > 1
+    assert rows["host", "memory, all of these"].value < rows["host", "cache, on disk"].value
+    # Planning makes nothing.
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_what_is_in_memory_is_refused():
+    with pytest.raises(ConfigError, match="of no use"):
+        plan(tiny.make(input__cache="raw"), "cpu")
+
+
+def test_several_hosts_of_cards():
+    wanted = config("S/16", batch_size=1024)
+    unknown = figures(plan(wanted, "2x8xH100", **SIZE))["time", "step"]
+    assert unknown.value == "unknown" and "--network" in unknown.note
+    found = figures(plan(wanted, "2x8xH100", network=400.0, **SIZE))
+    # Each of 16 sends 2 * 15 / 16 of the gradients by 50 GB/s.
+    milliseconds = 1e3 * 15 / 8 * 4 * found["model", "parameters"].value / 50e9
+    row = found["time", "all-reduce by itself"]
+    assert row.value == pytest.approx(milliseconds) and "2 hosts" in row.note
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -119,6 +168,7 @@ def test_the_input_is_measured_and_scaled():
         ({"target": "8xH100", "num_classes": 1}, "--num_classes must be 2 or more"),
         ({"target": "8xH100", "num_examples": None}, "--num_examples must be 1 or more"),
         ({"target": "8xH100", "host_cores": 0}, "--host_cores"),
+        ({"target": "8xH100", "network": 400.0}, "--network"),
         ({"target": "8xH100", "input_seconds": -1.0}, "--input_seconds"),
         ({"target": "3xH100"}, "4096"),  # does not divide the batch
     ],
@@ -139,10 +189,29 @@ def test_the_command(tmp_path):
     words = (f"--config={TINY}", "--target=2xcpu", f"--json={tmp_path / 'plan.json'}")
     with Command(
         *words, "--input_seconds=0.1", module="vit_dist.plan", log=tmp_path / "log"
-    ) as run:
-        assert run.wait() == 0, run.text()
-    assert "it fits" in run.text() and "measured" in run.text()
+    ) as command:
+        assert command.wait() == 0, command.text()
+    assert "it fits" in command.text() and "measured" in command.text()
+    # What was not compiled is told, and how it can be.
+    assert "Nothing was compiled" in command.text() and "--compile" in command.text()
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
+
+
+@pytest.mark.exhaustive
+@pytest.mark.spawns
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--search"], "--search goes with --compile"),
+        (["--compiler=/usr/bin/python3"], "--compiler goes with --compile"),
+        (["--compile", "--compiler=/nowhere/python"], "tpu-compile"),
+        (["--network=400"], "--network is what several hosts"),
+    ],
+)
+def test_flags_that_do_not_go_together(words, message, tmp_path):
+    flags = (f"--config={TINY}", "--target=cpu", "--input_seconds=0", *words)
+    code, text = run(*flags, module="vit_dist.plan", log=tmp_path / "log")
+    assert code == 2 and message in text, text
 
 
 @pytest.mark.slow

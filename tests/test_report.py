@@ -114,6 +114,25 @@ def test_texts_are_no_markup():
     assert not found & {"b", "i", "u", "k", "v"}
 
 
+def test_what_was_planned_stands_beside_what_was_measured(tmp_path):
+    with make_writer(tmp_path) as writer:
+        # Compilation is in the first step's time.
+        for step, seconds in ((1, 60.0), (2, 0.2), (3, 0.3), (4, 0.25), (5, 0.25)):
+            row = {"train/seconds_per_step": seconds, "memory/device_peak": 2.0 + step}
+            writer.scalars(step, row)
+    planned = [
+        {"figure": "s", "metric": "train/seconds_per_step", "limit": 0.1, "expected": 0.2},
+        {"figure": "GiB", "metric": "memory/device_peak", "limit": None, "expected": 8.0},
+        {"figure": "MFU", "metric": "speed/mfu", "limit": 1.0, "expected": 0.5},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps(planned))
+    found = Reader(make_report([read_history(tmp_path)])).rows
+    name = tmp_path.name
+    assert [name, "s", "0.1", "0.2", "0.25", "1.25"] in found
+    assert [name, "GiB", "", "8", "7", "0.875"] in found
+    assert [name, "MFU", "1", "0.5", "", ""] in found
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_browser_shows_it(page, tmp_path):
     file = tmp_path / "report.html"

@@ -91,6 +91,8 @@ def test_the_config_is_kept(trained):
     saved = json.loads((trained.workdir / "config.json").read_text())
     assert saved == json.loads(config_lib.to_json(trained.config))
     assert saved["total_steps"] == 12 and saved["log_percent"] is None
+    # And what was expected of it, for the report.
+    assert json.loads((trained.workdir / "plan.json").read_text())[0]["expected"] > 0
     checkpoint = open_checkpoint(str(trained.workdir))
     assert checkpoint.notes["config"] == saved
     assert checkpoint.notes["class_names"] == list("0123456789")

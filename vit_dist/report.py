@@ -7,6 +7,7 @@ folders alone: no model is built, and no device is touched.
 """
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
@@ -28,7 +29,7 @@ from vit_dist.storage.files import write_output
 # What stands in the first table where a run has it.
 _RESULTS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/loss")
 # Texts of TensorBoard that a section of their own shows better.
-_CONFIG_TEXTS = ("config", "config_changes")
+_SHOWN_TEXTS = ("config", "config_changes", "plan")
 
 
 def define_flags() -> None:
@@ -58,6 +59,7 @@ def make_report(runs: Sequence[History]) -> str:
     of = dict(zip(names, runs, strict=True))
     page = Page(f"Training: {', '.join(names)}")
     _add_results(page, of)
+    _add_plans(page, of)
     _add_curves(page, of)
     _add_configs(page, of)
     for name, run in of.items():
@@ -72,7 +74,7 @@ def make_report(runs: Sequence[History]) -> str:
             page.heading(f"Goodput and restarts: {name}")
             page.preformatted(format_table(run.starts))
     for name, run in of.items():
-        texts = {k: v for k, v in run.texts.items() if k not in _CONFIG_TEXTS}
+        texts = {k: v for k, v in run.texts.items() if k not in _SHOWN_TEXTS}
         if texts:
             page.heading(f"How it was run: {name}")
         for tag, text in sorted(texts.items()):
@@ -104,6 +106,30 @@ def _add_results(page: Page, runs: Mapping[str, History]) -> None:
     page.markup("<details><summary>The last value of every metric</summary>")
     page.table(rest)
     page.markup("</details>")
+
+
+def _add_plans(page: Page, runs: Mapping[str, History]) -> None:
+    rows = []
+    for name, run in runs.items():
+        for planned in run.plan:
+            _, values = run.curves.get(planned["metric"], ([], []))
+            # Most of a run, and not its first steps, which compile, or its last one. Memory is a
+            # peak, of which the largest counts.
+            peak = planned["metric"].startswith("memory/")
+            measured = (max(values) if peak else statistics.median(values)) if values else None
+            rows.append(
+                {
+                    "run": name,
+                    "figure": planned["figure"],
+                    "planned limit": planned["limit"],
+                    "planned": planned["expected"],
+                    "measured": measured,
+                    "measured / planned": measured and measured / planned["expected"],
+                }
+            )
+    if rows:
+        page.heading("Planned and measured")
+        page.table(rows)
 
 
 def _add_curves(page: Page, runs: Mapping[str, History]) -> None:

@@ -33,7 +33,7 @@ def test_input(tmp_path):
 
 def test_tpu_compile(tmp_path):
     """With JAX's compiler for CPUs in the place of libtpu's, which is another environment's."""
-    flags = ("--smoke", "--peer", "--topology=cpu", f"--python={PYTHON}")
+    flags = ("--smoke", "--peer", "--topology=cpu", f"--python={PYTHON}", f"--cache={tmp_path}/c")
     out = run_benchmark("tpu_compile", *flags, folder=tmp_path)
     for name in ("vit_dist", "flax and optax"):
         assert re.search(rf"^{name}: temp \d+ MB, arguments \d+ MB, bytes accessed", out, re.M), out

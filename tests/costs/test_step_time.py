@@ -33,6 +33,17 @@ def test_operations_at_the_peak():
     assert found.compute == pytest.approx(8 * train_flops(network()) / 1e12)
 
 
+def test_an_all_reduce_over_hosts_and_in_bfloat16():
+    target = machine(count=4)._replace(hosts=2, network=0.25)
+    found, state = times(target)
+    assert found.all_reduce == pytest.approx(1.5 * state.gradients / 0.25e9)
+    config = network()
+    half = step_time(config, state, target, batch_size=8, precision="float32", sent_as="bfloat16")
+    assert half.all_reduce == pytest.approx(found.all_reduce / 2)
+    # Without a number for the network there is none for the time.
+    assert times(target._replace(network=None))[0] is None
+
+
 def test_an_all_reduce_is_a_ring():
     found, state = times(machine(count=4))
     # Each of 4 sends 2 * 3 / 4 of the gradients by half of 2 GB/s.

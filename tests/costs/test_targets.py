@@ -16,6 +16,8 @@ MACHINES = {
     "v5p-16": ("TPU v5p", "TPU", 8, 2),
     "8xA100-80GB": ("A100 80 GB", "GPU", 8, 1),
     "8xA100": ("A100 40 GB", "GPU", 8, 1),
+    "2x8xH100": ("H100", "GPU", 16, 2),
+    "4x1xH200": ("H200", "GPU", 4, 4),
     "8xH100": ("H100", "GPU", 8, 1),
     "h200": ("H200", "GPU", 1, 1),
     "1xRTX4090": ("RTX 4090", "GPU", 1, 1),
@@ -36,10 +38,45 @@ def test_a_cpu_is_measured_and_shared():
     assert one.device.float32 > 1e-3 and one.device.bandwidth > 0.1  # GFLOP/s, and 100 MB/s
 
 
-@pytest.mark.parametrize("name", ["", "0xH100", "9xH10", "v5e-3", "v5e-12x", "v4-4", "v9-8", "tpu"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "0xH100",
+        "0x8xH100",
+        "2x0xH100",
+        "2x2xcpu",
+        "2x2x2xH100",
+        "9xH10",
+        "v5e-3",
+        "v5e-12x",
+        "v4-4",
+        "v9-8",
+        "tpu",
+    ],
+)
 def test_what_cannot_be(name):
     with pytest.raises(ConfigError, match="--target"):
         parse_target(name)
+
+
+def test_a_ring_over_hosts_is_as_fast_as_their_network():
+    # 900 GB/s, both directions together.
+    assert parse_target("8xH100").link == 450
+    assert parse_target("2x8xH100").link is None
+    assert parse_target("2x8xH100", network=400).link == 50
+    # No network makes the cards' own links faster.
+    assert parse_target("2x8xH100", network=1e5).link == 450
+    # A TPU's chips have links of their own to those of other hosts.
+    assert parse_target("v5e-16").link == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "network"), [("8xH100", 400), ("v5e-16", 400), ("cpu", 1), ("2x8xH100", 0)]
+)
+def test_networks_that_cannot_be(name, network):
+    with pytest.raises(ConfigError, match="--network"):
+        parse_target(name, network=network)
 
 
 def test_examples_are_known():

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from vit_dist.run import build
 from vit_dist.run.check import check
-from vit_dist.training.step import make_gradients
-from vit_dist.training.update import make_update
+from vit_dist.run.lowering import lower_step
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 # Instructions that leave the device, or call what only this machine has.
@@ -38,40 +36,7 @@ def small(path):
 def hlo_of(config):
     """The whole step on one replica, with the layers' form for TPUs."""
     options, data = check(config)
-    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
-    state = build.make_state(options, strategy)
-    assert state.model.get_config()["form"] == "tensor"
-    gradients = make_gradients(
-        state,
-        options.loss,
-        preprocess=options.input.pipe.device,
-        batch_size=options.input.batch_size,
-        accumulation=options.step.accumulation,
-        seed=options.seed,
-        mixing=options.input.mixing,
-        masked=bool(data.damage),
-    )
-    update = make_update(
-        state,
-        schedule=options.schedule,
-        clip_norm=options.step.clip_norm,
-        ema_decay=options.step.ema_decay,
-    )
-
-    @tf.function(jit_compile=True, autograph=False)
-    def step(*values):
-        return update(*gradients(dict(zip(batch, values, strict=True)), tf.constant(0))).metrics
-
-    count = options.input.batch_size
-    batch = {
-        "image": tf.TensorSpec((count, 32, 32, 3), tf.uint8),
-        "label": tf.TensorSpec((count,), tf.int32),
-    }
-    if options.input.mixing is not None:
-        batch["mix"] = tf.TensorSpec((count, 6), tf.float32)
-    if data.damage:
-        batch["mask"] = tf.TensorSpec((count,), tf.float32)
-    return step.experimental_get_compiler_ir(*batch.values())(stage="hlo")
+    return lower_step(options, data, share=options.input.batch_size, kind="TPU").text()
 
 
 def unfit(hlo):
@@ -92,8 +57,7 @@ COVERING = ("deit3", "transfer", "vit_i21k")
         for p in CONFIGS
     ],
 )
-def test_a_recipes_step_is_one_program(path, monkeypatch):
-    monkeypatch.setattr(build, "device_kind", lambda strategy: "TPU")
+def test_a_recipes_step_is_one_program(path):
     config = small(path)
     hlo = hlo_of(config)
     assert " dot(" in hlo and not unfit(hlo)

@@ -22,7 +22,7 @@ import tensorflow as tf
 from vit_dist.costs.flops import count_tokens, layer_flops
 from vit_dist.model.variants import as_pair
 from vit_dist.model.vit import ViT, named_weights
-from vit_dist.training.optimizer import OptimizerOptions, make_optimizer
+from vit_dist.training.optimizer import Optimizer, OptimizerOptions, make_optimizer
 from vit_dist.training.sharding import assign_owners
 
 _FLOAT32 = 4
@@ -92,9 +92,18 @@ def count_state(network: Mapping[str, Any], options: OptimizerOptions, *, ema: b
         # Sharding needs devices, and which slots there are does not depend on it.
         whole = dataclasses.replace(options, shard_state=False)
         optimizer = make_optimizer(named, whole, num_heads=network["num_heads"])
-        slots = {
-            k: math.prod(v.shape) * tf.as_dtype(v.dtype).size for k, v in optimizer.slots.items()
-        }
+        return state_of(named, optimizer, ema=ema)
+
+
+def state_of(named: Mapping[str, Any], optimizer: Optimizer, *, ema: bool) -> State:
+    """Counts the variables of a training that has been made.
+
+    Args:
+      named: the model's weights by name.
+      optimizer: of these.
+      ema: whether a moving average of the weights is kept.
+    """
+    slots = {k: math.prod(v.shape) * tf.as_dtype(v.dtype).size for k, v in optimizer.slots.items()}
     sizes = {name: math.prod(v.shape) for name, v in named.items()}
     owned = dict.fromkeys(optimizer.variables, 0)
     for name, size in slots.items():

@@ -66,6 +66,7 @@ def step_time(
     *,
     batch_size: int,
     precision: str,
+    sent_as: str = "float32",
 ) -> StepTime | None:
     """The time of a step whose device has `batch_size` images; None if the table lacks a number.
 
@@ -73,10 +74,11 @@ def step_time(
       network: arguments of ViT, with `remat`.
       state: of memory.count_state.
       precision: of activations.
+      sent_as: dtype in which gradients travel, "float32" or "bfloat16".
     """
     device = target.device
     peak = device.peak(precision)
-    if not (peak and device.bandwidth and (device.link or target.num_devices == 1)):
+    if not (peak and device.bandwidth and (target.link or target.num_devices == 1)):
         return None
     flops = batch_size * remat_flops(network, state.trained)
     kept, others = (
@@ -96,11 +98,12 @@ def step_time(
     moved = _COMPILED_TRAFFIC * others + (kept - others)
     compiled = (_REMAT_TRAFFIC if network["remat"] == "full" else 1) * moved + update
     all_reduce = 0.0
-    if target.num_devices > 1 and device.link:
-        # A ring sends and receives 2 (n - 1) / n of the gradients; the table's link is both
-        # directions together.
+    if target.num_devices > 1 and target.link:
+        # A ring sends and receives 2 (n - 1) / n of the gradients. Over several hosts as well: with
+        # one ring for each card of a host they share its network, and each has its part of them.
         share = 2 * (target.num_devices - 1) / target.num_devices
-        all_reduce = share * state.gradients / (device.link / 2 * 1e9)
+        sent = state.gradients / (2 if sent_as == "bfloat16" else 1)
+        all_reduce = share * sent / (target.link * 1e9)
     bandwidth = device.bandwidth * 1e9
     return StepTime(
         flops / peak, least / bandwidth, compiled / bandwidth, all_reduce, target.kind == "CPU"

@@ -1,5 +1,6 @@
 """Machines by the names that people and clouds give them: v5e-8, 8xA100-80GB, cpu."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ _TWO_CORES = ("v4", "v5p")
 # Chips of one host: of v5e and v6e up to eight are one machine, larger slices have hosts of four.
 _CHIPS_OF_HOST, _CHIPS_OF_ONE_HOST = 4, 8
 _GB = 1e9
-EXAMPLES = "v5e-8, v4-32, v6e-16, 8xA100-80GB, 8xH100, 1xRTX4090, cpu, 2xcpu"
+EXAMPLES = "v5e-8, v4-32, v6e-16, 8xA100-80GB, 8xH100, 2x8xH100, 1xRTX4090, cpu, 2xcpu"
 
 
 class Target(NamedTuple):
@@ -26,6 +27,8 @@ class Target(NamedTuple):
       device: one of them; a CPU's was measured on this machine.
       num_devices: how many.
       hosts: machines that they are in.
+      network: what a host of several can send to others, GB/s in each direction; None for TPUs,
+        whose links join all chips of a slice, for one host, and where nobody tells.
     """
 
     name: str
@@ -33,34 +36,67 @@ class Target(NamedTuple):
     device: Device
     num_devices: int
     hosts: int
+    network: float | None = None
+
+    @property
+    def link(self) -> float | None:
+        """GB/s in each direction between neighbours of a ring of all devices; None if unknown.
+
+        A ring is as fast as its slowest link. Its neighbours on two hosts have the hosts' network
+        between them.
+        """
+        # The table's links are both directions together.
+        inside = self.device.link and self.device.link / 2
+        if self.hosts == 1 or self.kind == "TPU":
+            return inside
+        return self.network and min(self.network, inside or self.network)
 
 
-def parse_target(text: str, devices: Sequence[Device] = DEVICES) -> Target:
+def parse_target(
+    text: str, devices: Sequence[Device] = DEVICES, *, network: float | None = None
+) -> Target:
     """The machine of a name such as "v5e-8".
 
     Args:
       text: a TPU slice as Google names it (v5e-8, v5litepod-8), or NxCARD (8xH100; one without a
-        number), or cpu: the processor of this machine, shared by N replicas in Nxcpu.
+        number), or HOSTSxNxCARD (2x8xH100), or cpu: the processor of this machine, shared by N
+        replicas in Nxcpu.
       devices: the table.
+      network: of each of several hosts of cards, Gbit/s in each direction.
 
     Raises:
-      ConfigError: an unknown device, or a number that cannot be.
+      ConfigError: an unknown device, a number that cannot be, or a network where there is none.
     """
+    found = _parse(text, devices)
+    if network is None:
+        return found
+    if not 0 < network < math.inf:
+        raise ConfigError(f"--network must be above 0 Gbit/s, got {network}")
+    if found.kind != "GPU" or found.hosts == 1:
+        raise ConfigError(
+            f"--network is what several hosts of cards have between them, such as 2x8xH100; "
+            f"--target={text!r} has none: leave it out"
+        )
+    return found._replace(network=network / 8)
+
+
+def _parse(text: str, devices: Sequence[Device]) -> Target:
     slice_ = re.fullmatch(r"(?:tpu[- ]?)?(v\d+[a-z]*)-(\d+)", text, re.IGNORECASE)
     if slice_:
         return _slice(text, slice_[1].lower(), int(slice_[2]), devices)
-    number, name = re.fullmatch(r"(?:(\d+)x)?(.*)", text, re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
-    count = int(number or 1)
-    if not count:
+    pattern = r"(?:(\d+)x(?=\d+x))?(?:(\d+)x)?(.*)"
+    several, number, name = re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
+    hosts, count = int(several or 1), int(number or 1)
+    if not count or not hosts:
         raise ConfigError(f"--target={text!r} has no device; give such as {EXAMPLES}")
-    if name.lower() == "cpu":
+    if name.lower() == "cpu" and several is None:
         return Target(text, "CPU", _this_cpu(count), count, hosts=1)
     # Cards are written with and without the space of the table: RTX4090.
     spaced = re.sub(r"(?i)\brtx[- ]?(?=\d)", "RTX ", name)
     device = find_device(spaced, devices) if name else None
     if device is None or device.name.startswith("TPU"):
         raise ConfigError(_unknown(text, devices))
-    return Target(text, "GPU", device, count, hosts=1)
+    return Target(text, "GPU", device, hosts * count, hosts)
 
 
 def _slice(text: str, generation: str, number: int, devices: Sequence[Device]) -> Target:

@@ -48,18 +48,7 @@ def make_evaluator(
       never a hit.
     """
 
-    def sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
-        logits = model(preprocess(images), training=False)
-        targets = as_distribution(labels, logits.shape[-1])
-        rank, best = _rank(logits, targets)
-        out = {"accuracy": tf.cast(rank < 1, tf.float32), "loss": loss_fn(logits, labels)}
-        if logits.shape[-1] > _TOP:
-            out["top5_accuracy"] = tf.cast(rank < _TOP, tf.float32)
-        out["examples"] = tf.ones_like(mask)
-        # A select and not a product: the model may give NaN for padding, and 0 * NaN is NaN.
-        found = {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
-        return {**found, _ROWS: _rows(logits, labels, best, mask)} if verdicts else found
-
+    sums = make_sums(model, loss_fn, preprocess=preprocess, verdicts=verdicts)
     # TPUStrategy compiles everything itself.
     whole = jit and not isinstance(strategy, tf.distribute.TPUStrategy)
     one_replica = compiled(sums) if whole else sums
@@ -107,6 +96,35 @@ def make_evaluator(
         return {**means, "examples": examples}
 
     return evaluate
+
+
+def make_sums(
+    model: keras.Model,
+    loss_fn: Loss,
+    *,
+    preprocess: Callable[[tf.Tensor], tf.Tensor],
+    verdicts: bool = False,
+) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], Tensors]:
+    """Makes sums(images, labels, mask), what a replica computes of its share of a batch.
+
+    Arguments are those of `make_evaluator`; images (b, H, W, C) uint8, labels (b,) int32 or (b, C)
+    float32, mask (b,) float32. It returns float32 scalars, sums over the examples with mask 1; with
+    `verdicts` also the rows of the examples.
+    """
+
+    def sums(images: tf.Tensor, labels: tf.Tensor, mask: tf.Tensor) -> Tensors:
+        logits = model(preprocess(images), training=False)
+        targets = as_distribution(labels, logits.shape[-1])
+        rank, best = _rank(logits, targets)
+        out = {"accuracy": tf.cast(rank < 1, tf.float32), "loss": loss_fn(logits, labels)}
+        if logits.shape[-1] > _TOP:
+            out["top5_accuracy"] = tf.cast(rank < _TOP, tf.float32)
+        out["examples"] = tf.ones_like(mask)
+        # A select and not a product: the model may give NaN for padding, and 0 * NaN is NaN.
+        found = {k: tf.reduce_sum(tf.where(mask > 0, v, 0.0)) for k, v in out.items()}
+        return {**found, _ROWS: _rows(logits, labels, best, mask)} if verdicts else found
+
+    return sums
 
 
 def metric_names(num_classes: int) -> tuple[str, ...]:

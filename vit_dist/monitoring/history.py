@@ -16,6 +16,7 @@ from vit_dist.monitoring.writer import METRICS_FILE, events_folder
 from vit_dist.storage.files import list_folder
 
 _CONFIG = "config.json"
+PLAN_FILE = "plan.json"
 _NO_METRIC = ("step", "time")
 
 
@@ -27,6 +28,7 @@ class History:
       name: of the folder.
       config: key -> value, "optimizer.learning_rate" and so on; {} if it was not recorded.
       curves: metric -> (steps, values), in the order of the steps.
+      plan: figures that were expected at the newest start, see run/forecast.py; [] in older runs.
       starts: what each start of the run tells; empty for runs of version 0.1.
       texts: name -> Markdown, the newest of each name, as TensorBoard's text tab has them.
       images: name -> (step, PNG files), the newest of each name.
@@ -35,6 +37,7 @@ class History:
     name: str
     config: dict[str, Any]
     curves: dict[str, tuple[list[int], list[float]]]
+    plan: list[dict[str, Any]]
     starts: list[StartRecord]
     texts: dict[str, str]
     images: dict[str, tuple[int, list[bytes]]]
@@ -54,12 +57,13 @@ def read_history(folder: epath.Path) -> History:
     metrics = folder / METRICS_FILE
     if not metrics.exists():
         raise ConfigError(f"{folder} is no run's folder: there is no {METRICS_FILE} in it")
-    config, starts = folder / _CONFIG, folder / STARTS_FILE
+    config, plan, starts = folder / _CONFIG, folder / PLAN_FILE, folder / STARTS_FILE
     texts, images = _read_events(epath.Path(events_folder(folder)))
     return History(
         name=folder.name,
         config=flatten(json.loads(config.read_text())) if config.exists() else {},
         curves=_read_curves(metrics.read_text()),
+        plan=json.loads(plan.read_text()) if plan.exists() else [],
         starts=read_records(starts.read_text()) if starts.exists() else [],
         texts=texts,
         images=images,

@@ -10,10 +10,12 @@ from vit_dist.cluster.hosts import describe, device_kind, is_chief, num_hosts
 from vit_dist.cluster.strategy import device_warnings
 from vit_dist.inspection.sheet import draw_grid
 from vit_dist.monitoring import hparams
+from vit_dist.monitoring.history import PLAN_FILE
 from vit_dist.monitoring.log import detail
 from vit_dist.monitoring.writer import Writer
 from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
+from vit_dist.run.forecast import forecast, forecast_text
 from vit_dist.run.input import first_images
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
@@ -45,6 +47,9 @@ def announce(
         writer.text(first, "config", config_text(record))
         writer.text(first, "config_changes", changes_text(record))
         writer.text(first, "model", model_text(state.model, options.model.network))
+        planned = forecast(options, data.sources["train"].num_examples, state, strategy)
+        write_whole(expand(workdir) / PLAN_FILE, json.dumps(planned, indent=2).encode())
+        writer.text(first, "plan", forecast_text(planned))
         writer.text(first, "weights", f"```\n{origin}\n```")
     detail("config: %s", text)
     detail("TensorFlow %s said while it started:\n%s", tf.__version__, notices().rstrip() or "-")

@@ -19,8 +19,16 @@ from vit_dist.training.state import TrainState
 from vit_dist.training.step import choose_jit, make_train_step
 
 
-def make_model(options: ModelOptions, strategy: tf.distribute.Strategy) -> ViT:
-    """The model with new weights, made under the strategy's scope."""
+def make_model(
+    options: ModelOptions, strategy: tf.distribute.Strategy, *, kind: str | None = None
+) -> ViT:
+    """The model with new weights, made under the strategy's scope.
+
+    Args:
+      options: how it is built.
+      strategy: its replicas hold the variables.
+      kind: of device whose form the layers have: "CPU", "GPU" or "TPU"; None for the strategy's.
+    """
     # Under the scope each variable becomes a copy on every replica, with the same initial values.
     with strategy.scope():
         return build_vit(
@@ -29,15 +37,17 @@ def make_model(options: ModelOptions, strategy: tf.distribute.Strategy) -> ViT:
             precision=options.precision,
             head_bias=options.head_bias,
             posemb_stddev=options.posemb_stddev,
-            form=choose_form(device_kind(strategy)),
+            form=choose_form(kind or device_kind(strategy)),
         )
 
 
-def make_state(options: RunOptions, strategy: tf.distribute.Strategy) -> TrainState:
-    """A new model, optimizer and moving average, made under the strategy's scope."""
-    model = make_model(options.model, strategy)
+def make_state(
+    options: RunOptions, strategy: tf.distribute.Strategy, *, kind: str | None = None
+) -> TrainState:
+    """A new model, optimizer and average, made under the strategy's scope; see make_model."""
+    model = make_model(options.model, strategy, kind=kind)
     # The same seed again: TrainState copies the model's weights into the average in any case.
-    ema = make_model(options.model, strategy) if options.step.ema_decay else None
+    ema = make_model(options.model, strategy, kind=kind) if options.step.ema_decay else None
     # A slot of sharded state is on its owner's device; the scope would put it on all devices.
     sharded = options.optimizer.shard_state
     with contextlib.nullcontext() if sharded else strategy.scope():

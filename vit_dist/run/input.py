@@ -170,10 +170,7 @@ def eval_data(
 ) -> Any:
     """A distributed evaluation set: each example once, padding masked."""
     source, replicas = data.sources[split], strategy.num_replicas_in_sync
-    # The last batch is padded with masked examples. A split smaller than the batch size takes one
-    # batch, no larger than it needs, rounded up to a multiple of the replicas.
-    needed = min(options.batch_size, source.num_examples)
-    batch_size = -(-needed // replicas) * replicas
+    batch_size = eval_batch_size(options, source, replicas)
     endless = bool(remote_hosts(strategy))
 
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -195,6 +192,16 @@ def eval_data(
     # The end of a data set on another host is an error there, which TensorFlow passes on to all
     # that it does on that host later. So the end is not reached: the batches are counted here.
     return _First(distributed, -(-source.num_examples // batch_size))
+
+
+def eval_batch_size(options: EvaluationOptions, source: Source, num_replicas: int) -> int:
+    """Images of a global batch of an evaluation, the last of which is padded with masked examples.
+
+    A split smaller than the config's batch takes one batch, no larger than it needs, rounded up to
+    a multiple of the replicas.
+    """
+    needed = min(options.batch_size, source.num_examples)
+    return -(-needed // num_replicas) * num_replicas
 
 
 class _First:

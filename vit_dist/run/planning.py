@@ -8,7 +8,6 @@ import bisect
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -52,15 +51,15 @@ class Change(NamedTuple):
 
     Attributes:
       flags: to paste behind the command.
-      memory: of a device then.
+      need: bytes of a device then.
       flops: operations of a step over those of the config's.
-      accumulation: micro-batches of a step.
+      choice: all keys that decide the memory.
     """
 
     flags: str
-    memory: StepMemory
+    need: int
     flops: float
-    accumulation: int
+    choice: "Choice"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +71,11 @@ class Choice:
     momentum_dtype: str
     shard_state: bool
     precision: str
+
+    @property
+    def whole(self) -> "Choice":
+        """Without micro-batches."""
+        return dataclasses.replace(self, accumulation=1)
 
     def flags(self, before: "Choice") -> str:
         """What has to be set to come here from `before`."""
@@ -89,6 +93,26 @@ class Choice:
         )
 
 
+def with_choice(options: RunOptions, choice: Choice, *, batch_size: int) -> RunOptions:
+    """The options of a run with other keys, and another global batch."""
+    model = dataclasses.replace(
+        options.model,
+        network={**options.model.network, "remat": choice.remat},
+        precision=choice.precision,
+    )
+    return dataclasses.replace(
+        options,
+        evaluation=dataclasses.replace(options.evaluation, model=model),
+        input=dataclasses.replace(options.input, batch_size=batch_size),
+        optimizer=dataclasses.replace(
+            options.optimizer,
+            momentum_dtype=choice.momentum_dtype,
+            shard_state=choice.shard_state,
+        ),
+        step=dataclasses.replace(options.step, accumulation=choice.accumulation),
+    )
+
+
 class Planner:
     """The sums for one training on one machine.
 
@@ -96,12 +120,24 @@ class Planner:
       options: checked.
       num_examples: of an epoch.
       target: the machine.
+      state: the variables, where they have been made; counting them takes seconds.
+
+    Attributes:
+      correction: how many times the estimate activations take; 1 until something is compiled.
+      limit: bytes that a compiler says a program gets at most; inf until it does.
 
     Raises:
       ConfigError: the batch cannot be divided among the machine's devices.
     """
 
-    def __init__(self, options: RunOptions, num_examples: int, target: Target):
+    def __init__(
+        self,
+        options: RunOptions,
+        num_examples: int,
+        target: Target,
+        *,
+        state: State | None = None,
+    ):
         self.options, self.num_examples, self.target = options, num_examples, target
         if options.optimizer.shard_state and target.kind == "TPU":
             raise ConfigError(NOT_ON_TPUS)
@@ -121,7 +157,11 @@ class Planner:
             options.optimizer.shard_state,
             options.model.precision,
         )
+        self.correction = 1.0
+        self.limit = math.inf
         self._states: dict[str, State] = {}
+        if state is not None:
+            self._states[self.choice.momentum_dtype] = state
 
     def state(self, choice: Choice | None = None) -> State:
         """The variables of the training; counted once for each dtype of momentum."""
@@ -145,44 +185,73 @@ class Planner:
             shard_state=choice.shard_state,
         )
 
+    def need(self, choice: Choice | None = None, *, batch_size: int | None = None) -> int:
+        """Bytes of `memory` at one time, corrected."""
+        memory = self.memory(choice, batch_size=batch_size)
+        grown = (self.correction - 1) * max(memory.activations, memory.gradients)
+        return memory.total + int(grown)
+
     @property
     def available(self) -> float:
         """Bytes that a program gets of one device; inf where the table does not tell."""
+        return min(USABLE * self.device_memory, self.limit)
+
+    @property
+    def device_memory(self) -> float:
+        """Bytes of one device; inf where the table does not tell."""
         memory = self.target.device.memory
-        return math.inf if memory is None else USABLE * memory * 1e9
+        return math.inf if memory is None else memory * 1e9
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint, which holds bfloat16 moments as float32."""
+        whole = self.state(dataclasses.replace(self.choice, momentum_dtype="float32"))
+        return whole.weights + whole.optimizer + whole.average
 
     @property
     def fits(self) -> bool:
-        return self.memory().total <= self.available
+        return self.need() <= self.available
 
-    def largest_batch(self, choice: Choice) -> int:
-        """Images that a device has room for; 0 if not even its state fits."""
+    def largest_batch(
+        self, choice: Choice, *, limit: float | None = None, unit: int = _BATCH_UNIT
+    ) -> int:
+        """Images that a device has room for; 0 if not even its state fits.
+
+        Args:
+          choice: the other keys.
+          limit: bytes of a device; None for `available`.
+          unit: that batches are multiples of.
+        """
         # Memory grows with the batch, so the sizes that fit are those before a place in the list.
-        sizes = range(_BATCH_UNIT, _LARGEST_BATCH + 1, _BATCH_UNIT)
+        sizes = range(unit, _LARGEST_BATCH + 1, unit)
         count = bisect.bisect_right(
-            sizes, self.available, key=lambda b: self.memory(choice, batch_size=b).total
+            sizes,
+            self.available if limit is None else limit,
+            key=lambda b: self.need(choice, batch_size=b),
         )
-        return count * _BATCH_UNIT
+        return count * unit
 
-    def time(self) -> StepTime | None:
+    def time(self, choice: Choice | None = None) -> StepTime | None:
         """Of one step; None where the table of devices lacks a number."""
+        choice = choice or self.choice
         return step_time(
-            self.network,
-            self.state(),
+            {**self.network, "remat": choice.remat},
+            self.state(choice),
             self.target,
             batch_size=self.share,
-            precision=self.choice.precision,
+            precision=choice.precision,
+            sent_as=self.options.step.all_reduce_dtype,
         )
 
     def changes(self) -> list[Change]:
         """Ways to make the training fit that keep its global batch; those with few keys first."""
-        before = self._flops(self.choice.remat)
+        before = self.flops(self.choice.remat)
         found = [
             Change(
                 choice.flags(self.choice),
-                self.memory(choice),
-                self._flops(choice.remat) / before,
-                choice.accumulation,
+                self.need(choice),
+                self.flops(choice.remat) / before,
+                choice,
             )
             for choice in self._cheaper()
         ]
@@ -192,7 +261,7 @@ class Planner:
         for change in sorted(found, key=lambda x: (len(_keys(x.flags)), x.flops)):
             if not any(
                 _keys(change.flags) >= _keys(other.flags)
-                and change.accumulation >= other.accumulation
+                and change.choice.accumulation >= other.choice.accumulation
                 for other in kept
             ):
                 kept.append(change)
@@ -220,11 +289,12 @@ class Planner:
                 choice
                 for n in parts
                 if (choice := Choice(n, remat, dtype, sharded, dtype_of_activations)) != self.choice
-                and self.memory(choice).total <= self.available
+                and self.need(choice) <= self.available
             )
             yield from itertools.islice(fits, 1)
 
-    def _flops(self, remat: str) -> int:
+    def flops(self, remat: str) -> int:
+        """Operations of a training step for each image."""
         return remat_flops({**self.network, "remat": remat}, self.state().trained)
 
 
@@ -292,7 +362,7 @@ def _batch_rows(planner: Planner) -> list[Row]:
     if planner.available == math.inf:
         return rows
     for remat in ("none", "attention", "full"):
-        choice = dataclasses.replace(planner.choice, remat=remat, accumulation=1)
+        choice = dataclasses.replace(planner.choice.whole, remat=remat)
         name = f"largest of a device in one piece, model.remat={remat}"
         rows.append(Row("batch", name, planner.largest_batch(choice), "", "estimated"))
     return rows
@@ -307,15 +377,17 @@ def _time_rows(planner: Planner, price: float | None) -> list[Row]:
     ]
     if time is None:
         note = f"the table of devices has not all numbers of {planner.target.device.name}"
+        if planner.target.kind == "GPU" and planner.target.hosts > 1 and not planner.target.network:
+            note = "give --network, Gbit/s of a host to the others"
         return [*rows, Row("time", "step", "unknown", "", "estimated", note)]
     batch = options.input.batch_size
     parts = (
         ("operations at the peak", time.compute),
         ("memory traffic, at least", time.bytes_least),
         ("memory traffic, as programs are compiled", time.bytes_compiled),
-        ("all-reduce by itself", time.all_reduce),
     )
     rows += [Row("time", name, value * 1e3, "ms", "estimated") for name, value in parts]
+    rows.append(_all_reduce_row(planner, time))
     for name, seconds in (("floor", time.floor), ("expected", time.expected)):
         hours = seconds * options.total_steps / 3600
         note = f"bound by {time.binds}" if name == "expected" else "nothing can be faster"
@@ -328,54 +400,19 @@ def _time_rows(planner: Planner, price: float | None) -> list[Row]:
     return rows
 
 
+def _all_reduce_row(planner: Planner, time: StepTime) -> Row:
+    target, note = planner.target, ""
+    if target.num_devices > 1:
+        note = f"a ring of {target.num_devices} devices at {target.link:.4g} GB/s"
+        if target.network is not None:
+            note += f", {target.hosts} hosts with --network between them"
+    return Row("time", "all-reduce by itself", time.all_reduce * 1e3, "ms", "estimated", note)
+
+
 def _storage_rows(planner: Planner) -> list[Row]:
-    options, state = planner.options, planner.state()
-    # Checkpoints hold bfloat16 moments as float32.
-    whole = planner.state(dataclasses.replace(planner.choice, momentum_dtype="float32"))
-    size = (state.weights + whole.optimizer + state.average) / 1e9
+    options, size = planner.options, planner.checkpoint / 1e9
     kept = options.keep_checkpoints + (1 if options.best else 0)
-    height, width = options.image_size
-    pixels = height * width * planner.network["channels"]
-    batches = (options.input.prefetch + 2) * options.input.batch_size / planner.target.hosts
     return [
         Row("storage", "checkpoint", size, "GB", "exact"),
         Row("storage", "checkpoints that are kept", kept * size, "GB", "exact", f"{kept} of them"),
-        Row("host", "batches that are kept ready", batches * pixels / 1e9, "GB", "estimated"),
     ]
-
-
-def input_rows(
-    planner: Planner,
-    *,
-    images_per_second: float,
-    image_bytes: float | None,
-    host_cores: int | None = None,
-) -> list[Row]:
-    """The figures of the input, from a measurement of this machine's.
-
-    Args:
-      images_per_second: that this machine makes, on all its cores.
-      image_bytes: of a stored image, on average; None where images are not files.
-      host_cores: of the target; None if nobody tells.
-    """
-    cores, time = os.cpu_count() or 1, planner.time()
-    note = f"{cores} cores of this machine"
-    rows = [
-        Row("input", "images per second here", images_per_second, "", "measured", note),
-        Row("input", "images per second of a core here", images_per_second / cores, "", "measured"),
-    ]
-    if time is not None:
-        needed = planner.options.input.batch_size / time.expected / planner.target.hosts
-        rows.append(Row("input", "images per second that a host needs", needed, "", "estimated"))
-        count = needed / (images_per_second / cores)
-        note = "of this machine's kind, scaled"
-        if host_cores is not None and count > host_cores:
-            note = (
-                f"MORE THAN ITS {host_cores}: --config.input.cache=decoded, a smaller first side "
-                "(decode ops of docs/ops.md), or --config.input.service=HOST:PORT"
-            )
-        rows.append(Row("input", "cores that a host needs", count, "", "estimated", note))
-        if image_bytes is not None:
-            read = needed * image_bytes / 1e6
-            rows.append(Row("input", "a host reads", read, "MB/s", "estimated", "from storage"))
-    return rows

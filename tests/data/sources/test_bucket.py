@@ -36,7 +36,8 @@ def test_a_run_resumes_to_the_bit(remote, tmp_path, monkeypatch):
     logged = [3, 4, 6, 8, 12]  # after the first steps of each start, and every 4
     assert [row["step"] for row in rows(remote / "run")] == logged
     found = {str(path.relative_to(remote / "run")) for path in (remote / "run").glob("*")}
-    plain = {"checkpoints", "config.json", "log.txt", "metrics.jsonl", "starts.jsonl"}
+    plain = {"checkpoints", "config.json", "log.txt", "metrics.jsonl", "plan.json"}
+    plain.add("starts.jsonl")
     for names in (found, {path.name for path in tmp_path.iterdir()}):
         assert {name for name in names if not name.startswith("events.out.tfevents.")} == plain
     kept = [path.name for path in (remote / "run" / "checkpoints").iterdir()]

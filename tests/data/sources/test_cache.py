@@ -15,7 +15,7 @@ from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources import cache
-from vit_dist.data.sources.cache import CachedSource
+from vit_dist.data.sources.cache import CachedSource, needed_bytes
 from vit_dist.data.sources.folder import FolderSource
 from vit_dist.data.sources.open import open_source
 from vit_dist.run.check import check
@@ -63,7 +63,7 @@ def test_batches_are_those_of_the_source(folder, form, on_disk, tmp_path):
 def test_the_need_is_known_before(folder, form, monkeypatch):
     source, paths = folder
     sizes = {"raw": sum(p.stat().st_size for p in paths), "decoded": 24 * 12 * 10 * 3}
-    need = CachedSource(source, form).need()
+    need = needed_bytes(source, form)
     assert need == sizes[form] + 24 * cache.TABLE_BYTES
     monkeypatch.setattr(cache, "available_memory", lambda: need)
     CachedSource(source, form)

@@ -70,9 +70,7 @@ class CachedSource(base.Source):
         keep_damaged: bool = False,
         decoding: dict[str, Any] | None = None,
     ):
-        if not source.indexable or not source.encoded:
-            why = "is streamed" if not source.indexable else "has arrays already"
-            raise ConfigError(f"config.input.cache={form!r} is of no use: {source} {why}")
+        check_cacheable(source, form)
         self._source, self._form, self._keep_damaged = source, form, keep_damaged
         self._decoding = decoding or {}
         self.split, self.num_examples = source.split, source.num_examples
@@ -104,7 +102,7 @@ class CachedSource(base.Source):
         return self._path.with_suffix(".npz")
 
     def _check_room(self) -> None:
-        need = self.need()
+        need = needed_bytes(self._source, self._form)
         if self._path is None:
             room, where = available_memory(), "in memory"
         else:
@@ -118,28 +116,6 @@ class CachedSource(base.Source):
                 + ("take 'raw', " if self._form == "decoded" else "")
                 + "set config.input.cache_dir to a disk with more room, or set cache to 'off'"
             )
-
-    def need(self) -> int:
-        """Returns the bytes that the cache will take, estimated from a sample."""
-        count = min(SAMPLE, self.num_examples)
-        # Evenly spread, as neighbours may be alike in size.
-        indices = np.linspace(0, self.num_examples - 1, count).astype(int).tolist()
-        with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-            sizes = list(pool.map(self._size, indices))
-        mean = sum(sizes) / count + TABLE_BYTES
-        # No margin where every example was looked at.
-        return round(mean * self.num_examples * (1 if count == self.num_examples else MARGIN))
-
-    def _size(self, index: int) -> int:
-        try:
-            image, _ = self._source.peek(index)
-            # The label is not needed here, and not checked: the pipeline does that.
-            if self._form == "raw":
-                return len(image)
-            with Image.open(io.BytesIO(image)) as opened:  # reads the header only
-                return opened.width * opened.height * 3
-        except (OSError, ValueError):
-            return 0  # damaged: it is met again, and named, while the cache is filled
 
     def prepare(self) -> None:
         """Fills the cache, unless it is there."""
@@ -295,6 +271,42 @@ class CachedSource(base.Source):
 
     def find_damage(self) -> str | None:
         return self._damage or self._source.find_damage()
+
+
+def check_cacheable(source: base.Source, form: str) -> None:
+    """Raises ConfigError for a source of which a cache is of no use."""
+    if not source.indexable or not source.encoded:
+        why = "is streamed" if not source.indexable else "has arrays already"
+        raise ConfigError(f"config.input.cache={form!r} is of no use: {source} {why}")
+
+
+def needed_bytes(source: base.Source, form: str) -> int:
+    """Returns the bytes that a cache of a source will take, estimated from a sample.
+
+    Args:
+      source: Read by index, with encoded images.
+      form: "raw" or "decoded".
+    """
+
+    def size(index: int) -> int:
+        try:
+            image, _ = source.peek(index)
+            # The label is not needed here, and not checked: the pipeline does that.
+            if form == "raw":
+                return len(image)
+            with Image.open(io.BytesIO(image)) as opened:  # reads the header only
+                return opened.width * opened.height * 3
+        except (OSError, ValueError):
+            return 0  # damaged: it is met again, and named, while the cache is filled
+
+    count = min(SAMPLE, source.num_examples)
+    # Evenly spread, as neighbours may be alike in size.
+    indices = np.linspace(0, source.num_examples - 1, count).astype(int).tolist()
+    with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        sizes = list(pool.map(size, indices))
+    mean = sum(sizes) / count + TABLE_BYTES
+    # No margin where every example was looked at.
+    return round(mean * source.num_examples * (1 if count == source.num_examples else MARGIN))
 
 
 def _key_of(source: base.Source, form: str, decoding: dict[str, Any]) -> str:
