@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -298,7 +299,7 @@ def _messages(cells: dict[Cell, dict[str, Any]]) -> list[str]:
         told = [(c, r["result"][4]) for c, r in cells.items() if c.fault == fault]
         for cell, message in told[:1]:
             text = re.sub(r"localhost:\d+", "localhost:PORT", message).replace("|", "\\|")
-            text = text.replace(str(ROOT) + "/", "")
+            text = textwrap.shorten(text.replace(str(ROOT) + "/", ""), 240, placeholder=" ...")
             lines.append(f"| {fault} | {HOSTS[cell.host]}, {cell.phase} | {text} |")
     return lines
 
