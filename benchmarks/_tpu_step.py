@@ -43,13 +43,13 @@ class Setting:
     mixing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     accumulation: int = 1
     ema: bool = False
+    kind: str = "TPU"  # of device, though nothing runs here: layers have another form on each
 
     def make_model(self) -> ViT:
-        # "TPU" here, though nothing of it runs: layers have another form on TPUs.
         config = vit_config(
             self.variant, image_size=self.image_size, num_classes=1000, **self.model
         )
-        return build_vit(config, precision=self.precision, form=choose_form("TPU"))
+        return build_vit(config, precision=self.precision, form=choose_form(self.kind))
 
 
 def export_step(setting: Setting) -> tuple[bytes, int]:

@@ -7,7 +7,7 @@ import pytest
 from tests.support.benchmarks import BENCHMARKS, ROOT, run_benchmark
 
 ALONE = ("load_weights", "loop_overhead", "memory", "prepared", "sharding", "startup")
-WITH_PEERS = ("input", "tpu_compile", "tpu_options", "train_step", "workers")
+WITH_PEERS = ("gpu_step", "input", "tpu_compile", "tpu_options", "train_step", "workers")
 
 
 def test_every_benchmark_is_tried():

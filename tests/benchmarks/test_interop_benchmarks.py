@@ -1,5 +1,6 @@
 """The benchmarks that run peers, once and tiny, in the environment that has them."""
 
+import json
 import re
 
 import pytest
@@ -29,6 +30,18 @@ def test_input(tmp_path):
     for system in ("ours", "reference", "timm"):
         assert re.search(rf"{system} +\d+ images/s", out), out
     assert re.search(r"SolarizeAdd +[\d.]+ +[\d.]+", out), out
+
+
+def test_gpu_step(tmp_path):
+    """The folder that a machine with a GPU gets, run by JAX on this processor."""
+    flags = ("--smoke", f"--folder={tmp_path}/step", f"--python={PYTHON}")
+    out = run_benchmark("gpu_step", *flags, folder=tmp_path)
+    for name in ("vit_dist", "flax"):
+        said = rf"^{name}: [\d.]+ ms a step, MFU no peak known, temp \d+ MB, arguments \d+ MB$"
+        assert re.search(said, out, re.M), out
+    assert re.search(r"over flax: ratio [\d.]+ \(rounds", out), out
+    about = json.loads((tmp_path / "step" / "about.json").read_text())
+    assert any(re.search(match, "NVIDIA H100 80GB HBM3", re.I) for match in about["peaks"])
 
 
 def test_tpu_compile(tmp_path):

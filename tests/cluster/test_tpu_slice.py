@@ -314,7 +314,7 @@ def test_what_calls_python_is_refused_on_a_slice(changed, message, tmp_path):
 
 def test_sources_in_python_are_refused_on_a_slice(tmp_path):
     keys = prepare_dummy(tmp_path, "array_record")
-    with pytest.raises(ConfigError, match="It takes demo, folder, synthetic, tfrecord"):
+    with pytest.raises(ConfigError, match="It takes demo, folder, raw, synthetic, tfrecord"):
         check(
             tiny.make(
                 data__source="tfds",

@@ -9,7 +9,8 @@ imports of JAX stand inside of functions, because vit_dist's own environment lac
 
 A program is an HloModuleProto of TensorFlow's. A topology is a generation with the shape of the
 slice, such as v5e:1x1 or v5p:2x2x1; the program takes one chip of it. "cpu" stands for this
-machine's processor, whose compiler needs no libtpu.
+machine's processor, whose compiler needs no libtpu. benchmarks/gpu_step.py also runs what it has
+compiled, on the GPU or the processor of a machine.
 """
 
 import importlib.metadata
@@ -82,7 +83,7 @@ def compile_hlo(path: str, device: Any) -> Any:
         _erase_copies(module.operation)
         # A client for a TPU that is not there can compile a program, but not load it.
         client, devices = device.client, _jax.DeviceList((device,))
-        build = client.compile_and_load if device.platform == "cpu" else client.compile
+        build = client.compile if device.platform == "tpu" else client.compile_and_load
         return build(module, devices, options)
 
 
