@@ -323,7 +323,7 @@ def test_png_of_arrays_of_other_channels(tmp_path):
     """Conversion stores arrays as PNG, which holds up to four channels."""
     for channels in (1, 2, 3, 4):
         array = np.random.RandomState(0).randint(0, 256, (5, 6, channels), np.uint8)
-        with Image.open(io.BytesIO(array_record._png(array))) as opened:
+        with Image.open(io.BytesIO(array_record.png(array))) as opened:
             np.testing.assert_array_equal(np.asarray(opened).reshape(array.shape), array)
     with pytest.raises(ValueError, match="images of 5 channels cannot be stored as PNG"):
-        array_record._png(np.zeros((5, 6, 5), np.uint8))
+        array_record.png(np.zeros((5, 6, 5), np.uint8))
