@@ -109,6 +109,7 @@ format: $(STAMP) ## fix what ruff can fix
 
 bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limits; let nothing else run beside it
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/frozen.py
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/load_weights.py

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.benchmarks import BENCHMARKS, ROOT, run_benchmark
 
-ALONE = ("load_weights", "loop_overhead", "memory", "prepared", "sharding", "startup")
+ALONE = ("frozen", "load_weights", "loop_overhead", "memory", "prepared", "sharding", "startup")
 WITH_PEERS = ("gpu_step", "input", "tpu_compile", "tpu_options", "train_step", "workers")
 
 
@@ -15,7 +15,7 @@ def test_every_benchmark_is_tried():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [pytest.param("frozen", marks=pytest.mark.exhaustive), *ALONE[1:]])
 def test_it_runs(name, tmp_path):
     out = run_benchmark(name, "--smoke", folder=tmp_path, forks=True)
     assert re.search(r"\d", out.splitlines()[-1]), out
