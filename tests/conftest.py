@@ -98,7 +98,7 @@ def pytest_runtest_protocol(item):
     A call into C++ code that does not return ends the process, after a dump of where it stands.
     """
     marks = [mark.args[0] for mark in item.iter_markers("timeout")]
-    seconds = (marks or [float(item.config.getini("timeout"))])[0]
+    seconds = (marks or [float(item.config.getini("timeout") or 300)])[0]
     faulthandler.dump_traceback_later(seconds + 30, exit=True, file=item.config.stash[STDERR])
     process, leave = os.getpid(), os._exit
 
