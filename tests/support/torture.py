@@ -188,7 +188,8 @@ class Reference:
             flags = flags_of(jit, total, judged=judged)
             keep = f"--config.keep_checkpoints={total}"
             with Run(folder, *flags, *self.computed, keep) as run:
-                assert run.wait() == 0, run.text()[-3000:]
+                # A second for each step is plenty.
+                assert run.wait(HANGS + total) == 0, run.text()[-3000:]
                 assert not run.restarts()
             (folder / "done").touch()
         return folder / "run"
