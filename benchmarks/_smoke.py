@@ -1,4 +1,7 @@
-"""The flag --smoke of every benchmark: once and tiny, to see that it runs; numbers mean nothing."""
+"""The flags of every benchmark.
+
+--smoke: once and tiny, to see that it runs; numbers mean nothing. --record: keep the result.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -11,12 +14,13 @@ def parse(
     """Parses the command line (or `words`).
 
     Args:
-      parser: the benchmark's; it gets a flag --smoke.
+      parser: the benchmark's; it gets the flags --smoke and --record.
       smoke: argument -> its value under --smoke, in place of the default. Arguments that the
         command line gives keep their values.
       words: parsed instead of the command line.
     """
     parser.add_argument("--smoke", action="store_true", help="once and tiny: does it run at all?")
+    parser.add_argument("--record", action="store_true", help="keep the result for the docs")
     args = parser.parse_args(words)
     # Parsed a second time, with other defaults: so what was given wins over what --smoke sets.
     if args.smoke:

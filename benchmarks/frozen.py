@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps per round")
     parser.add_argument("--rounds", type=int, default=7)
     args = _smoke.parse(parser, SMOKE)
-    machine = Machine(smoke=args.smoke)
+    machine = Machine(smoke=args.smoke, record=args.record)
     generator = np.random.default_rng(0)
     shape = (args.batch_size, args.image_size, args.image_size, 3)
     batch = {

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     args = _smoke.parse(parser, SMOKE)
-    machine = Machine(smoke=args.smoke)
+    machine = Machine(smoke=args.smoke, record=args.record)
     with tempfile.TemporaryDirectory() as workdir, Starts().open(workdir) as starts:
         results = measure(args, workdir, starts)
     bare = statistics.median(b for b, _ in results)

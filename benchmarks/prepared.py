@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", type=int, choices=SIZES, default=list(SIZES))
     args = _smoke.parse(parser, SMOKE)
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    machine = _machine.Machine(smoke=args.smoke)
+    machine = _machine.Machine(smoke=args.smoke, record=args.record)
     for side in args.sides:
         with tempfile.TemporaryDirectory() as folder:
             sets = prepare(Path(folder), side, args.files)

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--depth", type=int, help="number of blocks")
     args = _smoke.parse(parser, SMOKE)
-    machine = Machine(smoke=args.smoke)
+    machine = Machine(smoke=args.smoke, record=args.record)
     results = []
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as workdir:

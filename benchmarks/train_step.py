@@ -65,7 +65,7 @@ def main() -> None:
     args = _smoke.parse(parser, SMOKE)
     if not PEER.exists():
         raise SystemExit("timm is not installed: run `make bench`")
-    machine = Machine(smoke=args.smoke)
+    machine = Machine(smoke=args.smoke, record=args.record)
     for variant in args.variants.split(","):
         compare(variant, args, machine)
 

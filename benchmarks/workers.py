@@ -78,7 +78,7 @@ def main() -> None:
     args = _smoke.parse(parser, SMOKE)
     if not PEER.exists():
         raise SystemExit("timm is not installed: run `make bench`")
-    machine = Machine(smoke=args.smoke)
+    machine = Machine(smoke=args.smoke, record=args.record)
     cores = os.cpu_count() or 1
     work = (args.variant, *map(str, (args.image_size, args.depth, args.batch_size)))
     measured: dict[str, Worker | Pair] = {}

@@ -1,6 +1,7 @@
 """A benchmark refuses a result of a busy machine, or of rounds that disagree."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -20,11 +21,13 @@ flags\t\t: fpu sse2 avx2 fma sha_ni
 """
 
 
-def made(*, busy, own, smoke=False):
+def made(*, busy, own, **options):
     """A machine of which 100 s pass, all cores together."""
     times = iter([(1000.0, 5000.0), (1000.0 + busy, 5100.0)])
     spent = iter([7.0, 7.0 + own])
-    return machine.Machine(smoke=smoke, busy=lambda: next(times), own=lambda: next(spent))
+    return machine.Machine(
+        **{"smoke": False, **options}, busy=lambda: next(times), own=lambda: next(spent)
+    )
 
 
 def test_a_quiet_machine_tells_its_result(capsys):
@@ -48,6 +51,19 @@ def test_rounds_that_disagree():
 def test_a_smoke_run_tells_all(capsys):
     made(busy=95.0, own=1.0, smoke=True).conclude("ratio", [1.0, 2.0, 3.0])
     assert capsys.readouterr().out.endswith("ratio\n")
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_a_result_is_kept(tmp_path, monkeypatch, smoke):
+    monkeypatch.setattr(machine, "MEASURED", tmp_path / "measured.jsonl")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/startup.py", "--record"])
+    made(busy=50.0, own=50.0, smoke=smoke, record=True).conclude("Ti/16: ratio 1.50")
+    if smoke:
+        assert not machine.MEASURED.exists()
+        return
+    row = json.loads(machine.MEASURED.read_text())
+    assert (row["benchmark"], row["text"]) == ("startup", "Ti/16: ratio 1.50")
+    assert row["processor"] == machine.processor() and re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
 
 
 def test_the_processor_is_named():
