@@ -33,7 +33,7 @@ def make_part(lines: list[str]) -> str:
             "|---|---|---|---|",
         ]
         parts += [
-            f"| `{benchmark}.py` | {subject} | {result} | {date} |"
+            f"| `benchmarks/{benchmark}.py` | {subject} | {result} | {date} |"
             for (on, benchmark, subject), (result, date) in sorted(newest.items())
             if on == processor
         ]

@@ -15,7 +15,7 @@ def test_the_page_is_up_to_date():
     assert PAGE.read_text() == make_page(PAGE.read_text(), part), (
         "run python tools/benchmarks_page.py --write"
     )
-    assert part in PAGE.read_text() and "| `train_step.py` |" in part
+    assert part in PAGE.read_text() and "| `benchmarks/train_step.py` |" in part
 
 
 def test_the_newest_of_each_counts():
@@ -27,7 +27,7 @@ def test_the_newest_of_each_counts():
     ]
     part = make_part(lines).splitlines()
     assert part[0] == "**A**" and part[4:6] == [
-        "| `startup.py` | S/16 at 224 | 11 s | 2026-01-01 |",
-        "| `startup.py` | Ti/16 at 224 | 8 s: quiet | 2026-01-03 |",
+        "| `benchmarks/startup.py` | S/16 at 224 | 11 s | 2026-01-01 |",
+        "| `benchmarks/startup.py` | Ti/16 at 224 | 8 s: quiet | 2026-01-03 |",
     ]
     assert part[7] == "**B**" and len(part) == 12
