@@ -13,14 +13,13 @@ import argparse
 import ctypes
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import _smoke
-from _process import memory
+from _process import free_ports, memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {
@@ -102,11 +101,7 @@ def measure(args: argparse.Namespace, kind: str, shard: bool) -> dict[str, float
 def start(args: argparse.Namespace, kind: str, shard: bool) -> list[dict[str, float]]:
     """Starts the processes of a setting; returns what each of them measured."""
     count = 1 if kind == "mirrored" else 2
-    # Free ports: all are opened before any is closed, so that they differ.
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    workers = [f"localhost:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
+    workers = [f"localhost:{port}" for port in free_ports(count)]
     started = []
     for index in range(count):
         env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}

@@ -12,12 +12,12 @@ ratio is that of the efficiencies. Goal: at least 1.0.
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 
 import _smoke
 from _machine import Machine
+from _process import free_ports
 from _stepping import OURS, PEER, PEERS, Worker
 
 SMOKE = {"variant": "Ti/16", "image_size": 32, "depth": 1, "batch_size": 2, "steps": 1, "rounds": 1}
@@ -27,11 +27,7 @@ class Pair:
     """Two workers that step together."""
 
     def __init__(self, python: str, script: str, *arguments: str):
-        # Free ports: all are opened before any is closed, so that they differ.
-        sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
-        ports = [s.getsockname()[1] for s in sockets]
-        for s in sockets:
-            s.close()
+        ports = free_ports(2)
         self.workers = [
             Worker(python, script, *arguments, env=variables(script, ports, index), wait=False)
             for index in range(2)

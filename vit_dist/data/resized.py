@@ -31,7 +31,7 @@ from vit_dist.data.ops.basic import resize_small
 from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.resized_files import JpegShards, RawShards, check
 from vit_dist.data.sources import array_record, labels, raw
-from vit_dist.data.sources.preparation import Preparation
+from vit_dist.data.sources.preparation import TABLE, Preparation, read_table
 from vit_dist.data.sources.records import make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL
 from vit_dist.data.sources.source import Source
@@ -168,7 +168,7 @@ def convert_resized(
 
 def changes_of(folder: epath.PathLike, split: str) -> str:
     """Returns what a conversion that has ended changed, in words."""
-    table = json.loads((paths.expand(folder) / split / array_record.TABLE).read_text())
+    table = read_table(paths.expand(folder) / split)
     total = sum(shard["count"] for shard in table["shards"])
     counts = [f"{table['changes'].get(name, 0):,} {name}" for name in (REDUCED, TURNED, LAID)]
     size = sum(shard["size"] for shard in table["shards"])
@@ -190,7 +190,7 @@ def _plan(source: Source, preparation: Preparation, examples_per_shard: int) -> 
 
 def _verified(out: epath.Path) -> list[dict[str, Any]]:
     """Returns the entries of the shards that earlier calls have read back."""
-    for path in (out / VERIFIED, out / array_record.TABLE):
+    for path in (out / VERIFIED, out / TABLE):
         if path.exists():
             return json.loads(path.read_text())["shards"]
     return []
@@ -212,7 +212,7 @@ def _write_table(
     for left in out.glob("*.tmp"):  # by calls that were killed
         left.unlink()
     # Last: a folder without it is no source. It takes the place of the list of what is verified.
-    write_whole(out / array_record.TABLE, json.dumps(table, indent=1).encode())
+    write_whole(out / TABLE, json.dumps(table, indent=1).encode())
     (out / VERIFIED).unlink(missing_ok=True)
 
 

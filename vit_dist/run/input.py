@@ -119,8 +119,8 @@ def read_images(source: Source, pipe: Pipe, indices: Sequence[int]) -> dict[int,
     if source.indexable:
         examples = ((i, source.read(tf.constant(i, tf.int64))) for i in wanted)
     else:
-        stream = enumerate(source.stream(seed=None, epoch=0).take(wanted[-1] + 1))
-        examples = ((i, source.decode_record(r)) for i, r in stream if i in set(wanted))
+        stream, places = source.stream(seed=None, epoch=0).take(wanted[-1] + 1), set(wanted)
+        examples = ((i, source.decode_record(r)) for i, r in enumerate(stream) if i in places)
     images, problem = {}, ""
     for index, example in examples:
         # The seed is of no effect in a pipe without random ops.

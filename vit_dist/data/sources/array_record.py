@@ -24,14 +24,14 @@ from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
-from vit_dist.data.sources.preparation import preparation_of
+from vit_dist.data.sources.preparation import TABLE, preparation_of, read_table
 from vit_dist.data.sources.records import Keys, make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL, OpenShard, Shard, ShardReader
 from vit_dist.data.sources.synthetic import encode
 from vit_dist.storage.files import exists, file_size, write_whole
 
 KEYS = Keys("image", "label")
-TABLE, PLAN = "shards.json", "plan.json"
+PLAN = "plan.json"
 OPTIONS = "group_size:1"  # each record can be read alone; images do not compress any further
 
 
@@ -55,13 +55,7 @@ class ArrayRecordSource(base.Source):
     def __init__(self, split: str, data_dir: str, check_files: bool = True):
         self.split = split
         self._folder = paths.expand(data_dir) / split
-        path = self._folder / TABLE
-        if not path.exists():
-            raise DataError(
-                f"{path} does not exist: name the folder and the split of a conversion that ended "
-                "(python -m vit_dist.convert)"
-            )
-        table = json.loads(path.read_text())
+        table = read_table(self._folder)
         self.prepared = preparation_of(table)
         if self.prepared is not None and self.prepared.format == "raw":
             raise DataError(f"{self._folder} holds raw pixels: set config.data.source to raw")

@@ -1,10 +1,15 @@
 """What was done to images beforehand, by `python -m vit_dist.convert --short_side=N`."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from vit_dist.config.errors import ConfigError
+from etils import epath
+
+from vit_dist.config.errors import ConfigError, DataError
+
+TABLE = "shards.json"  # of a conversion that has ended; written last
 
 FORMATS = ("jpeg", "raw")
 # Of the JPEGs that are written. On photographs of 256 pixels it takes two thirds of the bytes of 95
@@ -76,3 +81,22 @@ def preparation_of(table: Mapping[str, Any]) -> Preparation | None:
     """Returns what a set's table says of it; None for images as they were."""
     found = table.get("prepared")
     return None if found is None else Preparation(**found)
+
+
+def read_table(folder: epath.Path, options: str = "") -> dict[str, Any]:
+    """What a conversion noted of the shards in a folder.
+
+    Args:
+      folder: of a split.
+      options: of the command that makes such a folder, for the message.
+
+    Raises:
+      DataError: there is no such conversion, or it did not end.
+    """
+    path = folder / TABLE
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist: name the folder and the split of a conversion that ended "
+            f"(python -m vit_dist.convert{options})"
+        )
+    return json.loads(path.read_text())

@@ -8,7 +8,6 @@
 TensorFlow reads a record by its place and verifies its checksum without calling Python.
 """
 
-import json
 import os
 import struct
 from typing import NamedTuple
@@ -21,12 +20,12 @@ from vit_dist import paths
 from vit_dist.config.errors import DataError
 from vit_dist.data.ops.windows import Windowed
 from vit_dist.data.sources import source as base
-from vit_dist.data.sources.preparation import preparation_of
+from vit_dist.data.sources.preparation import TABLE, preparation_of, read_table
 from vit_dist.data.sources.record_table import read_unverified
 from vit_dist.data.sources.records import load_record, read_record
 from vit_dist.storage.files import exists, file_size
 
-SIZES, TABLE = "images.npz", "shards.json"
+SIZES = "images.npz"
 # Before the pixels of each image: MAGIC, height, width, label. In training the table tells these;
 # the conversion goes by the headers when it reads back what it wrote.
 _HEADER = struct.Struct("<4sIIi")
@@ -108,13 +107,7 @@ class RawSource(base.Source):
         # In a bucket TensorFlow would fetch 64 MB for each image.
         folder = paths.local_path(data_dir, "config.data.data_dir of the source 'raw'")
         self._folder = folder / split
-        path = self._folder / TABLE
-        if not path.exists():
-            raise DataError(
-                f"{path} does not exist: name the folder and the split of a conversion that ended "
-                "(python -m vit_dist.convert --short_side=N --format=raw)"
-            )
-        table = json.loads(path.read_text())
+        table = read_table(self._folder, " --short_side=N --format=raw")
         self.prepared = preparation_of(table)
         if self.prepared is None or self.prepared.format != "raw":
             raise DataError(
