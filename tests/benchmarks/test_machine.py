@@ -84,5 +84,6 @@ def test_own_time_has_that_of_children():
     before, times = machine.own(), os.times()
     subprocess.run([sys.executable, "-S", "-c", "sum(range(5 * 10**6))"], check=True)
     children = os.times().children_user - times.children_user
-    # Nothing is lost, whatever the child took; a clock tick is 10 ms.
-    assert children > 0 and machine.own() - before >= children
+    # Nothing is lost, whatever the child took; a clock tick is 10 ms, and a difference of sums of
+    # ticks is rounded.
+    assert children > 0 and machine.own() - before > children - 0.005
