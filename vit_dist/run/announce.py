@@ -3,12 +3,10 @@
 import json
 from collections.abc import Callable
 
-import numpy as np
 import tensorflow as tf
 
 from vit_dist.cluster.hosts import describe, device_kind, is_chief, num_hosts
 from vit_dist.cluster.strategy import device_warnings
-from vit_dist.inspection.sheet import draw_grid
 from vit_dist.monitoring import hparams
 from vit_dist.monitoring.history import PLAN_FILE
 from vit_dist.monitoring.log import detail
@@ -16,7 +14,6 @@ from vit_dist.monitoring.writer import Writer
 from vit_dist.paths import expand
 from vit_dist.run.advice import average_warnings, data_warnings, pixel_warnings
 from vit_dist.run.forecast import forecast, forecast_text
-from vit_dist.run.input import first_images
 from vit_dist.run.notices import notices
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.texts import changes_text, config_text, model_text, run_text
@@ -35,7 +32,7 @@ def announce(
     writer: Writer,
     note: Callable[..., None],
 ) -> None:
-    """Shows and records what the run begins with: config, devices, model, data, first images."""
+    """Shows and records what the run begins with: config, devices, model, data."""
     text = json.dumps(options.record, indent=2, sort_keys=True)
     first, chief = int(state.step.numpy()), is_chief(strategy)
     if chief:
@@ -84,8 +81,4 @@ def announce(
         note(f"warning: {line}")
     for line in origin.splitlines():
         note(line)
-    # Not at a resume on a stream, which would have to be read up to the first step once more.
-    if chief and first < options.total_steps and (source.indexable or not first):
-        sheet = draw_grid(first_images(options, data, strategy, first_step=first))
-        writer.images(first, "train/batch", np.asarray(sheet)[np.newaxis])
     note(f"TensorBoard: tensorboard --logdir {workdir}")

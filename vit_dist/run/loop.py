@@ -19,6 +19,7 @@ from vit_dist.cluster.preemption import Preemption
 from vit_dist.cluster.watchdog import Watchdog
 from vit_dist.config.errors import DivergedError
 from vit_dist.data.pipeline import train_indices
+from vit_dist.inspection.sheet import draw_grid
 from vit_dist.monitoring.meter import Meter
 from vit_dist.monitoring.profiler import Profiler
 from vit_dist.monitoring.progress import Progress
@@ -32,7 +33,7 @@ from vit_dist.run.calendar import Calendar, Pace
 from vit_dist.run.drawing import Drawing
 from vit_dist.run.evals import Evals
 from vit_dist.run.explain import Reading
-from vit_dist.run.input import images_to_inspect, train_data
+from vit_dist.run.input import first_images, images_to_inspect, train_data
 from vit_dist.run.judged import Judged
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.scalars import Scalars
@@ -138,8 +139,7 @@ class Loop:
         # tensor, too, on the device where the step leaves it.
         self.stalled: float | tf.Tensor = 0.0
         self.saved_step, self.saved_time = -1, time.monotonic()
-        # The split and the steps whose examples are being read, for the message if that fails. It
-        # begins with the images that TensorBoard shows.
+        # The split and the steps whose examples are being read, for the message if that fails.
         self.split, self.steps_read = "train", range(self.first, self.first + 2)
 
     def run(self, *, evaluated: Collection[str]) -> dict[str, float]:
@@ -168,6 +168,8 @@ class Loop:
             with self.profiler.step(step):
                 tensors = self.call(batches, step, n)
             step += n
+            if step - n == first:
+                self.show_first()
             self.look(step, tensors)
             asked = self.ask()
             # Only now: after its first call a host waits here for those that compile longer.
@@ -409,6 +411,22 @@ class Loop:
             self.starts.note(step)
             if self.chief:
                 self.checkpointer.save(arrays, step=step, notes=notes)
+
+    def show_first(self) -> None:
+        """Lets the thread of pictures draw the first images that the step got.
+
+        After the first call, which a person waits for: reading them takes a pipeline of its own.
+        """
+        # Not at a resume on a stream, which would have to be read up to the first step once more.
+        if not self.chief or (self.first and not self.data.sources["train"].indexable):
+            return
+
+        def draw() -> None:
+            step = self.first
+            cells = first_images(self.options, self.data, self.strategy, first_step=step)
+            self.writer.images(step, "train/batch", np.asarray(draw_grid(cells))[np.newaxis])
+
+        self.background.start("the first batch", draw)
 
     def draw(self, step: int) -> None:
         """Begins to draw the model's inside (chief only); a thread does it while training goes on.
