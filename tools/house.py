@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluate": {"run", "evaluators", "cluster", "storage", "config"},
     "predict": {"export", "run", "data", "inspection", "storage", "config"},
-    "export": {"run", "data", "model", "config", "paths"},
+    "export": {"run", "data", "model", "storage", "config", "paths"},
     "convert": {"run", "data", "monitoring", "config"},
     "show": {"run", "data", "inspection", "storage", "config"},
     "demo": {"train", "evaluate", "run", "config"},

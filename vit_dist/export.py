@@ -12,9 +12,13 @@ huggingface       a folder for transformers' from_pretrained
 savedmodel        a TensorFlow SavedModel: bytes of image files in, probabilities out; for a run on
                   arrays, such as the demo's digits, uint8 arrays in
 keras             a .keras file: images already scaled in, logits out
+onnx              an .onnx file: uint8 images of the model's size in, probabilities and logits out;
+                  needs tf2onnx, the extra `onnx`
 """
 
 import dataclasses
+import importlib.util
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +39,13 @@ from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.paths import local_path
 from vit_dist.run.origins import Hint, Origin, open_origin
+from vit_dist.storage.files import write_output
 
-ALL_FORMATS = (*FORMATS, "savedmodel", "keras")
+ALL_FORMATS = (*FORMATS, "savedmodel", "keras", "onnx")
+# Files of one model each: format -> how their names end.
+_SUFFIXES = {"keras": ".keras", "onnx": ".onnx"}
+# The version of ONNX's operators, which every ONNX Runtime since 1.14 (2023) knows.
+_OPSET = 18
 # Keys of ViT that runs of older versions did not record -> the only value that they could have.
 _DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None, "cls_token": True}
 # Keys of ViT that only matter in training; the written network gets their defaults.
@@ -158,20 +167,28 @@ def export(
     """
     if format not in ALL_FORMATS:
         raise ConfigError(f"format {format!r} is unknown; allowed: {', '.join(ALL_FORMATS)}")
+    path = Path(local_path(output, "--output"))
+    if format in _SUFFIXES and path.suffix != _SUFFIXES[format]:
+        raise ConfigError(f"give a file that ends in {_SUFFIXES[format]}, not {path}")
+    if format == "onnx" and importlib.util.find_spec("tf2onnx") is None:
+        raise ConfigError(
+            "--format onnx needs tf2onnx, which is not installed: pip install tf2onnx, or install "
+            "vit_dist with its extra 'onnx'"
+        )
     origin = open_origin(checkpoint, image_size=init_image_size, hint=hint)
     # A run and a file that tells have the last word on how images are scaled.
     if origin.pipe is None and origin.mean is None:
         origin = dataclasses.replace(origin, mean=mean, std=std)
-    path = Path(local_path(output, "--output"))
     model = load_model(
         origin, image_size=image_size, method=method, ignore=ignore, system=format, **told
     )
-    if format == "keras":
-        if path.suffix != ".keras":
-            raise ConfigError(f"give a file that ends in .keras, not {path}")
+    if format in _SUFFIXES:
         path.parent.mkdir(parents=True, exist_ok=True)
+    if format == "keras":
         model.save(path)
         return [path]
+    if format == "onnx":
+        return _write_onnx(path, model, origin)
     if format == "savedmodel":
         return _write_saved_model(path, model, origin)
     mean, std = mean_and_std(origin, model.channels)
@@ -289,6 +306,8 @@ class Served(tf.Module):
     Attributes:
       takes_files: whether `pipe` takes the bytes of files; else it takes arrays, and `prepare`
         decodes files before it.
+      classify: a tf.function of prepared images, uint8 (b, height, width, channels), to
+        "probabilities" and "logits", float32 (b, C). Traced once, for `serve` and for others.
     """
 
     def __init__(self, model: ViT, pipe: Pipe, *, sigmoid: bool = False):
@@ -299,6 +318,8 @@ class Served(tf.Module):
         resizes = self.takes_files or self._output_of(tf.TensorSpec(shape, tf.uint8)) is not None
         # The shape of one image as an array; without an op that resizes it is the model's own.
         self.array_shape = shape if resizes else (*model.image_size, model.channels)
+        spec = tf.TensorSpec((None, *model.image_size, model.channels), tf.uint8, "images")
+        self.classify = tf.function(self._classify, autograph=False, input_signature=[spec])
 
     def _output_of(self, spec: tf.TensorSpec) -> tf.TensorShape | None:
         """The static shape of what the pipe makes of such an image; None if it cannot take one."""
@@ -345,21 +366,23 @@ class Served(tf.Module):
         shape = (*self.model.image_size, self.model.channels)
         return tf.ensure_shape(self._apply(image), shape)
 
-    def _classify(self, images: tf.Tensor, prepare: Any) -> dict[str, tf.Tensor]:
+    def _classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        logits = self.model(self.pipe.device(images))
+        activation = tf.sigmoid if self.sigmoid else tf.nn.softmax
+        return {"probabilities": activation(logits), "logits": logits}
+
+    def _prepare_all(self, images: tf.Tensor, prepare: Any) -> tf.Tensor:
         shape = (*self.model.image_size, self.model.channels)
         spec = tf.TensorSpec(shape, tf.uint8)
         # One image after the other: files have different sizes before the pipe resizes them.
-        prepared = tf.map_fn(prepare, images, fn_output_signature=spec)
-        logits = self.model(self.pipe.device(prepared))
-        activation = tf.sigmoid if self.sigmoid else tf.nn.softmax
-        return {"probabilities": activation(logits), "logits": logits}
+        return tf.map_fn(prepare, images, fn_output_signature=spec)
 
     @tf.function(
         autograph=False, input_signature=[tf.TensorSpec((None,), tf.string, "image_bytes")]
     )
     def serve(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """Bytes of image files, string (b,) -> "probabilities" and "logits", float32 (b, C)."""
-        return self._classify(image_bytes, self.prepare)
+        return self.classify(self._prepare_all(image_bytes, self.prepare))
 
     def signature(self) -> Any:
         """The function that a SavedModel serves: `serve`, or one of arrays for a run on arrays."""
@@ -367,7 +390,7 @@ class Served(tf.Module):
             return self.serve
 
         def serve_arrays(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self._classify(images, self.prepare_array)
+            return self.classify(self._prepare_all(images, self.prepare_array))
 
         spec = tf.TensorSpec((None, *self.array_shape), tf.uint8, "images")
         return tf.function(serve_arrays, autograph=False, input_signature=[spec])
@@ -418,6 +441,21 @@ def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:
     labels = path / "labels.txt"
     labels.write_text("".join(f"{name}\n" for name in names))
     return [path, labels]
+
+
+def _write_onnx(path: Path, model: ViT, origin: Origin) -> list[Path]:
+    """The network behind the preparation of files, which ONNX has no operators for."""
+    import onnx
+    import tf2onnx
+
+    served, names = _serve(origin, model)
+    proto, _ = tf2onnx.convert.from_function(
+        served.classify, input_signature=served.classify.input_signature, opset=_OPSET
+    )
+    told = {"class_names": json.dumps(names), "image_ops": str(served.pipe)}
+    onnx.helper.set_model_props(proto, told)
+    write_output(path, proto.SerializeToString())
+    return [path]
 
 
 def script() -> None:

@@ -78,6 +78,16 @@ def test_positions_stand_at_their_places():
     assert np.ma.getmaskarray(np.ma.masked_invalid(found))[2].all()
 
 
+def test_of_a_large_grid_every_third_patch_has_a_map():
+    look = weights_look(grid=(37, 2))
+    (figure,) = [figure for name, figure in draw.draw_weights(look) if name == "positions"]
+    found = shown(figure)
+    assert found.shape == (13 * 38 - 1, 2 * 3 - 1)
+    np.testing.assert_array_equal(found[38 : 38 + 37, 3:5], look.positions[3, 1])
+    ticks = figure.axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in ticks[:3]] == ["1", "4", "7"] and len(ticks) == 13
+
+
 def test_the_lightest_patch_is_where_the_map_is_largest():
     look = images_look(count=2, grid=(2, 3))
     look.rollout[1] = 0.1

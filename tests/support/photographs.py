@@ -1,11 +1,14 @@
 """Some 800 JPEGs to try fine-tuning with: windows of the photographs that packages bring along.
 
-    python -m tests.support.photographs photos --count=800
+    python -m tests.support.photographs photos --count=800 [--apart]
 
-One directory for each photograph: scikit-learn's temple and flower, and the portrait that comes
-with Matplotlib, where that is installed. Each image is a window of it, mirrored or not, in other
-light and colours, of 384 px or more: photographic, as JPEGs of all sizes and qualities, but easy,
-as the held-out images show what others of the same class show.
+One directory for each photograph: scikit-learn's temple and flower, the portrait that comes with
+Matplotlib, and nine of scikit-image's, each where its package is installed. Each image is a window
+of it, mirrored or not, in other light and colours, of 384 px or more: photographic, as JPEGs of all
+sizes and qualities, but easy, as the held-out images show what others of the same class show.
+
+Not with --apart: windows of the left three fifths are in photos/train, of the rest in photos/val,
+so no pixel that is judged was seen in training.
 """
 
 import argparse
@@ -16,10 +19,21 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 SOURCES = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "brick": ("skimage", "data/brick.png"),
+    "cat": ("skimage", "data/chelsea.png"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "coins": ("skimage", "data/coins.png"),
     "flower": ("sklearn", "datasets/images/flower.jpg"),
+    "grass": ("skimage", "data/grass.png"),
+    "gravel": ("skimage", "data/gravel.png"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
     "portrait": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
     "temple": ("sklearn", "datasets/images/china.jpg"),
 }
+# With --apart: split -> which part of a photograph's width it shows, and its share of the images.
+APART = {"train": ((0.0, 0.6), 0.8), "val": ((0.6, 1.0), 0.2)}
 SMALLEST = 384  # of an image's shorter side
 
 
@@ -33,17 +47,23 @@ def sources() -> dict[str, Path]:
     return found
 
 
-def make_photographs(folder: Path, *, count: int, seed: int = 0) -> dict[str, int]:
-    """Writes folder/CLASS/001.jpg ...; returns how many of each class."""
+def make_photographs(
+    folder: Path, *, count: int, seed: int = 0, apart: bool = False
+) -> dict[str, int]:
+    """Writes folder/CLASS/001.jpg ..., with `apart` folder/SPLIT/CLASS; returns their numbers."""
     rng, made = np.random.default_rng(seed), {}
     for index, (name, path) in enumerate(found := sorted(sources().items())):
-        (folder / name).mkdir(parents=True, exist_ok=True)
         with Image.open(path) as file:
             photograph = file.convert("RGB")
         made[name] = count // len(found) + (index < count % len(found))
-        for i in range(made[name]):
-            image = _variant(photograph, rng)
-            image.save(folder / name / f"{i + 1:03d}.jpg", quality=int(rng.integers(60, 96)))
+        for split, ((left, right), share) in (APART if apart else {"": ((0, 1), 1)}).items():
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            width, height = photograph.size
+            part = photograph.crop((round(left * width), 0, round(right * width), height))
+            for i in range(round(share * made[name])):
+                image = _variant(part, rng)
+                path = folder / split / name / f"{i + 1:03d}.jpg"
+                image.save(path, quality=int(rng.integers(60, 96)))
     return made
 
 
@@ -72,5 +92,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=800)
+    parser.add_argument("--apart", action="store_true", help="val shows other parts than train")
     given = parser.parse_args()
-    print(*(f"{n} {name}" for name, n in make_photographs(given.folder, count=given.count).items()))
+    made = make_photographs(given.folder, count=given.count, apart=given.apart)
+    print(*(f"{n} {name}" for name, n in made.items()))

@@ -107,13 +107,15 @@ def _filters(look: WeightsLook) -> Any:
 
 def _positions(look: WeightsLook) -> Any:
     rows, columns = look.positions.shape[:2]
+    down, across = range(0, rows, _step(rows)), range(0, columns, _step(columns))
     # A map for each patch at the patch's place, with a line of NaN, drawn white, between maps.
-    sheet = np.full((rows, rows + 1, columns, columns + 1), np.nan)
-    sheet[:, :rows, :, :columns] = look.positions.transpose(0, 2, 1, 3)
-    sheet = sheet.reshape(rows * (rows + 1), columns * (columns + 1))[:-1, :-1]
+    sheet = np.full((len(down), rows + 1, len(across), columns + 1), np.nan)
+    shown = look.positions[:: down.step, :: across.step]
+    sheet[:, :rows, :, :columns] = shown.transpose(0, 2, 1, 3)
+    sheet = sheet.reshape(len(down) * (rows + 1), len(across) * (columns + 1))[:-1, :-1]
     figure, axes = figure_of(sheet, vmin=-1, vmax=1, bar="cosine similarity")
-    axes.set_xticks(*_ticks(columns))
-    axes.set_yticks(*_ticks(rows))
+    axes.set_xticks(*_ticks(across, columns))
+    axes.set_yticks(*_ticks(down, rows))
     axes.set_xlabel("column of the patch")
     axes.set_ylabel("row of the patch")
     kind = "learned" if look.learned else "fixed sine-cosine"
@@ -121,10 +123,16 @@ def _positions(look: WeightsLook) -> Any:
     return figure
 
 
-def _ticks(count: int) -> tuple[list[float], list[str]]:
-    """Centres and numbers, from 1, of at most 16 maps of `count` cells and a gap each."""
-    shown = range(0, count, -(-count // 16))
-    return [i * (count + 1) + (count - 1) / 2 for i in shown], [str(i + 1) for i in shown]
+def _step(count: int) -> int:
+    """From one map to the next: of more than 16 rows of patches not all have one."""
+    return -(-count // 16)
+
+
+def _ticks(patches: range, size: int) -> tuple[list[float], list[str]]:
+    """Centres and numbers, from 1, of the maps of `patches`: `size` cells each, and a gap."""
+    return [i * (size + 1) + (size - 1) / 2 for i in range(len(patches))], [
+        str(patch + 1) for patch in patches
+    ]
 
 
 def _distances(look: ImagesLook) -> Any:
