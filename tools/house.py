@@ -84,7 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "paths",
     },
-    "evaluators": {"training", "storage", "config", "paths"},
+    "evaluators": {"training", "cluster", "storage", "config", "paths"},
     "inspection": {"model", "config"},
     "costs": {"model", "training", "config"},
     "data": {"storage", "config", "paths"},

@@ -9,6 +9,7 @@ positions are resampled as config.init_from does it.
 """
 
 import csv
+import functools
 import io
 import json
 import math
@@ -180,7 +181,10 @@ def _judge(
     names = next(iter(data.sources.values())).class_names
     pipes = {"config.input.eval_ops": options.pipe}
     pipes |= {entry.where: entry.pipe for entry in options.evals.values()}
-    report = fill(model, origin, options.weights, pipes=pipes, class_names=names)
+    fill_model = functools.partial(
+        fill, origin=origin, options=options.weights, pipes=pipes, class_names=names
+    )
+    report = fill_model(model)
     splits = list(data.splits)
     # Features are judged whatever the head is.
     headless = not splits and all(e.kind.values != LOGITS for e in options.evals.values())
@@ -188,7 +192,8 @@ def _judge(
     for line in report.remarks():
         logging.warning("%s: %s", origin.path, line)
     judge = Evaluation(options, data, model, strategy)
-    named = Evals(options, data, model, strategy, folder=features_dir)
+    # Evaluations at another resolution get the checkpoint's own positions, resampled once.
+    named = Evals(options, data, model, strategy, folder=features_dir, fill=fill_model)
     results = {}
     for name in (*splits, *options.evals):
         metrics = judge(name) if name in splits else named(name)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from scipy.special import log_softmax, softmax
 
+from vit_dist.evaluators import classification
 from vit_dist.evaluators.classification import make_evaluator, metric_names
 from vit_dist.evaluators.outputs import Outputs
 from vit_dist.evaluators.verdicts import verdicts_of
@@ -204,3 +205,20 @@ def test_nothing_to_evaluate(padding):
     data = tf.data.Dataset.from_tensors({**zeros, "mask": np.zeros(BATCH, np.float32)})
     with pytest.raises(ValueError, match="nothing to evaluate: the split has no examples"):
         run(data.take(padding))
+
+
+def test_rows_of_several_hosts_come_in_the_order_of_the_source(monkeypatch):
+    # Batches, hosts, replicas of a host, examples of a replica, columns.
+    rows = np.arange(3 * 2 * 2 * 4 * 5.0).reshape(3, 2, 2, 4, 5)
+
+    class TwoReplicas:
+        def experimental_local_results(self, batch):
+            return tuple(tf.constant(part) for part in batch)
+
+    def gathered(strategy, own):
+        np.testing.assert_array_equal(own, rows[:, 0])
+        return np.stack([rows[:, 0], rows[:, 1]])
+
+    monkeypatch.setattr(classification, "all_hosts_arrays", gathered)
+    joined = classification._joined(list(rows[:, 0]), TwoReplicas())
+    np.testing.assert_array_equal(joined, rows.reshape(-1, 5))

@@ -8,12 +8,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss, recall_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from vit_dist.config.errors import ConfigError
+from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.config.recipe import ALEXNET_ERRORS
 from vit_dist.evaluators import probe
 from vit_dist.evaluators.calibration import HIGHEST, LOWEST, calibration_error, fit_temperature
-from vit_dist.evaluators.outputs import Outputs
+from vit_dist.evaluators.named import Named
+from vit_dist.evaluators.outputs import Outputs, without_absent
 from vit_dist.evaluators.predictions import label_ranks
 from vit_dist.evaluators.registry import KINDS
+from vit_dist.evaluators.verdicts import verdicts_of
 
 CLASSES, WIDTH = 6, 12
 NAMES = tuple("abcdef")
@@ -65,6 +68,109 @@ def test_a_class_without_examples_is_left_out():
     each = [v for k, v in found.items() if k.startswith("accuracy/")]
     assert "accuracy/c" not in found and len(each) == 5
     assert found["mean_class_accuracy"] == pytest.approx(np.mean(each))
+
+
+def sets(judged, seed=5):
+    """Sets of 0 to 4 labels, which hold the old label or not."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.random((len(judged.labels), CLASSES)) < rng.choice([0, 0.2, 0.5], (500, 1))
+    assert not drawn.any(1).all() and drawn.sum(1).max() > 3
+    return Outputs(judged.values, drawn, NAMES)
+
+
+def test_accuracy_with_sets_of_labels():
+    """The formula of google-research/reassessed-imagenet, and top-k as timm counts it."""
+    judged = sets(logits())
+    found = run("real", judged, top=(1, 2, 3, 6))
+    real_labels = [list(np.flatnonzero(row)) for row in judged.labels]
+    predictions = judged.values.argmax(-1)
+    is_correct = [p in real_labels[i] for i, p in enumerate(predictions) if real_labels[i]]
+    assert found["accuracy"] == np.mean(is_correct) and 0.2 < found["accuracy"] < 0.8
+    order = np.argsort(-judged.values, axis=1)
+    for k in (2, 3):
+        hit = [any(c in r for c in o[:k]) for o, r in zip(order, real_labels, strict=True) if r]
+        assert found[f"top{k}_accuracy"] == np.mean(hit)
+    assert set(found) == {"accuracy", "top2_accuracy", "top3_accuracy", "ece", "examples"}
+    assert found["examples"] == len(is_correct) < 500
+    kept = judged.labels.any(1)
+    p = softmax(judged.values[kept].astype(np.float64), axis=1)
+    confidence = calibration_error(p.max(1), np.array(is_correct), bins=15)
+    assert found["ece"] == pytest.approx(confidence, abs=1e-12)
+    # What pictures show of it.
+    verdicts = verdicts_of(judged, 10 + np.arange(500))
+    assert (verdicts.indices == 10 + np.flatnonzero(kept)).all()
+    assert verdicts.hits.tolist() == is_correct
+
+
+def test_examples_without_any_label_are_nothing_to_judge():
+    judged = logits()
+    with pytest.raises(DataError, match="no example has a right label"):
+        run("real", Outputs(judged.values, np.zeros((500, CLASSES), bool), NAMES))
+
+
+def test_classes_that_are_absent():
+    """As accuracies on ImageNet-A and -R are published: among the classes that they have."""
+    judged = logits()
+    part = judged.labels < 3
+    values, labels = judged.values[part], judged.labels[part]
+    found = run("classification", Outputs(without_absent(values, labels), labels, NAMES), top=(2,))
+    chosen = run("classification", Outputs(values[:, :3], labels, NAMES[:3]), top=(2,))
+    assert found == pytest.approx(chosen, abs=1e-9)
+    assert found["accuracy"] > run("classification", Outputs(values, labels, NAMES))["accuracy"]
+    rows = np.eye(CLASSES, dtype=bool)[labels]
+    assert (without_absent(values, rows) == without_absent(values, labels)).all()
+
+
+def test_corruption_error_of_published_numbers():
+    """ResNet-50 in the table of the paper: its CE by corruption, and mCE 76.7."""
+    ce = (80, 82, 83, 75, 89, 78, 80, 78, 75, 66, 57, 71, 85, 77, 77)
+    pairs = zip(ALEXNET_ERRORS.items(), ce, strict=True)
+    errors = {name: c / 100 * error for (name, error), c in pairs}
+    # Severities around the mean.
+    spread = dict(zip("12345", (-0.1, -0.05, 0, 0.05, 0.1), strict=True))
+    of = {name: [f"{name}_{s}" for s in spread] for name in errors}
+    found = {
+        f"{name}_{s}": {"accuracy": 1 - error - off}
+        for name, error in errors.items()
+        for s, off in spread.items()
+    }
+    got = run("corruption_error", found, of=of, baseline=ALEXNET_ERRORS)
+    assert got["mce"] == pytest.approx(np.mean(ce) / 100) == pytest.approx(0.767, abs=3e-3)
+    assert got["mean_error"] == pytest.approx(np.mean(list(errors.values())))
+    assert got["error/fog"] == pytest.approx(0.66 * 0.819324)
+    assert "mce" not in run("corruption_error", found, of=of)
+
+
+# Kind, options, what it judges, how many metrics.
+TOLD = [
+    ("classification", {}, (logits(),), 8),
+    ("classification", {"top": (1, 2, 3, 6), "temperature": False}, (logits(),), 6),
+    ("classification", {"per_class": True}, (logits(),), 14),
+    ("real", {}, (sets(logits()),), 3),
+    ("knn", {"k": (3, 9, 301)}, (JUDGED, TRAIN), 2),
+    ("fewshot", {"shots": (1, 5)}, (JUDGED, TRAIN), 2),
+    ("fewshot", {"shots": (1, 5), "l2": (1.0, 8.0), "num_seeds": 1}, (JUDGED, TRAIN), 4),
+    ("linear_probe", {"l2": (1e-2, 1.0)}, (JUDGED, TRAIN), 4),
+    (
+        "corruption_error",
+        {"of": {"fog": ("x",)}, "baseline": {"fog": 0.5}},
+        ({"x": {"accuracy": 0.5}},),
+        3,
+    ),
+]
+
+
+@pytest.mark.parametrize("kind, options, judged, count", TOLD)
+def test_metrics_are_told_before(kind, options, judged, count):
+    evaluate = KINDS[kind].make(**options)
+    told = evaluate.names(NAMES, len(TRAIN.labels) if len(judged) > 1 else 0)
+    assert sorted(told) == sorted(set(evaluate(*judged)) - {"examples"})
+    assert len(told) == count
+
+
+def test_every_kind_tells_its_metrics():
+    assert {kind for kind, *_ in TOLD} == set(KINDS)
+    assert all(isinstance(KINDS[kind].make(**options), Named) for kind, options, *_ in TOLD)
 
 
 def ece_by_loops(p, labels, bins):
@@ -224,6 +330,19 @@ def test_problems_that_converge_drop_out_and_change_nothing():
         ("classification", {"top": 1}, "top must be a list of whole numbers above 0, got 1"),
         ("classification", {"top": "15"}, "top must be a list of whole numbers"),
         ("classification", {"bins": 0}, "bins must be a whole number above 0, got 0"),
+        ("real", {"top": (0,)}, "top must be a list of whole numbers above 0"),
+        ("corruption_error", {"of": {}}, "of must name groups of evaluations"),
+        ("corruption_error", {"of": {"fog": "fog_1"}}, r"of\['fog'\] must be a list of names"),
+        (
+            "corruption_error",
+            {"of": {"fog": ("fog_1",)}, "baseline": {"frog": 0.5}},
+            r"baseline must give an error for each group of `of`: \['fog'\], got \['frog'\]",
+        ),
+        (
+            "corruption_error",
+            {"of": {"fog": ("fog_1",)}, "baseline": {"fog": 81.9}},
+            r"baseline\['fog'\] must be a share in \(0, 1\], got 81.9",
+        ),
         ("knn", {"k": (0,)}, "k must be a list of whole numbers above 0"),
         ("knn", {"k": (True,)}, "k must be a list of whole numbers above 0"),
         ("knn", {"temperature": 0.0}, "temperature must be .* above 0"),

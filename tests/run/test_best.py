@@ -12,6 +12,7 @@ from tests.support import tiny
 from vit_dist import train as train_module
 from vit_dist.config.errors import UserError
 from vit_dist.evaluate import evaluate
+from vit_dist.evaluators.registry import KINDS, LOGITS, Kind
 from vit_dist.run.best import Best
 from vit_dist.run.check import check
 from vit_dist.run.loop import Loop
@@ -145,7 +146,46 @@ def test_an_unknown_metric_is_named_before_the_run_begins():
         check(config(keep_best="max val/acuracy"))
 
 
-def test_an_unknown_metric_of_another_evaluation_is_named_once_it_has_judged(tmp_path):
+AVERAGE = {"kind": "corruption_error", "options": {"of": {"fog": ("sure",)}}}
+JUDGED = {
+    "near": {"kind": "knn", "options": {"k": (5, 2000)}},
+    "few": {"kind": "fewshot", "options": {"shots": (1,)}},
+    "probe": {"kind": "linear_probe", "options": {"l2": (0.5,)}},
+    "sure": {"kind": "classification", "options": {"top": (1, 2), "per_class": True}},
+    "all": AVERAGE,
+}
+
+
+@pytest.mark.parametrize(
+    "metric, known",
+    [
+        ("near/acuracy", "near/k5_accuracy, near/examples"),
+        ("near/k2000_accuracy", "near/k5_accuracy, near/examples"),  # of 1257 training examples
+        ("few/accuracy", "few/1shot_accuracy, few/examples"),
+        ("probe/l2_1_accuracy", "probe/accuracy, probe/l2, probe/l2_0.5_accuracy, probe/examples"),
+        ("sure/top5_accuracy", "sure/accuracy, sure/top2_accuracy, sure/mean_class_accuracy, "),
+        ("sure/accuracy/cat", "sure/accuracy, .*, sure/accuracy/0, .*, sure/accuracy/9, "),
+        ("all/mce", "all/mean_error, all/error/fog, all/examples"),
+    ],
+)
+def test_an_unknown_metric_of_another_evaluation_is_named_before_the_run_begins(metric, known):
+    with pytest.raises(UserError, match=f"'{metric}' is unknown; there are .*{known}"):
+        check(config(keep_best=f"max {metric}", evals=JUDGED))
+
+
+def test_what_evaluations_tell_may_be_kept():
+    for metric in ("near/k5_accuracy", "sure/accuracy/3", "all/error/fog", "probe/examples"):
+        options, _ = check(config(keep_best=f"min {metric}", evals=JUDGED))
+        assert options.best.metric == metric
+
+
+def test_an_evaluation_of_ones_own_need_not_tell(monkeypatch):
+    plain = Kind(lambda: lambda judged: {"size": 1.0}, LOGITS, train=False)
+    monkeypatch.setitem(KINDS, "plain", plain)
+    check(config(keep_best="max own/anything", evals={"own": {"kind": "plain"}}))
+
+
+def test_an_unknown_metric_of_such_an_evaluation_is_named_once_it_has_judged(tmp_path):
     options = BestOptions(metric="near/acuracy", mode="max", patience=0)
     best = Best(options, str(tmp_path), tf.distribute.get_strategy())
     with pytest.raises(UserError, match="'near/acuracy' is unknown; there are near/accuracy"):

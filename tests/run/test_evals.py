@@ -15,11 +15,15 @@ from PIL import Image
 from tests.support import tiny
 from vit_dist import evaluate as evaluate_module
 from vit_dist import train as train_module
+from vit_dist.cluster.strategy import make_strategy
 from vit_dist.config.errors import ConfigError, UserError
 from vit_dist.evaluate import evaluate
 from vit_dist.evaluators.registry import FEATURES, KINDS, LOGITS, Kind
 from vit_dist.run import evals as evals_module
+from vit_dist.run.build import make_model
 from vit_dist.run.check import check, check_evaluation
+from vit_dist.run.evals import Evals
+from vit_dist.run.origins import open_origin
 from vit_dist.train import train
 
 EVALS = {
@@ -27,6 +31,7 @@ EVALS = {
     "near": {"kind": "knn", "every": 4, "options": {"k": (5, 20)}},
     "few": {"kind": "fewshot", "split": "test", "options": {"shots": (1, 5), "num_seeds": 2}},
     "probe": {"kind": "linear_probe", "options": {"l2": (1e-3,), "max_iterations": 50}},
+    "all": {"kind": "corruption_error", "options": {"of": {"digits": ("sure",)}}},
 }
 
 
@@ -56,11 +61,12 @@ def run(tmp_path_factory):
 def test_what_is_judged_when(run):
     workdir, metrics = run
     assert set(named(workdir, "near")) == {4, 8}
-    for name in ("sure", "few", "probe"):
+    for name in ("sure", "few", "probe", "all"):
         assert set(named(workdir, name)) == {8}
     assert set(named(workdir, "near")[8]) == {"k5_accuracy", "k20_accuracy", "examples"}
     assert set(named(workdir, "few")[8]) == {"1shot_accuracy", "5shot_accuracy", "examples"}
     assert metrics["near_k5_accuracy"] == named(workdir, "near")[8]["k5_accuracy"]
+    assert metrics["all_mean_error"] == pytest.approx(1 - metrics["sure_accuracy"])
     # The same logits, counted on the device and on the host.
     val, sure = named(workdir, "val")[8], named(workdir, "sure")[8]
     for key in ("accuracy", "top5_accuracy", "examples"):
@@ -129,6 +135,59 @@ def test_outputs_come_in_the_order_of_the_source(run, monkeypatch):
     for outputs in seen:
         assert outputs.labels.tolist() == expected
     np.testing.assert_allclose(seen[0].values, seen[1].values, rtol=1e-5, atol=1e-6)
+
+
+def test_another_resolution_is_what_init_from_makes(run, tmp_path):
+    """The numbers of the run's checkpoint, converted to that resolution and judged there."""
+    workdir, _ = run
+    ops = {"input__eval_ops": tiny.ANY_SIZE}
+    options = {"top": (1, 2, 5), "temperature": False}
+    large = {"kind": "classification", "image_size": 16, "ops": tiny.ANY_SIZE, "options": options}
+    evals = {"large": large, "small": {**large, "image_size": 8}}
+    converted = evaluate(
+        config({"sure": {**large, "image_size": None}}, image_size=16, **ops), str(workdir)
+    )
+    # As evaluate does it, from the checkpoint; and with features kept for both resolutions.
+    kept = {"splits": [], "features_dir": str(tmp_path)}
+    found = evaluate(config(evals), str(workdir), **kept)
+    assert found["large"] == converted["sure"] != found["small"]
+    assert found["large"]["accuracy"] == converted["val"]["accuracy"]
+    assert evaluate(config(evals), str(workdir), **kept) == found
+    # As a training does it: from the model that is trained, again after its weights have changed.
+    checked, data = check_evaluation(config(evals), splits=[], evals=None)
+    strategy = make_strategy(**checked.strategy)
+    model = make_model(checked.model, strategy)
+    judge = Evals(checked, data, model, strategy)
+    judge("large")
+    open_origin(str(workdir)).fill(model)
+    assert judge("large") == pytest.approx(found["large"], abs=1e-6)
+    assert judge("small") == pytest.approx(found["small"], abs=1e-6)
+    # A checkpoint of yet another resolution is resampled once, not by way of config.image_size.
+    between = config({"large": large}, image_size=12, **ops)
+    assert evaluate(between, str(workdir), splits=[])["large"] == found["large"]
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"image_size": 18}, r"evals.near.image_size is \(18, 18\), .* a multiple of 4"),
+        ({"image_size": "16"}, r"config.evals.near.image_size must be a positive int or"),
+        ({"image_size": 16}, r"gives images of \(8, 8, 3\), but config.evals.near.image_size is"),
+    ],
+)
+def test_resolutions_that_cannot_be(changed, words):
+    with pytest.raises(ConfigError, match=words):
+        check(config({"near": {"kind": "knn", **changed}}))
+
+
+def test_a_crop_that_is_larger_than_the_image(three):
+    """As where a recipe's pipe has the number of its own resolution in it."""
+    ops = f"decode|resize_small(12)|central_crop(size)|{tiny.OPS}"
+    near = {"kind": "knn", "ops": ops}
+    check_evaluation(tiny.of_folder(three[0], evals={"near": near}), evals=None)
+    near["image_size"] = 16
+    with pytest.raises(ConfigError, match=r"near.ops: .* cannot cut \(16, 16\) .* has 12 pixels"):
+        check_evaluation(tiny.of_folder(three[0], evals={"near": near}), evals=None)
 
 
 def spy(monkeypatch, values):

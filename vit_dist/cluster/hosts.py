@@ -1,4 +1,4 @@
-"""The hosts of a strategy: which replicas each host feeds, and numbers gathered from all hosts.
+"""The hosts of a strategy: which replicas each host feeds, and what is gathered from all hosts.
 
 A host is a process; its replicas are the devices that it feeds. Replicas are numbered over all
 hosts, those of a host being neighbours.
@@ -6,6 +6,7 @@ hosts, those of a host being neighbours.
 
 import functools
 
+import numpy as np
 import tensorflow as tf
 
 from vit_dist.cluster import tpu_vm
@@ -62,12 +63,23 @@ def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
       The numbers in the hosts' order, the same list on every host. The call waits until all hosts
       have called it, so it is also a barrier.
     """
+    if num_hosts(strategy) == 1:
+        return [number]
+    return [int(n) for n in all_hosts_arrays(strategy, np.array(number, np.int64))]
+
+
+def all_hosts_arrays(strategy: tf.distribute.Strategy, array: np.ndarray) -> np.ndarray:
+    """Gathers an array from each host, all of one shape; a collective as `all_hosts`.
+
+    Returns:
+      (hosts, *array.shape), in the hosts' order, the same on every host.
+    """
     hosts = num_hosts(strategy)
     if hosts == 1:
-        return [number]
-    gathered = _gather(strategy)(tf.constant([number], tf.int64))
-    # Each replica of a host adds the host's number, and the replicas of a host are neighbours.
-    return [int(n) for n in gathered][:: strategy.num_replicas_in_sync // hosts]
+        return array[np.newaxis]
+    gathered = _gather(strategy)(tf.constant(array[np.newaxis]))
+    # Each replica of a host adds the host's array, and the replicas of a host are neighbours.
+    return gathered.numpy()[:: strategy.num_replicas_in_sync // hosts]
 
 
 # Cached by strategy: a new tf.function would be traced again at each call.
@@ -75,11 +87,11 @@ def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
 def _gather(strategy: tf.distribute.Strategy):
     # In a tf.function, because TensorFlow warns at each eager all-gather that it is slow.
     @tf.function(autograph=False)
-    def gather(number: tf.Tensor) -> tf.Tensor:
-        def of_replica(number: tf.Tensor) -> tf.Tensor:
-            return tf.distribute.get_replica_context().all_gather(tf.identity(number), axis=0)
+    def gather(array: tf.Tensor) -> tf.Tensor:
+        def of_replica(array: tf.Tensor) -> tf.Tensor:
+            return tf.distribute.get_replica_context().all_gather(tf.identity(array), axis=0)
 
-        gathered = strategy.run(of_replica, args=(number,))
+        gathered = strategy.run(of_replica, args=(array,))
         return strategy.experimental_local_results(gathered)[0]
 
     return gather

@@ -90,7 +90,9 @@ DEFAULTS: dict[str, Any] = {
         "files": _Key(None, str),  # tfrecord: pattern with {split}, e.g. /data/{split}-*
         "class_file": _Key(None, str),  # tfrecord: names of the classes, one a line
         "image_key": _Key(None, str),  # tfrecord: feature with the encoded image
-        "label_key": _Key(None, str),  # tfrecord: feature with the class number
+        # tfrecord, tfds: feature with the class number; tfds, for kind "real" of evals: several
+        "label_key": _Key(None, str),
+        "label_file": _Key(None, str),  # folder, for kind "real" of evals: JSON, e.g. real.json
         "first_label": _Key(None, int, "(-inf, inf)"),  # tfrecord: the number of the first class
         "counts": _Key(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
         "stream": _Key(None, bool),  # tfrecord: in sequence, not by index; None: from a bucket

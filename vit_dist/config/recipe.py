@@ -1,5 +1,8 @@
-"""What the recipes in configs/ share: their argument, ImageNet's splits, fine-tuning schedules."""
+"""What the recipes in configs/ share: their argument, ImageNet's splits and further test sets,
+fine-tuning schedules.
+"""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,40 @@ IMAGENET = {
     "val_split": "train[99%:]",
     "test_split": "validation",
 }
+# Test sets for a model of ImageNet's classes, as TFDS publishes them: name of an evaluation -> what
+# config.evals takes. TFDS labels the 200 classes of -A and -R as those of all 1000; published
+# accuracies choose among the 200.
+IMAGENET_SETS: dict[str, dict[str, Any]] = {
+    "imagenet_v2": {"data": {"name": "imagenet_v2/matched-frequency"}, "split": "test"},
+    "imagenet_a": {"data": {"name": "imagenet_a"}, "split": "test", "classes": "present"},
+    "imagenet_r": {"data": {"name": "imagenet_r"}, "split": "test", "classes": "present"},
+    "imagenet_sketch": {"data": {"name": "imagenet_sketch"}, "split": "test"},
+    "imagenet_real": {
+        "kind": "real",
+        "data": {"name": "imagenet2012_real", "label_key": "real_label"},
+        "split": "validation",
+    },
+}
+# ImageNet-C's corruptions (arXiv 1903.12261), each with AlexNet's top-1 error, the mean over the
+# severities, by which mCE divides: as AugMix's imagenet.py has them, from hendrycks/robustness.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 0.886428,
+    "shot_noise": 0.894468,
+    "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880,
+    "glass_blur": 0.826268,
+    "motion_blur": 0.785948,
+    "zoom_blur": 0.798360,
+    "snow": 0.866816,
+    "frost": 0.826572,
+    "fog": 0.819324,
+    "brightness": 0.564592,
+    "contrast": 0.853204,
+    "elastic_transform": 0.646056,
+    "pixelate": 0.717840,
+    "jpeg_compression": 0.606500,
+}
+SEVERITIES = (1, 2, 3, 4, 5)
 # Fine-tuning as in vision_transformer and big_vision. Data set -> steps, steps of warmup, and the
 # splits for training, choosing and testing.
 TRANSFER_TASKS = {
@@ -84,6 +121,79 @@ def use_all_of_imagenet(config: ConfigDict) -> None:
     use_imagenet(config)
     config.data.train_split = "train"
     config.data.val_split, config.data.test_split = "validation", ""
+
+
+def imagenet_sets(*names: str, every: int = 0, **data: Any) -> dict[str, Any]:
+    """What config.evals takes for some of IMAGENET_SETS.
+
+    Args:
+      *names: which; none for all.
+      every: steps between two evaluations of a training; 0 for at its end alone.
+      **data: further keys of config.data, such as data_dir.
+
+    Raises:
+      ConfigError: an unknown name.
+    """
+    found = {}
+    for name in names or IMAGENET_SETS:
+        if name not in IMAGENET_SETS:
+            near = did_you_mean(name, IMAGENET_SETS)
+            raise ConfigError(f"there is no {name!r}{near} There are: {', '.join(IMAGENET_SETS)}")
+        entry = IMAGENET_SETS[name]
+        keys = {"source": "tfds", "train_split": "", **data, **entry["data"]}
+        found[name] = {"kind": "classification", **entry, "every": every, "data": keys}
+    return found
+
+
+def imagenet_c(
+    ops: str,
+    *,
+    folder: str = "",
+    every: int = 0,
+    corruptions: Sequence[str] = tuple(ALEXNET_ERRORS),
+    **data: Any,
+) -> dict[str, Any]:
+    """What config.evals takes for ImageNet-C: each corruption and severity, and all: "imagenet_c".
+
+    Args:
+      ops: the pipe. The images are crops of 224 pixels already: it decodes, resizes and scales.
+      folder: of the published files, FOLDER/CORRUPTION/SEVERITY/CLASS/*.JPEG; "" for TFDS.
+      every: steps between two evaluations of a training; 0 for at its end alone.
+      corruptions: some of ALEXNET_ERRORS.
+      **data: further keys of config.data, such as data_dir of TFDS.
+
+    Raises:
+      ConfigError: an unknown corruption.
+    """
+    found: dict[str, Any] = {}
+    groups: dict[str, list[str]] = {}
+    for corruption in corruptions:
+        if corruption not in ALEXNET_ERRORS:
+            near = did_you_mean(corruption, ALEXNET_ERRORS)
+            known = ", ".join(ALEXNET_ERRORS)
+            raise ConfigError(f"ImageNet-C has no {corruption!r}{near} There are: {known}")
+        for severity in SEVERITIES:
+            name, split = f"c_{corruption}_{severity}", "validation"
+            keys = {"source": "tfds", "name": f"imagenet2012_corrupted/{corruption}_{severity}"}
+            if folder:
+                keys, split = (
+                    {"source": "folder", "data_dir": f"{folder}/{corruption}"},
+                    f"{severity}",
+                )
+            found[name] = {
+                "kind": "classification",
+                "split": split,
+                "data": {**keys, "train_split": "", **data},
+                "ops": ops,
+                "every": every,
+                # What is not averaged is left out: fitting 75 temperatures takes minutes.
+                "options": {"top": (1,), "temperature": False},
+            }
+            groups.setdefault(corruption, []).append(name)
+    baseline = {corruption: ALEXNET_ERRORS[corruption] for corruption in corruptions}
+    average = {"of": groups, "baseline": baseline}
+    found["imagenet_c"] = {"kind": "corruption_error", "every": every, "options": average}
+    return found
 
 
 def use_transfer_data(config: ConfigDict, dataset: str) -> None:

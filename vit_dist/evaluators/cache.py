@@ -32,34 +32,38 @@ class OutputCache:
         self._weights = ""
         self._memory: dict[str, Arrays] = {}
 
-    def get(self, weights: str, key: str) -> Arrays | None:
+    def get(self, weights: str, key: str, *, keep: bool = True) -> Arrays | None:
         """What was put under a key; None if nothing was, or if its file is damaged.
 
         Args:
           weights: a digest of the weights: what was computed with others is forgotten, as a run
             that trains would otherwise fill its memory.
           key: of letters and digits.
+          keep: whether what is read from a file stays in memory.
         """
         if weights != self._weights:
             self._weights, self._memory = weights, {}
-        if key not in self._memory and self._folder is not None:
+        found = self._memory.get(key)
+        if found is None and self._folder is not None:
             found = self._read(key)
-            if found is not None:
+            if found is not None and keep:
                 self._memory[key] = found
-        return self._memory.get(key)
+        return found
 
-    def put(self, key: str, arrays: Arrays, *, facts: dict[str, Any]) -> None:
+    def put(self, key: str, arrays: Arrays, *, facts: dict[str, Any], keep: bool = True) -> None:
         """Keeps arrays that were computed with the weights that `get` was last told of.
 
         Args:
           key: as in `get`.
           arrays: values, labels and indices.
           facts: written beside them, for people.
+          keep: whether they stay in memory.
 
         Raises:
           OSError, OpError: the folder cannot be written.
         """
-        self._memory[key] = arrays
+        if keep:
+            self._memory[key] = arrays
         if self._folder is None:
             return
         make_folder(self._folder)

@@ -1,11 +1,12 @@
 """Least squares on the features of a few examples a class (big_vision's fewshot_lsr.py)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from vit_dist.evaluators.checks import at_least_one, each_positive
+from vit_dist.evaluators.named import Named
 from vit_dist.evaluators.outputs import Outputs
 
 # The constant feature that stands for a bias: so large that the penalty hardly holds it down.
@@ -17,7 +18,7 @@ def make_fewshot(
     shots: Sequence[int] = (1, 5, 10, 25),
     l2: Sequence[float] = (2.0**10,),
     num_seeds: int = 3,
-) -> Callable[[Outputs, Outputs], dict[str, float]]:
+) -> Named:
     """Makes a function of features that judges them by regression on a few of the training's.
 
     For each seed 0, 1, ... the examples of each class are shuffled, and the first ones of each are
@@ -39,6 +40,9 @@ def make_fewshot(
     each_positive("l2", l2)
     at_least_one("num_seeds", num_seeds)
 
+    def name(count: int, penalty: float) -> str:
+        return f"{count}shot{f'_l2_{penalty:g}' if len(l2) > 1 else ''}_accuracy"
+
     def evaluate(judged: Outputs, train: Outputs) -> dict[str, float]:
         found: dict[str, list[float]] = {}
         for seed in range(num_seeds):
@@ -54,11 +58,11 @@ def make_fewshot(
                 fit = _decompose(train.values[rows], labels, len(train.class_names))
                 for penalty in l2:
                     hits = fit.predict(judged.values, penalty) == judged.labels
-                    name = f"{count}shot" + (f"_l2_{penalty:g}" if len(l2) > 1 else "")
-                    found.setdefault(f"{name}_accuracy", []).append(float(hits.mean()))
-        return {name: float(np.mean(values)) for name, values in found.items()}
+                    found.setdefault(name(count, penalty), []).append(float(hits.mean()))
+        return {key: float(np.mean(values)) for key, values in found.items()}
 
-    return evaluate
+    names = [name(count, penalty) for count in shots for penalty in l2]
+    return Named(evaluate, lambda class_names, num_train: names)
 
 
 class _Fit(NamedTuple):

@@ -1,18 +1,17 @@
 """Nearest neighbours on frozen features, as DINO judges them (arXiv 2104.14294, eval_knn.py)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from vit_dist.evaluators.checks import each_positive
+from vit_dist.evaluators.named import Named
 from vit_dist.evaluators.outputs import Outputs
 
 _BLOCK = 1024  # examples judged at a time: 1024 similarities to 1.3 million others are 5 GB
 
 
-def make_knn(
-    *, k: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07
-) -> Callable[[Outputs, Outputs], dict[str, float]]:
+def make_knn(*, k: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> Named:
     """Makes a function of features that judges them by their neighbours among the training's.
 
     Similarity is the cosine. Each of the k most similar training examples votes for its class with
@@ -28,8 +27,12 @@ def make_knn(
     each_positive("k", k, kind=int)
     each_positive("temperature", [temperature])
 
+    def of_size(num_train: int) -> dict[int, str]:
+        return {size: f"k{size}_accuracy" for size in sorted(set(k)) if size <= num_train}
+
     def evaluate(judged: Outputs, train: Outputs) -> dict[str, float]:
-        sizes = sorted(n for n in set(k) if n <= len(train.labels))
+        names = of_size(len(train.labels))
+        sizes = list(names)
         bank, rows = normalized(train.values), normalized(judged.values)
         hits = dict.fromkeys(sizes, 0)
         # An empty list has no largest k: too few training examples for any.
@@ -42,9 +45,9 @@ def make_knn(
             for size in sizes:
                 votes = _votes(classes[:, :size], weights[:, :size], len(train.class_names))
                 hits[size] += int((votes.argmax(axis=1) == judged.labels[block]).sum())
-        return {f"k{size}_accuracy": count / len(rows) for size, count in hits.items()}
+        return {names[size]: count / len(rows) for size, count in hits.items()}
 
-    return evaluate
+    return Named(evaluate, lambda class_names, num_train: list(of_size(num_train).values()))
 
 
 def normalized(features: np.ndarray) -> np.ndarray:

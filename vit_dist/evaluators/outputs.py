@@ -17,7 +17,7 @@ class Outputs:
 
     Attributes:
       values: float32 (N, F) features, or (N, C) logits of the C classes in class_names.
-      labels: int64 (N,), each in [0, C).
+      labels: int64 (N,), each in [0, C); bool (N, C) for kinds that judge sets of labels.
       class_names: in the order of the labels.
     """
 
@@ -26,7 +26,25 @@ class Outputs:
     class_names: tuple[str, ...]
 
 
-# Of a data set: values (N, F) and labels (N,) as in Outputs, and the place of each example in its
+def without_absent(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Logits (N, C) in which no class without examples is ever predicted.
+
+    Args:
+      values: logits.
+      labels: as in Outputs.
+
+    Returns:
+      The logits, those of classes that are nobody's label being the least number of float32. It is
+      finite, so that a probability of 0 times such a logit is 0, and the classes keep their places.
+    """
+    if labels.ndim == 2:
+        present = labels.any(axis=0)
+    else:
+        present = np.bincount(labels, minlength=values.shape[1]) > 0
+    return np.where(present, values, np.finfo(np.float32).min)
+
+
+# Of a data set: values (N, F) and labels as in Outputs, and the place of each example in its
 # source, int64 (N,), rising.
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -48,8 +66,9 @@ def make_collector(
 
     Returns:
       A function of a distributed data set of {"image", "label", "mask"}, with labels (b,) that are
-      class numbers. Every host gets all examples. `stop` is called after each batch, on every host;
-      if it returns true, the collection is given up and the function returns None.
+      class numbers, or rows (b, C) with 1 for each right class. Every host gets all examples.
+      `stop` is called after each batch, on every host; if it returns true, the collection is given
+      up and the function returns None.
     """
 
     def of_images(images: tf.Tensor) -> tf.Tensor:
@@ -79,7 +98,8 @@ def make_collector(
             # Padding, and examples that cannot be read, have a mask of 0.
             kept = out["mask"] > 0
             values.append(out["value"][kept])
-            labels.append(out["label"][kept].astype(np.int64))
+            kind = np.int64 if out["label"].ndim == 1 else np.bool_
+            labels.append(out["label"][kept].astype(kind))
             # An example's place in the data set, which has the order of the source, padding last.
             indices.append(seen + np.flatnonzero(kept))
             seen += len(kept)

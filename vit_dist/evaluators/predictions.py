@@ -1,6 +1,6 @@
 """Metrics of a classifier's logits: top-k, by class, and calibration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,7 +11,10 @@ from vit_dist.evaluators.calibration import (
     mean_loss,
 )
 from vit_dist.evaluators.checks import at_least_one, each_positive
+from vit_dist.evaluators.named import Named
 from vit_dist.evaluators.outputs import Outputs
+
+_CONFIDENCE = ("loss", "ece")  # the metrics of `_confidence`
 
 
 def make_predictions(
@@ -20,7 +23,7 @@ def make_predictions(
     bins: int = 15,
     temperature: bool = True,
     per_class: bool = False,
-) -> Callable[[Outputs], dict[str, float]]:
+) -> Named:
     """Makes a function of logits that counts hits and tells how well confidence fits them.
 
     Args:
@@ -47,9 +50,8 @@ def make_predictions(
         ranks = label_ranks(logits, labels)
         hits = ranks < 1
         found = {"accuracy": float(hits.mean())}
-        for k in sorted(set(top) - {1}):
-            if k < logits.shape[1]:
-                found[f"top{k}_accuracy"] = float((ranks < k).mean())
+        for k, name in top_names(top, logits.shape[1]).items():
+            found[name] = float((ranks < k).mean())
         counts = np.bincount(labels, minlength=len(judged.class_names))
         right = np.bincount(labels, weights=hits, minlength=len(judged.class_names))
         present = counts > 0
@@ -67,7 +69,19 @@ def make_predictions(
             found |= {f"accuracy/{n}": float(s) for n, s in zip(names, shares, strict=True)}
         return found
 
-    return evaluate
+    def names(class_names: Sequence[str], num_train: int) -> Sequence[str]:
+        tops = top_names(top, len(class_names)).values()
+        found = ["accuracy", *tops, "mean_class_accuracy", *_CONFIDENCE]
+        if temperature:
+            found += ["temperature", *(f"scaled_{key}" for key in _CONFIDENCE)]
+        return [*found, *(f"accuracy/{name}" for name in class_names if per_class)]
+
+    return Named(evaluate, names)
+
+
+def top_names(top: Sequence[int], num_classes: int) -> dict[int, str]:
+    """By k, the name of its top-k accuracy, of those that are neither 1 nor always right."""
+    return {k: f"top{k}_accuracy" for k in sorted(set(top) - {1}) if k < num_classes}
 
 
 def label_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

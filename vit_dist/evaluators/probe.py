@@ -1,7 +1,7 @@
 """A linear classifier on frozen features: logistic regression for a grid of penalties at once."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from vit_dist.config.errors import ConfigError
 from vit_dist.evaluators.calibration import log_probabilities
 from vit_dist.evaluators.checks import at_least_one, each_positive
 from vit_dist.evaluators.lbfgs import minimize
+from vit_dist.evaluators.named import Named
 from vit_dist.evaluators.outputs import Outputs
 
 
@@ -19,7 +20,7 @@ def make_linear_probe(
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
     seed: int = 0,
-) -> Callable[[Outputs, Outputs], dict[str, float]]:
+) -> Named:
     """Makes a function of features that judges them by a linear classifier, trained to the end.
 
     It minimises mean cross-entropy + l2 / 2 |W|^2, the bias without a penalty: scikit-learn's
@@ -65,14 +66,14 @@ def make_linear_probe(
             chosen = len(found) - 1 - int(found[::-1].argmax())
         weights = fit_all(train.values, train.labels, num_classes)
         found = accuracies(weights, judged.values, judged.labels)
-        each = zip(penalties, found, strict=True)
         return {
             "accuracy": float(found[chosen]),
             "l2": float(penalties[chosen]),
-            **{f"l2_{penalty:g}_accuracy": float(value) for penalty, value in each},
+            **{name: float(value) for name, value in zip(each, found, strict=True)},
         }
 
-    return evaluate
+    each = [f"l2_{penalty:g}_accuracy" for penalty in penalties]
+    return Named(evaluate, lambda class_names, num_train: ["accuracy", "l2", *each])
 
 
 def fit(

@@ -6,6 +6,7 @@ import numpy as np
 
 from vit_dist.evaluators.calibration import log_probabilities
 from vit_dist.evaluators.outputs import Outputs
+from vit_dist.evaluators.real import with_likeliest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +57,19 @@ def verdicts_of(judged: Outputs, indices: np.ndarray) -> Verdicts:
     """The verdicts of logits that have been gathered on the host.
 
     Args:
-      judged: logits (N, C) and labels.
+      judged: logits (N, C) and labels; of sets of labels those that are empty have no verdict.
       indices: int64 (N,), the place of each example in its source.
     """
+    if judged.labels.ndim == 2:
+        judged, rows = with_likeliest(judged)
+        indices = indices[rows]
     log_p = log_probabilities(judged.values)
     predictions = judged.values.argmax(axis=1)
-    rows = np.arange(len(predictions))
+    each = np.arange(len(predictions))
     return Verdicts(
         indices=indices,
         labels=judged.labels,
         predictions=predictions,
-        confidence=np.exp(log_p[rows, predictions]).astype(np.float32),
-        certainty=np.exp(log_p[rows, judged.labels]).astype(np.float32),
+        confidence=np.exp(log_p[each, predictions]).astype(np.float32),
+        certainty=np.exp(log_p[each, judged.labels]).astype(np.float32),
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -30,6 +30,7 @@ from vit_dist.run.eval_options import check_evals
 from vit_dist.run.options import (
     BestOptions,
     Data,
+    EvalOptions,
     EvaluationOptions,
     InputOptions,
     ModelOptions,
@@ -187,8 +188,11 @@ def _check_evaluation(
     judged = [source for name, source in opened.items() if not (training and name == "train")]
     _check_images(judged, pipe, "config.input.eval_ops", model.network)
     for entry in named.values():
+        _check_size(entry, size, model.network)
         read = [sources[key] for key in (entry.split, entry.train) if key]
-        _check_images(read, entry.pipe, entry.where, model.network)
+        at = {**model.network, "image_size": entry.image_size}
+        size_key = "config.image_size" if entry.image_size == size else _size_key(entry)
+        _check_images(read, entry.pipe, entry.where, at, size_key=size_key)
     masked = config.input.on_bad_example == "mask"
     options = EvaluationOptions(
         model=model,
@@ -303,7 +307,7 @@ def _figures_key(config: FrozenConfigDict) -> str:
 
 
 def _check_best(
-    config: FrozenConfigDict, evals: Collection[str], *, metrics_of_val: Sequence[str]
+    config: FrozenConfigDict, evals: Mapping[str, EvalOptions], *, metrics_of_val: Sequence[str]
 ) -> BestOptions | None:
     if config.keep_best is None:
         if config.patience is not None:
@@ -319,10 +323,14 @@ def _check_best(
             f"config.keep_best {config.keep_best!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' "
             f"with a NAME of what this run judges: {', '.join(names) or 'nothing'}"
         )
-    # What the kinds of config.evals find is known only once they have judged: see Best.is_better.
-    if found[2] == "val" and found[3] not in metrics_of_val:
-        known = ", ".join(f"val/{name}" for name in metrics_of_val)
-        raise ConfigError(f"config.keep_best 'val/{found[3]}' is unknown; there are {known}")
+    name, metric = found[2], found[3]
+    metrics = metrics_of_val if name == "val" else evals[name].metrics
+    # A kind of the user's may not tell: then it is known once it has judged, see Best.is_better.
+    if metrics is not None and metric not in metrics:
+        shown = [f"{name}/{key}" for key in metrics[:20]] + ["..."] * (len(metrics) > 20)
+        raise ConfigError(
+            f"config.keep_best '{name}/{metric}' is unknown; there are {', '.join(shown)}"
+        )
     return BestOptions(
         metric=f"{found[2]}/{found[3]}", mode=found[1], patience=config.patience or 0
     )
@@ -357,11 +365,31 @@ def _parse_pipe(text: str, network: Mapping[str, Any]) -> Pipe:
     return parse(text, size=network["image_size"], num_classes=network["num_classes"])
 
 
+def _size_key(entry: EvalOptions) -> str:
+    return f"config.evals.{entry.name}.image_size"
+
+
+def _check_size(entry: EvalOptions, size: tuple[int, int], network: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the network cannot be judged at an evaluation's own resolution."""
+    patch = network["patch_size"]
+    if entry.image_size != size and any(n % patch for n in entry.image_size):
+        raise ConfigError(
+            f"{_size_key(entry)} is {entry.image_size}, which cannot be cut into patches of "
+            f"{patch}x{patch}: set it to a multiple of {patch}"
+        )
+
+
 def _check_images(
-    sources: Sequence[Source], pipe: Pipe, key: str, network: Mapping[str, Any]
+    sources: Sequence[Source],
+    pipe: Pipe,
+    key: str,
+    network: Mapping[str, Any],
+    *,
+    size_key: str = "config.image_size",
 ) -> None:
     """What the pipe makes of each source must be what the model takes."""
     shape = (*network["image_size"], network["channels"])
+    _check_crop(pipe, key)
     for source in sources:
         spec = check_pipe(source, pipe)
         for needed in ("image", "label"):
@@ -370,7 +398,7 @@ def _check_images(
         got = tuple(spec["image"].shape)
         if got != shape:
             raise ConfigError(
-                f"{key} gives images of {got}, but config.image_size is "
+                f"{key} gives images of {got}, but {size_key} is "
                 f"{shape[:2]} and config.model.channels {shape[2]}: end the pipe with resize(size) "
                 "or a crop to size"
             )
@@ -380,6 +408,21 @@ def _check_images(
                 f"{key} leaves images at 0..255: add value_range(-1, 1), as the "
                 "reference's checkpoints take them, or normalize('imagenet')"
             )
+
+
+def _check_crop(pipe: Pipe, key: str) -> None:
+    """Raises ConfigError where a crop is larger than the side to which the pipe resizes before."""
+    side = None
+    for step in pipe.steps:
+        if step.op.name in ("resize", "resize_small"):
+            side = step.arguments.get("smaller_size")
+        elif step.op.name in ("central_crop", "random_crop") and side is not None:
+            size = step.arguments["size"]
+            if max(size if isinstance(size, tuple) else (size,)) > side:
+                raise ConfigError(
+                    f"{key}: {step} cannot cut {size} out of images whose smaller side has {side} "
+                    "pixels: raise the number in resize_small"
+                )
 
 
 def _durations(config: FrozenConfigDict, num_examples: int) -> dict[str, int]:

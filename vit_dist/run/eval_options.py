@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -14,7 +14,9 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.data.pipeline import check_pipe
 from vit_dist.data.sources.source import Source
-from vit_dist.evaluators.registry import KINDS, LOGITS
+from vit_dist.evaluators.corruption import CorruptionError
+from vit_dist.evaluators.named import Named
+from vit_dist.evaluators.registry import KINDS, LOGITS, METRICS, Kind
 from vit_dist.run.options import EvalOptions
 from vit_dist.run.sources import SPLITS, check_classes, open_split
 
@@ -33,6 +35,9 @@ class _Entry:
         their defaults.
       ops: the pipe; "" for config.input.eval_ops.
       every: steps; 0 for at the end of a training alone.
+      image_size: that the network is judged at, one number or (height, width); None for
+        config.image_size.
+      classes: "all", or "present" to leave out the logits of classes that have no example.
       options: of the kind.
     """
 
@@ -41,7 +46,18 @@ class _Entry:
     data: object = None
     ops: str = ""
     every: int = 0
+    image_size: object = None
+    classes: str = "all"
     options: object = None
+
+
+class _Parsed(NamedTuple):
+    """An entry whose kind is known and made; nothing is opened yet."""
+
+    entry: _Entry
+    where: str  # what messages call it
+    kind: Kind
+    evaluate: Callable[..., Mapping[str, float]]
 
 
 def check_evals(
@@ -73,11 +89,25 @@ def check_evals(
                 f"there is no evaluation {name!r}{did_you_mean(name, entries)}; "
                 f"config.evals has {sorted(entries)}"
             )
+    wanted = [name for name in entries if names is None or name in names]
+    parsed = {name: _parse(name, entries[name]) for name in wanted}
+    averages = {name: p for name, p in parsed.items() if p.kind.values == METRICS}
+    for name, average in averages.items():
+        for member in _members(average):
+            if member not in entries:
+                raise ConfigError(
+                    f"config.evals.{name}.options.of names {member!r}, which is none of "
+                    f"config.evals{did_you_mean(member, entries)}"
+                )
+            parsed.setdefault(member, _parse(member, entries[member]))
     opened = _Opened(config, sources, training)
-    found: dict[str, EvalOptions] = {}
-    for name, values in entries.items():
-        if names is None or name in names:
-            found[name] = _check_entry(config, name, values, opened)
+    found = {
+        name: _check_entry(config, name, p, opened)
+        for name, p in parsed.items()
+        if p.kind.values != METRICS
+    }
+    # They come last: what they average is judged before.
+    found |= {name: _check_average(name, average, found) for name, average in averages.items()}
     return found, opened.sources
 
 
@@ -117,7 +147,8 @@ class _Opened:
         return self._keys[wanted]
 
 
-def _check_entry(config: FrozenConfigDict, name: str, values: Any, opened: _Opened) -> EvalOptions:
+def _parse(name: str, values: Any) -> _Parsed:
+    """Checks what needs no data."""
     where = f"config.evals.{name}"
     if not re.fullmatch(r"[A-Za-z]\w*", str(name)) or name in _TAKEN:
         raise ConfigError(
@@ -139,6 +170,61 @@ def _check_entry(config: FrozenConfigDict, name: str, values: Any, opened: _Open
         evaluate = kind.make(**options)
     except ConfigError as error:
         raise ConfigError(f"{where}.options: {error}") from None
+    if entry.classes not in ("all", "present"):
+        raise ConfigError(f"{where}.classes must be 'all' or 'present', got {entry.classes!r}")
+    if entry.classes == "present" and kind.values != LOGITS:
+        raise ConfigError(
+            f"{where}.classes 'present' leaves out logits, and the kind {entry.kind!r} judges "
+            f"{kind.values}: leave it out"
+        )
+    return _Parsed(entry, where, kind, evaluate)
+
+
+def _check_average(name: str, average: _Parsed, found: Mapping[str, EvalOptions]) -> EvalOptions:
+    """The options of an evaluation of others, whose options are in `found`."""
+    entry, where = average.entry, average.where
+    for key in ("split", "data", "ops", "image_size"):
+        if getattr(entry, key):
+            raise ConfigError(
+                f"{where}.{key} has no effect: the kind {entry.kind!r} reads no data of its own; "
+                "set it in the evaluations that it averages"
+            )
+    members = _members(average)
+    for member in members:
+        known = found[member].metrics if member in found else ()
+        if known is not None and "accuracy" not in known:
+            raise ConfigError(
+                f"{where}.options.of names {member!r}, which finds no accuracy but "
+                f"{', '.join(known) or 'averages others itself'}"
+            )
+    return dataclasses.replace(
+        found[members[0]],
+        name=name,
+        kind=average.kind,
+        evaluate=average.evaluate,
+        every=entry.every,
+        metrics=_metrics(average.evaluate, (), 0),
+    )
+
+
+def _members(average: _Parsed) -> tuple[str, ...]:
+    assert isinstance(average.evaluate, CorruptionError), "the registry says so"
+    return average.evaluate.members
+
+
+def _metrics(
+    evaluate: Callable[..., Mapping[str, float]], class_names: Sequence[str], num_train: int
+) -> tuple[str, ...] | None:
+    """The names of what an evaluation can find; None where it does not tell."""
+    if not isinstance(evaluate, Named):
+        return None
+    return (*evaluate.names(class_names, num_train), "examples")
+
+
+def _check_entry(
+    config: FrozenConfigDict, name: str, parsed: _Parsed, opened: _Opened
+) -> EvalOptions:
+    entry, where, kind, evaluate = parsed
     changed = _section(entry.data, f"{where}.data")
     data = _data(config, changed, f"{where}.data")
     split = entry.split or data.val_split
@@ -153,13 +239,13 @@ def _check_entry(config: FrozenConfigDict, name: str, values: Any, opened: _Open
     source = opened.sources[judged]
     # The first split that was opened is the one whose classes the model's head has.
     head = next(iter(opened.sources.values()))
-    pipe = parse(
-        entry.ops or config.input.eval_ops,
-        size=config_lib.parse_image_size(config.image_size),
-        num_classes=source.num_classes,
-    )
+    size = config_lib.parse_image_size(config.image_size)
+    if entry.image_size is not None:
+        size = config_lib.parse_image_size(entry.image_size, key=f"evals.{name}.image_size")
+    ops = entry.ops or config.input.eval_ops
+    pipe = parse(ops, size=size, num_classes=source.num_classes)
     for key in filter(None, (judged, train)):
-        _check_labels(opened.sources[key], pipe, where)
+        _check_labels(opened.sources[key], pipe, where, entry.kind)
     return EvalOptions(
         name=name,
         kind=kind,
@@ -169,6 +255,11 @@ def _check_entry(config: FrozenConfigDict, name: str, values: Any, opened: _Open
         pipe=pipe,
         where=f"{where}.ops" if entry.ops else "config.input.eval_ops",
         every=entry.every,
+        image_size=size,
+        present=entry.classes == "present",
+        metrics=_metrics(
+            evaluate, source.class_names, opened.sources[train].num_examples if train else 0
+        ),
         columns=_columns(head, source, where) if kind.values == LOGITS else (),
     )
 
@@ -196,8 +287,19 @@ def _columns(head: Source, source: Source, where: str) -> tuple[int, ...]:
     return tuple(places[name] for name in source.class_names)
 
 
-def _check_labels(source: Source, pipe: Pipe, where: str) -> None:
-    """Raises ConfigError where the pipe makes rows of labels: evaluations take class numbers."""
+def _check_labels(source: Source, pipe: Pipe, where: str, kind: str) -> None:
+    """Raises ConfigError where labels are not what the kind takes: class numbers, or sets."""
+    sets = source.label_sets is not None
+    if sets != KINDS[kind].sets:
+        takes, has = ("a set of labels", "one") if KINDS[kind].sets else ("one label", "a set")
+        others = [other for other in KINDS if KINDS[other].sets == sets]
+        raise ConfigError(
+            f"{where} of kind {kind!r} takes {takes} for each example, and {source} has {has} (by "
+            f"config.data.label_key or label_file): take the kind {others[0]!r}, or other data"
+        )
+    if sets:
+        check_pipe(source, pipe)  # rows of the number of classes
+        return
     label = check_pipe(source, pipe).get("label")
     if label is not None and label.shape.rank != 0:
         raise ConfigError(

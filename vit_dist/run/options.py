@@ -87,11 +87,15 @@ class EvalOptions:
       name: before its metrics: "NAME/metric".
       kind: what it judges, and whether it needs training examples.
       evaluate: made by the kind with the options of the config.
-      split: key of Data.sources: the examples that are judged.
+      split: key of Data.sources: the examples that are judged; for a kind that averages other
+        evaluations that of the first of them, and so are the entries below.
       train: key of Data.sources: the examples to learn from; "" for kinds that need none.
       pipe: prepares the images of both.
       where: the config key that gave the pipe, for messages.
       every: steps between two evaluations of a training; 0 for at its end alone.
+      image_size: (height, width) that the network is judged at, pixels.
+      present: whether logits of classes without examples are left out.
+      metrics: names of what it can find; None where the kind does not tell.
       columns: the place among the model's classes of each class of the split, for kinds that judge
         logits; () where the classes are the same.
     """
@@ -104,6 +108,9 @@ class EvalOptions:
     pipe: Pipe
     where: str
     every: int
+    image_size: tuple[int, int]
+    present: bool
+    metrics: tuple[str, ...] | None
     columns: tuple[int, ...]
 
 

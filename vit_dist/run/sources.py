@@ -67,6 +67,13 @@ def open_sources(
         name: open_source(config.data.source, split=config.data[f"{name}_split"], **options)
         for name in names
     }
+    for name, source in sources.items():
+        if source.label_sets is not None:
+            raise ConfigError(
+                f"{source} has a set of labels for each example, and {name!r} takes one: leave "
+                "config.data.label_key and label_file out there, and set them in the data of an "
+                "entry of config.evals of kind 'real'"
+            )
     # The cache wraps the source and takes its place: whatever reads "train" reads the cache.
     if training and config.input.cache != "off":
         sources["train"] = CachedSource(

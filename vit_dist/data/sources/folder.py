@@ -4,6 +4,7 @@ import collections
 import hashlib
 import os
 import random
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent import futures
 
@@ -23,6 +24,7 @@ from vit_dist.data.sources.image_files import (
     is_image,
     kind_of_name,
 )
+from vit_dist.data.sources.label_sets import as_row, read_label_sets
 
 # So many first bytes are read in seconds by NUM_THREADS threads, also over a network.
 MAX_HEADERS = 20_000
@@ -50,6 +52,8 @@ class FolderSource(base.Source):
       val_fraction: Share of each class in "val", in [0, 1).
       test_fraction: Share of each class in "test", in [0, 1).
       check_files: Whether to read the first bytes of the files at opening.
+      label_file: JSON with a set of labels by file, in the place of the directories' labels; see
+        label_sets.read_label_sets.
 
     Raises:
       ConfigError: `data_dir` is no directory, or there is no such split.
@@ -67,6 +71,7 @@ class FolderSource(base.Source):
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         check_files: bool = True,
+        label_file: str | None = None,
     ):
         self.split, self._train_split = split, train_split
         self.data_dir = paths.expand(data_dir)
@@ -105,6 +110,13 @@ class FolderSource(base.Source):
             "path": tf.TensorSpec((), tf.string),
         }
         self._tables: dict[str, tf.Tensor] | None = None
+        # What "label" is made of: a number, or a set of numbers.
+        self._stored_labels = self.labels
+        if label_file:
+            names = [path.rpartition("/")[2] for path, _ in found]
+            self._stored_labels = read_label_sets(label_file, names, num_classes=self.num_classes)
+            self.label_sets = zlib.crc32(self._stored_labels.tobytes())
+            self.element_spec["label"] = tf.TensorSpec((self.num_classes,), tf.float32)
         if check_files:
             _check_headers(self.paths.tolist())
 
@@ -150,12 +162,15 @@ class FolderSource(base.Source):
             # Names need not be UTF-8, which TensorFlow refuses as text: fsencode gives their bytes.
             names = [os.fsencode(path) for path in self.paths.tolist()]
             self._tables = base.on_host(
-                lambda: {"path": tf.constant(names), "label": tf.constant(self.labels)}
+                lambda: {"path": tf.constant(names), "label": tf.constant(self._stored_labels)}
             )
         return {key: tf.gather(table, indices) for key, table in self._tables.items()}
 
     def decode_record(self, record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return {**record, "image": tf.io.read_file(record["path"])}
+        example = {**record, "image": tf.io.read_file(record["path"])}
+        if self.label_sets is not None:
+            example["label"] = as_row(record["label"], self.num_classes)
+        return example
 
     def load(self, index: int) -> tuple[bytes, int]:
         return epath.Path(self.paths[index]).read_bytes(), int(self.labels[index])

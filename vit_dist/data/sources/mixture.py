@@ -43,6 +43,8 @@ class MixtureSource(base.Source):
         for source in sources:
             if not source.indexable:
                 raise ConfigError(f"a mixture reads by index, and {source} can only be streamed")
+            if source.label_sets is not None:
+                raise ConfigError(f"a mixture takes one label an example, and {source} has sets")
             if source.element_spec["image"] != sources[0].element_spec["image"]:
                 raise ConfigError(
                     f"a mixture needs images of one kind; {sources[0]} has "

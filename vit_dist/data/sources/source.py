@@ -45,6 +45,9 @@ class Source(abc.ABC):
       element_spec: tf.TensorSpec of each entry of one example, without a batch dimension.
       first_label: The stored number of the first class, where that is an option; else None.
       prepared: How the images were resized beforehand; None where they were not, or nobody knows.
+      label_sets: None for one label an example. Else "label" is a float32 row (num_classes,) with 1
+        for each right class, of which an example may have none; and this is a checksum that tells
+        the sets of labels from others.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Source(abc.ABC):
     element_spec: dict[str, tf.TensorSpec]
     first_label: int | None = None
     prepared: Preparation | None = None
+    label_sets: int | None = None
 
     @property
     def num_classes(self) -> int:
@@ -162,6 +166,8 @@ class Source(abc.ABC):
         }
         if self.prepared is not None:
             found["prepared"] = str(self.prepared)
+        if self.label_sets is not None:
+            found["label_sets"] = self.label_sets
         # A source that cannot tell the sizes has no such entry, and `fingerprint.compare` skips it.
         sizes = self.sizes()
         return {**found, "sample": self.sample(), **({} if sizes is None else {"sizes": sizes})}

@@ -16,7 +16,8 @@ from etils import epath
 from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
-from vit_dist.data.sources.fingerprint import sampled
+from vit_dist.data.sources.fingerprint import checksum, sampled
+from vit_dist.data.sources.label_sets import as_row
 from vit_dist.data.sources.record_table import (
     FOOTER,
     HEADER,
@@ -29,11 +30,9 @@ from vit_dist.data.sources.records import Keys, find_cut, read_record, stream_re
 from vit_dist.data.sources.shard_reader import Shard, ShardReader
 from vit_dist.storage.files import exists, file_size
 
-KEYS = Keys("image", "label")  # as TFDS stores the features `image` and `label`
-
 
 class TfdsSource(base.Source):
-    """A split of a TFDS builder with an `image` and a `label`. Images stay encoded until the pipe.
+    """A split of a TFDS builder with an `image` and labels. Images stay encoded until the pipe.
 
     A set that is not prepared yet is prepared at opening, as its splits are not known before.
 
@@ -45,10 +44,12 @@ class TfdsSource(base.Source):
         TFDS's default is tfrecord. A set that is prepared already must have this format.
       check_files: Whether one label outside of the classes, among a few examples that are looked
         at, is an error at opening. If most are, it always is. Not for a stream from a bucket.
+      label_key: Feature with the class number, or with a list of those that are right, such as
+        "real_label" of imagenet2012_real.
 
     Raises:
-      ConfigError: Unknown name, split or format, a builder without `image` and `label`, or one that
-        cannot be prepared.
+      ConfigError: Unknown name, split or format, a builder without an `image` or such labels, or
+        one that cannot be prepared.
     """
 
     name = "tfds"
@@ -60,11 +61,13 @@ class TfdsSource(base.Source):
         data_dir: str | None = None,
         file_format: str | None = None,
         check_files: bool = True,
+        label_key: str = "label",
     ):
         self.split = split
+        self._keys = Keys("image", label_key)  # as TFDS stores the features
         self.builder = _make_builder(name, data_dir, file_format)
         features = self.builder.info.features
-        _check_features(name, features)
+        label = _label_feature(name, features, label_key)
         # Before anything else: a set that is not prepared knows neither its splits nor their sizes.
         self.prepare()
         self._split_info = _split_info(self.builder, split)
@@ -83,13 +86,16 @@ class TfdsSource(base.Source):
         self._remote = any(map(paths.is_remote, self._files))
         if not self.indexable:
             self._check_sizes()
-        label = features["label"]
+        several = label is not features[label_key]
         self.class_names = tuple(label.int2str(i) for i in range(label.num_classes))
         self.element_spec = {
             "image": tf.TensorSpec((), tf.string),
             "label": tf.TensorSpec((), tf.int32),
         }
-        if self._array_record or not self._remote:
+        if several:
+            self.label_sets = checksum([self.builder.info.full_name, label_key])
+            self.element_spec["label"] = tf.TensorSpec((self.num_classes,), tf.float32)
+        elif self._array_record or not self._remote:
             base.check_labels(self, lenient=not check_files)
 
     def __str__(self) -> str:
@@ -186,7 +192,10 @@ class TfdsSource(base.Source):
         example = self.builder.info.features.deserialize_example(
             serialized, decoders={"image": tfds.decode.SkipDecoding()}
         )
-        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
+        label = tf.cast(example[self._keys.label], tf.int32)
+        if self.label_sets is not None:
+            label = as_row(label, self.num_classes)
+        return {"image": example["image"], "label": label}
 
     def load(self, index: int) -> tuple[bytes | np.ndarray, int]:
         if not self.indexable:
@@ -195,16 +204,18 @@ class TfdsSource(base.Source):
 
     def peek(self, index: int) -> tuple[bytes, int]:
         if self._array_record:
-            return KEYS.load(self._reader.read([index])[0])
+            return self._keys.load(self._reader.read([index])[0])
         file = int(np.searchsorted(self._ends, index, side="right"))
         # The example's number within its file, counted from where the split begins in it.
         place = index - (int(self._ends[file]) - self.file_lengths()[file])
         if place == 0 and not self._split_info.file_instructions[file].skip:
             # The first record of a file begins at byte 0, for which no scan is needed.
-            return KEYS.load(read_unverified(self._files[file], 0))
-        return KEYS.load(read_unverified(self._files[file], int(self._offsets[file][place])))
+            return self._keys.load(read_unverified(self._files[file], 0))
+        return self._keys.load(read_unverified(self._files[file], int(self._offsets[file][place])))
 
     def looked_at(self) -> list[int]:
+        if self.label_sets is not None:
+            return []  # `peek` reads one label
         if self._array_record:
             return sampled(self.num_examples)
         if self._remote:
@@ -267,18 +278,23 @@ def _make_builder(name: str, data_dir: str | None, file_format: str | None):
         raise ConfigError(f"TFDS cannot open {name!r} (data_dir={data_dir}): {error}") from error
 
 
-def _check_features(name: str, features) -> None:
+def _label_feature(name: str, features, label_key: str):
+    """Returns the ClassLabel of a set, also where an example has a sequence of them."""
     import tensorflow_datasets as tfds
 
-    kinds = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     # A set may have a single feature that is no dictionary, and has no items().
     found = dict(features.items()) if hasattr(features, "items") else {}
-    if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
+    label = found.get(label_key)
+    if isinstance(label, tfds.features.Sequence):
+        label = label.feature
+    image = found.get("image")
+    if not (isinstance(image, tfds.features.Image) and isinstance(label, tfds.features.ClassLabel)):
         listed = {key: type(feature).__name__ for key, feature in found.items()}
         raise DataError(
             f"TFDS set {name!r} is not for classification: it needs the features image: Image and "
-            f"label: ClassLabel, and has {listed}"
+            f"{label_key}: ClassLabel (config.data.label_key), and has {listed}"
         )
+    return label
 
 
 def _split_info(builder, split: str):
