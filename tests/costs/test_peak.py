@@ -28,6 +28,18 @@ def test_a_cpu_is_measured_and_shared_by_its_replicas():
     assert measured.peak().flops == 2e9 and "measured" in measured.peak().source
 
 
+def test_a_peak_below_what_the_run_does_is_measured_again():
+    found = iter([1e9, 6e9])
+    measured = MeasuredPeak(1, measure=lambda: next(found))
+    measured.wait()
+    assert measured.peak(reached=0.9e9).flops == 1e9
+    # Others had the processor: no MFU of 5 is told.
+    again = measured.peak(reached=5e9)
+    assert again.flops is None and "again" in again.source
+    measured.wait()
+    assert measured.peak(reached=5e9).flops == 6e9
+
+
 def test_a_real_product():
     flops = measure_product(size=64, tries=2)
     assert np.isfinite(flops) and flops > 1e6

@@ -37,16 +37,16 @@ class Scalars:
         self._memory = Memory([device.name for device in devices])
         self._measured: MeasuredPeak | None = None
         self._known = Peak(None, "")
-        self._told = False
+        self._told = ""
         if kind == "CPU":
             self._measured = MeasuredPeak(len(host_replicas(strategy)))
         else:
             name, dtype = device_name(strategy), options.model.precision
             self._known = known_peak(name, dtype, options.monitor.devices)
 
-    def peak(self) -> Peak:
-        """What one device can do, as far as is known by now."""
-        return self._measured.peak() if self._measured else self._known
+    def peak(self, reached: float) -> Peak:
+        """What one device can do, as far as is known; `reached` FLOP/s is what it does."""
+        return self._measured.peak(reached) if self._measured else self._known
 
     def read(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The scalars at `step`.
@@ -71,13 +71,13 @@ class Scalars:
     def _speed(self, metrics: dict[str, float]) -> dict[str, float]:
         rate = metrics["examples_per_second_per_device"] * self._flops
         found = {"speed/tflops_per_device": rate / 1e12}
-        peak = self.peak()
+        peak = self.peak(rate)
         if peak.flops is not None:
             found["speed/mfu"] = rate / peak.flops
-        # Once into the log of the run, with the number that MFU was divided by.
-        if not self._told:
+        # Into the log of the run, with the number that MFU was divided by.
+        if peak.source != self._told:
             detail("MFU: %s", peak.source)
-        self._told = True
+        self._told = peak.source
         for kind, seconds in self._meter.seconds.items():
             found[f"speed/seconds_in_{kind}"] = seconds
         return found
