@@ -20,10 +20,12 @@ from tests.support.documents import python_blocks
 from tests.support.networks import tiny_vit
 from tests.support.tiny import ANY_SIZE, make, make_folder, of_folder, without_evaluation
 from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.data.ops.pipe import parse
 from vit_dist.evaluate import evaluate
-from vit_dist.export import ALL_FORMATS, export, load_model, open_served
+from vit_dist.export import ALL_FORMATS, Served, export, load_model, open_served
 from vit_dist.model.formats.writing import write_pretrained
-from vit_dist.model.vit import named_weights
+from vit_dist.model.variants import vit_config
+from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.predict import predict
 from vit_dist.run import origins
 from vit_dist.run.origins import open_origin
@@ -184,6 +186,24 @@ def test_a_saved_model_of_a_run_on_arrays_takes_arrays(digits):
     else:
         with pytest.raises(Exception, match=r"\(\?, ?8, ?8, ?3\)|8,8,3"):
             serve(images=tf.constant(other))
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_arrays_of_other_numbers_of_channels(tmp_path, channels):
+    """A SavedModel takes them; image files, which have none, are refused with the reason."""
+    network = vit_config("mu/4", image_size=8, num_classes=3, channels=channels, width=16, depth=1)
+    pipe = parse("value_range(-1, 1)", size=(8, 8), num_classes=3)
+    served = Served(build_vit(network), pipe)
+    Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
+    data = tf.io.read_file(str(tmp_path / "i.png"))
+    with pytest.raises(DataError, match=f"arrays of {channels} channels, and image files have 1"):
+        served.prepare(data)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"arrays of {channels} channels"):
+        served.serve(data[tf.newaxis])
+    images = tf.ones((2, 8, 8, channels), tf.uint8)
+    tf.saved_model.save(served, str(tmp_path / "m"), signatures=served.signature())
+    found = tf.saved_model.load(str(tmp_path / "m")).signatures["serving_default"](images=images)
+    np.testing.assert_allclose(found["logits"], served.model(pipe.device(images)), atol=1e-6)
 
 
 def test_files_are_classified_by_a_run_on_arrays(digits, tmp_path):

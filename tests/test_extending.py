@@ -15,6 +15,7 @@ from vit_dist.evaluate import evaluate
 from vit_dist.evaluators.registry import KINDS
 from vit_dist.run.check import check
 from vit_dist.run.origins import open_origin
+from vit_dist.run.sources import open_sources
 from vit_dist.train import train
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
@@ -53,6 +54,11 @@ def config(**changed):
         "evals": {"mean": {"kind": "nearest_mean", "options": {"power": 1.0}}},
     }
     return tiny.make(**{**options, **changed})
+
+
+def test_convert_opens_a_source_of_ones_own(folder):
+    (source,) = open_sources(config(), training=False, splits=["train"]).values()
+    assert source.name == "shapes"
 
 
 def test_a_run_with_an_op_and_a_source_of_ones_own(folder):

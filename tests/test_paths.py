@@ -2,8 +2,10 @@
 
 import pytest
 
+from vit_dist.config import recorded
 from vit_dist.config.errors import ConfigError
 from vit_dist.paths import expand, is_remote, local_path, temporary_name
+from vit_dist.run import cli
 
 
 def test_the_home_folder(monkeypatch):
@@ -26,3 +28,14 @@ def test_remote_paths():
 def test_temporary_names():
     path = expand("/data/index.npz")
     assert temporary_name(path).parent == path.parent and temporary_name(path) != path
+
+
+def test_the_home_folder_of_a_config(monkeypatch, tmp_path):
+    """Shells leave a ~ behind a = as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for words in (["--config=~/c.py:arg"], ["--config", "~/c.py:arg"]):
+        assert cli.with_recorded_config(["x", *words])[-1].endswith(f"{tmp_path}/c.py:arg")
+    for run in ("~/run", "~/run/config.json"):
+        assert recorded.find(run) == tmp_path / "run" / "config.json"

@@ -4,7 +4,9 @@ import collections
 import csv
 import io
 import json
+import os
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +49,24 @@ def test_folders_below_a_folder(photos, tmp_path):
     paths = [found.path for found in predict(str(run), [str(folder)], recursive=True)]
     expected = sorted(str(path) for path in folder.glob("*/*.jpg"))
     assert paths == expected and len(paths) == 16
+
+
+def test_what_is_no_image_costs_itself_alone(photos, tmp_path, caplog):
+    run, folder = photos
+    (tmp_path / "a.jpg").write_bytes((folder / "cats" / "0.jpg").read_bytes())
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 [1], b.jpg")
+    Path(odd).write_bytes((folder / "cats" / "0.jpg").read_bytes())
+    (tmp_path / "._a.jpg").write_bytes(b"what macOS notes of a.jpg")
+    (tmp_path / "b.HEIC").write_bytes(b"")
+    found = {p.path.rpartition("/")[2]: p for p in predict(str(run), [str(tmp_path)])}
+    assert set(found) == {"a.jpg", os.path.basename(odd), "folder.jpg", "gone.jpg"}
+    assert found["a.jpg"].classes == found[os.path.basename(odd)].classes != []
+    assert [p.path for p in predict(str(run), [odd])] == [odd]
+    for name in ("folder.jpg", "gone.jpg"):
+        assert f"{name}' cannot be read (" in found[name].problem
+    assert "ignored 1 files that TensorFlow does not decode: 1 HEIC" in caplog.text
 
 
 def test_several_devices_find_the_same_in_the_same_order(photos, monkeypatch, cpus):

@@ -7,8 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from tests.support import processes, tiny
+from vit_dist.config.errors import DataError
+from vit_dist.sweep import Sweep
 
 PRETENDED = Path(__file__).with_name("support") / "pretended.py"
 
@@ -63,6 +66,16 @@ def test_a_signal_stops_it_and_it_goes_on(tmp_path):
     code, text = sweep(folder, "--set=seed=0,3,1", log=tmp_path / "again")
     assert code == 0, text
     assert [starts(folder / f"seed={i}") for i in (0, 3, 1)] == [1, 2, 1]
+
+
+def test_torn_records_of_a_sweep(tmp_path):
+    (tmp_path / "sweep.json").write_bytes(b'{"a": ')
+    with pytest.raises(DataError, match=r"sweep.json is damaged .*: remove it, and each run"):
+        Sweep(epath.Path(tmp_path), {}, [])
+    (tmp_path / "sweep.json").unlink()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff{"x": 2}\n{"y": 3}\n{"z"')
+    assert Sweep(epath.Path(tmp_path), {"a": []}, [{}])._metrics("a") == {"step": 1, "y": 3}
 
 
 @pytest.mark.parametrize(

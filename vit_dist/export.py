@@ -91,18 +91,24 @@ def main() -> int:
         raise ConfigError("give what to export and where to: --checkpoint runs/NAME --output FILE")
     # A flag that is not given must not reach export(): there it would count as told.
     told = {"num_heads": given.num_heads, "gelu": given.gelu}
-    files = export(
-        given.checkpoint,
-        given.format,
-        given.output,
-        image_size=_image_size("image_size", given.image_size),
-        init_image_size=_image_size("init_image_size", given.init_image_size),
-        method=given.posemb_method,
-        ignore=given.ignore,
-        mean=_numbers("mean", given.mean),
-        std=_numbers("std", given.std),
-        **{key: value for key, value in told.items() if value is not None},
-    )
+    try:
+        files = export(
+            given.checkpoint,
+            given.format,
+            given.output,
+            image_size=_image_size("image_size", given.image_size),
+            init_image_size=_image_size("init_image_size", given.init_image_size),
+            method=given.posemb_method,
+            ignore=given.ignore,
+            mean=_numbers("mean", given.mean),
+            std=_numbers("std", given.std),
+            **{key: value for key, value in told.items() if value is not None},
+        )
+    except OSError as error:
+        # A write that fails tells no path, and whoever reads the message needs one.
+        if error.errno is not None:
+            error.filename = error.filename or given.output
+        raise
     print("wrote " + ", ".join(map(str, files)))
     return 0
 
@@ -185,7 +191,7 @@ def export(
     if format in _SUFFIXES:
         path.parent.mkdir(parents=True, exist_ok=True)
     if format == "keras":
-        model.save(path)
+        _save_whole(model, path)
         return [path]
     if format == "onnx":
         return _write_onnx(path, model, origin)
@@ -348,6 +354,8 @@ class Served(tf.Module):
         """
         if self.takes_files:
             return self.prepare_array(data)
+        if self.model.channels not in (1, 3):
+            return self._refuse_files()
         # A run on arrays has no op that decodes: files are decoded here, in the run's channels.
         zero = tf.zeros((2,), tf.int32)
         image = parse("decode|keep('image')").host({"image": data, "seed": zero})["image"]
@@ -360,6 +368,17 @@ class Served(tf.Module):
                 f"of {' x '.join(map(str, self.model.image_size))} as they are"
             )
         return self.prepare_array(tf.ensure_shape(image, self.array_shape))
+
+    def _refuse_files(self) -> tf.Tensor:
+        text = (
+            f"this run is on arrays of {self.model.channels} channels, and image files have 1 or "
+            "3: give its arrays to a SavedModel (python -m vit_dist.export --format=savedmodel)"
+        )
+        if tf.executing_eagerly():
+            raise DataError(text)
+        # Traced with a SavedModel of arrays, and never asked for unless by mistake.
+        with tf.control_dependencies([tf.debugging.Assert(False, [text])]):
+            return tf.zeros((*self.model.image_size, self.model.channels), tf.uint8)
 
     def prepare_array(self, image: tf.Tensor) -> tf.Tensor:
         """One image as the pipe takes it -> uint8 (height, width, channels)."""
@@ -435,11 +454,22 @@ def _serve(origin: Origin, model: ViT) -> tuple[Served, list[str]]:
     return served, list(origin.class_names or map(str, range(model.num_classes)))
 
 
+def _save_whole(model: ViT, path: Path) -> None:
+    """Writes a .keras file that replaces an older one only when it is whole."""
+    part = path.with_name(f"{path.stem}.part.keras")
+    try:
+        model.save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:
     served, names = _serve(origin, model)
+    path.mkdir(parents=True, exist_ok=True)
     tf.saved_model.save(served, str(path), signatures={"serving_default": served.signature()})
     labels = path / "labels.txt"
-    labels.write_text("".join(f"{name}\n" for name in names))
+    labels.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     return [path, labels]
 
 

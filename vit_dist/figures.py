@@ -32,6 +32,7 @@ from vit_dist.inspection.draw import (
 )
 from vit_dist.inspection.look import look_at_images, look_at_weights
 from vit_dist.paths import expand
+from vit_dist.run import image_files
 from vit_dist.run.image_files import expand_images, shown
 from vit_dist.run.origins import open_origin
 from vit_dist.storage.errors import check_bucket
@@ -153,7 +154,7 @@ def _read(served: Served, paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     pixels, problems = [], []
     for path in paths:
         try:
-            pixels.append(served.prepare(tf.io.read_file(path)).numpy())
+            pixels.append(served.prepare(image_files.read(path)).numpy())
         except (tf.errors.InvalidArgumentError, DataError) as error:
             problems.append(f"image file {shown(path)!r} cannot be read ({message_of(error)})")
     if not pixels:

@@ -34,8 +34,9 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import message_of
 from vit_dist.export import Served, hint_without_flags, open_served
 from vit_dist.inspection.sheet import Cell, draw_grid
+from vit_dist.run import image_files
 from vit_dist.run.image_files import expand_images, shown
-from vit_dist.storage.errors import check_bucket
+from vit_dist.storage.errors import Kind, cause, check_bucket, kind_of
 from vit_dist.storage.files import write_output
 
 # Images that a device classifies at once; their files are in memory together.
@@ -145,7 +146,7 @@ def _draw(served: Served, rows: Sequence[Prediction]) -> bytes:
     """A sheet of images as the model sees them, with their likeliest classes, as a PNG file."""
     cells = []
     for row in rows:
-        pixels = served.prepare(tf.io.read_file(row.path)).numpy()
+        pixels = served.prepare(image_files.read(row.path)).numpy()
         # Of one channel: grey. Of other numbers of channels only the first three have colours.
         pixels = pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3]
         cells.append(Cell(pixels, f"{row.classes[0]} {row.probabilities[0]:.0%}"))
@@ -277,15 +278,15 @@ def _predict(
 def _predict_batch(
     served: Served, names: Sequence[str], paths: Sequence[str], top: int
 ) -> Iterator[Prediction]:
-    data = {path: tf.io.read_file(path) for path in paths}
-    problems: dict[str, str] = {}
+    data, problems = _read(paths)
     # All at once, which is fast; only if that fails one by one.
     try:
-        rows = served.serve(tf.stack(list(data.values())))["probabilities"].numpy()
+        all_good = list(data.values())
+        rows = served.serve(tf.stack(all_good))["probabilities"].numpy() if all_good else ()
     except tf.errors.InvalidArgumentError:
         # TensorFlow does not say which image failed, so each is prepared alone.
-        problems = {path: _problem(served, path, one) for path, one in data.items()}
-        problems = {path: text for path, text in problems.items() if text}
+        found = {path: _problem(served, path, one) for path, one in data.items()}
+        problems |= {path: text for path, text in found.items() if text}
         good = [one for path, one in data.items() if path not in problems]
         rows = served.serve(tf.stack(good))["probabilities"].numpy() if good else ()
     # `rows` has the readable images only, in the order of `paths`.
@@ -298,6 +299,24 @@ def _predict_batch(
         # Stable: of equal probabilities the class with the smaller number comes first.
         best = np.argsort(-row, kind="stable")[:top]
         yield Prediction(path, [names[i] for i in best], [float(row[i]) for i in best])
+
+
+def _read(paths: Sequence[str]) -> tuple[dict[str, tf.Tensor], dict[str, str]]:
+    """Path -> bytes of the files, () string; and path -> why a file cannot be read, of the others.
+
+    Storage that fails altogether is not a file's problem, and is raised.
+    """
+    data: dict[str, tf.Tensor] = {}
+    problems: dict[str, str] = {}
+    for path in paths:
+        try:
+            data[path] = image_files.read(path)
+        except tf.errors.OpError as error:
+            # Gone since it was listed, of another user, or a folder.
+            if kind_of(error) not in (Kind.MISSING, Kind.REFUSED, Kind.MISNAMED):
+                raise
+            problems[path] = f"image file {shown(path)!r} cannot be read ({cause(error)})"
+    return data, problems
 
 
 def _problem(served: Served, path: str, data: tf.Tensor) -> str:

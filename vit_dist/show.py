@@ -16,7 +16,6 @@ from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from etils import epath
 from PIL import Image
 
 from vit_dist.data.mixing import Mixing
@@ -29,6 +28,7 @@ from vit_dist.inspection.sheet import Cell, describe_label, draw_sheet
 from vit_dist.run.check import check
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.storage.errors import check_bucket
+from vit_dist.storage.files import write_output
 
 FLAGS = flags.FLAGS
 
@@ -51,7 +51,7 @@ def main() -> int:
     sheet = contact_sheet(options, data, split=FLAGS.split, step=FLAGS.step, count=FLAGS.count)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
-    epath.Path(FLAGS.output).write_bytes(buffer.getvalue())
+    write_output(FLAGS.output, buffer.getvalue())
     print(f"{FLAGS.output}: {sheet.width} x {sheet.height} pixels")
     prepared = data.sources[FLAGS.split].prepared
     if prepared is not None:

@@ -14,6 +14,7 @@ Exit codes: 0 all runs are done, 1 some ended with an error, 2 a mistake that a 
 42 asked to stop (run it again to go on).
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -47,7 +48,7 @@ from vit_dist.run.variants import (
     table,
     words_of,
 )
-from vit_dist.storage.files import exists, make_folder, write_whole
+from vit_dist.storage.files import exists, make_folder, read_json, read_text, write_whole
 from vit_dist.storage.lock import WorkdirLock
 
 FLAGS = flags.FLAGS
@@ -109,7 +110,10 @@ class Sweep:
         self._record = workdir / "sweep.json"
         self._ended: dict[str, dict[str, Any]] = {}
         if exists(self._record):
-            self._ended = json.loads(self._record.read_text())
+            self._ended = read_json(
+                self._record,
+                remedy="remove it, and each run is started again, to go on from its checkpoint",
+            )
         for name, entry in self._ended.items():
             if name in self._commands and entry["config"] != self._commands[name]:
                 raise ConfigError(
@@ -186,8 +190,12 @@ class Sweep:
     def _metrics(self, name: str) -> dict[str, float]:
         """The last value of each metric of a run."""
         path = self._workdir / name / "metrics.jsonl"
-        lines = path.read_text().splitlines() if exists(path) else []
-        return {key: value for line in lines for key, value in json.loads(line).items()}
+        found: dict[str, float] = {}
+        for line in read_text(path).split("\n") if exists(path) else ():
+            # A line that a kill has torn is passed over.
+            with contextlib.suppress(ValueError, TypeError):
+                found |= json.loads(line)
+        return found
 
 
 def _launch(config_words: Sequence[str], workdir: epath.Path) -> list[str]:

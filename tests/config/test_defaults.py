@@ -52,6 +52,19 @@ def small(**changed):
 # keys
 
 
+def test_none_in_the_shell_is_no_text():
+    given = {"data.class_file": "None", "input.cache_dir": "None", "model.variant": "None"}
+    config = get_defaults()
+    for key, value in given.items():
+        put(config, key, value)
+    config.total_steps = 1
+    found = finalize(config, given)
+    assert found.data.class_file is None
+    assert found.input.cache_dir == ""
+    assert found.model.variant == "None"  # refused by who reads it
+    assert finalize(config).data.class_file == "None"  # a config file means what it says
+
+
 @pytest.mark.parametrize("key", ["image_sise", "model.widht", "schedule.warmup_hours"])
 def test_defaults_are_locked(key):
     with pytest.raises((AttributeError, KeyError), match="locked"):

@@ -333,6 +333,16 @@ def test_the_limit_is_of_an_epoch_or_more(masked, seen, limit, repeats, fails):
         check_share(masked, **known)
 
 
+def test_too_many_labels_that_count_from_another_number(tmp_path):
+    images.write_tfrecords(tmp_path, labels=[1, 2, 3] * 6 + [1, 2])
+    options = {"files": f"{tmp_path}/train-*.tfrecord", "num_classes": 3, "check_files": False}
+    source = open_source("tfrecord", split="train", **options)
+    damage = Damage(source, max_share=0.01)
+    batches(source, 1, damage=damage, batch_size=20)
+    with pytest.raises(DataError, match=r"6 damaged.*Set config.data.first_label=1$"):
+        damage.check_share(6, seen=20)
+
+
 def test_all_damaged_examples_are_named_at_once(folder):
     root, paths = folder
     source = open_folder(root)

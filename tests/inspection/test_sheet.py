@@ -35,6 +35,14 @@ def test_cells_stand_in_rows_and_columns():
     ).all()  # two places of the last row are empty
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_images_of_any_number_of_channels(channels):
+    levels = (200, 50, 90, 0, 7)[:channels]
+    cell = Cell(np.full((SMALLEST, SMALLEST, channels), levels, np.uint8))
+    pixel = np.asarray(draw_grid([cell]))[-GAP - 9, -GAP - 9]
+    assert pixel.tolist() == list(levels[:3] if channels > 2 else levels[:1] * 3)
+
+
 def test_titles_stand_above_their_columns():
     rows = [[Cell(filled(9), "a"), Cell(filled(9))]]
     plain, titled = (np.asarray(draw_sheet(rows, titles=t)) for t in ((), ("one", "two")))

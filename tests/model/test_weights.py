@@ -298,6 +298,7 @@ def test_classes_of_both_sides_are_compared_as_they_are():
         "that the data's classes ('a', 'b') are the checkpoint's 0, 1, ... in this order"
     )
     assert match_classes(("0", "1", "10"), ["0", "10", "1"]).order == [0, 2, 1]
+    assert "'a ' and 'A' look alike" in match_classes(("A", "b"), ["a ", "b"]).other
     assert match_classes(("a", "b"), ["a", "b"]) == match_classes((), ["x"])
 
 

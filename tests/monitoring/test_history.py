@@ -8,7 +8,7 @@ from PIL import Image
 
 from vit_dist.config.errors import ConfigError
 from vit_dist.monitoring.history import flatten, read_history
-from vit_dist.monitoring.writer import make_writer
+from vit_dist.monitoring.writer import make_writer, was_written
 
 
 def test_what_a_run_wrote(tmp_path):
@@ -38,6 +38,27 @@ def test_what_a_run_wrote(tmp_path):
     step, (png,) = run.images["train/batch"]
     assert step == 4 and set(run.images) == {"train/batch", "figures/filters"}
     np.testing.assert_array_equal(Image.open(io.BytesIO(png)), sheet[0] + 1)
+
+
+def test_damaged_files_cost_what_they_held(tmp_path, caplog):
+    """A run goes on after a fault of the disk in its rows, and a report is made of what is left."""
+    with make_writer(tmp_path) as writer:
+        for step in (4, 8, 12):
+            writer.scalars(step, {"train/loss": 1.0})
+    rows = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = [rows[0], b"\xff\xfe" + rows[1], b"12\n", b'{"train/loss": 2}\n', rows[2]]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(damaged))
+    (tmp_path / "config.json").write_bytes(b"")
+    (tmp_path / "plan.json").write_bytes(b"\xff")
+    (tmp_path / "starts.jsonl").write_bytes(b"\xff\n")
+    run = read_history(tmp_path)
+    assert run.curves["train/loss"][0] == [4, 12]
+    assert (run.config, run.plan, run.starts) == ({}, [], [])
+    assert caplog.text.count("is damaged") == 2
+    assert was_written(tmp_path, "train/loss", 4) and not was_written(tmp_path, "train/loss", 8)
+    with make_writer(tmp_path, first_step=12) as writer:
+        writer.scalars(16, {"train/loss": 1.0})
+    assert read_history(tmp_path).curves["train/loss"][0] == [4, 12, 16]
 
 
 def test_a_folder_without_a_run(tmp_path):

@@ -93,6 +93,11 @@ def test_every_number(number, kind, recovers):
         assert explained.exit_code == (2 if mistake else 1)
 
 
+def test_what_reads_the_output_is_no_storage():
+    """python -m vit_dist.predict ... | head"""
+    assert kind_of(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))) is None
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [

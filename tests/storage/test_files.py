@@ -3,15 +3,19 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
+from vit_dist.config.errors import DataError
 from vit_dist.storage import files
 from vit_dist.storage.files import (
     exists,
     file_size,
     list_folder,
     make_folder,
+    read_arrays,
+    read_json,
     remove_tree,
     sync_folder,
     write_file,
@@ -128,3 +132,35 @@ def test_the_home_folder(tmp_path, monkeypatch):
     assert list_folder("~/a") == [tmp_path / "a" / "file"]
     remove_tree("~/a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        write_file(tmp_path / "x.csv", [b"1"])
+    assert error.value.filename == str(tmp_path / "x.csv")
+
+
+def test_damaged_files_of_ours(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.arange(99))
+    whole = (tmp_path / "x.npz").read_bytes()
+    assert (read_arrays(tmp_path / "x.npz", remedy="")["a"] == np.arange(99)).all()
+    # Each byte of what tells the kind of compression, encryption, names and sizes, and some others.
+    places = [*range(60), *range(60, len(whole), 29), *range(len(whole) - 80, len(whole))]
+    for at in places:
+        for bit in (1, 0x80):
+            flipped = whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :]
+            (tmp_path / "x.npz").write_bytes(flipped)
+            try:
+                # What no checksum covers is nothing that is read.
+                found = read_arrays(tmp_path / "x.npz", remedy="remove it").get("a", np.arange(99))
+                assert (found == np.arange(99)).all()
+            except DataError as error:
+                assert "x.npz is damaged" in str(error) and str(error).endswith(": remove it")
+    for data in (b"", b"{", b"\xff"):
+        (tmp_path / "x.json").write_bytes(data)
+        with pytest.raises(DataError, match=r"x.json is damaged \(.*\): remove it"):
+            read_json(tmp_path / "x.json", remedy="remove it")

@@ -138,7 +138,8 @@ def cut_manifest(folder):
 
 
 def change_manifest(folder, **changed):
-    parsed = json.loads((folder / MANIFEST).read_text()) | changed
+    # As earlier versions wrote it, which had no checksum of itself.
+    parsed = json.loads((folder / MANIFEST).read_text()) | changed | {"own_crc32": None}
     (folder / MANIFEST).write_text(json.dumps({k: v for k, v in parsed.items() if v is not None}))
 
 
@@ -148,6 +149,12 @@ def wrong_size(folder):
 
 def without_step(folder):
     change_manifest(folder, step=None)
+
+
+def flipped_bit_of_manifest(folder):
+    text = (folder / MANIFEST).read_text()
+    step = json.loads(text)["step"]
+    (folder / MANIFEST).write_text(text.replace(f'"step": {step}', f'"step": {step ^ 1}'))
 
 
 def another_json(folder):
@@ -172,6 +179,7 @@ DAMAGE = {
     cut_manifest: "manifest.json is damaged",
     wrong_size: r"is damaged: it has \d+ bytes instead of 1$",
     without_step: r"manifest.json is damaged \('step'\)",
+    flipped_bit_of_manifest: r"manifest.json is damaged \(its checksum is wrong\)",
     another_json: "manifest.json is damaged",
     no_text: "manifest.json is damaged",
     state_of_another_format: "state.safetensors is damaged",

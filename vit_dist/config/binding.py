@@ -4,7 +4,8 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_origin
 
 from vit_dist.config.errors import ConfigError
@@ -89,6 +90,27 @@ def check_range(key: str, value: float, interval: str, *, none: bool = False) ->
     elif isinstance(value, int) and left + right == "[]":
         wanted = f"in {low}..{high}"
     raise ConfigError(f"{key} must be {wanted}{', or None' if none else ''}, got {value!r}")
+
+
+def look_alike(names: Iterable[str], others: Iterable[str]) -> str:
+    """Why a name is missing that seems to be there; "" if none of `others` looks like one of them.
+
+    Copies by way of macOS or Windows change how "é" is stored (one sign, or an e and an accent),
+    capitals, or spaces.
+    """
+
+    def plain(name: str) -> str:
+        return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+    known = {plain(other): other for other in others}
+    for name in names:
+        other = known.get(plain(name), name)
+        if other != name:
+            return (
+                f"; {name!a} and {other!a} look alike and are two names (stored signs, "
+                "capitals or spaces differ): rename one of them"
+            )
+    return ""
 
 
 def did_you_mean(name: str, allowed: Any) -> str:

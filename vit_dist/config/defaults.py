@@ -96,7 +96,7 @@ DEFAULTS: dict[str, Any] = {
         "first_label": _Key(None, int, "(-inf, inf)"),  # tfrecord: the number of the first class
         "counts": _Key(None, object),  # tfrecord: examples by split, {"train": 1281167, ...}
         "stream": _Key(None, bool),  # tfrecord: in sequence, not by index; None: from a bucket
-        "num_classes": _Key(None, int, "[1, inf)"),  # tfrecord without class_file; synthetic
+        "num_classes": _Key(None, int, "[1, 10000000]"),  # tfrecord without class_file; synthetic
         "num_examples": _Key(None, int, "[1, inf)"),  # synthetic: in a split
         "height": _Key(None, int, "[1, inf)"),  # synthetic: pixels of the images, before the pipe
         "width": _Key(None, int, "[1, inf)"),  # synthetic: pixels of the images, before the pipe
@@ -113,7 +113,7 @@ DEFAULTS: dict[str, Any] = {
         "eval_ops": (  # runs on every image of val and test
             "decode|resize(size)|value_range(-1, 1)|keep('image', 'label')"
         ),
-        "num_threads": _Key(None, int, "[1, inf)"),  # None: as many as tf.data finds useful
+        "num_threads": _Key(None, int, "[1, 1024]"),  # None: as many as tf.data finds useful
         "prefetch": _number(2, "[1, inf)"),  # batches per replica kept ready
         # repeated augmentation: copies of each example in a batch; 3 in DeiT
         "repeats": _number(1, "[1, inf)"),
@@ -289,6 +289,7 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
         raise ConfigError(f"get_config() must return a config, got {config!r}")
     config = config.copy_and_resolve_references()
     _check_names(config, "config")
+    _unset_texts(config, DEFAULTS, overrides or {})
     _check_keys(config, DEFAULTS, "config")
     # "" stands for the top of the config, which has durations of its own.
     for section_name in ("", *(k for k, v in DEFAULTS.items() if isinstance(v, dict))):
@@ -300,6 +301,25 @@ def finalize(config: ConfigDict, overrides: Mapping[str, Any] | None = None) -> 
             _keep_one(section, default, name, prefix, overrides or {})
     _freeze_lists(config)
     return FrozenConfigDict(config)
+
+
+def _unset_texts(
+    config: ConfigDict, defaults: Mapping[str, Any], overrides: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Makes None, or "" where that stands for none, of the shell's "None" for a text.
+
+    The shell gives a key of type str its text unquoted, so that --config.data.class_file=None would
+    be a file of that name.
+    """
+    for key, default in defaults.items():
+        if isinstance(default, dict):
+            if isinstance(config.get(key), ConfigDict):
+                _unset_texts(config[key], default, overrides, f"{prefix}{key}.")
+        elif overrides.get(prefix + key) == "None" and config.get(key) == "None":
+            unset = "" if default == "" else None
+            if unset == "" or (isinstance(default, _Key) and default.type is str and default.none):
+                with config.unlocked(), config.ignore_type():
+                    config[key] = unset
 
 
 def make_section(name: str, values: Mapping[str, Any], where: str) -> ConfigDict:

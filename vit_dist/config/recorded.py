@@ -27,7 +27,7 @@ def find(path: str) -> epath.Path | None:
     """The file with the recorded config that a path names or holds; None if there is none."""
     path = of_best(path)
     if path.endswith(".json"):
-        return epath.Path(path)
+        return epath.Path(path).expanduser()
     # configs/demo.py or configs/demo.py:argument, an ordinary config file.
     if re.search(r"\.py(:|$)", path):
         return None
@@ -61,7 +61,11 @@ def get_config(path: str) -> ConfigDict:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{file} holds no config of a run ({error!r})") from None
+        # Not repr(): the error of a text that is none holds all its bytes.
+        text = f"{file} holds no config of a run ({type(error).__name__}: {error})"
+        if file.name == CONFIG:
+            text += "; without it, the config in the run's newest checkpoint is taken: remove it"
+        raise ConfigError(text) from None
     return config
 
 

@@ -62,6 +62,8 @@ class Damage:
         # Numbers of the examples that the log has named; a damaged one is masked again in each
         # epoch.
         self._seen: set[int] = set()
+        # (label, number of the example) of the first one that is masked for its label.
+        self._label: tuple[int, int] | None = None
 
     def add(self, position: int, index: int, error: Exception) -> None:
         """Notes that the example at a position was masked; pipelines call this from threads.
@@ -74,6 +76,7 @@ class Damage:
         reason = reason_of(error)
         with self._lock:
             self._reasons[position] = reason
+            self._label = self._label or labels.find(str(error))
             # Checked and noted under one lock: two threads may meet the same example.
             new = index not in self._seen and len(self._seen) < MAX_NAMED
             self._seen.add(index)
@@ -98,14 +101,23 @@ class Damage:
             )
 
     def check_share(self, masked: int, *, seen: int, repeats: int = 1) -> None:
-        """Calls the function `check_share` with the size of this source and this limit."""
-        check_share(
-            masked,
-            seen=seen,
-            num_examples=self._source.num_examples,
-            limit=self._max_share,
-            repeats=repeats,
-        )
+        """Calls the function `check_share` with the size of this source and this limit.
+
+        Raises:
+          DataError: Too many were masked; says what their labels suggest, if some are wrong.
+        """
+        try:
+            check_share(
+                masked,
+                seen=seen,
+                num_examples=self._source.num_examples,
+                limit=self._max_share,
+                repeats=repeats,
+            )
+        except DataError as error:
+            if self._label is None:
+                raise
+            raise DataError(f"{error}. {_explain_label(self._source, *self._label)}") from None
 
 
 def check_share(
@@ -236,7 +248,8 @@ def explain_data_error(
     # The check of labels names its example in the message: there is nothing to look for.
     found = labels.find(error.message or "")
     if found is not None:
-        return _explain_label(source, *found)
+        text = _explain_label(source, *found)
+        return f"{text}, or set config.input.on_bad_example=mask to leave it out"
     # Storage that was cut damages many examples at once; the source names the file.
     damage = source.find_damage()
     if damage is not None:
@@ -306,10 +319,7 @@ def _explain_label(source: Source, label: int, index: int) -> str:
     wrong = sum(labels.problem(x, source.num_classes) is not None for x in others)
     share = f", as are {wrong} of the {len(others)} looked at" if wrong > 1 else ""
     advice = labels.advise(label, source.num_classes, first_label=source.first_label, others=others)
-    return (
-        f"{source.describe(index)}: {problem}{share}. {advice}, or set "
-        "config.input.on_bad_example=mask to leave it out"
-    )
+    return f"{source.describe(index)}: {problem}{share}. {advice}"
 
 
 def reason_of(error: Exception) -> str:

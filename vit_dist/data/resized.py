@@ -35,7 +35,7 @@ from vit_dist.data.sources.preparation import TABLE, Preparation, read_table
 from vit_dist.data.sources.records import make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL
 from vit_dist.data.sources.source import Source
-from vit_dist.storage.files import file_size, write_whole
+from vit_dist.storage.files import file_size, read_json, write_whole
 
 # What transparent images are laid over, as in configs/folder.py: white.
 BACKGROUND = (255, 255, 255)
@@ -192,7 +192,7 @@ def _verified(out: epath.Path) -> list[dict[str, Any]]:
     """Returns the entries of the shards that earlier calls have read back."""
     for path in (out / VERIFIED, out / TABLE):
         if path.exists():
-            return json.loads(path.read_text())["shards"]
+            return read_json(path, remedy=f"remove {out}, and convert again")["shards"]
     return []
 
 

@@ -111,7 +111,13 @@ def _ceil(length: float) -> int:
 
 
 def _thumbnail(pixels: np.ndarray) -> Image.Image:
-    """The image enlarged by a whole number to at least SMALLEST, or reduced to LARGEST."""
+    """The image enlarged by a whole number to at least SMALLEST, or reduced to LARGEST.
+
+    Of one or two channels the first is shown as grey, of more than three the first three as colour:
+    Pillow would take the second or fourth one for transparency.
+    """
+    if pixels.ndim == 3:
+        pixels = pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3]
     image = Image.fromarray(pixels)
     # thumbnail() only ever reduces, in place.
     image.thumbnail((LARGEST, LARGEST))

@@ -6,6 +6,8 @@ Labels are numbers; only names tell whether number 3 means the same on both side
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vit_dist.config.binding import look_alike
+
 
 class ClassMatch(NamedTuple):
     """How the classes of a checkpoint's head and the classes wanted relate.
@@ -51,6 +53,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str]) -> ClassMatch:
     # One cause is named, the likeliest first.
     if missing:
         text += f" ({_shortened(missing)} {'is' if len(missing) == 1 else 'are'} not in it)"
+        text += look_alike(missing, theirs)
     elif lost:
         text += f" ({_shortened(lost)} {'is' if len(lost) == 1 else 'are'} not in the data)"
     else:

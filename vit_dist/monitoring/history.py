@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeVar
 
+from absl import logging
 from etils import epath
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto import event_pb2
 from tensorboard.util import tensor_util
 
-from vit_dist.config.errors import ConfigError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.monitoring.goodput import StartRecord, read_records
 from vit_dist.monitoring.starts import STARTS_FILE
 from vit_dist.monitoring.writer import METRICS_FILE, events_folder
-from vit_dist.storage.files import list_folder
+from vit_dist.storage.files import list_folder, read_json, read_text
+
+T = TypeVar("T")
 
 _CONFIG = "config.json"
 PLAN_FILE = "plan.json"
@@ -61,13 +64,25 @@ def read_history(folder: epath.Path) -> History:
     texts, images = _read_events(epath.Path(events_folder(folder)))
     return History(
         name=folder.name,
-        config=flatten(json.loads(config.read_text())) if config.exists() else {},
-        curves=_read_curves(metrics.read_text()),
-        plan=json.loads(plan.read_text()) if plan.exists() else [],
-        starts=read_records(starts.read_text()) if starts.exists() else [],
+        config=flatten(_read_known(config, {})),
+        curves=_read_curves(read_text(metrics)),
+        plan=_read_known(plan, []),
+        starts=read_records(read_text(starts)) if starts.exists() else [],
         texts=texts,
         images=images,
     )
+
+
+def _read_known(path: epath.Path, nothing: T) -> T:
+    """What a JSON file of the run holds; `nothing` if it is absent or, with a warning, damaged."""
+    if not path.exists():
+        return nothing
+    try:
+        found = read_json(path, remedy="what it holds is left out")
+    except DataError as error:
+        logging.warning("%s", error)
+        return nothing
+    return found if isinstance(found, type(nothing)) else nothing
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -88,6 +103,8 @@ def _read_curves(text: str) -> dict[str, tuple[list[int], list[float]]]:
             row = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was killed while it wrote
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            continue  # damaged, and JSON all the same
         for name, value in row.items():
             if name not in _NO_METRIC and isinstance(value, int | float):
                 curves.setdefault(name, {})[int(row["step"])] = float(value)

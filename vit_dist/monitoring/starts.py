@@ -23,7 +23,7 @@ from vit_dist.monitoring.files import GrowingFile, open_rows
 from vit_dist.monitoring.goodput import Spending, StartRecord
 from vit_dist.paths import expand
 from vit_dist.storage.errors import FAILURES, cause, kind_of
-from vit_dist.storage.files import exists, write_whole
+from vit_dist.storage.files import exists, read_text, write_whole
 
 STARTS_FILE = "starts.jsonl"
 
@@ -34,8 +34,7 @@ def load_starts(workdir: epath.PathLike) -> list[StartRecord]:
 
 
 def _read(path: epath.Path) -> str:
-    # Bytes that are no text stand in a line that a fault of the disk has damaged: only it is lost.
-    return path.read_bytes().decode(errors="replace") if exists(path) else ""
+    return read_text(path) if exists(path) else ""
 
 
 class Starts:

@@ -25,7 +25,7 @@ from vit_dist.monitoring.curves import curve_of
 from vit_dist.monitoring.files import EventFile, GrowingFile, open_rows
 from vit_dist.paths import expand
 from vit_dist.storage.errors import FAILURES, explain, only_warn
-from vit_dist.storage.files import exists, make_folder, write_whole
+from vit_dist.storage.files import exists, make_folder, read_text, write_whole
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def was_written(workdir: epath.PathLike, name: str, step: int) -> bool:
     if not exists(path):
         return False
     # split("\n") and not splitlines(): only a newline ends a row.
-    rows = (line for line in path.read_text().split("\n") if _is_row_until(line, step))
+    rows = (line for line in read_text(path).split("\n") if _is_row_until(line, step))
     return any(row["step"] == step and name in row for row in map(json.loads, rows))
 
 
@@ -276,7 +276,7 @@ def _drop_rows_after(path: epath.Path, step: int) -> None:
     """Rewrites the file with the rows up to `step`, and without a torn line that a kill left."""
     if not exists(path):
         return
-    text = path.read_text()
+    text = read_text(path)
     kept = "".join(line + "\n" for line in text.split("\n") if _is_row_until(line, step))
     # By way of another name: a kill in between leaves either the old rows or the new ones.
     if kept != text:

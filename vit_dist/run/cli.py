@@ -149,7 +149,11 @@ def with_recorded_config(arguments: list[str]) -> list[str]:
         if not equals and place < len(arguments):
             value = arguments[place]
         if value and recorded.find(value):
-            found[place] = (f"{flag}=" if equals else "") + f"{recorded.__file__}:{value}"
+            value = f"{recorded.__file__}:{value}"
+        elif value.startswith("~"):
+            value = os.path.expanduser(value)  # shells leave it as it is behind a "="
+        if place < len(arguments):
+            found[place] = (f"{flag}=" if equals else "") + value
     run = _value_of(_DEFAULT_FROM[0], arguments) if _DEFAULT_FROM and not given else None
     if run and not recorded.find(run):
         run = run.partition(",")[0]  # of several, such as the checkpoints of an average
@@ -339,10 +343,10 @@ def _unknown_key() -> str | None:
 
 
 def _config_file() -> str | None:
-    """The file of --config FILE[:arg], as given."""
+    """The file of --config FILE[:arg], as given but for the home folder."""
     for i, argument in enumerate(sys.argv):
         name, _, value = argument.partition("=")
         if name in ("--config", "-config"):
             value = value or (sys.argv[i + 1] if i + 1 < len(sys.argv) else "")
-            return value.split(":", 1)[0]
+            return os.path.expanduser(value.split(":", 1)[0])
     return None

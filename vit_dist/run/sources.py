@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from vit_dist.cluster.strategy import find_slice
 from vit_dist.config.defaults import parse_image_size
 from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.config.imports import check_imports, import_modules
 from vit_dist.data.damage import POLICIES
 from vit_dist.data.ops.decoding import decoding_of
 from vit_dist.data.ops.pipe import parse
@@ -61,6 +62,8 @@ def open_sources(
       ConfigError: a split that is not configured, or an option that cannot work.
       DataError: a split that is not there or not fit for use, or splits with different classes.
     """
+    # Before a source is looked up: it may be one of the user's own.
+    import_modules(check_imports(config.imports))
     names = _splits(config, training, splits)
     options = _options(config, config.data)
     sources = {

@@ -89,8 +89,14 @@ _BY_ERRNO = {
     errno.ENOMEM: Kind.NO_MEMORY,
 }
 
-# About sockets: who opens one knows what they mean.
-_OF_SOCKETS = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EDESTADDRREQ}
+# About sockets, where who opens one knows what they mean, and about what reads the output.
+_OF_SOCKETS = {
+    errno.EPIPE,
+    errno.EADDRINUSE,
+    errno.EADDRNOTAVAIL,
+    errno.EAFNOSUPPORT,
+    errno.EDESTADDRREQ,
+}
 
 # Codes of TensorFlow's errors, for messages that tell no number of the system's.
 _BY_CODE = {

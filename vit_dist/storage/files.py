@@ -11,13 +11,20 @@ new. A bucket knows no fsync: an object is durable when it is closed.
 """
 
 import errno
+import io
+import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from etils import epath
 
+from vit_dist.config.errors import DataError
 from vit_dist.paths import expand, is_remote, temporary_name
 from vit_dist.storage.errors import only_warn
 
@@ -42,6 +49,43 @@ def file_size(path: epath.PathLike) -> int:
     if is_remote(path):
         return tf.io.gfile.stat(str(path)).length
     return os.stat(expand(path)).st_size
+
+
+def read_text(path: epath.PathLike) -> str:
+    """The text of a file of lines; bytes that are no text become the sign U+FFFD.
+
+    They stand in a line that a fault of the disk has damaged: only that line is lost.
+    """
+    return expand(path).read_bytes().decode(errors="replace")
+
+
+def read_json(path: epath.PathLike, *, remedy: str) -> Any:
+    """What a JSON file that we wrote holds.
+
+    Raises:
+      DataError: it is torn or damaged; says what to do by `remedy`, such as "remove it".
+    """
+    try:
+        return json.loads(expand(path).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def read_arrays(path: epath.PathLike, *, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that we wrote, by name.
+
+    Raises:
+      DataError: it is torn or damaged; says what to do by `remedy`, such as "remove it".
+    """
+    data = io.BytesIO(expand(path).read_bytes())
+    try:
+        with np.load(data) as stored:
+            return {name: stored[name] for name in stored.files}
+    # What numpy and zipfile make of damage; RuntimeError where a bit says "encrypted".
+    except (ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        # numpy takes whatever it does not know for a pickle, and tells how to open one.
+        text = "no .npz file" if "pickle" in str(error) else error
+        raise DataError(f"{path} is damaged ({text}): {remedy}") from error
 
 
 def list_folder(path: epath.PathLike) -> list[epath.Path]:
@@ -100,14 +144,19 @@ def write_file(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> Non
             for part in parts:
                 remote.write(bytes(part))  # GFile takes no memoryview
         return
-    # Unbuffered: a buffer would be written at close, and fail a second time on a full disk.
-    with open(expand(path), "wb", buffering=0) as file:
-        for part in parts:
-            rest = memoryview(part).cast("B")
-            # An unbuffered write may take only a part of the bytes: Linux takes 2 GB at most.
-            while len(rest):
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
+    try:
+        # Unbuffered: a buffer would be written at close, and fail a second time on a full disk.
+        with open(expand(path), "wb", buffering=0) as file:
+            for part in parts:
+                rest = memoryview(part).cast("B")
+                # An unbuffered write may take only a part of the bytes: Linux takes 2 GB at most.
+                while len(rest):
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+    except OSError as error:
+        # A write that fails tells no path, and whoever reads the message needs one.
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_folder(path: epath.PathLike) -> None:

@@ -28,6 +28,7 @@ import os
 import platform
 import re
 import time
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -236,6 +237,7 @@ def _write(
         "arrays": dict(sums.arrays),
         "notes": notes,
     }
+    manifest["own_crc32"] = _own_sum(manifest)
     # The state's name has to be durable before a manifest vouches for it.
     files.sync_folder(path)
     files.write_file(path / MANIFEST, [json.dumps(manifest, indent=1).encode()])
@@ -245,6 +247,12 @@ def _write(
     # Beside a manifest the marker means nothing, so failing to remove it does no harm.
     with only_warn(f"removing {_unfinished(path)}"):
         _unfinished(path).unlink()
+
+
+def _own_sum(manifest: Mapping[str, Any]) -> int:
+    """CRC-32 of a manifest's entries, its own left out: a bit in it may be a class or the step."""
+    entries = {key: value for key, value in manifest.items() if key != "own_crc32"}
+    return zlib.crc32(json.dumps(entries).encode())
 
 
 def _unfinished(path: epath.Path) -> epath.Path:
@@ -404,6 +412,9 @@ def _read_manifest(path: epath.Path) -> tuple[int, dict[str, Any], Sums, str]:
         # version 0.1 have no "arrays".
         parsed = json.loads(data)
         sums = Sums(parsed["size"], parsed["crc32"], parsed.get("arrays", {}))
+        # Earlier versions wrote none.
+        if parsed.get("own_crc32", _own_sum(parsed)) != _own_sum(parsed):
+            raise ValueError("its checksum is wrong")
         return parsed["step"], parsed["notes"], sums, hashlib.sha256(data).hexdigest()
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{manifest} is damaged ({error})") from None

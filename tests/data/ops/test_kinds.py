@@ -280,6 +280,23 @@ def test_damaged_bytes_never_hang(kind):
             continue
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"RIFF\xa4\x01\0\0WEBPVP8X",
+        b"BM\xc2\0\0\0\0\0\0\0>\0\0\xee(\0" + b"\x01\0\0\0" * 20,
+        b"GIF8\xff",
+        b"GIF89a\xc8\xc8\xc8\xc8\x87\0\0",
+        b"\x89PNG\r\n\x1a\n\0\0",
+    ],
+)
+def test_bytes_that_are_no_text_are_no_other_error(data):
+    """TensorFlow's own message holds them, and cannot be made a text of Python's."""
+    for options in ({}, {"exif": True, "background": (255, 255, 255)}):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode_whole(tf.constant(data), **options)
+
+
 def test_within_tf_data_and_a_fused_crop():
     """As graphs, where all branches are there; a crop of the whole image is the image, resized."""
     pipe = ops.parse("decode_jpeg_and_inception_crop(16, area_min=100)")

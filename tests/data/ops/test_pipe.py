@@ -22,6 +22,8 @@ from vit_dist.data.sources.source import Source
         ("resize(8, metod='area')", ["metod", "did you mean 'method'"]),
         ("resize(sise)", ["'sise'", "did you mean 'size'", "num_classes"]),
         ("resize(2 * 4)", ["2 * 4", "literal"]),
+        ("value_range(-1, 1e999)", ["op 1", "inf is no finite number"]),
+        ("normalize((0, 0, -1e999), 1)", ["-inf is no finite number"]),
         ("resize(__import__('os'))", ["literal"]),
         ("resize(*[8])", ["not supported"]),
         ("resize(8, **{})", ["not supported"]),

@@ -1,18 +1,23 @@
 """Shards that were cut or whose bits flipped: found at opening, or when they are read."""
 
 import os
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
 from tests.support import images, tiny
+from vit_dist.config.errors import DataError, StorageError
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
+from vit_dist.data.sources import array_record
 from vit_dist.data.sources.array_record import convert
 from vit_dist.data.sources.cache import CachedSource
 from vit_dist.data.sources.open import open_source
+from vit_dist.data.sources.preparation import read_table
 from vit_dist.run.check import check
 
 
@@ -159,3 +164,28 @@ def test_tfds_shards_are_measured_at_opening(tmp_path, left):
         with pytest.raises(ValueError, match=f"{path} holds {found} records instead of 20"):
             open_source("tfds", split=split, **options)
     assert open_source("tfds", split="test", **options).num_examples == 20
+
+
+def test_a_disk_that_is_full_while_shards_are_written(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            self.path = Path(path)
+            self.path.write_bytes(b"half")
+
+        def write(self, record):
+            raise RuntimeError(f"write() failed: No space left on device; writing {self.path}")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(array_record.array_record_module, "ArrayRecordWriter", Full)
+    with pytest.raises(StorageError, match=r"could not write .*/x: write\(\) failed: No space"):
+        array_record.write_shard(epath.Path(tmp_path / "x"), iter([b"1"]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_table_of_shards_that_is_torn(tmp_path, text):
+    (tmp_path / "shards.json").write_text(text)
+    with pytest.raises(DataError, match=r"shards.json is damaged .*: remove .*convert again"):
+        read_table(epath.Path(tmp_path))

@@ -1,5 +1,6 @@
 """Folders as users have them: other names of splits, odd names, files that are no images."""
 
+import errno
 import logging as std_logging
 import os
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import logging
+from etils import epath
 from PIL import Image
 
 from tests.support import images, tiny
@@ -17,6 +19,7 @@ from vit_dist.data.sources import folder as folder_lib
 from vit_dist.data.sources import image_files
 from vit_dist.data.sources.open import open_source
 from vit_dist.run.sources import open_sources
+from vit_dist.storage.errors import explain
 
 
 def write(root, *names, each=2):
@@ -89,6 +92,7 @@ def test_a_part_of_a_mixture_may_name_its_split(tmp_path):
 
 # Latin-1 where UTF-8 is expected, and whatever a shell or a glob would understand otherwise.
 ODD = ["caf\udce9", "a b", "a,b", "[x]", "{x}", "*", "a?", "~x", "50% #1", "日本", "it's", 'a"b']
+ODD += ["x\ny"]
 PIPED = ("caf\udce9", "*")  # what is read one by one is read by the same ops in a pipeline
 
 
@@ -101,8 +105,8 @@ def test_odd_names_of_folders_classes_and_files(tmp_path, name):
         path.write_bytes(images.jpeg(100))
     source = open_source("folder", split="train", data_dir=str(root))
     assert source.num_examples == 2
-    for read in source.class_names:  # to print, and to store as UTF-8
-        assert read.encode().decode() == read
+    for read in source.class_names:  # to print, and to store as UTF-8, one a line
+        assert read.encode().decode() == read and len(read.splitlines()) == 1
     if "\udce9" in name:
         assert "caf\\xe9" in source.class_names
     for i in range(2):
@@ -141,6 +145,27 @@ def test_many_bad_files_are_counted(tmp_path, monkeypatch):
         path.write_bytes(b"x")
     with pytest.raises(DataError, match=r"^9 of 9 files(?s:.*)\n  and 6 more$"):
         names_of(tmp_path)
+
+
+def test_storage_that_fails_is_not_the_images_fault(tmp_path, monkeypatch):
+    write(tmp_path, "train/a", each=2)
+    opened = type(epath.Path(tmp_path)).open
+
+    def fail(path, *args, **options):
+        if path.name == "1.jpg":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "open", fail)
+    with pytest.raises(OSError, match="Stale file handle") as error:
+        names_of(tmp_path)
+    assert explain(error.value).exit_code == 1
+
+
+def test_names_that_only_look_alike(tmp_path):
+    write(tmp_path, "train/caf\u00e9", "train/b", "val/cafe\u0301", "val/b")
+    with pytest.raises(DataError, match=r"'cafe\\u0301' and 'caf\\xe9' look alike"):
+        open_source("folder", split="val", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,16 @@ def require(data: tf.Tensor, condition: tf.Tensor, message: str, *values: tf.Ten
         return tf.identity(data)
 
 
+def within(data: tf.Tensor, at: tf.Tensor | int) -> tf.Tensor:
+    """Returns a file's bytes for what reads from place `at` on; InvalidArgumentError beyond them.
+
+    The message of tf.strings.substr holds the bytes, and where these are no UTF-8 Python raises a
+    UnicodeDecodeError in place of TensorFlow's error.
+    """
+    inside = (at >= 0) & (at <= tf.strings.length(data))
+    return require(data, inside, "a file that is cut off, or points beyond its end")
+
+
 def one_node(
     output: tf.TensorSpec, *more: tf.TensorSpec, rare: bool = True
 ) -> Callable[[Callable], Callable]:

@@ -70,7 +70,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     """
     header = _read_header(data)
     height, bits = tf.abs(header.height), header.bits
-    stored = binary.read(data, header.start, height * header.stride)
+    stored = binary.read(binary.within(data, header.start), header.start, height * header.stride)
     row = (header.width * bits + 7) // 8  # bytes with pixels: those behind fill the row up
     rows = tf.reshape(stored, (height, header.stride))[:, :row]
     columns = row * 8 // bits  # up to 7 pixels more than there are, where several share a byte
@@ -108,7 +108,8 @@ def _read_header(data: tf.Tensor) -> _Header:
     colors = tf.where((colors > 0) & (colors <= most), colors, most)
     entry = tf.where(is_os2, 3, 4)
     end = FILE_HEADER + size
-    palette = tf.reshape(binary.read(data, end, colors * entry), (colors, entry))
+    palette = binary.read(binary.within(data, end), end, colors * entry)
+    palette = tf.reshape(palette, (colors, entry))
     # Some writers forget the palette when they say where the pixels begin.
     start += tf.where(tf.equal(start, end), entry * colors, 0)
     # Headers of 40 and 52 bytes have no alpha, but by a kind of compression of its own.

@@ -34,16 +34,18 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     """
     table_bytes = tf.constant(_TABLE_BYTES)
     # Numbers of 2 bytes from the screen's size on; the flags are a byte.
+    data = binary.within(data, tf.constant(6))
     across, down, flags = tf.unstack(binary.numbers(data, 6, 3, tf.uint16))
     shared = tf.gather(table_bytes, flags % 256)
     at, transparent = _skip_extensions(data, SCREEN + shared)
     # From the byte before the frame's header on, so that its kind is the upper half of a number,
     # and its flags are the lower half of one.
-    frame = tf.unstack(binary.numbers(data, at - 1, 6, tf.uint16))
+    frame = tf.unstack(binary.numbers(binary.within(data, at - 1), at - 1, 6, tf.uint16))
     kind, left, top, width, height, flags = frame
     data = binary.require(data, tf.equal(kind // 256, IMAGE), "a GIF without an image")
 
     own = tf.gather(table_bytes, flags % 256)
+    data = binary.within(data, at + IMAGE_HEADER + own)
     size = tf.strings.substr(data, at + 5, 4)
     interlaced = tf.bitwise.bitwise_and(flags, INTERLACED) > 0
     rest = tf.strings.substr(data, at + IMAGE_HEADER + own, tf.strings.length(data))

@@ -20,6 +20,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -347,12 +348,16 @@ def _value(node: ast.expr, where: str, names: Mapping):
         # A list becomes a tuple: Steps are hashed with their arguments.
         return tuple(_value(element, where, names) for element in node.elts)
     try:
-        return ast.literal_eval(node)
+        value = ast.literal_eval(node)
     except ValueError:
         raise ConfigError(
             f"{where}: argument {ast.unparse(node)!r} is not a literal; arguments are literals or "
             f"one of {sorted(names)}"
         ) from None
+    # 1e999 is a literal of Python's, too. No op has a use for it, and few would notice.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is no finite number")
+    return value
 
 
 def _check_order(steps: tuple[Step, ...]) -> None:

@@ -15,6 +15,7 @@ WITH_ALPHA = (4, 6)  # types of colour: grey and alpha, RGB and alpha
 
 def decode(data: tf.Tensor) -> tf.Tensor:
     """Returns the pixels, (H, W, 4) uint8, of a PNG's bytes; alpha is 255 where there is none."""
+    data = binary.within(data, tf.constant(COLOR_TYPE))
     color_type = binary.numbers(data, COLOR_TYPE, 1)
     # A palette's alpha, or one colour that is transparent. It comes before the pixels.
     _, listed = find(data, b"tRNS", before=b"IDAT")
@@ -39,7 +40,7 @@ def find(data: tf.Tensor, name: bytes, *, before: bytes = b"IEND") -> tuple[tf.T
 
     # A chunk is its length (4 bytes, the highest first), its name, its bytes and a checksum.
     def length(at: tf.Tensor) -> tf.Tensor:
-        raw = tf.strings.substr(data, at, 4)
+        raw = tf.strings.substr(data, tf.minimum(at, end), 4)
         count = tf.io.decode_raw(raw, tf.int32, little_endian=False, fixed_length=4)[0]
         # A damaged length may be negative, which would lead back, or lead beyond 31 bits.
         return tf.clip_by_value(count, 0, end)

@@ -23,6 +23,7 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     Raises:
       InvalidArgumentError: There is no image, or it is cut off.
     """
+    data = binary.within(data, tf.constant(FLAGS + 1))
     (flags,) = tf.unstack(binary.numbers(data, FLAGS, 1))
     # A simple file, which is none of the extended kind, has no flags.
     extended = binary.has(data, FIRST, b"VP8X")

@@ -21,14 +21,15 @@ from etils import epath
 from PIL import Image
 
 from vit_dist import paths
-from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.config.errors import ConfigError, DataError, StorageError
 from vit_dist.data.sources import labels
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.preparation import TABLE, preparation_of, read_table
 from vit_dist.data.sources.records import Keys, make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL, OpenShard, Shard, ShardReader
 from vit_dist.data.sources.synthetic import encode
-from vit_dist.storage.files import exists, file_size, write_whole
+from vit_dist.storage.errors import only_warn
+from vit_dist.storage.files import exists, file_size, read_json, write_whole
 
 KEYS = Keys("image", "label")
 PLAN = "plan.json"
@@ -177,9 +178,11 @@ def check_plan(path: epath.Path, plan: dict[str, Any]) -> None:
     """
     if not path.exists():
         write_whole(path, json.dumps(plan).encode())
-    elif json.loads(path.read_text()) != plan:
+        return
+    found = read_json(path, remedy=f"remove {path.parent}, and convert again")
+    if found != plan:
         raise DataError(
-            f"{path.parent} holds shards of other data or of another size ({path.read_text()} "
+            f"{path.parent} holds shards of other data or of another size ({json.dumps(found)} "
             f"instead of {json.dumps(plan)}): give another folder, or remove this one"
         )
 
@@ -253,10 +256,21 @@ def write_shard(path: epath.Path, records: Iterator[bytes]) -> None:
     # Under another name until it is whole; a call that is killed leaves only the temporary file.
     writer = array_record_module.ArrayRecordWriter(str(temporary), OPTIONS)
     try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+    # The library tells a full disk as "write() failed: File too large; writing PATH".
+    except RuntimeError as error:
+        if "writing " not in str(error):
+            raise
+        with only_warn(f"removing {temporary}"):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"could not write {path}: {str(error).partition(';')[0]}. Make room on that disk "
+            "(df -h), or use another one, and run again: the shards that are whole stay"
+        ) from error
     temporary.replace(path)
 
 

@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 import shutil
-import zipfile
 import zlib
 from collections.abc import Iterator
 from concurrent import futures
@@ -25,7 +24,7 @@ from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.sources import source as base
 from vit_dist.storage.errors import retry
-from vit_dist.storage.files import write_whole
+from vit_dist.storage.files import read_arrays, write_whole
 
 FORMS = ("raw", "decoded")
 # Raised whenever decoding gives other pixels than before: files of an earlier version are then not
@@ -139,14 +138,13 @@ class CachedSource(base.Source):
         if not self._table_path.exists():
             return None
         try:
-            with np.load(self._table_path) as stored:
-                table = {name: stored[name] for name in stored.files}
+            table = read_arrays(self._table_path, remedy="its table cannot be read")
             size, whole = os.path.getsize(self._path), int(table["ends"][-1])
             # The table is written last and holds where the last example ends.
             if size == whole:
                 return table
             problem = f"it has {size} bytes instead of {whole}"
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, FileNotFoundError) as error:
+        except (DataError, KeyError, FileNotFoundError) as error:
             problem = str(error)
         logging.warning("the cache %s is damaged (%s): filling it again", self._path, problem)
         return None

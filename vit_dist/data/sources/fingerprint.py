@@ -27,8 +27,10 @@ def checksum(names: Iterable[str]) -> int:
 
 
 def printable(name: str) -> str:
-    """Returns the name of a file as it can be printed and stored, where it is not UTF-8."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    """Returns the name of a file on one line, also where it is not UTF-8 or holds a line's end."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    # Files with a name on each line, such as a SavedModel's labels.txt, would get a line too many.
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def sampled(num_examples: int) -> list[int]:

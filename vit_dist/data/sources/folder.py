@@ -1,11 +1,10 @@
 """A source of image files, one directory per class."""
 
-import collections
 import hashlib
 import os
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 
 import numpy as np
@@ -14,15 +13,16 @@ from absl import logging
 from etils import epath
 
 from vit_dist import paths
+from vit_dist.config.binding import look_alike
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import checksum, printable
 from vit_dist.data.sources.image_files import (
     EXTENSIONS,
     HEADER_BYTES,
+    count_kinds,
     header_problem,
     is_image,
-    kind_of_name,
 )
 from vit_dist.data.sources.label_sets import as_row, read_label_sets
 
@@ -138,6 +138,7 @@ class FolderSource(base.Source):
             raise DataError(
                 f"{self._root} has classes which {reference} lacks: {unknown[:5]}; their labels "
                 f"would be unknown: add them to {self._train_split} or remove them here"
+                + look_alike(map(printable, unknown), map(printable, self._folders))
             )
         return _list_images(self._root, own)
 
@@ -241,7 +242,7 @@ def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]
         if not files[name]:
             raise DataError(
                 f"class directory {root / name} holds no image"
-                + (f" ({_by_kind(others)}, e.g. {others[0]!r})" if others else "")
+                + (f" ({count_kinds(others)}, e.g. {others[0]!r})" if others else "")
                 + f"; supported are {', '.join(EXTENSIONS)}: convert the files, or remove it"
             )
     if ignored:
@@ -250,16 +251,10 @@ def _list_images(root: epath.Path, names: Sequence[str]) -> dict[str, list[str]]
             "JPEG or PNG to train on them",
             root,
             len(ignored),
-            _by_kind(ignored),
+            count_kinds(ignored),
             ignored[0],
         )
     return files
-
-
-def _by_kind(names: Iterable[str]) -> str:
-    """Returns e.g. "12 HEIC, 3 TIFF, 1 .txt"."""
-    kinds = collections.Counter(kind_of_name(name) for name in names)
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def _part(name: str, files: list[str], split: str, val: float, test: float) -> list[str]:
@@ -309,6 +304,7 @@ def _header_problem(name: str) -> str | None:
     try:
         with epath.Path(name).open("rb") as file:
             header = file.read(HEADER_BYTES)
-    except OSError as error:
+    # What the storage cannot give now says nothing of the image: an error of its own.
+    except FileNotFoundError as error:
         return f"cannot be read ({error.strerror or error})"
     return header_problem(header)

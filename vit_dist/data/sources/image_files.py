@@ -1,5 +1,8 @@
 """Kinds of image files: those that TensorFlow decodes, and others that users have."""
 
+import collections
+from collections.abc import Iterable
+
 import tensorflow as tf
 
 # What tf.io.decode_image decodes; WebP only since TensorFlow 2.19.
@@ -68,6 +71,12 @@ def kind_of_name(name: str) -> str:
     """Returns what kind of file a name stands for, e.g. "HEIC" or ".txt"."""
     ending = extension(name) if "." in name else ""
     return _BY_EXTENSION.get(ending) or (f".{ending}" if ending else "no extension")
+
+
+def count_kinds(names: Iterable[str]) -> str:
+    """Returns e.g. "12 HEIC, 3 TIFF, 1 .txt" of names of files."""
+    kinds = collections.Counter(kind_of_name(name) for name in names)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
 def header_problem(header: bytes) -> str | None:

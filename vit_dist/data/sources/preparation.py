@@ -1,13 +1,13 @@
 """What was done to images beforehand, by `python -m vit_dist.convert --short_side=N`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from vit_dist.config.errors import ConfigError, DataError
+from vit_dist.storage.files import read_json
 
 TABLE = "shards.json"  # of a conversion that has ended; written last
 
@@ -99,4 +99,8 @@ def read_table(folder: epath.Path, options: str = "") -> dict[str, Any]:
             f"{path} does not exist: name the folder and the split of a conversion that ended "
             f"(python -m vit_dist.convert{options})"
         )
-    return json.loads(path.read_text())
+    remedy = f"remove {path}, and convert again into the same folder"
+    table = read_json(path, remedy=remedy)
+    if not isinstance(table, dict) or not {"shards", "class_names"} <= set(table):
+        raise DataError(f"{path} is damaged (it names no shards and classes): {remedy}")
+    return table

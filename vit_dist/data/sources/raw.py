@@ -23,7 +23,7 @@ from vit_dist.data.sources import source as base
 from vit_dist.data.sources.preparation import TABLE, preparation_of, read_table
 from vit_dist.data.sources.record_table import read_unverified
 from vit_dist.data.sources.records import load_record, read_record
-from vit_dist.storage.files import exists, file_size
+from vit_dist.storage.files import exists, file_size, read_arrays
 
 SIZES = "images.npz"
 # Before the pixels of each image: MAGIC, height, width, label. In training the table tells these;
@@ -115,8 +115,10 @@ class RawSource(base.Source):
             )
         self._shards = table["shards"]
         self.class_names = tuple(table["class_names"])
-        with np.load(self._folder / SIZES) as sizes:
-            self._sizes = {key: sizes[key] for key in ("height", "width", "label")}
+        sizes = read_arrays(
+            self._folder / SIZES, remedy="copy the folder again, or remove it and convert again"
+        )
+        self._sizes = {key: sizes[key] for key in ("height", "width", "label")}
         self.num_examples = len(self._sizes["label"])
         self._file_of, self._at, ends = self._places()
         for shard, end in zip(self._shards, ends, strict=True):

@@ -15,7 +15,7 @@ from etils import epath
 from vit_dist.config.errors import DataError
 from vit_dist.data.sources.fingerprint import checksum, printable
 from vit_dist.storage.errors import FAILURES, cause
-from vit_dist.storage.files import file_size, write_whole
+from vit_dist.storage.files import file_size, read_arrays, write_whole
 
 # Bytes around a record's data. Before it: its length (uint64) and a checksum of the length
 # (uint32); behind it: a checksum of the data (uint32).
@@ -102,14 +102,14 @@ def _column(name: str) -> str:
 
 
 def _read_table(path: epath.Path, files: Sequence[epath.Path], sizes: list[int]) -> Table:
+    stored = read_arrays(path, remedy="remove it")
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            known = json.loads(str(stored["sizes"]))
-            offsets = [stored[_column(file.name)] for file in files if file.name in known]
-            # Older tables have no such entry: compressed files were not read then.
-            compression = str(stored["compression"]) if "compression" in stored else ""
-    except (ValueError, KeyError, EOFError, zlib.error) as error:
-        raise DataError(f"the index {path} is damaged ({error}): remove it") from error
+        known = json.loads(str(stored["sizes"]))
+        offsets = [stored[_column(file.name)] for file in files if file.name in known]
+        # Older tables have no such entry: compressed files were not read then.
+        compression = str(stored["compression"]) if "compression" in stored else ""
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{path} is damaged ({error}): remove it") from error
     found = {file.name: size for file, size in zip(files, sizes, strict=True)}
     # Over the names of both: a file may also have been added or removed.
     for name in sorted(set(known) | set(found)):

@@ -237,7 +237,9 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
         # utf-8-sig also takes a file with a byte order mark, as Windows' editors write it.
         text = paths.expand(class_file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"config.data.class_file {class_file} is not UTF-8: {error}") from error
+        raise DataError(
+            f"config.data.class_file {class_file} is not UTF-8: {error}; save it as UTF-8"
+        ) from error
     lines = [line.strip() for line in text.rstrip().splitlines()]
     names = [line for line in lines if line]
     if num_classes == len(lines) > len(names):
@@ -246,7 +248,12 @@ def _class_names(num_classes: int | None, class_file: str | None) -> tuple[str, 
     elif len(names) < len(lines):
         blank = len(lines) - len(names)
         logging.warning("%s: %d blank lines between names are skipped", class_file, blank)
-    if not names or num_classes not in (None, len(names)):
+    if not names:
+        raise ConfigError(
+            f"config.data.class_file {class_file} names 0 classes: it holds no text. Write the "
+            "name of each class into it, one a line, or set config.data.num_classes instead"
+        )
+    if num_classes not in (None, len(names)):
         raise ConfigError(
             f"{class_file} names {len(names)} classes, and num_classes is {num_classes}: leave "
             "config.data.num_classes out, or correct one of them"
