@@ -202,7 +202,7 @@ def test_wrong_types(key, value, wanted):
         ("keep_checkpoints", 0, "config.keep_checkpoints must be 1 or more, got 0"),
         ("input.prefetch", 0, "config.input.prefetch must be 1 or more"),
         ("input.eval_batch_size", 0, "config.input.eval_batch_size must be 1 or more"),
-        ("input.num_threads", 0, "config.input.num_threads must be in [1, 1024], or None"),
+        ("input.num_threads", 0, "config.input.num_threads must be in 1..1024, or None"),
         ("precision", "fp8", "config.precision 'fp8' is unknown; allowed: float32, bfloat16"),
         ("posemb_method", "x", "config.posemb_method 'x' is unknown; allowed: "),
         ("model.pool", "none", "not for training"),
