@@ -66,11 +66,6 @@ def reference_rows():
                 layer = randaug.reference_layer(name, m, sign, HEIGHT, WIDTH)
                 pairs.append((run_layer(image, layer, REFERENCE, (5, 20)), want))
         yield f"`randaug`: {name}", "the reference's formula in numpy, TensorFlow's kernels", pairs
-    layer = augment.layer("sharpness", factor=1.9)
-    pairs = [
-        (run_layer(x, layer, REFERENCE), peers.tf_sharpness_by_convolution(x, 1.9)) for x in IMAGES
-    ]
-    yield "`randaug`: Sharpness, smoothed", "TensorFlow's convolution of thirteenths", pairs
 
 
 def _pillow_layers():

@@ -57,22 +57,25 @@ def tf_equalize(image):
 
 
 def tf_sharpness(image, factor):
-    """Sums in integers; TensorFlow's convolution sums thirteenths, see tf_smooth."""
-    total = sum(
-        np.roll(image.astype(int), (y, x), (0, 1)) * (5 if y == x == 0 else 1)
-        for y in (-1, 0, 1)
-        for x in (-1, 0, 1)
-    )
-    smooth = image.copy()
-    smooth[1:-1, 1:-1] = (total // 13)[1:-1, 1:-1]
-    return tf_blend(smooth, image, factor)
+    """Nine products summed row by row in float32, as Eigen's depthwise convolution does it."""
+    height, width, _ = image.shape
+    pixels, total = image.astype(F), np.zeros((height - 2, width - 2, 3), F)
+    for y, x in np.ndindex(3, 3):
+        weight = F(5 if y == x == 1 else 1) / F(13)
+        total += pixels[y : y + height - 2, x : x + width - 2] * weight
+    return _sharpened(image, total, factor)
 
 
 def tf_sharpness_by_convolution(image, factor):
+    """TensorFlow's own kernel; oneDNN's, where a processor has one, sums in another order."""
     kernel = np.ones((3, 3, 3, 1), F)
     kernel[1, 1] = 5
     pixels = image[np.newaxis].astype(F)
     smooth = tf.nn.depthwise_conv2d(pixels, kernel / 13, (1, 1, 1, 1), "VALID")[0]
+    return _sharpened(image, smooth, factor)
+
+
+def _sharpened(image, smooth, factor):
     degenerate = image.copy()
     degenerate[1:-1, 1:-1] = np.clip(smooth, 0, 255).astype(np.uint8)
     return tf_blend(degenerate, image, factor)
@@ -125,7 +128,7 @@ def reference_op(image, name, m, sign, place, *, translate=100):
         "Color": lambda: tf_blend(tf_grey(image), image, factor),
         "Contrast": lambda: tf_blend(np.full_like(image, mean), image, factor),
         "Brightness": lambda: tf_blend(np.zeros_like(image), image, factor),
-        "Sharpness": lambda: tf_sharpness_by_convolution(image, factor),
+        "Sharpness": lambda: tf_sharpness(image, factor),
         "ShearX": lambda: tf_project(image, (1, shear, 0, 0, 1, 0)),
         "ShearY": lambda: tf_project(image, (1, 0, 0, shear, 1, 0)),
         "TranslateX": lambda: tf_project(image, (1, 0, shift, 0, 1, 0)),
