@@ -30,7 +30,9 @@ demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
 	$(BIN)/python -m vit_dist.demo --workdir runs/demo
 
 # A file stays with one process, whose fixtures it shares; tests/conftest.py puts the long files first.
-# Three for two cores: tests that start processes wait for them much of the time.
+# Three for two cores: tests that start processes wait for them much of the time. Those of `check`
+# wait for nothing, and a third process would only import TensorFlow once more.
+CORES = $(shell getconf _NPROCESSORS_ONLN)
 PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 3
 # Tests of processes and their signals can fail beside others on a machine that is overloaded. What failed (exit code
 # 1; not what was interrupted, 2) is run once more by itself, and said; what fails again, fails.
@@ -40,7 +42,7 @@ ALONE = { code=$$?; test $$code = 1 || exit $$code; \
 
 check: $(STAMP) ## lint, and the tests that neither start a process nor compile: about a minute
 	@began=$$(date +%s); $(MAKE) --no-print-directory lint && \
-	$(PYTEST) -q -m 'not (spawns or compiles or bucket or slow or exhaustive)' tests && \
+	$(PYTEST) -n $(CORES) -q -m 'not (spawns or compiles or bucket or slow or exhaustive)' tests && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"
 
 test: $(STAMP) ## run the tests that prove each thing once; test-interop and test-tpu have environments of their own
