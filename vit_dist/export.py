@@ -39,7 +39,7 @@ from vit_dist.model.variants import GELUS, as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit, named_weights
 from vit_dist.paths import local_path
 from vit_dist.run.origins import Hint, Origin, open_origin
-from vit_dist.storage.files import write_output
+from vit_dist.storage.files import naming, write_output
 
 ALL_FORMATS = (*FORMATS, "savedmodel", "keras", "onnx")
 # Files of one model each: format -> how their names end.
@@ -91,24 +91,18 @@ def main() -> int:
         raise ConfigError("give what to export and where to: --checkpoint runs/NAME --output FILE")
     # A flag that is not given must not reach export(): there it would count as told.
     told = {"num_heads": given.num_heads, "gelu": given.gelu}
-    try:
-        files = export(
-            given.checkpoint,
-            given.format,
-            given.output,
-            image_size=_image_size("image_size", given.image_size),
-            init_image_size=_image_size("init_image_size", given.init_image_size),
-            method=given.posemb_method,
-            ignore=given.ignore,
-            mean=_numbers("mean", given.mean),
-            std=_numbers("std", given.std),
-            **{key: value for key, value in told.items() if value is not None},
-        )
-    except OSError as error:
-        # A write that fails tells no path, and whoever reads the message needs one.
-        if error.errno is not None:
-            error.filename = error.filename or given.output
-        raise
+    files = export(
+        given.checkpoint,
+        given.format,
+        given.output,
+        image_size=_image_size("image_size", given.image_size),
+        init_image_size=_image_size("init_image_size", given.init_image_size),
+        method=given.posemb_method,
+        ignore=given.ignore,
+        mean=_numbers("mean", given.mean),
+        std=_numbers("std", given.std),
+        **{key: value for key, value in told.items() if value is not None},
+    )
     print("wrote " + ", ".join(map(str, files)))
     return 0
 
@@ -188,11 +182,13 @@ def export(
     model = load_model(
         origin, image_size=image_size, method=method, ignore=ignore, system=format, **told
     )
-    if format in _SUFFIXES:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        return _write(path, format, model, origin)
+
+
+def _write(path: Path, format: str, model: ViT, origin: Origin) -> list[Path]:
     if format == "keras":
-        _save_whole(model, path)
-        return [path]
+        return _write_keras(path, model)
     if format == "onnx":
         return _write_onnx(path, model, origin)
     if format == "savedmodel":
@@ -454,14 +450,16 @@ def _serve(origin: Origin, model: ViT) -> tuple[Served, list[str]]:
     return served, list(origin.class_names or map(str, range(model.num_classes)))
 
 
-def _save_whole(model: ViT, path: Path) -> None:
-    """Writes a .keras file that replaces an older one only when it is whole."""
+def _write_keras(path: Path, model: ViT) -> list[Path]:
+    """A .keras file, which replaces an older one only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.stem}.part.keras")
     try:
         model.save(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    return [path]
 
 
 def _write_saved_model(path: Path, model: ViT, origin: Origin) -> list[Path]:

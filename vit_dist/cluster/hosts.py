@@ -63,8 +63,6 @@ def all_hosts(strategy: tf.distribute.Strategy, number: int) -> list[int]:
       The numbers in the hosts' order, the same list on every host. The call waits until all hosts
       have called it, so it is also a barrier.
     """
-    if num_hosts(strategy) == 1:
-        return [number]
     return [int(n) for n in all_hosts_arrays(strategy, np.array(number, np.int64))]
 
 

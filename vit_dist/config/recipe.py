@@ -2,7 +2,7 @@
 fine-tuning schedules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,9 +136,7 @@ def imagenet_sets(*names: str, every: int = 0, **data: Any) -> dict[str, Any]:
     """
     found = {}
     for name in names or IMAGENET_SETS:
-        if name not in IMAGENET_SETS:
-            near = did_you_mean(name, IMAGENET_SETS)
-            raise ConfigError(f"there is no {name!r}{near} There are: {', '.join(IMAGENET_SETS)}")
+        _check_known(name, IMAGENET_SETS, "ImageNet's further test sets have")
         entry = IMAGENET_SETS[name]
         keys = {"source": "tfds", "train_split": "", **data, **entry["data"]}
         found[name] = {"kind": "classification", **entry, "every": every, "data": keys}
@@ -168,18 +166,15 @@ def imagenet_c(
     found: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
     for corruption in corruptions:
-        if corruption not in ALEXNET_ERRORS:
-            near = did_you_mean(corruption, ALEXNET_ERRORS)
-            known = ", ".join(ALEXNET_ERRORS)
-            raise ConfigError(f"ImageNet-C has no {corruption!r}{near} There are: {known}")
+        _check_known(corruption, ALEXNET_ERRORS, "ImageNet-C has")
         for severity in SEVERITIES:
-            name, split = f"c_{corruption}_{severity}", "validation"
-            keys = {"source": "tfds", "name": f"imagenet2012_corrupted/{corruption}_{severity}"}
+            name = f"c_{corruption}_{severity}"
             if folder:
-                keys, split = (
-                    {"source": "folder", "data_dir": f"{folder}/{corruption}"},
-                    f"{severity}",
-                )
+                split, keys = str(severity), {"source": "folder"}
+                keys["data_dir"] = f"{folder}/{corruption}"
+            else:
+                split, keys = "validation", {"source": "tfds"}
+                keys["name"] = f"imagenet2012_corrupted/{corruption}_{severity}"
             found[name] = {
                 "kind": "classification",
                 "split": split,
@@ -194,6 +189,12 @@ def imagenet_c(
     average = {"of": groups, "baseline": baseline}
     found["imagenet_c"] = {"kind": "corruption_error", "every": every, "options": average}
     return found
+
+
+def _check_known(name: str, known: Collection[str], who_has: str) -> None:
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise ConfigError(f"{who_has} no {name!r}{near}; there are: {', '.join(known)}")
 
 
 def use_transfer_data(config: ConfigDict, dataset: str) -> None:

@@ -49,9 +49,7 @@ def make_predictions(
         logits, labels = judged.values, judged.labels
         ranks = label_ranks(logits, labels)
         hits = ranks < 1
-        found = {"accuracy": float(hits.mean())}
-        for k, name in top_names(top, logits.shape[1]).items():
-            found[name] = float((ranks < k).mean())
+        found = top_accuracies(ranks, top, logits.shape[1])
         counts = np.bincount(labels, minlength=len(judged.class_names))
         right = np.bincount(labels, weights=hits, minlength=len(judged.class_names))
         present = counts > 0
@@ -77,6 +75,12 @@ def make_predictions(
         return [*found, *(f"accuracy/{name}" for name in class_names if per_class)]
 
     return Named(evaluate, names)
+
+
+def top_accuracies(ranks: np.ndarray, top: Sequence[int], num_classes: int) -> dict[str, float]:
+    """The share of examples whose label is the likeliest class, and by name those of top-k."""
+    names = {1: "accuracy", **top_names(top, num_classes)}
+    return {name: float((ranks < k).mean()) for k, name in names.items()}
 
 
 def top_names(top: Sequence[int], num_classes: int) -> dict[int, str]:

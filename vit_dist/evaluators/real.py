@@ -10,7 +10,7 @@ from vit_dist.evaluators.calibration import calibration_error, log_probabilities
 from vit_dist.evaluators.checks import at_least_one, each_positive
 from vit_dist.evaluators.named import Named
 from vit_dist.evaluators.outputs import Outputs
-from vit_dist.evaluators.predictions import label_ranks, top_names
+from vit_dist.evaluators.predictions import label_ranks, top_accuracies, top_names
 
 
 def make_real(*, top: Sequence[int] = (1, 5), bins: int = 15) -> Named:
@@ -37,9 +37,7 @@ def make_real(*, top: Sequence[int] = (1, 5), bins: int = 15) -> Named:
         if not len(judged.labels):
             raise DataError("nothing to evaluate: no example has a right label")
         ranks = label_ranks(judged.values, judged.labels)
-        found = {"accuracy": float((ranks < 1).mean())}
-        for k, name in top_names(top, judged.values.shape[1]).items():
-            found[name] = float((ranks < k).mean())
+        found = top_accuracies(ranks, top, judged.values.shape[1])
         confidence = np.exp(log_probabilities(judged.values).max(axis=1))
         found["ece"] = calibration_error(confidence, ranks < 1, bins=bins)
         return {**found, "examples": float(len(ranks))}

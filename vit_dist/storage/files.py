@@ -10,6 +10,7 @@ network file system that takes an fsync of the file, and an fsync of each folder
 new. A bucket knows no fsync: an object is durable when it is closed.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -17,7 +18,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,18 @@ def make_folder(path: epath.PathLike) -> None:
         sync_folder(folder.parent)
 
 
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """An OSError in it that names no file is given this path: a write that fails tells none."""
+    try:
+        yield
+    except OSError as error:
+        # Without a number, the text would become "[Errno None] None: path".
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+
+
 def write_file(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> None:
     """Writes a file from its parts in turn. Its bytes are durable then, its name is not yet.
 
@@ -144,19 +157,14 @@ def write_file(path: epath.PathLike, parts: Iterable[bytes | memoryview]) -> Non
             for part in parts:
                 remote.write(bytes(part))  # GFile takes no memoryview
         return
-    try:
-        # Unbuffered: a buffer would be written at close, and fail a second time on a full disk.
-        with open(expand(path), "wb", buffering=0) as file:
-            for part in parts:
-                rest = memoryview(part).cast("B")
-                # An unbuffered write may take only a part of the bytes: Linux takes 2 GB at most.
-                while len(rest):
-                    rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-    except OSError as error:
-        # A write that fails tells no path, and whoever reads the message needs one.
-        error.filename = error.filename or str(path)
-        raise
+    # Unbuffered: a buffer would be written at close, and fail a second time on a full disk.
+    with naming(path), open(expand(path), "wb", buffering=0) as file:
+        for part in parts:
+            rest = memoryview(part).cast("B")
+            # An unbuffered write may take only a part of the bytes: Linux takes 2 GB at most.
+            while len(rest):
+                rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: epath.PathLike) -> None:

@@ -412,8 +412,8 @@ def _read_manifest(path: epath.Path) -> tuple[int, dict[str, Any], Sums, str]:
         # version 0.1 have no "arrays".
         parsed = json.loads(data)
         sums = Sums(parsed["size"], parsed["crc32"], parsed.get("arrays", {}))
-        # Earlier versions wrote none.
-        if parsed.get("own_crc32", _own_sum(parsed)) != _own_sum(parsed):
+        # Earlier versions wrote no sum of the manifest itself.
+        if "own_crc32" in parsed and parsed["own_crc32"] != _own_sum(parsed):
             raise ValueError("its checksum is wrong")
         return parsed["step"], parsed["notes"], sums, hashlib.sha256(data).hexdigest()
     except (ValueError, KeyError, TypeError) as error:
