@@ -86,11 +86,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
         key, equals, value = part.partition("=")
         if not equals:
             key, value = next(iter(defaults)), part
-        if key not in defaults:
-            raise ConfigError(
-                f"the recipe has no argument {key!r}{did_you_mean(key, defaults)} "
-                f"There are: {', '.join(defaults)}"
-            )
+        _check_known(key, defaults, "the recipe has no argument")
         # The default's type converts the text: int("300") for an int.
         try:
             values[key] = type(values[key])(value)
@@ -136,7 +132,7 @@ def imagenet_sets(*names: str, every: int = 0, **data: Any) -> dict[str, Any]:
     """
     found = {}
     for name in names or IMAGENET_SETS:
-        _check_known(name, IMAGENET_SETS, "ImageNet's further test sets have")
+        _check_known(name, IMAGENET_SETS, "ImageNet's further test sets have no")
         entry = IMAGENET_SETS[name]
         keys = {"source": "tfds", "train_split": "", **data, **entry["data"]}
         found[name] = {"kind": "classification", **entry, "every": every, "data": keys}
@@ -166,7 +162,7 @@ def imagenet_c(
     found: dict[str, Any] = {}
     groups: dict[str, list[str]] = {}
     for corruption in corruptions:
-        _check_known(corruption, ALEXNET_ERRORS, "ImageNet-C has")
+        _check_known(corruption, ALEXNET_ERRORS, "ImageNet-C has no")
         for severity in SEVERITIES:
             name = f"c_{corruption}_{severity}"
             if folder:
@@ -191,10 +187,10 @@ def imagenet_c(
     return found
 
 
-def _check_known(name: str, known: Collection[str], who_has: str) -> None:
+def _check_known(name: str, known: Collection[str], refusal: str) -> None:
     if name not in known:
         near = did_you_mean(name, known)
-        raise ConfigError(f"{who_has} no {name!r}{near}; there are: {', '.join(known)}")
+        raise ConfigError(f"{refusal} {name!r}{near}; there are: {', '.join(known)}")
 
 
 def use_transfer_data(config: ConfigDict, dataset: str) -> None:
