@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-all torture soak seconds test-pythons check-newest test-interop test-tpu test-tpu-compile lint format bench bench-tpu clean
+.PHONY: help install demo check quick test test-all torture soak seconds test-pythons check-newest test-interop test-tpu test-tpu-compile lint format bench bench-tpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,9 +41,11 @@ ALONE = { code=$$?; test $$code = 1 || exit $$code; \
 	  $(BIN)/python -m pytest -p no:xdist --last-failed --last-failed-no-failures none --maxfail 5 tests; }
 
 check: $(STAMP) ## lint, and the tests that neither start a process nor compile: about a minute
-	@began=$$(date +%s); $(MAKE) --no-print-directory lint && \
-	$(PYTEST) -n $(CORES) -q -m 'not (spawns or compiles or bucket or slow or exhaustive)' tests && \
+	@began=$$(date +%s); $(MAKE) --no-print-directory lint quick && \
 	echo "make check: $$(($$(date +%s) - began)) seconds"
+
+quick: $(STAMP) ## the tests of check, without lint
+	$(PYTEST) -n $(CORES) -q -m 'not (spawns or compiles or bucket or slow or exhaustive)' tests
 
 test: $(STAMP) ## run the tests that prove each thing once; test-interop and test-tpu have environments of their own
 	$(PYTEST) -m 'not exhaustive' --ignore-glob='*/test_interop*' --ignore-glob='*/test_wheel*' tests || $(ALONE)
@@ -69,11 +71,12 @@ test-pythons: ## run the tests under each supported Python that this machine has
 	  $(MAKE) --no-print-directory VENV=.venv-py$${each%%=*} PYTHON=$${each#*=} test || exit 1; \
 	done
 
-check-newest: $(STAMP) ## make check under the newest supported Python here, if .venv has an older one
+# Without lint: ruff and mypy judge for the Pythons that pyproject.toml names, whichever runs them.
+check-newest: $(STAMP) ## the tests of check under the newest supported Python here, if .venv has an older one
 	@each=$$(tools/pythons.sh $(PYTHONS) | tail -n 1); version=$${each%%=*}; test -n "$$each" || exit 1; \
 	if $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')"; \
 	then echo "$(VENV) has the newest Python of this machine, $$version"; \
-	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} check; fi
+	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} quick; fi
 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
 	$(PYTEST) -m 'not exhaustive' $(shell find tests -name 'test_interop*.py') || $(ALONE)

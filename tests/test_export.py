@@ -22,13 +22,14 @@ from tests.support.tiny import ANY_SIZE, make, make_folder, of_folder, without_e
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import parse
 from vit_dist.evaluate import evaluate
-from vit_dist.export import ALL_FORMATS, Served, export, load_model, open_served
+from vit_dist.export import ALL_FORMATS, export
 from vit_dist.model.formats.writing import write_pretrained
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.predict import predict
 from vit_dist.run import origins
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import Served, load_model, open_served
 from vit_dist.train import train
 
 

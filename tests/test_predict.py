@@ -15,8 +15,8 @@ from PIL import Image
 
 from tests.support import processes, tiny
 from vit_dist import predict as predict_module
-from vit_dist.export import open_served
 from vit_dist.predict import predict
+from vit_dist.run.served import open_served
 from vit_dist.train import train
 
 

@@ -98,8 +98,16 @@ def test_a_greedy_soup_takes_what_makes_it_no_worse(by, sign, tmp_path, monkeypa
 
 @pytest.mark.parametrize("by", ["val/accuracy", "max accuracy", "max test/accuracy", "best val/x"])
 def test_a_greedy_soup_by_nothing(by):
-    with pytest.raises(ConfigError, match=r"must be 'max NAME/METRIC' .* judges: val$"):
+    with pytest.raises(ConfigError, match=r"must be 'max NAME/METRIC' .* is judged: val$"):
         choose(tiny.make(), ["a", "b"], by=by)
+
+
+@pytest.mark.parametrize("by", ["max val/acuracy", "min near/k5_loss"])
+def test_an_unknown_metric_is_told_before_anything_is_judged(by):
+    config = tiny.make(evals={"near": {"kind": "knn", "options": {"k": (5,)}}})
+    said = rf"--greedy '{by[4:]}' is unknown; there are (val|near)/"
+    with pytest.raises(ConfigError, match=said):
+        choose(config, ["there is no such run", "nor such"], by=by)
 
 
 @pytest.mark.parametrize(

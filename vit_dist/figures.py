@@ -22,7 +22,6 @@ from etils import epath
 
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import message_of
-from vit_dist.export import Served, eval_pipe, hint_without_flags, load_model
 from vit_dist.inspection.draw import (
     FORMATS,
     check_matplotlib,
@@ -35,6 +34,7 @@ from vit_dist.paths import expand
 from vit_dist.run import image_files
 from vit_dist.run.image_files import expand_images, shown
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import Served, eval_pipe, hint_without_flags, load_model
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import make_folder, write_whole
 

@@ -32,10 +32,10 @@ from absl import flags
 
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.damage import message_of
-from vit_dist.export import Served, hint_without_flags, open_served
 from vit_dist.inspection.sheet import Cell, draw_grid
 from vit_dist.run import image_files
 from vit_dist.run.image_files import expand_images, shown
+from vit_dist.run.served import Served, hint_without_flags, open_served
 from vit_dist.storage.errors import Kind, cause, check_bucket, kind_of
 from vit_dist.storage.files import write_output
 

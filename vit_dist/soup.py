@@ -15,7 +15,6 @@ It holds no optimizer, so no training can be resumed from it.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +30,9 @@ from ml_collections import ConfigDict
 from vit_dist.config.errors import ConfigError
 from vit_dist.config.recorded import of_best
 from vit_dist.evaluate import evaluate
+from vit_dist.evaluators.classification import metric_names
 from vit_dist.paths import expand
+from vit_dist.run.check import check_evaluation, check_metric, parse_choice
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_whole
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, is_checkpoint, open_checkpoint
@@ -79,14 +80,19 @@ def choose(config: ConfigDict, paths: Sequence[str], *, by: str) -> list[str]:
     Raises:
       ConfigError: `by` is malformed or names no metric; also what evaluate and average raise.
     """
-    sign, name, metric = _parse(by, config)
+    mode, name, metric = parse_choice(by, ["val", *(config.evals or {})], key="--greedy")
+    sign = 1 if mode == "max" else -1
+    splits, evals = (["val"], []) if name == "val" else ([], [name])
+    # Each evaluation checks again; but a metric that is none would be noticed after the first.
+    options, data = check_evaluation(config, splits=splits, evals=evals)
+    of_val = metric_names(data.sources["val"].num_classes) if name == "val" else None
+    known = options.evals[name].metrics if of_val is None else of_val
+    check_metric(name, metric, known, key="--greedy")
 
     def judge(checkpoint: str) -> float:
-        splits, evals = (["val"], []) if name == "val" else ([], [name])
         found = evaluate(config, checkpoint, splits=splits, evals=evals)[name]
-        if metric not in found:
-            known = ", ".join(f"{name}/{key}" for key in found)
-            raise ConfigError(f"--greedy names {name}/{metric}; there are {known}")
+        # Where the kind does not tell its metrics before it has judged.
+        check_metric(name, metric, list(found), key="--greedy")
         return found[metric]
 
     def judge_average(chosen: Sequence[str]) -> float:
@@ -111,18 +117,6 @@ def choose(config: ConfigDict, paths: Sequence[str], *, by: str) -> list[str]:
         else:
             say(value, f"the average with {path}, which is left out")
     return chosen
-
-
-def _parse(by: str, config: ConfigDict) -> tuple[int, str, str]:
-    """(1 for max or -1 for min, NAME, METRIC)."""
-    found = re.fullmatch(r"(max|min) (\w+)/(.+)", by)
-    names = ["val", *(config.evals or {})]
-    if found is None or found[2] not in names:
-        raise ConfigError(
-            f"--greedy {by!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' with a NAME of what "
-            f"the config judges: {', '.join(names)}"
-        )
-    return (1 if found[1] == "max" else -1), found[2], found[3]
 
 
 def average(paths: Sequence[str], output: str) -> epath.Path:

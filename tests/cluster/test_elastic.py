@@ -1,6 +1,5 @@
 """One run on 2, 1 and 3 hosts in turn: the weights of the run that nobody disturbed."""
 
-import json
 import os
 import signal
 import sys
@@ -9,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support import processes, tiny
-from tests.support.clusters import free_addresses
+from tests.support.clusters import environments
 from vit_dist.cluster.preemption import PREEMPTED
 from vit_dist.monitoring.starts import load_starts
 
@@ -56,13 +55,9 @@ def train_until(flags, environment, step, number):
 
 def run_on(hosts, workdir, *, step=None, number=signal.SIGTERM):
     """Runs so many hosts until the last one gets the signal; returns their exit codes."""
-    addresses = free_addresses(hosts)
     with ExitStack() as stack:
         started = []
-        for index in range(hosts):
-            task = {"type": "worker", "index": index}
-            cluster = {"cluster": {"worker": addresses}, "task": task}
-            environment = {"TF_CONFIG": json.dumps(cluster)} if hosts > 1 else {}
+        for index, environment in enumerate(environments(hosts) if hosts > 1 else [{}]):
             name = "multiworker" if hosts > 1 else "single"
             flags = [*FLAGS, f"--workdir={workdir}", f"--config.strategy.name={name}"]
             at = step if index == hosts - 1 else None

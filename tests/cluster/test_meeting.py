@@ -210,6 +210,25 @@ def test_unlike_facts_are_named_on_all_hosts(facts, said):
     assert message.startswith("the hosts differ: ") and said.format(*names) in message
 
 
+def test_an_answer_that_holds_no_facts():
+    """Taken for facts that are all absent, it would be told as a difference of the hosts."""
+    workers = free_addresses(2)
+
+    def one(index):
+        with meet(cluster_of(workers, index), timeout_seconds=60) as meeting:
+            if index == 0:
+                meeting.agree(SAME)
+            line = meeting.lines[0]
+            for message in ({"digest": "another"}, {"something": "else"}):
+                line.send(message, deadline=time.monotonic() + 60)
+            while "left" not in line.receive(deadline=time.monotonic() + 60):
+                pass
+
+    error = in_threads(one, range(2))[0]
+    assert isinstance(error, HostLostError)
+    assert f"worker 1 ({workers[1]}) answered {{'something': 'else'}}, which are no" in str(error)
+
+
 def test_many_differences_are_counted():
     many = changed(data={str(i): i for i in range(5)})
     _, outcome = agree_in_threads([SAME, many])

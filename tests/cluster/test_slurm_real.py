@@ -1,14 +1,12 @@
 """launch/slurm.sbatch under a real Slurm: two nodes on this machine."""
 
 import contextlib
-import json
 
 import numpy as np
 import pytest
 
 from tests.support import processes, tiny
 from tests.support import slurm as lib
-from tests.support.clusters import free_addresses
 from tests.support.waiting import wait_for
 
 SCRIPT = lib.ROOT / "launch/slurm.sbatch"
@@ -98,14 +96,7 @@ def get_config():
 def run_undisturbed(config, workdir):
     """Two hosts of one cluster, without Slurm."""
     flags = (f"--config={config}", f"--workdir={workdir}")
-    cluster = {"worker": free_addresses(2)}
-    with contextlib.ExitStack() as stack:
-        started = []
-        for index in range(2):
-            task = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-            environment, log = {"TF_CONFIG": json.dumps(task)}, f"{workdir}-{index}"
-            host = processes.Command(*flags, log=log, env=environment)
-            started.append(stack.enter_context(host))
+    with processes.hosts(*flags, log=workdir) as started:
         for host in started:
             assert host.wait() == 0, host.text()[-3000:]
 

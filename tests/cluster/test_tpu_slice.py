@@ -406,12 +406,23 @@ def test_a_worker_that_is_asked_to_stop_before_the_program_comes():
     assert worker.join() == 42
 
 
-def test_other_versions_on_a_host_are_named():
-    workers = [FakeWorker(facts={"tensorflow": version}) for version in ("1", "2")]
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ([{"tensorflow": "1"}, {"tensorflow": "2"}], "tensorflow is 1 on host 0 but 2"),
+        ([{"tensorflow": "1"}, {}], "tensorflow is 1 on host 0 but absent"),
+        (
+            [{"tensorflow": "1"}, {"tensorflow": "1", "libtpu": "2"}],
+            "libtpu is absent on host 0 but 2",
+        ),
+    ],
+)
+def test_other_versions_on_a_host_are_named(facts, said):
+    workers = [FakeWorker(facts=each) for each in facts]
     with pytest.raises(ConfigError) as raised:
         open_lines(workers)
     assert str(raised.value).startswith(
-        f"the hosts differ: tensorflow is 1 on host 0 but 2 on TPU host 1 ({workers[1].address})"
+        f"the hosts differ: {said} on TPU host 1 ({workers[1].address})"
     )
     for worker in workers:
         assert isinstance(worker.join(), HostLostError)

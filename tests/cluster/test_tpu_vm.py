@@ -113,6 +113,17 @@ def test_a_container_is_told_by_variables(environ, found, no_server):
     assert find_tpu_vm(environ) == found
 
 
+def test_a_slice_whose_metadata_do_not_number_its_hosts(monkeypatch):
+    known = dict(fake.TPU)
+    del known["instance/attributes/agent-worker-number"]
+    with fake.serve(known) as address:
+        monkeypatch.setenv("GCE_METADATA_HOST", address)
+        with pytest.raises(ConfigError, match=r"agent-worker-number .* must be a whole number"):
+            find_tpu_vm({})
+        known["instance/attributes/worker-network-endpoints"] = "x:y:10.0.0.2"
+        assert find_tpu_vm({}).index == 0
+
+
 def test_a_tpu_vm_is_told_by_its_metadata(monkeypatch):
     known = dict(fake.TPU)
     with fake.serve(known) as address:

@@ -226,6 +226,23 @@ def test_a_process_that_was_stopped_has_not_stood_still(quick, monkeypatch):
     assert not verdicts
 
 
+def test_pauses_before_the_present_stretch_are_forgotten(quick, monkeypatch):
+    """In a run of weeks they would pile up."""
+    ahead = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr("vit_dist.cluster.watchdog.time", clock)
+
+    def act(watchdog):
+        for turn in range(3):
+            began = clock.monotonic()
+            watchdog.progress(turn)
+            ahead[0] += 1000.0
+            wait_for(lambda began=began: any(end > began for end, _ in watchdog._pauses))
+            assert all(end > began for end, _ in watchdog._pauses)
+
+    watch_alone(act, timeout=5000.0)
+
+
 # the process ends
 
 

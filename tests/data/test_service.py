@@ -1,7 +1,6 @@
 """Batches from other processes: byte for byte those of this one, and clear errors where not."""
 
 import contextlib
-import json
 import os
 import re
 import socket
@@ -261,7 +260,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "devices",
-    [exhaustive({}), {"strategy__name": "mirrored", "strategy__virtual_cpus": 2}],
+    # test_services_make_what_this_host_would has the shares of replicas.
+    [{}, exhaustive({"strategy__name": "mirrored", "strategy__virtual_cpus": 2})],
     ids=str,
 )
 def test_a_run_and_its_resume(tmp_path, folder, services, devices):
@@ -284,14 +284,7 @@ def test_two_workers(tmp_path, folder, services):
     assert code == 0, text[-1500:]
     flags += [f"--config.input.service={services[0].address}"]
     flags += [f"--workdir={tmp_path / 'two'}", "--config.strategy.name=multiworker"]
-    cluster = {"worker": [f"localhost:{free_port()}" for _ in range(2)]}
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for i in range(2):
-            task = {"cluster": cluster, "task": {"type": "worker", "index": i}}
-            env = {"TF_CONFIG": json.dumps(task)}
-            command = processes.Command(*flags, log=tmp_path / f"log{i}", env=env)
-            workers.append(stack.enter_context(command))
+    with processes.hosts(*flags, log=tmp_path / "log") as workers:
         assert [w.wait() for w in workers] == [0, 0], [w.text()[-1500:] for w in workers]
     tiny.assert_same(tiny.arrays(tmp_path / "two"), tiny.arrays(tmp_path / "one"), atol=1e-6)
 

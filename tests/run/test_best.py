@@ -196,8 +196,8 @@ def test_an_unknown_metric_of_such_an_evaluation_is_named_once_it_has_judged(tmp
     "changed, words",
     [
         ({"keep_best": "val/accuracy"}, "must be 'max NAME/METRIC' or 'min NAME/METRIC'"),
-        ({"keep_best": "max near/accuracy"}, "with a NAME of what this run judges: val"),
-        ({"keep_best": "max val/loss", "data__val_split": ""}, "judges: nothing"),
+        ({"keep_best": "max near/accuracy"}, "with a NAME of what is judged: val"),
+        ({"keep_best": "max val/loss", "data__val_split": ""}, "is judged: nothing"),
         ({"patience": 3}, "config.patience waits for a better value of config.keep_best"),
         ({"keep_best": "max val/loss", "patience": 0}, "config.patience must be 1 or more"),
     ],

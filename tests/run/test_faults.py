@@ -1,10 +1,8 @@
 """Runs that are killed, stopped, starved of disk, or lose a worker: what is left, and going on."""
 
-import json
 import os
 import shutil
 import signal
-import socket
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support import processes, tiny
+from tests.support.engines import tf_config
 from vit_dist.training.checkpoint import MANIFEST, STATE, open_checkpoint
 
 ENDLESS = 10**6  # steps: such a run ends when it is told to
@@ -153,21 +152,8 @@ TWO = ("--config.model.dropout=0.0", "--config.optimizer.name=sgd")
 
 
 def start_workers(stack, folder, name, total_steps, count=2):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
-    for s in sockets:
-        s.close()
     flags = flags_of(folder / "run", total_steps, *TWO, "--config.strategy.name=multiworker")
-    return [
-        stack.enter_context(
-            processes.Command(
-                *flags,
-                log=folder / f"{name}-{i}",
-                env={"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})},
-            )
-        )
-        for i, task in enumerate({"type": "worker", "index": i} for i in range(count))
-    ]
+    return stack.enter_context(processes.hosts(*flags, log=folder / name, count=count))
 
 
 def ends(workers):
@@ -252,13 +238,12 @@ def test_only_the_chief_writes(cluster):
 def test_a_worker_that_never_starts_is_named(tmp_path):
     with ExitStack() as stack:
         flags = ("--config.strategy.name=multiworker", "--config.strategy.timeout_seconds=0.5")
-        cluster = {"worker": ["localhost:1", "localhost:2"]}
-        task = {"type": "worker", "index": 1}
+        environment = tf_config({"worker": ["localhost:1", "localhost:2"]}, index=1)
         worker = stack.enter_context(
             processes.Command(
                 *flags_of(tmp_path / "run", 5, *flags),
                 log=tmp_path / "log",
-                env={"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})},
+                env=environment,
             )
         )
         assert worker.wait() == 1

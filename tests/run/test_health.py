@@ -1,6 +1,9 @@
 """What each check of the doctor finds where something is broken on purpose."""
 
 import dataclasses
+import fcntl
+import socket
+import termios
 import threading
 
 import numpy as np
@@ -9,6 +12,7 @@ import tensorflow as tf
 
 from tests.support import tiny
 from tests.support.clusters import free_addresses, in_threads
+from tests.support.waiting import wait_for
 from vit_dist.cluster import gpus, links
 from vit_dist.cluster.environment import Cluster
 from vit_dist.cluster.gpus import Card, Found
@@ -121,6 +125,24 @@ def test_links_between_all_hosts():
     for index, found in in_threads(one, range(3)).items():
         assert [link.host for link in found] == [i for i in range(3) if i != index]
         assert all(not link.wrong and link.seconds > 0 and link.rate > 0 for link in found)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 8, 9, 14])
+def test_a_message_in_two_pieces_is_answered(cut):
+    """A header or what follows it; the second piece comes once the first has been taken."""
+    ours, theirs = socket.socketpair()
+    message = links._LENGTH.pack(7) + bytes(7)
+    answering = threading.Thread(target=links._answer, args=(theirs,))
+    with ours:
+        ours.settimeout(60)
+        answering.start()
+        ours.sendall(message[:cut])
+        # SIOCOUTQ: what the other side has not read yet.
+        wait_for(lambda: not fcntl.ioctl(ours, termios.TIOCOUTQ, bytes(4)).strip(b"\0"))
+        ours.sendall(message[cut:])
+        assert ours.recv(1) == b"k"
+    answering.join(60)
+    assert not answering.is_alive()
 
 
 def test_a_host_that_cannot_be_reached(monkeypatch):

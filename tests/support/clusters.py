@@ -1,8 +1,9 @@
-"""Hosts of a run that are threads of a test."""
+"""Hosts of a run: their addresses, and what each is told; or threads of a test in their place."""
 
 import socket
 import threading
 
+from tests.support.engines import tf_config
 from tests.support.waiting import wait_for
 
 
@@ -13,6 +14,12 @@ def free_addresses(count):
     for s in sockets:
         s.close()
     return addresses
+
+
+def environments(count):
+    """What each host of a cluster of so many is started with, at addresses where nobody listens."""
+    cluster = {"worker": free_addresses(count)}
+    return [tf_config(cluster, index=index) for index in range(count)]
 
 
 def in_threads(function, indices):

@@ -1,5 +1,6 @@
 """Commands in processes of their own, forked from one that has imported TensorFlow already."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
+from tests.support.clusters import environments
 from tests.support.waiting import wait_for
 
 TINY = str(Path(__file__).with_name("tiny.py"))
@@ -91,6 +93,16 @@ def run(*flags, log, **options):
     with Command(*flags, log=log, **options) as command:
         code = command.wait()
         return code, command.text()
+
+
+@contextlib.contextmanager
+def hosts(*flags, log, count=2):
+    """A cluster whose hosts are Commands with the same flags; they write into LOG-0, LOG-1, ..."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(Command(*flags, log=f"{log}-{index}", env=environment))
+            for index, environment in enumerate(environments(count))
+        ]
 
 
 def call(function, *args, log):

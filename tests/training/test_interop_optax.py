@@ -32,7 +32,7 @@ STEPS, BATCH, CLASSES = 20, 16, 5
 # Long enough for both Adafactors to factor. The bias of keys has a gradient of mere rounding, which
 # Adam would blow up on either side.
 CONFIG = vit_config(
-    "mu/4", image_size=8, num_classes=CLASSES, width=128, depth=2, mlp_dim=136, num_heads=2,
+    "mu/4", image_size=8, num_classes=CLASSES, width=128, depth=1, mlp_dim=136, num_heads=2,
     qkv_bias=False,
 )  # fmt: skip
 COMMON = {

@@ -1,7 +1,5 @@
 """ZeRO-1: the optimizer's state cut up among the replicas gives the same weights, slots, files."""
 
-import contextlib
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 import tensorflow as tf
 
 from tests.support import processes
-from tests.support.clusters import free_addresses
 from tests.support.stepping import (
     IMAGES,
     LABELS,
@@ -217,16 +214,8 @@ def test_two_workers_go_on_and_save_what_both_hold(whole, half, tmp_path):
     flags += ["--config.data.val_split=", "--config.data.test_split="]
     flags += [f"--config.{key}={value}" for key, value in SHORT.items()]
     flags += ["--config.strategy.name=multiworker", "--config.optimizer.shard_state=True"]
-    cluster = {"worker": free_addresses(2)}
-    with contextlib.ExitStack() as stack:
-        started = []
-        for index in range(2):
-            environment = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-            command = processes.Command(
-                *flags, log=tmp_path / f"log{index}", env={"TF_CONFIG": json.dumps(environment)}
-            )
-            started.append(stack.enter_context(command))
-        for command in started:
-            assert command.wait() == 0, command.text()[-3000:]
+    with processes.hosts(*flags, log=tmp_path / "log") as started:
+        for host in started:
+            assert host.wait() == 0, host.text()[-3000:]
     assert "resumed from step 2" in started[0].text()
     assert_same(arrays(half), arrays(whole), atol=1e-5)

@@ -81,6 +81,7 @@ class Meeting:
             `timeout_seconds`.
         """
         flat = flatten(facts)
+        # Sorted, because another host may have put the same facts together in another order.
         digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
         if self.index:
             self._ask_chief(flat, digest)
@@ -104,6 +105,7 @@ class Meeting:
             answer = self._receive_from([0], deadline)[0]
             return answer["all"]
         answers = self._receive_from(self.lines, deadline)
+        # All hosts but the chief have answered, so these are hosts 1, 2, ... without a gap.
         values = [value, *(answers[i]["mine"] for i in sorted(answers))]
         for i in self.lines:
             self._send(i, {"all": values}, deadline)
@@ -130,7 +132,10 @@ class Meeting:
         theirs = self._receive_from(unlike, deadline)
         # The error ends the chief, and leaving the `with` tells it to all other hosts.
         if unlike:
-            facts = {i: theirs[i].get("facts", {}) for i in unlike}
+            for i in unlike:
+                if "facts" not in theirs[i]:
+                    raise HostLostError(f"{self.name(i)} answered {theirs[i]}, which are no facts")
+            facts = {i: theirs[i]["facts"] for i in unlike}
             raise ConfigError(self.describe({self.index: flat, **facts}))
         for i in self.lines:
             self._send(i, {"agreed": True}, deadline)
@@ -211,6 +216,7 @@ def parting(error: BaseException | None) -> Message:
 
 def error_of(message: Message, name: str) -> BaseException:
     """The error to raise after another host's `parting` message; `name` is that host's name."""
+    # A host with a program of another version may tell no code: then it is an error like others.
     text, code = str(message["left"]), message.get("code")
     if code == PREEMPTED:
         logging.warning("%s was asked to stop: stopping, too", name)
@@ -230,6 +236,7 @@ def flatten(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _leaves(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
+        # An empty dict is a leaf: else it could not be told from a key that is absent.
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:

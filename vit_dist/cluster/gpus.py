@@ -127,6 +127,7 @@ def choose_visible(cards: Sequence[Card], visible: str | None) -> tuple[Card, ..
         return tuple(cards)
     chosen = []
     for word in filter(None, (word.strip() for word in visible.split(","))):
+        # CUDA takes the beginning of a UUID for all of it.
         found = [c for c in cards if word == str(c.number) or c.uuid.startswith(word)]
         # As CUDA has it: a word that names no card hides all behind it.
         if not found:
@@ -137,6 +138,7 @@ def choose_visible(cards: Sequence[Card], visible: str | None) -> tuple[Card, ..
 
 def _wheel_folders() -> list[Path]:
     """The folders of NVIDIA's wheels: site-packages/nvidia."""
+    # A namespace package: all wheels put their folders into it, also from several places.
     spec = importlib.util.find_spec("nvidia")
     return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
 
@@ -211,6 +213,7 @@ def problems(found: Found, build: Mapping[str, Any]) -> list[str]:
     old = found.cards and _too_old(found.cards[0].driver, build)
     if old:
         lines.append(old)
+    # () for a build that does not tell: then its kernels are not judged.
     kernels = build.get("cuda_compute_capabilities", ())
     # Cards of one name are one problem.
     for card in {card.name: card for card in found.cards}.values():
@@ -243,6 +246,7 @@ def has_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> bool:
         (tensorflow#101746, #99592, #111958).
     """
     for kernel in kernels:
+        # The last digit is the minor number, those before it are the major one: "sm_120a" is 12.0.
         number = re.search(r"_(\d+)(\d)[af]?$", kernel)
         if number and capability[0] == int(number[1]) and capability[1] >= int(number[2]):
             return True
@@ -250,6 +254,7 @@ def has_kernels(capability: tuple[int, int], kernels: Sequence[str]) -> bool:
 
 
 def _too_old(driver: str, build: Mapping[str, Any]) -> str | None:
+    # A build without CUDA tells no version, and none of _DRIVERS is "": nothing is too old for it.
     cuda = str(build.get("cuda_version", ""))
     needed = _DRIVERS.get(cuda.partition(".")[0])
     if needed is None or _numbers(driver) >= _numbers(needed):
@@ -261,6 +266,7 @@ def _too_old(driver: str, build: Mapping[str, Any]) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    # As numbers, since of two texts "580.9" would be the newer one, compared with "580.65".
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 

@@ -90,6 +90,7 @@ def _gather(strategy: tf.distribute.Strategy):
             return tf.distribute.get_replica_context().all_gather(tf.identity(array), axis=0)
 
         gathered = strategy.run(of_replica, args=(array,))
+        # Each replica holds what all hosts gave, so the first one of this host will do.
         return strategy.experimental_local_results(gathered)[0]
 
     return gather

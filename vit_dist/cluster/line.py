@@ -26,8 +26,11 @@ class Line:
     """
 
     def __init__(self, connection: socket.socket):
+        # `next` and `offer` must never hang; `send` and `receive` wait in `wait_for`, which has a
+        # deadline.
         connection.setblocking(False)
         self._socket = connection
+        # Bytes that came and are no whole message yet; bytes that the system has not taken yet.
         self._in, self._out = b"", b""
 
     def fileno(self) -> int:
@@ -70,6 +73,7 @@ class Line:
           ConnectionError: the other end has hung up.
           ConfigError: what came is no message of ours.
         """
+        # TCP carries bytes and not messages: one recv() may bring half of one, or several.
         while b"\n" not in self._in:
             if not self._fill():
                 return None
@@ -85,6 +89,7 @@ class Line:
         Raises:
           ConnectionError: the other end has hung up.
         """
+        # What has gone out in part is finished first: the other end reads up to a newline.
         self._out = self._out or _encode(message)
         self._flush()
 
@@ -110,6 +115,7 @@ class Line:
 
 
 def _encode(message: Message) -> bytes:
+    # JSON escapes a newline inside of a text, so the only one ends the message.
     return json.dumps(message, default=str).encode() + b"\n"
 
 
@@ -126,5 +132,6 @@ def wait_for(read: Iterable[Line] = (), write: Iterable[Line] = (), *, deadline:
     for line in write:
         poll.register(line.fileno(), select.POLLOUT)
     left = deadline - time.monotonic()
+    # poll() also reports, unasked, a line whose other end has hung up: using it then raises.
     if left <= 0 or not poll.poll(1000 * left):
         raise TimeoutError("timed out")

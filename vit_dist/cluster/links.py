@@ -85,8 +85,11 @@ def why_unreachable(address: str, error: OSError) -> str:
 def _measure(host: int, address: str, num_bytes: int) -> Link:
     try:
         with connect(*split_address(address), _SECONDS) as connection:
+            # Else the system may hold back a short message until the one before is acknowledged,
+            # and the round trips would measure that.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             trips = [_ask(connection, 1) for _ in range(_ROUND_TRIPS)]
+            # The shortest trip: what the others take longer is other work of these machines.
             return Link(host, seconds=min(trips), rate=num_bytes / _ask(connection, num_bytes))
     except OSError as error:
         return Link(host, wrong=why_unreachable(address, error))
@@ -110,6 +113,7 @@ def _answering(server: socket.socket) -> Iterator[None]:
     over = threading.Event()
 
     def accept() -> None:
+        # An Event does not wake a thread out of accept(), so it looks at `over` in between.
         server.settimeout(0.2)
         while not over.is_set():
             with contextlib.suppress(OSError):
@@ -128,11 +132,17 @@ def _answering(server: socket.socket) -> Iterator[None]:
 def _answer(connection: socket.socket) -> None:
     with connection, contextlib.suppress(OSError):
         connection.settimeout(_SECONDS)
-        while len(head := connection.recv(_LENGTH.size, socket.MSG_WAITALL)) == _LENGTH.size:
-            left = _LENGTH.unpack(head)[0]
-            while left:
-                got = len(connection.recv(min(left, _CHUNK)))
-                if not got:
-                    return
-                left -= got
+        while len(head := b"".join(_receive(connection, _LENGTH.size))) == _LENGTH.size:
+            (num_bytes,) = _LENGTH.unpack(head)
+            if sum(map(len, _receive(connection, num_bytes))) < num_bytes:
+                return
             connection.sendall(b"k")
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> Iterator[bytes]:
+    """So many bytes as they come, in pieces; fewer where the other side hangs up before."""
+    # No MSG_WAITALL: on a socket with a timeout it returns what is there, as such a socket does not
+    # block.
+    while num_bytes and (piece := connection.recv(min(num_bytes, _CHUNK))):
+        yield piece
+        num_bytes -= len(piece)

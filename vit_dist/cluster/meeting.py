@@ -53,6 +53,7 @@ def meet(cluster: Cluster | None, *, timeout_seconds: float) -> Meeting:
         ) from None
     with contextlib.ExitStack() as failed:
         meeting = failed.enter_context(Meeting(cluster, lines, timeout_seconds=timeout_seconds))
+        # By an error in here the meeting ends, which tells it to the other hosts.
         _wait_for_names(cluster, deadline)
         failed.pop_all()
     return meeting
@@ -101,6 +102,7 @@ def _wait_for_others(cluster: Cluster, deadline: float) -> dict[int, Line]:
             with contextlib.suppress(TimeoutError):  # nobody called: the loop says who is missing
                 line = Line(server.accept()[0])
                 hello = _hello(line)
+                # A host of another run that calls here by mistake has another list of hosts.
                 if hello.get(_CALL) == list(cluster.workers) and hello.get("index") in expected:
                     if hello["index"] in lines:  # the host has ended since, and was started again
                         lines[hello["index"]].close()

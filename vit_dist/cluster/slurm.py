@@ -154,6 +154,7 @@ def _check_place(environ: Mapping[str, str], index: int, places: Sequence[_Place
 
 
 def _first_port(environ: Mapping[str, str]) -> int:
+    # The number only keeps jobs apart that share a node; without it all tasks still find one port.
     job = whole_number(environ.get("SLURM_JOB_ID", "0"), "SLURM_JOB_ID")
     step = environ.get("SLURM_STEP_ID", "")
     # 64 tasks of one node, and 8 apart for each step of the job.

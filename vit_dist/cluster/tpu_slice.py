@@ -104,6 +104,8 @@ class Slice:
             for i, line in enumerate(self._lines):
                 if i not in self._gone:
                     self._listen(i, line, now)
+            # The first loss starts the clock. While it runs, an error of TensorFlow's may still end
+            # the program in order, from the main thread; then this thread ends the process.
             self._gone_at = self._gone_at or (now if self._gone else None)
             if self._gone_at is not None and now > self._gone_at + _PATIENCE_SECONDS:
                 leave(f"lost {self.lost()}. {AGAIN}")
@@ -191,11 +193,13 @@ def _facts_of(line: Line, name: str) -> Facts:
 
 
 def _check_facts(name: str, ours: Facts, others: Facts) -> None:
-    for key in ours:
-        if ours[key] != others.get(key, "absent"):
+    # A program of another version may tell facts that this one does not know.
+    for key in sorted({*ours, *others}):
+        here, there = ours.get(key, "absent"), others.get(key, "absent")
+        if here != there:
             raise ConfigError(
-                f"the hosts differ: {key} is {ours[key]} on host 0 but {others.get(key, 'absent')} "
-                f"on {name}: install the same versions on all, and start all again"
+                f"the hosts differ: {key} is {here} on host 0 but {there} on {name}: install the "
+                "same versions on all, and start all again"
             )
 
 
@@ -227,8 +231,10 @@ def attend(
         try:
             line.send({"facts": dict(facts)}, deadline=time.monotonic() + _HELLO_SECONDS)
             while True:
+                # The beat. It is dropped, without waiting, if the one before has not gone out yet.
                 line.offer({"asked": asked()})
                 with contextlib.suppress(TimeoutError):
+                    # Usually nothing comes: the timeout makes this loop go round once a beat.
                     message = line.receive(deadline=time.monotonic() + _BEAT_SECONDS)
                     if "left" in message:
                         logging.info("the program has ended: %s", message["left"] or "done")

@@ -111,7 +111,9 @@ def find_tpu_vm(environ: Mapping[str, str] | None = None) -> TpuVm | None:
     # "uid:name:10.0.0.2,uid:name:10.0.0.3": the third part is the address.
     endpoints = metadata.read("instance/attributes/worker-network-endpoints") or ""
     hosts = [part.split(":")[2] for part in endpoints.split(",") if part.count(":") >= 2]
-    number = metadata.read("instance/attributes/agent-worker-number") or "0"
+    number = metadata.read("instance/attributes/agent-worker-number")
+    # One host needs no number. Of several, each would take itself for the first.
+    number = number or ("0" if len(hosts) <= 1 else None)
     index = whole_number(number, "agent-worker-number of the metadata server")
     return _checked(TpuVm(told, index, tuple(hosts) or ("localhost",), has_metadata=True))
 
@@ -253,6 +255,7 @@ def _problem_of_chips() -> str | None:
         return None
     try:
         with open(_LOCK) as file:
+            # Only asked for: the end of the `with` gives it back.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return f"another process has the TPU (it holds {_LOCK}): sudo fuser -v {_LOCK} names it"
@@ -266,6 +269,7 @@ def _wants_no_tpu(arguments: list[str]) -> bool:
     """Whether the command line asks for help only, or for other devices."""
     if {"--help", "-h", "-help", "--helpshort"} & set(arguments):
         return True
+    # A value may stand behind "=" or be the next word; the last word's next one is "".
     for word, following in itertools.pairwise([*arguments, ""]):
         name, equals, value = word.partition("=")
         if name.lstrip("-") == "config.strategy.name":

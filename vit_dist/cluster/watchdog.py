@@ -203,7 +203,9 @@ class Watchdog:
             now = time.monotonic()
             # A beat that is so late: the process did not run meanwhile, or hardly.
             if now - beat > _SILENT_SECONDS:
-                self._pauses.append((now, now - beat))
+                # A pause before the present stretch counts no more; a run of weeks has many.
+                since = self._told[self._meeting.index][1]
+                self._pauses = [p for p in self._pauses if p[0] > since] + [(now, now - beat)]
             beat = now
             # Should this thread itself be kept from running, because something holds Python's
             # lock, a C thread of faulthandler ends the process; it is set back again and again. Not

@@ -70,6 +70,7 @@ def resize(image: bytes | np.ndarray, short_side: int) -> Resized:
     changes: list[str] = []
     with tf.device("CPU:0"):
         if isinstance(image, np.ndarray) and image.shape[-1] in (1, 3):
+            # One channel is repeated, three stay as they are; nothing is copied.
             pixels = np.broadcast_to(image, (*image.shape[:2], 3))
         else:
             # An array with alpha takes the way of a PNG that holds it.
@@ -144,18 +145,21 @@ def convert_resized(
     out = paths.local_path(folder, "the folder for shards") / split
     out.mkdir(parents=True, exist_ok=True)
     array_record.check_plan(out / array_record.PLAN, _plan(source, preparation, examples_per_shard))
+    # Rounded up, for // rounds down.
     num_shards = -(-source.num_examples // examples_per_shard)
     store = (RawShards if preparation.format == "raw" else JpegShards)(out, num_shards)
     verified, written = _verified(out), 0
     with futures.ThreadPoolExecutor(MAX_PARALLEL) as pool:
         maker = _Maker(source, preparation, pool, report)
         for i in range(num_shards):
+            # A slice of a range is a range: the numbers of shard i, fewer in the last one.
             numbers = range(source.num_examples)[i * examples_per_shard :][:examples_per_shard]
             path = store.path(i)
             if i >= len(verified) or not path.exists():
                 tally = _Tally()
                 store.write(path, tally.over(maker.take(numbers)))
                 entry = {"name": path.name, "size": file_size(path), **tally.found()}
+                # Replaces entry i, or appends it where the list ends before.
                 verified[i : i + 1] = [entry]
                 written += 1
             check(path, verified[i], store.read(path))
@@ -268,6 +272,7 @@ class _Maker:
             self._stream = array_record.streamed(self._source, part.start)
         self._next = part.stop
         examples = [next(self._stream) for _ in part]
+        # These are loaded already, but _make wants a function to call, as for the source above.
         return [functools.partial(tuple, example) for example in examples]
 
     def _make(self, number: int, load: Callable[[], tuple]) -> _Made:

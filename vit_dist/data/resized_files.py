@@ -92,6 +92,8 @@ class RawShards:
 
     def finish(self) -> None:
         """Writes heights, widths and labels."""
+        # A row for each record becomes an array for each field. The reshape is for no records:
+        # their array has no second axis.
         columns = np.array(self._headers, np.int32).reshape(-1, len(raw.Header._fields)).T
         buffer = io.BytesIO()
         np.savez(buffer, **dict(zip(raw.Header._fields, columns, strict=True)))

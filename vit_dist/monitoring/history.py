@@ -97,6 +97,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read_curves(text: str) -> dict[str, tuple[list[int], list[float]]]:
+    # By step, so that of two rows for one step the later one counts.
     curves: dict[str, dict[int, float]] = {}
     for line in text.splitlines():
         try:
@@ -106,6 +107,7 @@ def _read_curves(text: str) -> dict[str, tuple[list[int], list[float]]]:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             continue  # damaged, and JSON all the same
         for name, value in row.items():
+            # null stands for NaN and infinities: such a point is left out of the curve.
             if name not in _NO_METRIC and isinstance(value, int | float):
                 curves.setdefault(name, {})[int(row["step"])] = float(value)
     return {
@@ -129,6 +131,7 @@ def _take(
     event: event_pb2.Event, texts: dict[str, str], images: dict[str, tuple[int, list[bytes]]]
 ) -> None:
     for value in event.summary.value:
+        # Scalars name no plugin (writer.py writes them as plain values): metrics.jsonl has them.
         plugin = value.metadata.plugin_data.plugin_name
         if plugin not in ("text", "images"):
             continue

@@ -30,6 +30,7 @@ class Profiler:
     @property
     def bounds(self) -> tuple[int, ...]:
         """The steps at which a call of the loop has to end, on all hosts alike."""
+        # Every step between is a bound as well, since each is profiled in a call of its own.
         return tuple(range(self._steps.start, self._steps.stop + 1)) if self._steps else ()
 
     @contextlib.contextmanager

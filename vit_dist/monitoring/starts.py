@@ -74,6 +74,7 @@ class Starts:
             self._reason = self._reason or goodput.DONE
         finally:
             self._write()
+            # Taken away first: should closing fail, _giving_up must not close it a second time.
             rows, self._rows = self._rows, None
             with self._giving_up():
                 if rows is not None:
@@ -85,6 +86,7 @@ class Starts:
 
     def note(self, step: int) -> None:
         """Writes down that `step` steps have been done; the first call tells where it began."""
+        # Of equal keys the last one counts: a first_step that is known already stays.
         self._known = {"first_step": step, **self._known, "last_step": step}
         self._write()
 
@@ -137,6 +139,7 @@ class Starts:
         try:
             yield
         except FAILURES as error:
+            # No failure of the storage but a fault of ours, which is not to be hidden.
             if kind_of(error) is None:
                 raise
             rows, self._rows = self._rows, None

@@ -292,6 +292,7 @@ def _is_row_until(line: str, step: int) -> bool:
 
 def _session_start(first_step: int) -> event_pb2.Event:
     """An event that makes TensorBoard drop the points after `first_step` of earlier files."""
+    # TensorBoard drops points from the event's own step on, so that of first_step stays.
     return event_pb2.Event(
         step=first_step + 1,
         wall_time=time.time(),
@@ -321,5 +322,6 @@ def _string_tensor(content: list[bytes]) -> tensor_pb2.TensorProto:
 
 def _encode_png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
+    # Pillow has no images of (H, W, 1): grey is (H, W).
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -316,24 +316,44 @@ def _check_best(
                 "example to 'max val/accuracy'"
             )
         return None
-    found = re.fullmatch(r"(max|min) (\w+)/(.+)", config.keep_best)
     names = [*(["val"] if metrics_of_val else []), *evals]
+    mode, name, metric = parse_choice(config.keep_best, names, key="config.keep_best")
+    metrics = metrics_of_val if name == "val" else evals[name].metrics
+    check_metric(name, metric, metrics, key="config.keep_best")
+    return BestOptions(metric=f"{name}/{metric}", mode=mode, patience=config.patience or 0)
+
+
+def parse_choice(text: str, names: Sequence[str], *, key: str) -> tuple[str, str, str]:
+    """("max" or "min", NAME, METRIC) of "max NAME/METRIC", by which checkpoints are chosen.
+
+    Args:
+      text: what the user gave.
+      names: of what is judged.
+      key: what messages call it.
+
+    Raises:
+      ConfigError: it has another form, or another NAME.
+    """
+    found = re.fullmatch(r"(max|min) (\w+)/(.+)", text)
     if found is None or found[2] not in names:
         raise ConfigError(
-            f"config.keep_best {config.keep_best!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' "
-            f"with a NAME of what this run judges: {', '.join(names) or 'nothing'}"
+            f"{key} {text!r} must be 'max NAME/METRIC' or 'min NAME/METRIC' with a NAME of what is "
+            f"judged: {', '.join(names) or 'nothing'}"
         )
-    name, metric = found[2], found[3]
-    metrics = metrics_of_val if name == "val" else evals[name].metrics
-    # A kind of the user's may not tell: then it is known once it has judged, see Best.is_better.
+    return found[1], found[2], found[3]
+
+
+def check_metric(name: str, metric: str, metrics: Sequence[str] | None, *, key: str) -> None:
+    """Raises ConfigError where what is judged has no such metric.
+
+    Args:
+      name, metric, key: see parse_choice.
+      metrics: those that there are. A kind of the user's may not tell, None: then they are known
+        once it has judged, see Best.is_better.
+    """
     if metrics is not None and metric not in metrics:
-        shown = [f"{name}/{key}" for key in metrics[:20]] + ["..."] * (len(metrics) > 20)
-        raise ConfigError(
-            f"config.keep_best '{name}/{metric}' is unknown; there are {', '.join(shown)}"
-        )
-    return BestOptions(
-        metric=f"{found[2]}/{found[3]}", mode=found[1], patience=config.patience or 0
-    )
+        shown = [f"{name}/{known}" for known in metrics[:20]] + ["..."] * (len(metrics) > 20)
+        raise ConfigError(f"{key} '{name}/{metric}' is unknown; there are {', '.join(shown)}")
 
 
 def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: int) -> ModelOptions:

@@ -249,9 +249,9 @@ def crops(data, text, seeds):
 
 
 # Target sizes, windows in percent of the area, and the least of 1 / 8, 1 / 4 and 1 / 2 to come.
-CROPS = [(224, 5, 2), (300, 70, 4), (600, 70, 2), (1200, 90, 2)]
+CROPS = [(112, 5, 2), (150, 70, 4), (300, 70, 2), (600, 90, 2)]
 # Sides that are multiples of 8 and sides that are not, each with a small and a large window.
-WIDE, TALL = (3000, 4000), (4001, 2999)
+WIDE, TALL = (1504, 2000), (2001, 1499)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ import pytest
 
 from tests.support.interop import PYTHON, run_peer
 from tests.support.networks import randomize
-from vit_dist.export import export, load_model
+from vit_dist.export import export
 from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import load_model
 
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"
@@ -196,7 +197,7 @@ def test_ours_in_timm_and_transformers(tmp_path):
         model = randomize(build_vit(config), scale=0.1)
         plain = {"embed_dim": model.width, "depth": model.depth, "num_heads": config["num_heads"]}
         plain |= {"patch_size": model.patch_size, "num_classes": model.num_classes}
-        images = images_of(model.image_size)
+        logits = model(images_of(model.image_size)).numpy()
         for system in systems:
             path = tmp_path / (f"{system}-{name}" + (".npz" if system == "npz" else ""))
             source = open_ours(model)
@@ -204,7 +205,7 @@ def test_ours_in_timm_and_transformers(tmp_path):
             arrays = {n: v.numpy() for n, v in named_weights(ready).items()}
             half = {"mean": [0.5] * 3, "std": [0.5] * 3}
             write_pretrained(path, system, arrays, ready.get_config(), **half)
-            expected[path.name] = model(images).numpy()
+            expected[path.name] = logits
             exported[path.name] = list(model.image_size), plain
             assert ready.get_config()["prefix_posemb"] == prefix_posemb_for(system, config)
     (tmp_path / "exported.json").write_text(json.dumps(exported))

@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.interop import PYTHON, ROOT, run_peer
 from vit_dist.config.errors import DataError
-from vit_dist.export import load_model
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import load_model
 
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"

@@ -14,10 +14,10 @@ from absl import logging as absl_logging
 from tests.support import flax_vit
 from tests.support.folders import make, save
 from vit_dist.config.errors import DataError
-from vit_dist.export import load_model
 from vit_dist.model.formats.architectures import explain_architecture, known_of
 from vit_dist.model.formats.pretrained import open_pretrained
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import load_model
 
 # What timm's config.json says -> the real reason.
 TIMM = [
@@ -182,6 +182,13 @@ def test_settings_without_the_name_of_their_network(tmp_path, system, said, mess
     make(tmp_path, system)
     save(tmp_path, said)
     with pytest.raises(DataError, match=message):
+        open_pretrained(tmp_path)
+
+
+def test_a_config_json_that_is_no_dictionary(tmp_path):
+    make(tmp_path, "timm")
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"config.json is damaged \(a list is no dictionary\)"):
         open_pretrained(tmp_path)
 
 

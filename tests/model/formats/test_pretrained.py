@@ -11,13 +11,13 @@ import safetensors.numpy
 from tests.support import flax_vit
 from tests.support.networks import arrays_of, randomize
 from vit_dist.config.errors import DataError
-from vit_dist.export import load_model
 from vit_dist.model.formats.pretrained import open_pretrained
 from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
 from vit_dist.model.unfit import UnfitError
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit
 from vit_dist.run.origins import Origin, open_origin
+from vit_dist.run.served import load_model
 
 TOK = {"cls": True, "positions": flax_vit.GRID**2 + 1}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -78,6 +78,14 @@ def test_npz_of_bfloat16(tmp_path):
     expected = tree["head/kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(tensors["head/kernel"]), expected)
     assert np.asarray(tensors["head/kernel"]).dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4)], ids=str)
+def test_what_is_no_layer_among_stacked_blocks_is_reported(tmp_path, shape):
+    extra = {"params/Transformer/encoderblock/scale": np.ones(shape, "f")}
+    np.savez(tmp_path / "weights.npz", **flax_vit.scanned(flax_vit.make_tree()), **extra)
+    found = open_pretrained(tmp_path / "weights.npz")
+    assert found.unknown == ["Transformer/encoderblock/scale"]
 
 
 def test_positions_of_a_grid_that_is_not_square(tmp_path):
@@ -231,6 +239,9 @@ def test_sharded_folders(tmp_path):
     tensors = read_all(tmp_path)
     for name, array in arrays_of(model).items():
         np.testing.assert_array_equal(tensors[name], array)
+    index.write_text(json.dumps({"weight_map": {"a": [1], "b": 2}}))
+    with pytest.raises(ValueError, match=r"there is no .*2"):
+        open_pretrained(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="names no files beside it"):
         open_pretrained(tmp_path)

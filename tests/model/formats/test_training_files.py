@@ -18,13 +18,13 @@ import safetensors.numpy
 from tests.support.networks import arrays_of, randomize
 from tests.support.torch_files import as_zip, torch_file
 from vit_dist.config.errors import DataError
-from vit_dist.export import load_model
 from vit_dist.model.formats.containers import open_tensors
 from vit_dist.model.formats.pretrained import open_pretrained
 from vit_dist.model.formats.writing import write_pretrained
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit
 from vit_dist.run.origins import open_origin
+from vit_dist.run.served import load_model
 
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 

@@ -38,6 +38,7 @@ def read_label_sets(path: str, files: Sequence[str], *, num_classes: int) -> np.
     rows = [_entry(sets, name, path) for name in files]
     for name, row in zip(files, rows, strict=True):
         for number in row:
+            # Not isinstance(): JSON's true would pass as 1.
             if type(number) is not int or not 0 <= number < num_classes:
                 raise DataError(
                     f"{path} gives {name} the label {number!r}, and there are {num_classes} "
@@ -56,6 +57,7 @@ def as_row(numbers: tf.Tensor, num_classes: int) -> tf.Tensor:
     A number beyond the classes raises tf.errors.InvalidArgumentError.
     """
     numbers = tf.boolean_mask(numbers, numbers >= 0)
+    # scatter_nd wants an index for each axis of the result: a column (K, 1) for one axis.
     counts = tf.scatter_nd(numbers[:, tf.newaxis], tf.ones_like(numbers, tf.float32), [num_classes])
     return tf.minimum(counts, 1.0)  # a number that stands there twice counts once
 

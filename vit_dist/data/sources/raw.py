@@ -83,6 +83,7 @@ class _Stored(Windowed):
         first = _HEADER.size + begin[0] * width * 3
         rows = tf.strings.substr(record, first, extent[0] * width * 3)
         pixels = tf.reshape(tf.io.decode_raw(rows, tf.uint8), tf.stack([extent[0], width, 3]))
+        # `pixels` begins at the window's first row, so only columns are left to be skipped.
         return tf.ensure_shape(tf.slice(pixels, begin * (0, 1, 1), extent), self.shape)
 
 

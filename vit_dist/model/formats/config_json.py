@@ -31,10 +31,10 @@ _KINDS = (
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The dictionary in a file; {} where there is no file, or no dictionary in it.
+    """The dictionary in a file; {} where there is no file.
 
     Raises:
-      DataError: it is no JSON.
+      DataError: it is no JSON, or no dictionary.
     """
     path = folder / name
     if not path.is_file():
@@ -43,7 +43,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         parsed = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}){AGAIN}") from None
-    return parsed if isinstance(parsed, dict) else {}
+    # Taken for an absent file, it would let the defaults of a network speak.
+    if not isinstance(parsed, dict):
+        raise DataError(f"{path} is damaged (a {type(parsed).__name__} is no dictionary){AGAIN}")
+    return parsed
 
 
 def config_beside(folder: Path, file: TensorFile, system: str) -> tuple[dict[str, Any], str]:

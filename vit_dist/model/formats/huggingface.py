@@ -195,6 +195,7 @@ def describe(
         by_tensors = "tok_gap"  # DINOv2's classifier
     said = {
         "gelu": _GELUS[act] if act else None,
+        # "" for no config.json, of which the table knows no epsilon: it is not told then.
         "norm_epsilon": config.get("layer_norm_eps", _EPSILONS.get(kind or "")),
         "norm_after_pool": False,
         "num_heads": config.get("num_attention_heads", 12 if config else None),

@@ -118,9 +118,10 @@ def _open_shards(path: Path, index: str) -> TensorFile:
       DataError: the index is damaged, or a file does not hold a tensor that it should.
     """
     places = read_json(path, index).get("weight_map", {})
-    shards = sorted(set(places.values())) if isinstance(places, dict) else []
+    # Whatever stands in the place of a name is no name of a file: the text of a list is none.
+    shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
     # A name with a folder in it could lead out of this folder.
-    if not shards or any(Path(str(name)).name != name for name in shards):
+    if not shards or any(Path(name).name != name for name in shards):
         raise DataError(f"{path / index} is damaged: it names no files beside it{AGAIN}")
     # Opening all reads their headers alone.
     whole = merge({name: open_tensors(path / name) for name in shards})

@@ -208,6 +208,7 @@ def describe(
     size = _image_size(config, args, stem[-1], where)
     said = {
         "gelu": _GELUS[act] if act else known.get("gelu"),
+        # timm's own default; a null in the file is none, and is reported as not told.
         "norm_epsilon": args.get("norm_epsilon", 1e-6),
         "norm_after_pool": has("fc_norm.weight"),
         "num_heads": args.get("num_heads") or known.get("num_heads"),

@@ -95,11 +95,12 @@ def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
             found[name] = tensor
             continue
         name = _canonical_name(name.removeprefix(prefix))
-        if not name.startswith("Transformer/encoderblock/"):
+        # A scalar is no layer of blocks: under its own name it is reported as unknown.
+        if not name.startswith("Transformer/encoderblock/") or tensor.shape[:1] in ((), (0,)):
             found[name] = tensor
             continue
         # One tensor holds this layer of all blocks: its leading axis counts them.
-        for block in range(tensor.shape[0] if tensor.shape else 0):
+        for block in range(tensor.shape[0]):
             found[name.replace("encoderblock/", f"encoderblock_{block}/")] = stacked(tensor, block)
     return found
 
