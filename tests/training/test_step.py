@@ -1,6 +1,7 @@
 """One step means one thing on any number of replicas and micro-batches."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from tests.support.stepping import (
 )
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
-from vit_dist.training.step import StepOptions, check_batch, choose_jit
+from vit_dist.training.step import StepOptions, check_batch, choose_jit, choose_pack_bytes
 
 # Replicas, micro-batches, and what XLA compiles; the step of each is made once for this module.
 ONE, TWO, FOUR = MATRIX = [
@@ -229,6 +230,31 @@ def test_accumulation_is_one_loop():
 )
 def test_where_xla_compiles(jit, kind, replicas, expected):
     assert choose_jit(jit, kind=kind, num_replicas=replicas) == expected
+
+
+@pytest.mark.parametrize(
+    "hosts, replicas, kind, several",
+    [
+        (2, 2, "CPU", True),
+        # The order of a ring's additions would change.
+        (3, 3, "CPU", False),
+        (2, 4, "CPU", False),
+        (2, 2, "GPU", False),
+        # Virtual CPUs and GPUs of one process.
+        (1, 2, "CPU", False),
+        (1, 1, "CPU", False),
+    ],
+)
+def test_gradients_travel_in_packs_where_that_changes_no_bit(hosts, replicas, kind, several):
+    multi = tf.distribute.MultiWorkerMirroredStrategy
+    strategy = mock.Mock(spec=multi if hosts > 1 else tf.distribute.MirroredStrategy)
+    strategy.num_replicas_in_sync = replicas
+    addresses = [f"host{i}:2222" for i in range(hosts)]
+    strategy.cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": addresses}), task_type="worker", task_id=0
+    )
+    strategy.extended.worker_devices = (f"/job:worker/task:0/device:{kind}:0",)
+    assert (choose_pack_bytes(strategy) > 0) == several
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ import functools
 import json
 import os
 import socket
+from unittest import mock
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.ops import collective_ops
 
 from tests.support import processes
 from tests.support.stepping import (
@@ -23,6 +25,7 @@ from tests.support.stepping import (
     options_of,
     weights_of,
 )
+from vit_dist.training import step
 from vit_dist.training.optimizer import NAMES
 from vit_dist.training.sharding import Remote
 from vit_dist.training.state import INITIAL_LOSS_SCALE
@@ -71,12 +74,13 @@ def test_replicas_and_micro_batches(name, replicas, accumulation):
 # What two workers run: optimizers, some with their state cut up, and gradients in 16 bits. RUNS
 # have slots of every shape; FURTHER are for `make test-all`.
 IN_PARTS = ("adafactor_vit", "adamw", "lamb")
-SHARDED, BFLOAT16, FLOAT16 = "sharded ", "bfloat16 gradients", "float16"
-RUNS = ("adamw", "adafactor_vit", SHARDED + "adafactor_vit", BFLOAT16, FLOAT16)
+SHARDED, BFLOAT16, FLOAT16, PACKS = "sharded ", "bfloat16 gradients", "float16", "packs"
+RUNS = ("adamw", "adafactor_vit", SHARDED + "adafactor_vit", BFLOAT16, FLOAT16, PACKS)
 FURTHER = (
     *(name for name in NAMES if name not in RUNS),
     *(SHARDED + name for name in IN_PARTS if SHARDED + name not in RUNS),
 )
+PACK_BYTES = 16  # of the run PACKS: the network of these tests would be one pack otherwise
 OVERFLOW = 1  # the step at which it overflows, on the second worker alone
 
 
@@ -89,12 +93,19 @@ def images_of(run):
 
 def engine_of(run, strategy):
     """The Engine of one of RUNS, in two micro-batches."""
-    options = options_of(run.removeprefix(SHARDED) if run not in (BFLOAT16, FLOAT16) else "adamw")
+    of_adamw = run in (BFLOAT16, FLOAT16, PACKS)
+    options = options_of("adamw" if of_adamw else run.removeprefix(SHARDED))
     options["optimizer"]["shard_state"] = run.startswith(SHARDED)
     if run == BFLOAT16:
         options["all_reduce_dtype"] = "bfloat16"
     make = functools.partial(make_net, "mixed_float16") if run == FLOAT16 else make_net
     return Engine(make, strategy=strategy, accumulation=2, **options)
+
+
+def packed_engine(strategy):
+    """That of PACKS: "adamw" with gradients that travel in several packs."""
+    with mock.patch.object(step, "_PACK_BYTES", PACK_BYTES):
+        return engine_of(PACKS, strategy)
 
 
 def work(index, addresses, runs, out):
@@ -107,11 +118,15 @@ def work(index, addresses, runs, out):
     half = slice(index * BATCH // 2, (index + 1) * BATCH // 2)
     arrays = {}
     for run in runs:
-        engine = engine_of(run, strategy)
+        engine = packed_engine(strategy) if run == PACKS else engine_of(run, strategy)
         data = {"image": images_of(run)[:, half], "label": LABELS[:STEPS, half]}
         data = tf.data.Dataset.from_tensor_slices(data).repeat()  # endless: so shapes are static
         batches = iter(strategy.distribute_datasets_from_function(lambda _, data=data: data))
-        engine.step(batches, tf.constant(2))
+        with mock.patch.object(
+            collective_ops, "all_reduce_v2", wraps=collective_ops.all_reduce_v2
+        ) as sums:
+            engine.step(batches, tf.constant(2))
+        arrays[f"{run}:collectives"] = np.array(sums.call_count)
         # In between the state goes through arrays, as it does when a run is resumed.
         engine.state.from_arrays(engine.state.to_arrays())
         engine.step(batches, tf.constant(STEPS - 2))
@@ -201,6 +216,15 @@ def test_workers_that_send_bfloat16(workers):
         limit = 0.01 if key.startswith(("model/", "ema/")) else 2**-6 * np.abs(value).max()
         np.testing.assert_allclose(found[key], value, rtol=0, atol=limit, err_msg=key)
     assert max(np.abs(found[key] - exact[key]).max() for key in exact) > 1e-6  # it is rounded
+
+
+@pytest.mark.spawns
+@pytest.mark.compiles
+def test_packs_of_gradients_change_no_bit(workers):
+    """Of two workers' numbers there is one sum, in however many collectives they travel."""
+    for plain, packed in zip(workers("adamw"), workers(PACKS), strict=True):
+        assert plain.pop("collectives") == 1 and packed.pop("collectives") > 2
+        assert_bits(plain, packed)
 
 
 @pytest.mark.spawns

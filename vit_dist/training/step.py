@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from vit_dist.cluster.hosts import device_kind
+from vit_dist.cluster.hosts import device_kind, num_hosts
 from vit_dist.config.errors import ConfigError
 from vit_dist.training.fallback import MEANS, Program, first_that_compiles, timed_next
 from vit_dist.training.losses import Loss, as_distribution
@@ -29,6 +29,12 @@ ALL_REDUCE_DTYPES = ("float32", "bfloat16")
 # The entries of a batch that the step uses; "mix" and "mask" are optional. Other entries that a
 # pipe keeps are not passed on: XLA could not take strings, for one.
 _INPUTS = ("image", "label", "mix", "mask")
+
+# Gradients that travel between two hosts' CPUs are summed in packs of about this size. In one pack
+# TensorFlow's ring copies parts as large as a quarter of the model through gRPC, several times
+# each, into memory that it takes fresh from the kernel and gives back at every step. 1 and 16 MB
+# were tried: docs/benchmarks.md. One large variable is one pack.
+_PACK_BYTES = 4_000_000
 
 
 class Mixing(Protocol):
@@ -125,6 +131,19 @@ def choose_jit(jit: str, *, kind: str, num_replicas: int) -> str:
     if jit != "auto":
         return jit
     return "split" if num_replicas > 1 else "whole"
+
+
+def choose_pack_bytes(strategy: tf.distribute.Strategy) -> int:
+    """About how many bytes of gradients one collective sums over the hosts; 0 for all of them.
+
+    Several packs only for two hosts of one CPU each. Of two numbers there is one sum, however they
+    are packed. With three replicas or more, the ring adds a number's shares in an order that
+    depends on its place in the pack: packs would change the last bits of what runs have computed
+    until now. NCCL, between GPUs, has none of gRPC's copies.
+    """
+    several_hosts = num_hosts(strategy) > 1
+    two = strategy.num_replicas_in_sync == 2
+    return _PACK_BYTES if several_hosts and two and device_kind(strategy) == "CPU" else 0
 
 
 def jit_warnings(jit: str, *, kind: str, num_replicas: int) -> list[str]:
@@ -289,6 +308,7 @@ def make_train_step(
     settle: Any = make_settle(state, watch=watched, **average) if sharded else None
     jit = choose_jit(options.jit, kind=device_kind(strategy), num_replicas=replicas)
     sent_as = options.all_reduce_dtype if replicas > 1 else None
+    pack_bytes = choose_pack_bytes(strategy)
     # The loop has to know the names of the metrics before it traces its body.
     applied = ("applied",) if state.model.compute_dtype == "float16" else ()
     last = ("grad_norm", "learning_rate", *applied, *watched.scalars)
@@ -299,7 +319,7 @@ def make_train_step(
         # What XLA compiles must not hold the all-reduce when several replicas run: see choose_jit.
         if jit == "split":
             parts = tuple(compiled(part) if part else None for part in parts)
-        run = _make_replica_step(*parts, sent_as=sent_as)
+        run = _make_replica_step(*parts, sent_as=sent_as, pack_bytes=pack_bytes)
         one_step = _make_one_step(compiled(run) if jit == "whole" else run, strategy)
         loop = _make_loop(one_step, counted=counted, last=last, arrays=watched.arrays)
         return Program(tf.function(one_step, autograph=False), loop, counted=counted)
@@ -344,10 +364,12 @@ def _make_replica_step(
     settle: Callable[..., Tensors] | None,
     *,
     sent_as: str | None,
+    pack_bytes: int,
 ) -> Callable[[Tensors], Tensors]:
     """Makes the function that each replica runs on its share of a batch.
 
-    `sent_as` is the dtype in which gradients are all-reduced, None if there is one replica only.
+    `sent_as` is the dtype in which gradients are all-reduced, None if there is one replica only;
+    for `pack_bytes` see choose_pack_bytes.
     """
 
     def replica_step(batch: Tensors) -> Tensors:
@@ -357,7 +379,7 @@ def _make_replica_step(
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         grads, sums = gradients(batch, replica)
         if sent_as is not None:
-            grads, sums = _all_reduce(context, grads, sums, sent_as)
+            grads, sums = _all_reduce(context, grads, sums, sent_as, pack_bytes)
         if settle is None:
             return update(grads, sums).metrics
         # With sharded state every replica updates other variables, so each traces a graph of its
@@ -372,13 +394,19 @@ def _make_replica_step(
 
 
 def _all_reduce(
-    context: tf.distribute.ReplicaContext, grads: list[tf.Tensor], sums: Tensors, sent_as: str
+    context: tf.distribute.ReplicaContext,
+    grads: list[tf.Tensor],
+    sums: Tensors,
+    sent_as: str,
+    pack_bytes: int,
 ) -> tuple[list[tf.Tensor], Tensors]:
     """Gradients and metrics, float32, summed over the replicas; gradients travel as `sent_as`."""
-    add = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM)
+    # Given here, because an all-reduce does not read bytes_per_pack from the strategy's options.
+    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=pack_bytes)
+    add = functools.partial(context.all_reduce, tf.distribute.ReduceOp.SUM, options=options)
     if sent_as == "float32":
         return add((grads, sums))
-    # Two calls: TensorFlow packs the tensors of a call into one, and fails where dtypes differ.
+    # Two calls: TensorFlow concatenates tensors of a call, and fails where dtypes differ.
     sent, sums = add([tf.cast(g, sent_as) for g in grads]), add(sums)
     return [tf.cast(g, tf.float32) for g in sent], sums
 
