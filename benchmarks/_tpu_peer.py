@@ -1,6 +1,6 @@
 """The peer of tpu_compile.py: the step of _flax_step.py, compiled for a TPU.
 
-    python benchmarks/_tpu_peer.py TOPOLOGY VARIANT BATCH [DEPTH]
+    python benchmarks/_tpu_peer.py TOPOLOGY VARIANT BATCH PIXELS [DEPTH]
 
 Prints one line of JSON, as vit_dist/costs/tpu_compiler.py does.
 """
@@ -22,12 +22,13 @@ from _flax_step import compile_step  # noqa: E402
 
 
 def main() -> None:
-    topology, variant, batch_size, *depth = sys.argv[1:]
+    topology, variant, batch_size, pixels, *depth = sys.argv[1:]
     device = tpu_compiler.device_of(topology)
     began = time.monotonic()
     depths = {"depth": int(depth[0])} if depth else {}
-    compiled, _ = compile_step(device, variant, int(batch_size), **depths)
-    found = tpu_compiler.figures_of(compiled.runtime_executable())
+    sizes = {"image_size": int(pixels), **depths}
+    compiled, _ = compile_step(device, variant, int(batch_size), **sizes)
+    found = tpu_compiler.figures_of(compiled.runtime_executable(), scheduled=topology != "cpu")
     print(json.dumps({**found, "seconds": time.monotonic() - began}))
 
 

@@ -4,9 +4,11 @@
 
 TensorFlow exports the whole step (forward, backward, clip, AdamW) as HLO. libtpu's compiler, in an
 environment of its own, turns the HLO into a TPU program and reports what the program needs: memory
-besides its arguments, bytes accessed, flops. Bytes accessed include copies between the two kinds of
-memory on the chip. What was compiled before is in the cache that `python -m vit_dist.plan` uses,
-too. --peer also compiles the same step written with flax and optax, which takes some minutes more.
+besides its arguments, bytes, cycles, flops. Bytes accessed include those that never leave the chip,
+whose memory holds most of what operations pass on; those off the chip do not. Cycles are the
+compiler's own estimate of all operations. What was compiled before is in the cache that `python -m
+vit_dist.plan` uses, too. --peer also compiles the same step written with flax and optax, which
+takes some minutes more.
 
 LIMITS are the numbers of big_vision's step, compiled at the default settings.
 """
@@ -14,6 +16,7 @@ LIMITS are the numbers of big_vision's step, compiled at the default settings.
 import argparse
 import ast
 import sys
+from collections.abc import Mapping
 
 import _smoke
 from _tpu_step import (
@@ -35,15 +38,17 @@ SMOKE = {"batch_size": 2, "model": ["depth=1"]}
 def show(name: str, found: Compiled) -> None:
     print(
         f"{name}: temp {found.temp / 1e6:.0f} MB, arguments {found.arguments / 1e6:.0f} MB, "
-        f"bytes accessed {found.accessed / 1e9:.2f} GB, flops {found.flops / 1e9:.0f} G, "
+        f"bytes accessed {found.accessed / 1e9:.2f} GB, off the chip {found.offchip / 1e9:.2f} GB, "
+        f"{found.cycles / 1e6:.2f} million cycles, flops {found.flops / 1e9:.0f} G, "
         f"code {found.code / 1e6:.1f} MB",
         flush=True,
     )
 
 
-def show_ratios(found: Compiled, temp: float, accessed: float, name: str) -> None:
-    ratios = f"temp {found.temp / temp:.2f}, accessed {found.accessed / accessed:.2f}"
-    print(f"ratio to {name}: {ratios}", flush=True)
+def show_ratios(found: Compiled, others: Mapping[str, float], name: str) -> None:
+    """Each of the other's figures; for a processor there are neither cycles nor bytes off chip."""
+    ratios = [f"{key} {getattr(found, key) / value:.2f}" for key, value in others.items() if value]
+    print(f"ratio to {name}: {', '.join(ratios)}", flush=True)
 
 
 def main() -> None:
@@ -52,6 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--variant", default="Ti/16")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--image_size", type=int, default=224, help="pixels")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in the step")
     parser.add_argument("--topology", default=TOPOLOGY, help="also v5p:2x2x1, v6e:1x1, ..., cpu")
     parser.add_argument("--python", default=DEFAULT_PYTHON, help="that has JAX, and libtpu")
@@ -63,7 +69,11 @@ def main() -> None:
     model = {"softmax": "compute", **dict(pair.split("=", 1) for pair in args.model)}
     model = {key: _literal(value) for key, value in model.items()}
     setting = Setting(
-        args.variant, batch_size=args.batch_size, accumulation=args.accumulation, model=model
+        args.variant,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        accumulation=args.accumulation,
+        model=model,
     )
     step, count = export_step(setting)
     print(
@@ -73,13 +83,15 @@ def main() -> None:
     )
     found = compile_step(compiler, step, args.topology)
     show("vit_dist", found)
-    if (args.variant, args.batch_size, args.accumulation) == ("Ti/16", 32, 1):
-        show_ratios(found, LIMITS["temp"], LIMITS["accessed"], "big_vision's 448 MB and 7.76 GB")
+    if setting == Setting(model={"softmax": "compute"}):
+        show_ratios(found, LIMITS, "big_vision's 448 MB and 7.76 GB")
     if args.peer:
         depth = [str(model["depth"])] if "depth" in model else []
-        peer = compile_peer(args.python, args.topology, args.variant, str(args.batch_size), *depth)
+        sizes = [args.variant, str(args.batch_size), str(args.image_size)]
+        peer = compile_peer(args.python, args.topology, *sizes, *depth)
         show("flax and optax", peer)
-        show_ratios(found, peer.temp, peer.accessed, "flax and optax")
+        compared = {key: getattr(peer, key) for key in ("temp", "accessed", "offchip", "cycles")}
+        show_ratios(found, compared, "flax and optax")
 
 
 def _literal(text: str):

@@ -38,6 +38,7 @@ from vit_dist.run.elastic import cut_batch
 from vit_dist.run.evals import Evals
 from vit_dist.run.explain import explain
 from vit_dist.run.facts import host_facts
+from vit_dist.run.forecast import fit_remat
 from vit_dist.run.loop import Guards, Loop
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import Start, check_data, find_start, restore_or_init
@@ -152,10 +153,12 @@ def _run(
     cut = cut_batch(options, start, num_replicas=strategy.num_replicas_in_sync)
     step = dataclasses.replace(options.step, accumulation=cut.accumulation)
     options = dataclasses.replace(options, step=step)
+    options, remat = fit_remat(options, data.sources["train"].num_examples, strategy)
     starts.runs_on(hosts=num_hosts(strategy), replicas=strategy.num_replicas_in_sync)
     state = make_state(options, strategy)
     with starts.spending.on("restoring"):
-        origin = f"{restore_or_init(state, options, data, start)}\n{cut.note}"
+        origin = restore_or_init(state, options, data, start)
+    origin = "\n".join(filter(None, (origin, cut.note, remat)))
     checkpointer = Checkpointer(
         workdir, keep=options.keep_checkpoints, permit=guards.lock.check, damaged=start.damaged
     )

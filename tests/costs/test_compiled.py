@@ -2,12 +2,13 @@
 
 import json
 import stat
+from pathlib import Path
 
 import pytest
 
 from vit_dist.config.errors import ConfigError, UserError
 from vit_dist.costs.compiled import Compiled, Compiler, TooLarge, cache_folder
-from vit_dist.costs.tpu_compiler import exceeded
+from vit_dist.costs.tpu_compiler import exceeded, schedule_of
 
 FIGURES = {
     "arguments": 100,
@@ -17,6 +18,8 @@ FIGURES = {
     "code": 7,
     "accessed": 5e6,
     "flops": 2e6,
+    "cycles": 4e6,
+    "offchip": 3e6,
     "seconds": 3.0,
 }
 VERSIONS = {"jax": "1", "jaxlib": "1", "libtpu": "1"}
@@ -138,3 +141,26 @@ def test_what_is_no_python(path):
 )
 def test_what_the_compiler_says_of_memory(message, found):
     assert exceeded(message) == found
+
+
+# A program as libtpu's compiler prints it, shortened. S(1) is the chip's own memory, S(2) and S(6)
+# are for semaphores and scalars. Computations of fusions have no memory of their own.
+SCHEDULED = (Path(__file__).parents[1] / "fixtures" / "scheduled_for_tpu.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("turns", "times"), [('backend_config={"known_trip_count":{"n":"4"}}', 4), ("metadata={}", 1)]
+)
+def test_what_leaves_the_chip_and_how_long_it_takes(turns, times):
+    text = SCHEDULED.replace("TURNS", turns)
+    found = schedule_of(text)
+    assert found["cycles"] == 1000 + times * 50
+    whole, part = 8 * 128, 2 * 128
+    # The copy and the slice read once; the fusion reads b and writes its first result; the loop's
+    # fusion reads x.
+    assert found["offchip"] == 2 * whole + 4 * part + 2 * 4 * whole + times * 4 * whole
+
+
+def test_a_program_that_cannot_be_read():
+    with pytest.raises(ValueError, match="without end"):
+        schedule_of(SCHEDULED.replace("copy-start(%a)", "copy-start(%a"))

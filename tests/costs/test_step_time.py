@@ -3,9 +3,9 @@
 import pytest
 
 from vit_dist.costs.devices import Device
-from vit_dist.costs.flops import layer_flops, train_flops
+from vit_dist.costs.flops import layer_flops, remat_flops, train_flops
 from vit_dist.costs.memory import count_state
-from vit_dist.costs.step_time import remat_flops, step_time
+from vit_dist.costs.step_time import step_time
 from vit_dist.costs.targets import Target
 from vit_dist.model.variants import vit_config
 from vit_dist.training.optimizer import OptimizerOptions
@@ -72,7 +72,15 @@ def test_remat_computes_again():
     blocks = [x for x in layers if x.name.startswith("encoderblock")]
     weights = [x for x in blocks if x.name.endswith(("/logits", "/sum"))]
     base = train_flops(plain)
-    for remat, again in (("none", []), ("attention", weights), ("full", blocks)):
+    hidden = [x for x in blocks if x.name.endswith("/mlp/dense_0")]
+    # Nobody asks for the output of a block that is computed again.
+    output = [x for x in blocks if x.name.endswith("/mlp/dense_1")]
+    for remat, again in (
+        ("none", []),
+        ("attention", weights),
+        ("attention_mlp", weights + hidden),
+        ("full", [x for x in blocks if x not in output]),
+    ):
         more = sum(x.forward for x in again)
         assert remat_flops({**plain, "remat": remat}, None) == base + more
 

@@ -50,8 +50,8 @@ OPTIONS = {
 }
 
 
-# Both policies draw the masks of what they compute again, and `full` computes all of it again.
-TRIED = ["full", pytest.param("attention", marks=pytest.mark.exhaustive)]
+# All policies draw the masks of what they compute again, and `full` computes all of it again.
+TRIED = ["full", "attention_mlp", pytest.param("attention", marks=pytest.mark.exhaustive)]
 
 
 @pytest.mark.parametrize("policy", TRIED)
@@ -65,7 +65,7 @@ def test_the_same_gradients_in_half_precision(policy):
 
 
 @pytest.mark.exhaustive  # below, masks are drawn again; a seed's are the same (test_dropout.py)
-@pytest.mark.parametrize("policy", ["full", "attention"])
+@pytest.mark.parametrize("policy", POLICIES[1:])
 def test_the_same_gradients_in_the_form_for_tpus(policy):
     # Attention's own masks are drawn again, too.
     compare_with_none(policy, limit=1e-6, jit=True, form="tensor", attention_dropout=0.2)
@@ -110,9 +110,12 @@ def instructions(policy):
 
 def test_xla_computes_again_what_it_was_told_to():
     """It merges equal expressions, which would keep everything after all."""
-    plain, attention, full = map(instructions, POLICIES)
+    plain, attention, attention_mlp, full = map(instructions, POLICIES)
     assert attention["dot"] == plain["dot"] + 2  # logits, and what is divided by the sum
     assert attention["tanh"] == plain["tanh"] and attention["exponential"] > plain["exponential"]
+    # One product more, the MLP's first, and GELU's tanh.
+    assert attention_mlp["dot"] == attention["dot"] + 1
+    assert attention_mlp["tanh"] == full["tanh"]
     # q, k, v, logits, P V, out and the MLP's first; its second is not needed again.
     assert full["dot"] == plain["dot"] + 7
     assert full["tanh"] > plain["tanh"] and full["exponential"] > plain["exponential"]
@@ -121,7 +124,7 @@ def test_xla_computes_again_what_it_was_told_to():
 def test_a_barrier_stands_before_what_is_computed_again():
     """GPUs and TPUs need it: there XLA sees that the zero of the other form is one."""
     barriers = [program(policy, "hlo").count(" opt-barrier(") for policy in POLICIES]
-    assert barriers == [0, 2, 2]  # one for each block
+    assert barriers == [0, 2, 4, 2]  # for each block one, or one for each of its two branches
 
 
 def test_masks_are_not_kept_where_a_tpu_computes_again():
@@ -293,7 +296,7 @@ def test_layers_round_trip():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"remat": "all"}, "remat 'all' is unknown; allowed: none, attention, full"),
+        ({"remat": "all"}, "remat 'all' is unknown; allowed: none, attention, attention_mlp, full"),
         ({"attention_block": 0}, "attention_block must be 1 or more keys, or None, got 0"),
         (
             {"attention_block": 4, "remat": "attention"},

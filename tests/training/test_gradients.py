@@ -87,6 +87,7 @@ def further(*case):
 # seconds, and to compile it more. test_with_masks has the rest.
 CASES = [
     ("full", 4, False),
+    ("attention_mlp", 1, False),
     *(further(*case) for case in [("none", 2, False), ("none", 4, False), ("attention", 1, False)]),
     *(further(*case) for case in [("none", 2, True), ("attention", 2, True), ("full", 4, True)]),
 ]
@@ -104,6 +105,7 @@ def test_of_the_whole_batch(remat, parts, jit):
     [
         ("attention", 2, False),
         ("full", 2, True),
+        ("attention_mlp", 1, True),
         further("full", 1, False),
         further("attention", 2, True),
     ],

@@ -155,7 +155,8 @@ DEFAULTS: dict[str, Any] = {
         "layer_scale": _Key(None, float, "(0, inf)"),  # initial value, e.g. 1e-4; None: without
         "gelu": "tanh",  # tanh | erf
         "qkv_bias": True,  # biases of query, key and value
-        "remat": "none",  # computed again in the backward pass: none | attention | full (blocks)
+        # computed again for the gradient: none | attention | attention_mlp | full | auto (fits)
+        "remat": "none",
         "attention_block": _Key(None, int, "[1, inf)"),  # keys at a time, e.g. 512 for many tokens
         "softmax": "float32",  # attention's dtype: float32 | compute (the activations'; big_vision)
         "cls_token": _Key(None, bool),  # None: if the pool needs one

@@ -36,7 +36,7 @@ TOPOLOGIES = {
     "TPU v6e": "v6e:1x1",
 }
 # Another shape of the files of the cache: those of before are not read.
-_FORMAT = 1
+_FORMAT = 2
 _TAIL = 1500  # characters of what a compiler that broke wrote
 
 
@@ -52,6 +52,10 @@ class Compiled:
       accessed: bytes that it reads and writes, copies between the memories of a chip included; of a
         loop only one turn is counted.
       flops: operations of all kinds; of a loop one turn.
+      cycles: of all operations one after the other, as the TPU's compiler estimates each to choose
+        its form; all turns of a loop. 0 for other devices.
+      offchip: bytes of `accessed` that cross between the device's memory and the chip, all turns of
+        a loop; 0 for other devices than TPUs.
       seconds: that the compilation took.
     """
 
@@ -63,6 +67,8 @@ class Compiled:
     accessed: float
     flops: float
     seconds: float
+    cycles: float
+    offchip: float
 
     @property
     def memory(self) -> float:

@@ -33,6 +33,18 @@ class LayerFlops(NamedTuple):
     backward: int
 
 
+# What `model.remat` computes again of each block, by the ends of layers' names. Of whole blocks the
+# MLP's second product is left out: nothing in the backward pass asks for the block's output.
+_WEIGHTS = ("attention/logits", "attention/sum")
+_INSIDE = ("attention/query", "attention/key", "attention/value", "attention/out")
+RECOMPUTED = {
+    "none": (),
+    "attention": _WEIGHTS,
+    "attention_mlp": (*_WEIGHTS, "mlp/dense_0"),
+    "full": (*_INSIDE, *_WEIGHTS, "mlp/dense_0"),
+}
+
+
 class Tokens(NamedTuple):
     """Vectors of an image that pass through the blocks: its patches, and all with the prefix."""
 
@@ -160,6 +172,23 @@ def _head(
 def train_flops(network: Mapping[str, Any], *, trained: Collection[str] | None = None) -> int:
     """Operations of a training step for each image of its batch; see `layer_flops`."""
     return sum(x.forward + x.backward for x in layer_flops(network, trained=trained))
+
+
+def remat_flops(network: Mapping[str, Any], trained: Collection[str] | None) -> int:
+    """Operations of a training step for each image, with what `remat` computes again."""
+    layers, blocks = layer_flops(network, trained=trained), block_names(network)
+    again = sum(
+        layer.forward
+        for layer in layers
+        for block, _, part in [layer.name.partition("/")]
+        if block in blocks and layer.backward and part in RECOMPUTED[network["remat"]]
+    )
+    return sum(x.forward + x.backward for x in layers) + again
+
+
+def block_names(network: Mapping[str, Any]) -> set[str]:
+    """What the layers of blocks are called, before the first slash."""
+    return {f"encoderblock_{i}" for i in range(network["depth"])}
 
 
 def eval_flops(network: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from vit_dist.costs.flops import count_tokens, layer_flops
+from vit_dist.costs.flops import block_names, count_tokens, layer_flops
 from vit_dist.model.variants import as_pair
 from vit_dist.model.vit import ViT, named_weights
 from vit_dist.training.optimizer import Optimizer, OptimizerOptions, make_optimizer
@@ -176,17 +176,16 @@ def activation_bytes(
     height, width_px = as_pair(network["image_size"])
     tokens, width = count_tokens(network).all, network["width"]
     attention = 0 if network["attention_block"] else network["num_heads"] * tokens * entry
-    rest = (6 * width + 2 * network["mlp_dim"]) * entry + 2 * 2 * _FLOAT32
-    kept = {
-        "none": attention + rest,
-        "attention": rest,
-        "full": width * entry,
+    hidden = 2 * network["mlp_dim"] * entry
+    rest = 6 * width * entry + 2 * 2 * _FLOAT32
+    kept, again = {
+        "none": (attention + hidden + rest, 0),
+        "attention": (hidden + rest, attention),
+        "attention_mlp": (rest, attention + hidden),
+        "full": (width * entry, attention + hidden + rest),
     }[network["remat"]]
-    again = {"none": 0, "attention": attention, "full": attention + rest}[network["remat"]]
     layers = layer_flops(network, trained=trained)
-    blocks = {x.name.split("/")[0] for x in layers if x.backward} & {
-        f"encoderblock_{i}" for i in range(network["depth"])
-    }
+    blocks = {x.name.split("/")[0] for x in layers if x.backward} & block_names(network)
     per_token = len(blocks) * kept + (_RECOMPUTED_BLOCKS * again if blocks else 0)
     images = height * width_px * network["channels"] * entry
     # Logits and their gradient, in float32.

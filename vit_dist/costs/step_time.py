@@ -11,13 +11,14 @@ much: libtpu's compiler counts 18 times the kept bytes, and attention's weights 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vit_dist.costs.flops import layer_flops
+from vit_dist.costs.flops import remat_flops
 from vit_dist.costs.memory import State, activation_bytes
 from vit_dist.costs.targets import Target
 
 _LEAST_TRAFFIC, _COMPILED_TRAFFIC = 3, 18
-# Compiled for a v5e Ti/16 moves 5.95 GB with blocks computed again, 7.74 GB without.
-_REMAT_TRAFFIC = 0.77
+# How much longer each policy takes, by the cycles of Ti/16 compiled for a v5e (docs/tpu_options.md):
+# what is computed again passes through the chip once more.
+_REMAT_TRAFFIC = {"none": 1.0, "attention": 1.07, "attention_mlp": 1.16, "full": 1.21}
 
 
 class StepTime(NamedTuple):
@@ -96,7 +97,7 @@ def step_time(
     update = 2 * (state.weights + state.gradients + state.optimizer + state.average)
     least = _LEAST_TRAFFIC * kept + update
     moved = _COMPILED_TRAFFIC * others + (kept - others)
-    compiled = (_REMAT_TRAFFIC if network["remat"] == "full" else 1) * moved + update
+    compiled = _REMAT_TRAFFIC[network["remat"]] * moved + update
     all_reduce = 0.0
     if target.num_devices > 1 and target.link:
         # A ring sends and receives 2 (n - 1) / n of the gradients. Over several hosts as well: with
@@ -108,18 +109,3 @@ def step_time(
     return StepTime(
         flops / peak, least / bandwidth, compiled / bandwidth, all_reduce, target.kind == "CPU"
     )
-
-
-def remat_flops(network: Mapping[str, Any], trained: Any) -> int:
-    """Operations of a training step for each image, with what `remat` computes again."""
-    again = 0
-    layers = layer_flops(network, trained=trained)
-    blocks = {f"encoderblock_{i}" for i in range(network["depth"])}
-    for layer in layers:
-        block, _, part = layer.name.partition("/")
-        if block not in blocks or not layer.backward:
-            continue
-        weights = part in ("attention/logits", "attention/sum")
-        if network["remat"] == "full" or (network["remat"] == "attention" and weights):
-            again += layer.forward
-    return sum(x.forward + x.backward for x in layers) + again

@@ -15,6 +15,7 @@ compiled, on the GPU or the processor of a machine.
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import sys
@@ -31,6 +32,23 @@ _EXCEEDED = (
     re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
     re.compile(rf"[Uu]sed {_SIZE} of {_SIZE} hbm"),
 )
+_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+}
+# bf16[32,196,768]{2,1,0:T(8,128)(2,1)S(1)}: dtype, shape, layout, where S names the memory; without
+# an S the device's own, off the chip.
+_TENSOR = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.\-]+) = (.*)$", re.MULTILINE)
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+# These move nothing: names for what is there, and the ends of copies whose beginning was counted.
+_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_ENDS = ("copy-done", "slice-done")
 
 
 def prepare() -> None:
@@ -100,8 +118,16 @@ def _erase_copies(operation: Any) -> None:
                     child.operation.erase()
 
 
-def figures_of(executable: Any) -> dict[str, float]:
-    """What a compiled program needs: bytes, and operations of one run."""
+def figures_of(executable: Any, *, scheduled: bool = False) -> dict[str, float]:
+    """What a compiled program needs: bytes, and operations of one run.
+
+    Args:
+      executable: jaxlib's.
+      scheduled: whether it is a TPU's, whose text tells what `schedule_of` reads; else that is 0.
+    """
+    schedule = {"cycles": 0.0, "offchip": 0.0}
+    if scheduled:
+        schedule = schedule_of(executable.hlo_modules()[0].to_string())
     memory, cost = executable.get_compiled_memory_stats(), executable.cost_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -112,7 +138,88 @@ def figures_of(executable: Any) -> dict[str, float]:
         "code": memory.generated_code_size_in_bytes,
         "accessed": cost["bytes accessed"],
         "flops": cost["flops"],
+        **schedule,
     }
+
+
+def schedule_of(text: str) -> dict[str, float]:
+    """What the compiler expects of a program that it has scheduled, from the program's own text.
+
+    Returns:
+      "cycles": of all operations one after the other, as the compiler estimates each to choose its
+      form; copies to and from the chip, which go on meanwhile, have none.
+      "offchip": bytes that cross between the device's memory and the chip: operands and results of
+      each operation that are not in the chip's own memory, and copies between the two.
+      Loops count as often as they turn.
+    """
+    found = {
+        m[2]: (bool(m[1]), text[m.end() : text.index("\n}", m.end())])
+        for m in _COMPUTATION.finditer(text)
+    }
+    entry = next(name for name, (is_entry, _) in found.items() if is_entry)
+
+    def add_up(name: str) -> tuple[int, int]:
+        cycles = offchip = 0
+        types: dict[str, str] = {}
+        for instruction in _INSTRUCTION.finditer(found[name][1]):
+            type_, operation, operands, rest = _parts(instruction[2])
+            types[instruction[1]] = type_
+            if operation == "while":
+                turns, body = _TURNS.search(rest), _BODY.search(rest)
+                # A loop of unknown length counts once, as in the compiler's own sums.
+                more = add_up(body[1])  # type: ignore[index]
+                times = int(turns[1]) if turns else 1
+                cycles, offchip = cycles + times * more[0], offchip + times * more[1]
+                continue
+            if operation in _NOTHING or operation in _ENDS:
+                continue
+            if estimate := _CYCLES.search(rest):
+                cycles += int(estimate[1])
+            if operation in ("copy-start", "slice-start"):
+                # The tuple has destination, source and a semaphore, or the source in a tuple of its
+                # own first. What is copied is as large as the destination.
+                tensors = _tensors(type_)
+                to, source = tensors[:2] if operation == "copy-start" else tensors[1::-1]
+                offchip += to[0] * (to[1] + source[1])
+                continue
+            # An operand that is a tuple is not read whole.
+            read = [t for name in operands if not (t := types.get(name, "(")).startswith("(")]
+            offchip += sum(size for t in (type_, *read) for size, off in _tensors(t) if off)
+        return cycles, offchip
+
+    cycles, offchip = add_up(entry)
+    return {"cycles": cycles, "offchip": offchip}
+
+
+def _parts(instruction: str) -> tuple[str, str, list[str], str]:
+    """ "TYPE operation(%a, %b), rest" -> the type, the operation, names of operands, the rest."""
+    end = _closing(instruction) if instruction.startswith("(") else instruction.index(" ")
+    type_, call = instruction[:end], instruction[end:].lstrip()
+    operation = call[: call.index("(")]
+    inside = call[len(operation) :]
+    end = _closing(inside)
+    return type_, operation, re.findall(r"%([\w.\-]+)", inside[:end]), inside[end:]
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that the text begins with is closed."""
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if not depth:
+            return index + 1
+    raise ValueError(f"a parenthesis without end: {text[:100]}")
+
+
+def _tensors(type_: str) -> list[tuple[int, bool]]:
+    """Bytes of each tensor of a type, and whether it is in the device's memory, off the chip."""
+    return [
+        (
+            _BYTES.get(m[1], 0) * math.prod(int(n) for n in m[2].split(",") if n),
+            "S(" not in (m[3] or ""),
+        )
+        for m in _TENSOR.finditer(type_)
+    ]
 
 
 def exceeded(message: str) -> dict[str, float] | None:
@@ -154,7 +261,7 @@ def main() -> None:
     device = device_of(topology)
     began = time.monotonic()
     try:
-        found = figures_of(compile_hlo(path, device))
+        found = figures_of(compile_hlo(path, device), scheduled=topology != "cpu")
     # jaxlib's own error class, which moves from release to release.
     except Exception as error:
         too_large = exceeded(str(error))

@@ -6,6 +6,7 @@ Every layer has an argument `form`, which changes speed and not the numbers (but
 `Dropout`): "matrix" for CPUs and GPUs, "tensor" for TPUs (see `Linear`).
 """
 
+import functools
 from typing import Any
 
 import keras
@@ -14,6 +15,7 @@ import tensorflow as tf
 from vit_dist.model.attention import Attention
 from vit_dist.model.dropout import Dropout, DropPath
 from vit_dist.model.linear import Linear
+from vit_dist.model.memory import rematerialized_layers
 from vit_dist.model.norm import LAYER_NORM_EPSILON, layer_norm
 
 
@@ -154,6 +156,7 @@ class EncoderBlock(keras.layers.Layer):
         layer_scale: float | None = None,
         softmax: str = "float32",
         recompute_attention: bool = False,
+        recompute_mlp: bool = False,
         attention_block: int | None = None,
         norm_epsilon: float = LAYER_NORM_EPSILON,
         form: str = "matrix",
@@ -171,10 +174,12 @@ class EncoderBlock(keras.layers.Layer):
             "layer_scale": layer_scale,
             "softmax": softmax,
             "recompute_attention": recompute_attention,
+            "recompute_mlp": recompute_mlp,
             "attention_block": attention_block,
             "norm_epsilon": norm_epsilon,
             "form": form,
         }
+        self.recompute_mlp = recompute_mlp
         dtype = self.dtype_policy
         shared: dict[str, Any] = {"form": form, "dtype": dtype}
         self.norm_0 = layer_norm("norm_0", epsilon=norm_epsilon, **shared)
@@ -213,6 +218,9 @@ class EncoderBlock(keras.layers.Layer):
             y = self.scales[index](y)
         return self.paths[index](y, **mode)
 
+    def _normed_mlp(self, x: tf.Tensor, **mode: Any) -> tf.Tensor:
+        return self.mlp(self.norm_1(x), **mode)
+
     def call(
         self,
         x: tf.Tensor,
@@ -228,7 +236,13 @@ class EncoderBlock(keras.layers.Layer):
         # Weights are only made where they are asked for: (B, H, N, N) is the largest tensor here.
         y, weights = y if return_weights else (y, None)
         x = x + self._branch(self.drop(y, **mode), 0, **mode)
-        x = x + self._branch(self.mlp(self.norm_1(x), **mode), 1, **mode)
+        if self.recompute_mlp and training:
+            # With its LayerNorm: what is kept is x, which the residual keeps anyway.
+            run = functools.partial(self._normed_mlp, training=True)
+            y = rematerialized_layers(run, [self.norm_1, self.mlp], x, seed=seed)
+        else:
+            y = self._normed_mlp(x, **mode)
+        x = x + self._branch(y, 1, **mode)
         return (x, weights) if return_weights else x
 
 

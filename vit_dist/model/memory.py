@@ -3,14 +3,16 @@
 Shapes: B batch, H heads, N queries, M keys, K width of a head, n blocks of m keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
 from vit_dist.model.xla import barrier, in_xla
 
-POLICIES = ("none", "attention", "full")
+# What a block computes again, each of them more than the one before: nothing; attention's logits,
+# weights and sum; these, and the MLP's hidden layer; the whole block.
+POLICIES = ("none", "attention", "attention_mlp", "full")
 
 
 def rematerialized(
@@ -36,7 +38,7 @@ def rematerialized(
             later, upstream, again = _after(x, upstream, draws)
             inputs = [later, *others]
             # Only the arguments are watched: variables must get their gradients as arguments, see
-            # rematerialized_layer.
+            # rematerialized_layers.
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(inputs)
                 y = function(*inputs, **again)
@@ -72,18 +74,29 @@ def _after(
     return x + tf.cast(zero, x.dtype), upstream, draws
 
 
-def rematerialized_layer(
-    layer: keras.layers.Layer, x: tf.Tensor, *, seed: tf.Tensor | None = None, **options: object
+def rematerialized_layers(
+    function: Callable[..., tf.Tensor],
+    layers: Sequence[keras.layers.Layer],
+    x: tf.Tensor,
+    *,
+    seed: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """layer(x, seed=seed, **options), keeping x and the seed alone; the weights get gradients."""
+    """function(x, seed=seed), keeping x and the seed alone; the weights of `layers` get gradients.
+
+    Args:
+      function: x, and a keyword `seed` if there is one -> one tensor, by these layers.
+      layers: all whose variables the function reads.
+      x: floating.
+      seed: of random masks; None for none.
+    """
     # A custom gradient returns gradients for its arguments alone, so the weights become arguments.
-    # In the StatelessScope the layer reads `values` in place of its variables.
-    weights = layer.weights
+    # In the StatelessScope the layers read `values` in place of their variables.
+    weights = [weight for layer in layers for weight in layer.weights]
 
     def call(x: tf.Tensor, *values: tf.Tensor, **draws: tf.Tensor) -> tf.Tensor:
         mapping = list(zip(weights, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping, initialize_variables=False):
-            return layer(x, **options, **draws)
+            return function(x, **draws)
 
     values = (tf.convert_to_tensor(w.value) for w in weights)
     return rematerialized(call, seed=seed)(x, *values)

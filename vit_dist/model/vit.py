@@ -3,6 +3,7 @@
 Shapes: B batch, N tokens, D width, H heads, C classes; (rows, columns) the grid of patches.
 """
 
+import functools
 import re
 import zlib
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from vit_dist.config.errors import ConfigError
 from vit_dist.model.layers import Dropout, EncoderBlock, MapHead, PatchEmbedding
-from vit_dist.model.memory import rematerialized_layer
+from vit_dist.model.memory import rematerialized_layers
 from vit_dist.model.norm import layer_norm
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import PRECISIONS, as_pair, check_choice, check_vit, needs_cls
@@ -43,8 +44,8 @@ class ViT(keras.Model):
       gelu: "tanh" (vision_transformer, big_vision) or "erf" (timm, Hugging Face, DeiT).
       qkv_bias: whether the query, key and value projections have biases.
       remat: what a training step computes again in its backward pass, to keep less in memory:
-        "none", "attention" (logits, softmax and its product with the values), or "full" (whole
-        blocks).
+        "none", "attention" (logits, softmax and its product with the values), "attention_mlp"
+        (these, and the MLP's hidden layer), or "full" (whole blocks).
       attention_block: None, or how many keys attention takes at a time, which saves memory where
         there are many tokens.
       softmax: the dtype of attention's softmax: "float32", or "compute", that of activations, as
@@ -180,7 +181,8 @@ class ViT(keras.Model):
             **shared,
             **{key: config[key] for key in passed_on},
             drop_path=config["drop_path"] * share,
-            recompute_attention=self.remat == "attention",
+            recompute_attention=self.remat in ("attention", "attention_mlp"),
+            recompute_mlp=self.remat == "attention_mlp",
             attention_block=config["attention_block"],
             name=f"encoderblock_{index}",
         )
@@ -284,8 +286,12 @@ class ViT(keras.Model):
         x = self._embed(tf.cast(images, self.compute_dtype), **mode)
         for block in self.blocks:
             # Evaluation has no backward pass that could compute anything again.
-            recompute = training and self.remat == "full"
-            x = rematerialized_layer(block, x, **mode) if recompute else block(x, **mode)
+            if training and self.remat == "full":
+                # Keras tells type checkers nothing of a layer that is called.
+                run = functools.partial(block, training=True)  # type: ignore[misc]
+                x = rematerialized_layers(run, [block], x, seed=seed)
+            else:
+                x = block(x, **mode)
         return self.read_out(x)
 
     def read_out(self, x: tf.Tensor) -> tf.Tensor:

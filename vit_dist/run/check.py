@@ -22,8 +22,9 @@ from vit_dist.data.service import parse_addresses
 from vit_dist.data.sources.source import Source
 from vit_dist.evaluators.classification import metric_names
 from vit_dist.inspection.draw import check_matplotlib
+from vit_dist.model.memory import POLICIES
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import PRECISIONS, vit_config
+from vit_dist.model.variants import PRECISIONS, check_choice, vit_config
 from vit_dist.model.vit import build_vit, weight_shapes
 from vit_dist.model.weights import PATCH_METHODS
 from vit_dist.run.eval_options import check_evals
@@ -359,6 +360,11 @@ def check_metric(name: str, metric: str, metrics: Sequence[str] | None, *, key: 
 def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: int) -> ModelOptions:
     # bind() names unknown keys, with a guess at what was meant; vit_config checks the values.
     section = {k: v for k, v in config.model.items() if k not in _BUILD_KEYS}
+    # A policy waits for the devices: until they are known nothing is computed again.
+    auto = section["remat"] == "auto"
+    if auto:
+        section["remat"] = "none"
+    check_choice("remat", section["remat"], (*POLICIES, "auto"))
     network = vit_config(
         **bind(vit_config, section, name="model", image_size=size, num_classes=num_classes)
     )
@@ -366,7 +372,13 @@ def _check_model(config: FrozenConfigDict, size: tuple[int, int], num_classes: i
     bind(build_vit, build, name="model", config=network)
     if network["pool"] == "none":
         raise ConfigError("config.model.pool 'none' gives one output per token; not for training")
-    return ModelOptions(network=network, precision=config.precision, seed=config.seed, **build)
+    return ModelOptions(
+        network=network,
+        precision=config.precision,
+        seed=config.seed,
+        auto_remat=auto,
+        **build,
+    )
 
 
 def _check_patterns(optimizer: OptimizerOptions, network: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """What a run is expected to do on the devices that it has, kept to be held against what it did."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from vit_dist.costs.targets import Target
 from vit_dist.model.vit import named_weights
 from vit_dist.monitoring.curves import curve_of
 from vit_dist.run.options import RunOptions
-from vit_dist.run.planning import Planner
+from vit_dist.run.planning import Planner, with_choice
 from vit_dist.training.state import TrainState
 
 _GIB = 2**30
@@ -60,6 +62,33 @@ def forecast(
     return rows
 
 
+def fit_remat(
+    options: RunOptions, num_examples: int, strategy: tf.distribute.Strategy
+) -> tuple[RunOptions, str]:
+    """Decides `model.remat=auto` for the devices of a run.
+
+    The same devices and options give the same policy, so that a resume computes what the run did.
+
+    Args:
+      options, num_examples, strategy: see `forecast`.
+
+    Returns:
+      The options with a policy, and a line for the user; unchanged and "" without auto.
+    """
+    if not options.model.auto_remat:
+        return options, ""
+    planner = Planner(options, num_examples, _target(options, strategy))
+    chosen = with_choice(options, planner.choice, batch_size=options.input.batch_size)
+    need = f"a step takes an estimated {planner.need() / _GIB:.1f} GiB of a device"
+    if planner.available == math.inf:
+        need += ", whose memory is not known"
+    elif planner.fits:
+        need += f", {planner.available / _GIB:.1f} GiB can be used"
+    else:
+        need += f", and only {planner.available / _GIB:.1f} GiB can be used"
+    return chosen, f"model.remat=auto takes {planner.choice.remat}: {need}"
+
+
 def forecast_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The figures as a table in Markdown."""
     lines = ["| figure | limit | expected | measured as |", "| --- | --- | --- | --- |"]
@@ -79,5 +108,10 @@ def _target(options: RunOptions, strategy: tf.distribute.Strategy) -> Target:
     """The machine that a strategy runs on, as far as the table of devices knows it."""
     kind, name = device_kind(strategy), device_name(strategy)
     found = None if kind == "CPU" else find_device(name, options.monitor.devices)
-    device = found or Device(name or kind, "", None, None, None, None)
+    memory = None
+    if kind == "CPU":
+        # Replicas of a host share its memory.
+        replicas = strategy.num_replicas_in_sync // num_hosts(strategy)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 / replicas
+    device = found or Device(name or kind, "", None, None, None, None, memory)
     return Target(name, kind, device, strategy.num_replicas_in_sync, num_hosts(strategy))

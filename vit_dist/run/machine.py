@@ -26,6 +26,7 @@ from vit_dist.cluster.links import measure_links
 from vit_dist.cluster.strategy import device_warnings
 from vit_dist.run.build import make_state, make_step
 from vit_dist.run.facts import machine_facts
+from vit_dist.run.forecast import fit_remat
 from vit_dist.run.health import WrongError
 from vit_dist.run.options import Data, RunOptions
 from vit_dist.training.step import compiled
@@ -263,6 +264,7 @@ def throughput(
     batch_size = per_replica * strategy.num_replicas_in_sync
     model, batch = {"precision": precision}, {"batch_size": batch_size}
     timed = _with(options, model=model, input=batch)
+    timed, _ = fit_remat(timed, data.sources["train"].num_examples, strategy)
     state = make_state(timed, strategy)
     run = make_step(timed, data, state, strategy)
     batches = _batches(timed, strategy)

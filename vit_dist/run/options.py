@@ -52,6 +52,7 @@ class ModelOptions:
       precision: dtype of activations, "float32", "bfloat16" or "float16".
       seed: decides the initial weights.
       head_bias, posemb_stddev: numbers of the initial weights; see model.vit.build_vit.
+      auto_remat: whether the devices decide `network["remat"]`, see planning.Planner.
     """
 
     network: Mapping[str, Any]
@@ -59,6 +60,7 @@ class ModelOptions:
     seed: int
     head_bias: float
     posemb_stddev: float
+    auto_remat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from vit_dist.config.errors import ConfigError
-from vit_dist.costs.flops import layer_flops
+from vit_dist.costs.flops import layer_flops, remat_flops
 from vit_dist.costs.memory import State, StepMemory, count_state, step_memory
-from vit_dist.costs.step_time import StepTime, remat_flops, step_time
+from vit_dist.costs.step_time import StepTime, step_time
 from vit_dist.costs.targets import Target
+from vit_dist.model.memory import POLICIES
 from vit_dist.run.check import check_parts
 from vit_dist.run.options import RunOptions
 from vit_dist.training.sharding import NOT_ON_TPUS
@@ -99,6 +100,7 @@ def with_choice(options: RunOptions, choice: Choice, *, batch_size: int) -> RunO
         options.model,
         network={**options.model.network, "remat": choice.remat},
         precision=choice.precision,
+        auto_remat=False,
     )
     return dataclasses.replace(
         options,
@@ -162,6 +164,9 @@ class Planner:
         self._states: dict[str, State] = {}
         if state is not None:
             self._states[self.choice.momentum_dtype] = state
+        if options.model.auto_remat:
+            self.choice = dataclasses.replace(self.choice, remat=self._fastest_remat())
+            self.network = {**self.network, "remat": self.choice.remat}
 
     def state(self, choice: Choice | None = None) -> State:
         """The variables of the training; counted once for each dtype of momentum."""
@@ -243,6 +248,21 @@ class Planner:
             sent_as=self.options.step.all_reduce_dtype,
         )
 
+    def _fastest_remat(self) -> str:
+        """What model.remat=auto takes: the fastest policy that has room; if none has, the last."""
+        choices = [dataclasses.replace(self.choice, remat=remat) for remat in self.policies]
+        # Each policy takes longer than the one before it: in cycles of a v5e Ti/16 1.00, 1.07, 1.16
+        # and 1.21 (docs/tpu_options.md). So the first that fits is the fastest.
+        fits = (choice for choice in choices if self.need(choice) <= self.available)
+        return next(fits, choices[-1]).remat
+
+    @property
+    def policies(self) -> list[str]:
+        """Policies of `model.remat` that the network can have, each saving more than the last."""
+        # In blocks of keys attention's weights are computed again in any case.
+        blockwise = self.network["attention_block"] is not None
+        return [name for name in POLICIES if not (blockwise and name == "attention")]
+
     def changes(self) -> list[Change]:
         """Ways to make the training fit that keep its global batch; those with few keys first."""
         before = self.flops(self.choice.remat)
@@ -275,8 +295,8 @@ class Planner:
             for n in range(self.choice.accumulation, self.share // group + 1)
             if self.share % (n * group) == 0
         ]
-        # Each form of remat saves more than those before it, so none is undone.
-        remats = ("none", "attention", "full")
+        # What is computed again already stays so.
+        remats = self.policies
         shardable = self.target.kind != "TPU" and self.target.num_devices > 1
         precision = self.choice.precision
         for remat, dtype, sharded, dtype_of_activations in itertools.product(
@@ -351,6 +371,9 @@ def _memory_rows(planner: Planner) -> list[Row]:
     rows.append(
         Row("memory of a device", "most at one time", memory.total / 1e9, "GB", "estimated")
     )
+    if planner.options.model.auto_remat:
+        note = "what model.remat=auto takes"
+        rows.append(Row("memory of a device", "remat", planner.choice.remat, "", "estimated", note))
     if available != math.inf:
         note = f"{USABLE:.0%} of its memory"
         rows.append(Row("memory of a device", "there is", available / 1e9, "GB", "given", note))
@@ -361,7 +384,7 @@ def _batch_rows(planner: Planner) -> list[Row]:
     rows = [Row("batch", "images of a device", planner.share, "", "exact")]
     if planner.available == math.inf:
         return rows
-    for remat in ("none", "attention", "full"):
+    for remat in planner.policies:
         choice = dataclasses.replace(planner.choice.whole, remat=remat)
         name = f"largest of a device in one piece, model.remat={remat}"
         rows.append(Row("batch", name, planner.largest_batch(choice), "", "estimated"))
