@@ -32,8 +32,8 @@ _INPUTS = ("image", "label", "mix", "mask")
 
 # Gradients that travel between two hosts' CPUs are summed in packs of about this size. In one pack
 # TensorFlow's ring copies parts as large as a quarter of the model through gRPC, several times
-# each, into memory that it takes fresh from the kernel and gives back at every step. 1 and 16 MB
-# were tried: docs/benchmarks.md. One large variable is one pack.
+# each, and page faults of fresh memory cost as much as the copies. 1 and 16 MB were tried:
+# docs/benchmarks.md. One large variable is one pack.
 _PACK_BYTES = 4_000_000
 
 
