@@ -110,7 +110,7 @@ def rows() -> list[Row]:
         row("momentum_dtype bfloat16", {"arguments": 0.9}, **optimizer(momentum_dtype="bfloat16")),
         # Meant to cost little.
         row("dropout 0.1", {"temp": 1.2, "cycles": 1.15}, **model(dropout=0.1)),
-        row("attention_dropout 0.1", {"temp": 1.35, "cycles": 1.55}, **model(attention_dropout=0.1)),
+        row("attention_dropout 0.1", {"temp": 1.35, "cycles": 1.6}, **model(attention_dropout=0.1)),
         row("dropout 0.1, remat full", {"temp": 0.35}, **model(dropout=0.1, remat="full")),
         row("drop_path 0.1", {"temp": 1.05, "accessed": 1.05}, **model(drop_path=0.1)),
         row("ema_decay", {"temp": 1.02, "cycles": 1.05, "arguments": 1.4}, ema=True),

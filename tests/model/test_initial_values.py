@@ -132,6 +132,7 @@ LAYERS = [
         drop_path=0.3,
         layer_scale=0.4,
         recompute_attention=True,
+        recompute_mlp=True,
         attention_block=3,
         softmax="compute",
         norm_epsilon=1e-5,

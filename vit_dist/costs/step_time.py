@@ -16,7 +16,7 @@ from vit_dist.costs.memory import State, activation_bytes
 from vit_dist.costs.targets import Target
 
 _LEAST_TRAFFIC, _COMPILED_TRAFFIC = 3, 18
-# How much longer each policy takes, by the cycles of Ti/16 compiled for a v5e (docs/tpu_options.md):
+# How much longer each policy takes, by cycles of Ti/16 compiled for a v5e (docs/tpu_options.md):
 # what is computed again passes through the chip once more.
 _REMAT_TRAFFIC = {"none": 1.0, "attention": 1.07, "attention_mlp": 1.16, "full": 1.21}
 

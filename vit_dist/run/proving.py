@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from vit_dist.config.errors import ConfigError
-from vit_dist.costs.compiled import TOPOLOGIES, Compiled, Compiler, TooLarge
+from vit_dist.costs.compiled import CLOCKS, TOPOLOGIES, Compiled, Compiler, TooLarge
 from vit_dist.costs.targets import Target
 from vit_dist.data.sources.source import Source
 from vit_dist.run.input import eval_batch_size
@@ -309,11 +309,17 @@ def _step_rows(
     if moved and device.bandwidth and not looped:
         note = _beside(found.accessed, moved.bytes_compiled * device.bandwidth * 1e9)
     rows.append(_row(section, f"{name}, bytes accessed", found.accessed, note))
+    if found.offchip and not looped:
+        rows.append(_row(section, f"{name}, bytes off the chip", found.offchip))
     peak = device.peak(choice.precision)
     if moved and peak and device.bandwidth and not looped:
-        seconds = max(found.flops / peak, found.accessed / (device.bandwidth * 1e9))
+        # On a TPU most of what is accessed never leaves the chip; nothing else tells it apart.
+        crossing = found.offchip or found.accessed
+        seconds = max(found.flops / peak, crossing / (device.bandwidth * 1e9))
+        if device.name in CLOCKS:
+            seconds = max(seconds, found.cycles / CLOCKS[device.name])
         seconds += moved.all_reduce
-        note = f"by these operations and bytes; estimated {moved.expected * 1e3:.4g}"
+        note = f"by operations, bytes and cycles; estimated {moved.expected * 1e3:.4g}"
         rows.append(Row(section, f"{name}, time", seconds * 1e3, "ms", "compiled", note))
     return rows
 
