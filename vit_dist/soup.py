@@ -85,8 +85,11 @@ def choose(config: ConfigDict, paths: Sequence[str], *, by: str) -> list[str]:
     splits, evals = (["val"], []) if name == "val" else ([], [name])
     # Each evaluation checks again; but a metric that is none would be noticed after the first.
     options, data = check_evaluation(config, splits=splits, evals=evals)
-    of_val = metric_names(data.sources["val"].num_classes) if name == "val" else None
-    known = options.evals[name].metrics if of_val is None else of_val
+    known: Sequence[str] | None
+    if name == "val":
+        known = metric_names(data.sources["val"].num_classes)
+    else:
+        known = options.evals[name].metrics
     check_metric(name, metric, known, key="--greedy")
 
     def judge(checkpoint: str) -> float:

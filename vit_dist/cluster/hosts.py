@@ -122,6 +122,7 @@ def device_name(strategy: tf.distribute.Strategy) -> str:
     if kind == "GPU":
         gpus = tf.config.get_visible_devices("GPU")
         details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        # A driver need not tell a name. "" is no device of costs.devices: then no MFU is shown.
         return details.get("device_name", "")
     return kind
 

@@ -102,6 +102,8 @@ def _num_tasks(environ: Mapping[str, str]) -> int | None:
     tasks = _first(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     # A job of several nodes with no word of tasks: `srun` would start one on each.
     text = tasks or _first(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
+    # A shell inside an allocation has a job but no tasks: one process by itself. A task with a
+    # number above 0 has others beside it, and must not train alone.
     if text is None and environ.get("SLURM_PROCID", "0") == "0":
         return None
     if text is None:
@@ -157,6 +159,7 @@ def _first_port(environ: Mapping[str, str]) -> int:
     # The number only keeps jobs apart that share a node; without it all tasks still find one port.
     job = whole_number(environ.get("SLURM_JOB_ID", "0"), "SLURM_JOB_ID")
     step = environ.get("SLURM_STEP_ID", "")
+    # A batch script outside of srun has the word "batch" or nothing for its step.
     # 64 tasks of one node, and 8 apart for each step of the job.
     return _FIRST_PORT + (job * 64 + (int(step) * 8 if step.isdigit() else 0)) % _NUM_PORTS
 

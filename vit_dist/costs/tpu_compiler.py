@@ -47,8 +47,8 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 # These move nothing: names for what is there, and the ends of copies whose beginning was counted.
-_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-_ENDS = ("copy-done", "slice-done")
+_NAMES = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_NOTHING = _NAMES | {"copy-done", "slice-done"}
 
 
 def prepare() -> None:
@@ -171,7 +171,7 @@ def schedule_of(text: str) -> dict[str, float]:
                 times = int(turns[1]) if turns else 1
                 cycles, offchip = cycles + times * more[0], offchip + times * more[1]
                 continue
-            if operation in _NOTHING or operation in _ENDS:
+            if operation in _NOTHING:
                 continue
             if estimate := _CYCLES.search(rest):
                 cycles += int(estimate[1])

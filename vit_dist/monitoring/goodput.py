@@ -155,6 +155,7 @@ def measure(records: Sequence[StartRecord]) -> Goodput:
         # The steps of a start take equally long, so those that count take their share of the time.
         # Of a start whose last lines are lost more steps may count than it has told of.
         share = min(steps / record.steps, 1.0) if record.steps else 0.0
+        # A start that ended before its first step has spent no time on steps.
         counted += share * record.seconds.get("steps", 0.0)
     between, restarts = 0.0, 0
     for before, after in itertools.pairwise(records):

@@ -313,7 +313,8 @@ def _step_rows(
         rows.append(_row(section, f"{name}, bytes off the chip", found.offchip))
     peak = device.peak(choice.precision)
     if moved and peak and device.bandwidth and not looped:
-        # On a TPU most of what is accessed never leaves the chip; nothing else tells it apart.
+        # On a TPU most of what is accessed never leaves the chip. Other compilers do not tell the
+        # two apart, and give 0.
         crossing = found.offchip or found.accessed
         seconds = max(found.flops / peak, crossing / (device.bandwidth * 1e9))
         if device.name in CLOCKS:

@@ -184,6 +184,8 @@ def describe(
     elif not noted:
         _check_prefix(original)
     _check_family(tensors, kind, where)
+    # save_pretrained leaves out of config.json what has the default of the class, so a key that is
+    # missing has that. Without any config.json nothing is known.
     act = config.get("hidden_act", "gelu" if config else None)
     if act not in (None, *_GELUS):
         raise DataError(f"{where} says that its MLP has the activation {act!r}, not GELU")

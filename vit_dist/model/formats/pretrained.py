@@ -251,6 +251,7 @@ def _network(
         "layer_scale": 1e-5 if "encoderblock_0/layer_scale_0/gamma" in shapes else None,
         "qkv_bias": "encoderblock_0/attention/query/bias" in shapes,
         "cls_token": "cls" in shapes,
+        # (1, registers, D) where there are some.
         "registers": shapes.get("registers", (0, 0))[1],
         "posemb": "learned" if "pos_embedding" in shapes else "sincos2d",
     }
