@@ -56,9 +56,9 @@ class Compiled:
         loop only one turn is counted.
       flops: operations of all kinds; of a loop one turn.
       cycles: of all operations one after the other, as the TPU's compiler estimates each to choose
-        its form; all turns of a loop. 0 for other devices.
-      offchip: bytes of `accessed` that cross between the device's memory and the chip, all turns of
-        a loop; 0 for other devices than TPUs.
+        its form; of a loop one turn, if the program does not tell how many. 0 for other devices.
+      offchip: bytes of `accessed` that cross between the device's memory and the chip, of a loop as
+        `cycles`; 0 for other devices than TPUs.
       seconds: that the compilation took.
     """
 

@@ -150,7 +150,7 @@ def schedule_of(text: str) -> dict[str, float]:
       form; copies to and from the chip, which go on meanwhile, have none.
       "offchip": bytes that cross between the device's memory and the chip: operands and results of
       each operation that are not in the chip's own memory, and copies between the two.
-      Loops count as often as they turn.
+      Loops count as often as they turn where the text tells that, and else once.
     """
     found = {
         m[2]: (bool(m[1]), text[m.end() : text.index("\n}", m.end())])
