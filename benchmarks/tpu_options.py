@@ -172,7 +172,8 @@ def table(chosen: list[Row], found: Mapping[str, Mapping[str, float]]) -> str:
     for one in chosen:
         figures, base = found[one.name], found[one.base]
         cells = [f"{figures[key] / unit:{form}}" for key, (_, unit, form) in COLUMNS.items()]
-        ratios = [f"{figures[key] / base[key]:.2f}" for key in COMPARED]
+        # A processor's compiler tells neither bytes off the chip nor cycles.
+        ratios = [f"{figures[key] / base[key]:.2f}" if base[key] else "-" for key in COMPARED]
         bounds = ", ".join(f"{key} {limit:g}" for key, limit in one.bounds.items())
         lines.append(f"| {one.name} | {' | '.join(cells)} | {', '.join(ratios)} | {bounds} |")
     return "\n".join(lines) + "\n"
