@@ -186,13 +186,19 @@ def test_device_files(tmp_path):
         ("", {}, {gpus.DATA_DIR: "/cuda"}),
         ("", {"several": True}, {**gpus.OVERLAP, gpus.DATA_DIR: "/cuda"}),
         ("", {"cuda_root": None}, {}),
+        ("", {"cuda_root": None, "deterministic": True}, gpus.DETERMINISTIC),
+        (
+            "",
+            {"several": True, "deterministic": True},
+            {**gpus.OVERLAP, **gpus.DETERMINISTIC, gpus.DATA_DIR: "/cuda"},
+        ),
         (f"{gpus.DATA_DIR}=/mine", {}, {}),
         ("", {"several": True, "tensorflow": "2.22.0"}, {}),  # may not know them, and would abort
     ],
 )
 def test_flags(flags, options, expected):
-    given = {"cuda_root": CUDA, "several": False, "tensorflow": "2.21.0", **options}
-    assert gpus.xla_flags(flags, **given) == expected
+    given = {"cuda_root": CUDA, "several": False, "deterministic": False, "tensorflow": "2.21.0"}
+    assert gpus.xla_flags(flags, **{**given, **options}) == expected
 
 
 def compile_with(flags):
@@ -204,7 +210,7 @@ def compile_with(flags):
 @pytest.mark.spawns
 def test_xla_knows_the_flags(tmp_path):
     """It aborts the process at one that it does not know."""
-    flags = {**gpus.OVERLAP, gpus.DATA_DIR: "/nowhere"}
+    flags = {**gpus.OVERLAP, **gpus.DETERMINISTIC, gpus.DATA_DIR: "/nowhere"}
     code, text = processes.call(compile_with, flags, log=tmp_path / "known")
     assert code == 0 and "8.0" in text.split(), text
     flags["--xla_gpu_no_such_flag"] = "1"

@@ -268,6 +268,14 @@ def test_arguments_that_cannot_work(arguments, message):
         check_strategy(**arguments)
 
 
+def test_bits_are_promised_only_where_the_flag_is_known(monkeypatch):
+    check_strategy(deterministic=True)
+    monkeypatch.setattr(tf, "__version__", "2.22.0")
+    check_strategy()
+    with pytest.raises(ConfigError, match=r"for TensorFlow 2.20 and 2.21; this is 2.22.0"):
+        check_strategy(deterministic=True)
+
+
 def test_a_cluster_that_cannot_be(monkeypatch):
     """Whatever environment.find_cluster refuses dies before a device starts."""
     monkeypatch.setenv("TF_CONFIG", "{}")

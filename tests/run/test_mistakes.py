@@ -57,6 +57,10 @@ FLAGS = [
     ((*DEMO, "--config.input.eval_ops=resize(siez)"), ["op 1", "'siez'", "'size'"]),
     ((*DEMO, "--config.input.eval_ops=resize(size"), ["not a chain of ops"]),
     ((*DEMO, "--config.image_size=18"), ["18x18", "4x4", "multiple of 4"]),
+    (
+        (*DEMO, "--config.strategy.deterministic=True", "--config.step.jit=off"),
+        ["strategy.deterministic", "step.jit=off", "step.jit=auto"],
+    ),
     ((*DEMO, "--config.strategy.virtual_cpus=3"), ["128", "3 replicas", "nearest", "129"]),
     (
         (*DEMO, "--config.strategy.virtual_cpus=2", "--config.step.accumulation=3"),

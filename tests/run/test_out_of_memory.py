@@ -8,7 +8,14 @@ import pytest
 import tensorflow as tf
 
 from vit_dist.config.errors import StorageError, UserError
-from vit_dist.run.out_of_memory import EVALUATION, TRAINING, explain_memory, is_out_of_memory
+from vit_dist.run import cli
+from vit_dist.run.out_of_memory import (
+    EVALUATION,
+    TRAINING,
+    OutOfMemoryError,
+    explain_memory,
+    is_out_of_memory,
+)
 
 
 def of_numpy():
@@ -33,7 +40,7 @@ def test_what_is_really_raised(use):
     with pytest.raises((MemoryError, tf.errors.OpError)) as error:
         use()
     explained = explain_memory(error.value, remedy=TRAINING)
-    assert type(explained) is UserError and explained.exit_code == 1
+    assert type(explained) is OutOfMemoryError and explained.exit_code == 1
     text = str(explained)
     assert text.startswith("out of memory (") and "\n" not in text and "{{" not in text
     for key in ("step.accumulation", "input.batch_size", "input.eval_batch_size", "input.cache"):
@@ -49,6 +56,7 @@ def test_what_is_really_raised(use):
         (tf.errors.ResourceExhaustedError(None, None, "/x; No space left on device"), False),
         (tf.errors.ResourceExhaustedError(None, None, "/x; Too many open files"), False),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (OutOfMemoryError("out of memory (explained once)"), True),
         (StorageError("the disk is full"), False),
         (tf.errors.InvalidArgumentError(None, None, "shapes do not match"), False),
         (ValueError("out of memory"), False),
@@ -63,3 +71,22 @@ def test_what_is_memory_and_what_is_not(error, memory):
 def test_a_command_names_only_what_it_has():
     text = str(explain_memory(MemoryError(), remedy=EVALUATION))
     assert "config.input.eval_batch_size" in text and "accumulation" not in text
+
+
+@pytest.mark.parametrize("error, at_once", [(MemoryError(), True), (UserError("wrong"), False)])
+def test_the_process_ends_before_tensorflow_cleans_up(error, at_once, monkeypatch, capsys):
+    """TensorFlow aborts there after some failures for want of memory, which looks like a crash."""
+
+    def fail(_):
+        raise error
+
+    class Ended(BaseException):
+        """In place of the end of this process."""
+
+    def end(code):
+        raise Ended(code)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended if at_once else SystemExit) as ended:
+        cli._guard(fail)([])
+    assert ended.value.args == (1,) and "error: " in capsys.readouterr().err

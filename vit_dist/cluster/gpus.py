@@ -22,6 +22,9 @@ OVERLAP = {
     "--xla_gpu_enable_pipelined_all_reduce": "true",
     "--xla_gpu_nccl_termination_timeout_seconds": "600",
 }
+# Sums in a fixed order, and no choice of kernels by how fast they ran this time. Without it two
+# runs of one program on an H200 differed in their bits; with it a resumed run ended as a whole one.
+DETERMINISTIC = {"--xla_gpu_deterministic_ops": "true"}
 # An unknown flag in XLA_FLAGS aborts the process. These releases were seen to know all flags above.
 KNOWN_TO = ("2.20", "2.21")
 
@@ -168,7 +171,7 @@ def find_cuda(roots: Sequence[Path]) -> Path | None:
 
 
 def xla_flags(
-    flags: str, *, cuda_root: Path | None, several: bool, tensorflow: str
+    flags: str, *, cuda_root: Path | None, several: bool, deterministic: bool, tensorflow: str
 ) -> dict[str, str]:
     """The flags to add to XLA_FLAGS on a machine with GPUs; what `flags` has already stays.
 
@@ -176,15 +179,21 @@ def xla_flags(
       flags: XLA_FLAGS as it is.
       cuda_root: see Found.
       several: whether several GPUs train together.
+      deterministic: whether each start is to give the same bits.
       tensorflow: its version.
     """
-    if not tensorflow.startswith(tuple(f"{release}." for release in KNOWN_TO)):
+    if not is_known(tensorflow):
         return {}
-    wanted = dict(OVERLAP) if several else {}
+    wanted = (OVERLAP if several else {}) | (DETERMINISTIC if deterministic else {})
     if cuda_root is not None:
         wanted[DATA_DIR] = str(cuda_root)
     given = {word.partition("=")[0] for word in flags.split()}
     return {name: value for name, value in wanted.items() if name not in given}
+
+
+def is_known(tensorflow: str) -> bool:
+    """Whether this version of TensorFlow was seen to know the flags of this module."""
+    return tensorflow.startswith(tuple(f"{release}." for release in KNOWN_TO))
 
 
 def why_unseen(found: Found, build: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ def check_strategy(
     tpu_project: str = "",
     timeout_seconds: float = 1800.0,
     patience_seconds: float = 600.0,
+    deterministic: bool = False,
 ) -> None:
     """Raises ConfigError for arguments of make_strategy that cannot work; touches no device."""
     if name not in NAMES:
@@ -58,6 +59,12 @@ def check_strategy(
     for key, value in {"timeout": timeout_seconds, "patience": patience_seconds}.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"strategy.{key}_seconds must be above 0, got {value}")
+    if deterministic and not gpus.is_known(tf.__version__):
+        raise ConfigError(
+            "strategy.deterministic sets a flag of XLA, which is known for TensorFlow "
+            f"{' and '.join(gpus.KNOWN_TO)}; this is {tf.__version__}: set XLA_FLAGS yourself, and "
+            "strategy.deterministic=False"
+        )
     if (tpu or tpu_zone or tpu_project) and name not in ("auto", "tpu"):
         raise ConfigError(f"strategy.tpu* is set, but strategy.name is {name!r}; set it to tpu")
     cluster = choose_cluster(name, tpu)
@@ -168,6 +175,7 @@ def make_strategy(
     tpu_project: str = "",
     timeout_seconds: float = 1800.0,
     patience_seconds: float = 600.0,
+    deterministic: bool = False,
 ) -> tf.distribute.Strategy:
     """Makes the strategy; the first call in a process that touches devices.
 
@@ -185,6 +193,8 @@ def make_strategy(
       tpu_zone, tpu_project: of a named TPU.
       timeout_seconds: for several hosts: the longest wait for others; at least 120 s are waited.
       patience_seconds: of the watchdog, see watchdog.Limits; only checked here.
+      deterministic: what XLA compiles for GPUs gives the same bits at each start; without effect on
+        CPUs and TPUs, which always do.
 
     Raises:
       ConfigError: see check_strategy; also if there is no such device, with what was looked for.
@@ -198,10 +208,12 @@ def make_strategy(
         tpu_project=tpu_project,
         timeout_seconds=timeout_seconds,
         patience_seconds=patience_seconds,
+        deterministic=deterministic,
     )
     # All before resolve(), which starts the devices: afterwards they cannot be configured.
     found = gpus.Found() if virtual_cpus or _takes_tpu(name, tpu) else gpus.look()
-    _tune_xla(found, several=found.device_files > 1 or choose_cluster(name, tpu) is not None)
+    several = found.device_files > 1 or choose_cluster(name, tpu) is not None
+    _tune_xla(found, several=several, deterministic=deterministic)
     if virtual_cpus:
         _split_cpu(virtual_cpus)
     kind = resolve(name, tpu)
@@ -257,7 +269,7 @@ def _mirrored_strategy(virtual_cpus: int) -> tf.distribute.Strategy:
     )
 
 
-def _tune_xla(found: gpus.Found, *, several: bool) -> None:
+def _tune_xla(found: gpus.Found, *, several: bool, deterministic: bool) -> None:
     """Sets XLA's flags for the devices of this machine; one that XLA_FLAGS has already wins.
 
     LLVM uses half of AVX-512's width by default, because early processors with it ran slower under
@@ -267,12 +279,19 @@ def _tune_xla(found: gpus.Found, *, several: bool) -> None:
     Args:
       found: the GPUs; those flags are left alone where there are none.
       several: whether there are several replicas.
+      deterministic: see make_strategy.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     wanted = {} if _VECTOR_FLAG in flags else {_VECTOR_FLAG: "512"}
     if found.device_files and not found.hidden:
         root, version = found.cuda_root, tf.__version__
-        wanted |= gpus.xla_flags(flags, cuda_root=root, several=several, tensorflow=version)
+        wanted |= gpus.xla_flags(
+            flags,
+            cuda_root=root,
+            several=several,
+            deterministic=deterministic,
+            tensorflow=version,
+        )
     added = " ".join(f"{name}={value}" for name, value in wanted.items())
     os.environ["XLA_FLAGS"] = f"{added} {flags}".strip()
 

@@ -244,6 +244,8 @@ DEFAULTS: dict[str, Any] = {
         "timeout_seconds": _number(1800.0, "(0, inf)"),
         # how long a run may always stand still, however fast it was before
         "patience_seconds": _number(600.0, "(0, inf)"),
+        # GPUs: every start gives the same bits, so that a resumed run ends as an undisturbed one
+        "deterministic": False,
     },
 }
 

@@ -298,6 +298,11 @@ def _check_choices(config: FrozenConfigDict) -> None:
             raise ConfigError(
                 f"config.{key} {config[key]!r} is unknown; allowed: {', '.join(names)}"
             )
+    if config.strategy.deterministic and config.step.jit == "off":
+        raise ConfigError(
+            "config.strategy.deterministic acts on what XLA compiles, and config.step.jit=off "
+            "compiles nothing: set config.step.jit=auto, or config.strategy.deterministic=False"
+        )
 
 
 def _figures_key(config: FrozenConfigDict) -> str:

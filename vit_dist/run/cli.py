@@ -225,14 +225,17 @@ def _guard(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         except Exception as error:
             message, code = _explain(error)
             print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr)
-            _leave(code)
+            _leave(code, at_once=out_of_memory.is_out_of_memory(error))
 
     return guarded
 
 
-def _leave(code: int) -> NoReturn:
-    """Exits; one of several hosts at once, because TensorFlow would wait 10-20 s for the others."""
-    if names_other_hosts() or tpu_slice.was_opened():
+def _leave(code: int, *, at_once: bool = False) -> NoReturn:
+    """Exits; one of several hosts at once, because TensorFlow would wait 10-20 s for the others.
+
+    `at_once` is for errors after which TensorFlow cannot clean up.
+    """
+    if at_once or names_other_hosts() or tpu_slice.was_opened():
         logging.flush()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -20,9 +20,17 @@ EVALUATION = "set a smaller config.input.eval_batch_size, or --config.precision=
 OTHER = "use a machine with more memory, or close other programs"
 
 
+class OutOfMemoryError(UserError):
+    """Memory was short, of the device or the host; the message says what to change.
+
+    The process is to end at once after it: TensorFlow 2.21 aborts when it frees what a step without
+    memory was to change (seen on an H200), and a supervisor would take that for a crash.
+    """
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short, of the device or the host."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, (MemoryError, OutOfMemoryError)):
         return True
     # First, because a full disk or a quota comes with the same code, RESOURCE_EXHAUSTED.
     kind = kind_of(error)
@@ -34,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return exhausted or any(words in (error.message or "") for words in _WORDS)
 
 
-def explain_memory(error: BaseException, *, remedy: str) -> UserError | None:
+def explain_memory(error: BaseException, *, remedy: str) -> OutOfMemoryError | None:
     """The error to raise instead; None where memory was not short.
 
     Args:
@@ -43,4 +51,4 @@ def explain_memory(error: BaseException, *, remedy: str) -> UserError | None:
     """
     if not is_out_of_memory(error):
         return None
-    return UserError(f"out of memory ({cause(error)}): {remedy}")
+    return OutOfMemoryError(f"out of memory ({cause(error)}): {remedy}")
