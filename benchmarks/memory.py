@@ -72,6 +72,7 @@ def plan(variant: str, depth: int | None, setting: dict) -> int:
         batch_size=setting["batch_size"],
         precision="float32",
         accumulation=setting.get("accumulation", 1),
+        kind="CPU",
     )
     return found.total - found.weights - found.optimizer
 

@@ -227,7 +227,9 @@ def test_the_table_of_images_a_device():
         for target, number in zip(targets, map(int, numbers.split("|")), strict=True):
             there = USABLE * target.device.memory * 1e9
             need = [
-                step_memory(network, state, batch_size=n, precision="bfloat16").total
+                step_memory(
+                    network, state, batch_size=n, precision="bfloat16", kind=target.kind
+                ).total
                 for n in (number, 2 * number)
             ]
             assert need[0] <= there < need[1], (variant, size, target.name, need)

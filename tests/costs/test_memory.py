@@ -69,11 +69,11 @@ def compiled():
     return [(name, int(pixels or 224), int(megabytes)) for name, pixels, megabytes in rows]
 
 
-def estimate(variant, *, image_size=224, batch_size=32, **model):
+def estimate(variant, *, image_size=224, batch_size=32, kind="TPU", **model):
     sizes = {"image_size": image_size, "num_classes": 1000}
     network = vit_config(variant, **sizes, softmax="compute", **model)
-    names = None  # all train
-    return activation_bytes(network, names, batch_size=batch_size, precision="bfloat16") / 1e6
+    options = {"batch_size": batch_size, "precision": "bfloat16", "kind": kind}
+    return activation_bytes(network, trained=None, **options) / 1e6
 
 
 @pytest.mark.parametrize(("variant", "pixels", "megabytes"), compiled())
@@ -84,7 +84,8 @@ def test_activations_are_near_those_of_a_tpus_compiler(variant, pixels, megabyte
 def test_the_page_has_these_estimates():
     page = (DOCS / "plan.md").read_text()
     found = re.findall(
-        r"^\| (\S+) at (\d+)(?:, remat (\w+))?(.*?) \| (\d+) MB \| (\d+) MB \| ([\d.]+) \|$",
+        r"^\| (\S+) at (\d+)(?:, remat (\w+))?(|, accumulation \d+)"
+        r" \| (\d+) MB \| (\d+) MB \| ([\d.]+) \|$",
         page,
         re.M,
     )
@@ -94,6 +95,16 @@ def test_the_page_has_these_estimates():
             value = estimate(variant, image_size=int(pixels), remat=remat or "none")
             assert round(value) == int(shown)
         assert f"{int(shown) / int(real):.2f}" == ratio
+
+
+def test_activations_are_near_those_of_an_h200():
+    row = r"^\| (\S+) at (\d+), batch (\d+) \| (\d+) MB \| (\d+) MB \| ([\d.]+) \|$"
+    found = re.findall(row, (DOCS / "plan.md").read_text(), re.M)
+    assert len(found) == 4
+    for variant, pixels, images, real, shown, ratio in found:
+        value = estimate(variant, image_size=int(pixels), batch_size=int(images), kind="GPU")
+        assert round(value) == int(shown) and f"{value / int(real):.2f}" == ratio
+        assert 1 <= value / int(real) < 1.02
 
 
 def test_what_saves_memory():

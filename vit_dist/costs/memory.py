@@ -2,11 +2,12 @@
 
 State is counted exactly, from the shapes of all variables. Activations are an estimate: what the
 compiled step keeps of each block for the backward pass, which XLA decides. The estimate has these
-terms, of what libtpu's compiler keeps for Ti/16, S/16 and B/16 (docs/plan.md has the comparison):
+terms, of what XLA keeps of Ti/16, S/16 and B/16 on a TPU v5e, as it is compiled, and on an H200
+(docs/plan.md has the comparison):
 
     for each token and block, in the precision of activations: block input, query, key, value,
     attention's sum and the block's middle (6 D), the MLP's hidden layer before and after GELU
-    (2 M), attention's weights (H N); and mean and variance of two LayerNorms in float32.
+    (2 M; on GPUs 4 M), attention's weights (H N); and mean and variance of two norms in float32.
 
 Norms' outputs are not kept: XLA computes them again. Shapes: B images of the micro-batch, N tokens,
 D width, M hidden width of the MLP, H heads.
@@ -28,6 +29,9 @@ from vit_dist.training.sharding import assign_owners
 _FLOAT32 = 4
 # With remat, while one block is computed again, its gradients need as much once more.
 _RECOMPUTED_BLOCKS = 2
+# Tensors as wide as the MLP's hidden layer that a block keeps. Four are what explains the memory of
+# the programs that were compiled for an H200.
+_HIDDEN = {"TPU": 2, "GPU": 4, "CPU": 2}
 # The batch that is used, and the one that is on its way to the device.
 _BATCHES = 2
 
@@ -49,6 +53,11 @@ class State(NamedTuple):
     optimizer: int
     average: int
     owned: Mapping[str, int]
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of weights that train."""
+        return self.gradients // _FLOAT32
 
 
 class StepMemory(NamedTuple):
@@ -130,6 +139,7 @@ def step_memory(
     accumulation: int = 1,
     num_devices: int = 1,
     shard_state: bool = False,
+    kind: str = "TPU",
 ) -> StepMemory:
     """What one device holds while a step runs.
 
@@ -140,6 +150,7 @@ def step_memory(
       precision: "float32", "bfloat16" or "float16".
       accumulation: micro-batches that the device's images come in.
       num_devices, shard_state: ZeRO-1, see training.sharding; the fullest device is told.
+      kind: of device: "CPU", "GPU" or "TPU".
     """
     micro = math.ceil(batch_size / accumulation)
     optimizer, weights = state.optimizer, state.weights
@@ -154,7 +165,9 @@ def step_memory(
     height, width = as_pair(network["image_size"])
     # uint8 pixels; labels weigh nothing beside them.
     batch = _BATCHES * batch_size * height * width * network["channels"]
-    activations = activation_bytes(network, state.trained, batch_size=micro, precision=precision)
+    activations = activation_bytes(
+        network, state.trained, batch_size=micro, precision=precision, kind=kind
+    )
     if accumulation > 1:
         # The sum over micro-batches stays while the next ones are computed.
         activations += state.gradients
@@ -162,7 +175,12 @@ def step_memory(
 
 
 def activation_bytes(
-    network: Mapping[str, Any], trained: Any, *, batch_size: int, precision: str
+    network: Mapping[str, Any],
+    trained: Any,
+    *,
+    batch_size: int,
+    precision: str,
+    kind: str = "TPU",
 ) -> int:
     """Bytes that a step keeps between its forward and its backward pass, about.
 
@@ -171,12 +189,13 @@ def activation_bytes(
       trained: names of the weights that train: what lies before them all keeps nothing.
       batch_size: images of a micro-batch.
       precision: of activations.
+      kind: of device: "CPU", "GPU" or "TPU".
     """
     entry = 4 if precision == "float32" else 2
     height, width_px = as_pair(network["image_size"])
     tokens, width = count_tokens(network).all, network["width"]
     attention = 0 if network["attention_block"] else network["num_heads"] * tokens * entry
-    hidden = 2 * network["mlp_dim"] * entry
+    hidden = _HIDDEN[kind] * network["mlp_dim"] * entry
     rest = 6 * width * entry + 2 * 2 * _FLOAT32
     kept, again = {
         "none": (attention + hidden + rest, 0),

@@ -1,11 +1,14 @@
-"""How long a training step takes at least, and by what: operations, bytes, or the all-reduce.
+"""How long a training step takes: the least that is possible, and what is to be expected.
 
-The roofline model (Williams et al., CACM 52, 2009): a device is busy for the longer of
+The least is the roofline model (Williams et al., CACM 52, 2009): a device is busy for the longer of
 operations / peak and bytes / bandwidth, here with the sum of gradients over the links beside them.
-Bytes are an estimate with two ends. At least each kept activation is written once and read twice
-(by the next layer, by the backward pass), and the update reads and writes the state once. As
-compiled programs count them, copies between the memories of a chip included, it is several times as
-much: libtpu's compiler counts 18 times the kept bytes, and attention's weights once (docs/plan.md).
+Each kept activation is written once and read twice at least (by the next layer, by the backward
+pass), and the update reads and writes the state once.
+
+What is to be expected follows a rule for each kind of device, fitted to steps that were measured or
+compiled: a share of the time of all operations at the peak, and so many passes over what the step
+keeps, at the speed of the memory. A pass stands for all that goes by elements, such as norms, GELU,
+softmax and copies of layouts, wherever a program does it: on the chip or through its memory.
 """
 
 from collections.abc import Mapping
@@ -15,10 +18,38 @@ from vit_dist.costs.flops import remat_flops
 from vit_dist.costs.memory import State, activation_bytes
 from vit_dist.costs.targets import Target
 
-_LEAST_TRAFFIC, _COMPILED_TRAFFIC = 3, 18
-# How much longer each policy takes, by cycles of Ti/16 compiled for a v5e (docs/tpu_options.md):
-# what is computed again passes through the chip once more.
-_REMAT_TRAFFIC = {"none": 1.0, "attention": 1.07, "attention_mlp": 1.16, "full": 1.21}
+_LEAST_TRAFFIC = 3
+
+
+class _Rule(NamedTuple):
+    """Seconds of a step on one device: what each second or byte of the least adds to it.
+
+    Attributes:
+      operations: of the time that matrix products take at the peak, the share that is not hidden.
+      kept: passes over the activations that are kept, attention's weights aside, as on a TPU.
+      attention: passes over attention's weights.
+      parameters: passes over the weights that the update changes.
+      state: passes over all state that the update reads and writes, where `parameters` is 0.
+    """
+
+    operations: float
+    kept: float
+    attention: float
+    parameters: float
+    state: float
+
+
+# tests/costs/test_step_time.py holds the rules to these steps; docs/plan.md shows them.
+_RULES = {
+    # Cycles that libtpu's compiler tells for a v5e, of eight steps: Ti/16, S/16 and B/16 at 224 px
+    # with and without remat, B/16 at 384 px, L/16 at 224 px. Within 11 %.
+    "TPU": _Rule(operations=0.355, kept=4.5, attention=27.6, parameters=12.9, state=0),
+    # Of an H200: Ti/16, S/16 and B/16 at 224 px as TensorFlow ran them, within 14 %; attention's
+    # share from B/16 at 384 px under JAX, which took 0.77 to 0.91 of TensorFlow's time.
+    "GPU": _Rule(operations=0.55, kept=26.9, attention=12.0, parameters=0, state=1),
+    # Of two cores of an EPYC, which do one after the other: 0.77 to 0.79 of what was measured.
+    "CPU": _Rule(operations=1.0, kept=18, attention=1, parameters=0, state=1),
+}
 
 
 class StepTime(NamedTuple):
@@ -26,35 +57,33 @@ class StepTime(NamedTuple):
 
     Attributes:
       compute: products of matrices at the device's peak.
-      bytes_least, bytes_compiled: its memory's traffic, see the module.
+      least_traffic: its memory's traffic, were each activation moved as seldom as can be.
+      operations, passes: what is to be expected of matrix products and of all else, see the module.
       all_reduce: the sum of gradients over all devices, were nothing else computed meanwhile.
-      serial: whether a device computes and moves bytes by the same units, one after the other.
     """
 
     compute: float
-    bytes_least: float
-    bytes_compiled: float
+    least_traffic: float
+    operations: float
+    passes: float
     all_reduce: float
-    serial: bool
 
     @property
     def floor(self) -> float:
         """Nothing can be faster."""
-        return max(self.compute, self.bytes_least, self.all_reduce)
+        return max(self.compute, self.least_traffic, self.all_reduce)
 
     @property
     def expected(self) -> float:
-        """As compiled programs move bytes; on a CPU its cores do both."""
-        if self.serial:
-            return self.compute + self.bytes_compiled
-        return max(self.compute, self.bytes_compiled) + self.all_reduce
+        """As programs of this kind of device were seen to run."""
+        return max(self.floor, self.operations + self.passes + self.all_reduce)
 
     @property
     def binds(self) -> str:
         """What the expected time is due to."""
         parts = {
-            "operations": self.compute,
-            "memory traffic": self.bytes_compiled,
+            "operations": self.operations,
+            "memory traffic": self.passes,
             "all-reduce": self.all_reduce,
         }
         return max(parts, key=parts.__getitem__)
@@ -82,22 +111,24 @@ def step_time(
     if not (peak and device.bandwidth and (target.link or target.num_devices == 1)):
         return None
     flops = batch_size * remat_flops(network, state.trained)
-    kept, others = (
-        activation_bytes(
-            {**network, "remat": "none", **without},
-            state.trained,
-            batch_size=batch_size,
-            precision=precision,
-        )
-        # In blocks of keys attention's weights are not kept.
-        for without in ({}, {"attention_block": 1})
-    )
+    kept, attention, hidden = _activations(network, state, batch_size, precision)
     # The update reads weight, gradient and slots, and writes all but the gradient; the gradient
     # was written before.
     update = 2 * (state.weights + state.gradients + state.optimizer + state.average)
-    least = _LEAST_TRAFFIC * kept + update
-    moved = _COMPILED_TRAFFIC * others + (kept - others)
-    compiled = _REMAT_TRAFFIC[network["remat"]] * moved + update
+    least = kept if network["attention_block"] else kept + attention
+    least = _LEAST_TRAFFIC * least + update
+    rule = _RULES[target.kind]
+    # A backward pass is as long as two forward passes, so computing again adds a third.
+    again = {
+        "none": 0.0,
+        "attention": attention * rule.attention,
+        "attention_mlp": attention * rule.attention + hidden * rule.kept,
+        "full": attention * rule.attention + kept * rule.kept,
+    }[network["remat"]]
+    if network["attention_block"]:  # which computes the weights again, whatever the policy
+        again = max(again, attention * rule.attention)
+    moved = kept * rule.kept + attention * rule.attention + again / 3
+    moved += rule.parameters * state.gradients + rule.state * update
     all_reduce = 0.0
     if target.num_devices > 1 and target.link:
         # A ring sends and receives 2 (n - 1) / n of the gradients. Over several hosts as well: with
@@ -107,5 +138,31 @@ def step_time(
         all_reduce = share * sent / (target.link * 1e9)
     bandwidth = device.bandwidth * 1e9
     return StepTime(
-        flops / peak, least / bandwidth, compiled / bandwidth, all_reduce, target.kind == "CPU"
+        compute=flops / peak,
+        least_traffic=least / bandwidth,
+        operations=rule.operations * flops / peak,
+        passes=moved / bandwidth,
+        all_reduce=all_reduce,
     )
+
+
+def _activations(
+    network: Mapping[str, Any], state: State, batch_size: int, precision: str
+) -> tuple[int, int, int]:
+    """Bytes that a step without remat keeps, as on a TPU: most; attention's weights; MLPs' layers.
+
+    The last are part of the first.
+    """
+
+    def count(**changed: Any) -> int:
+        return activation_bytes(
+            {**network, "remat": "none", "attention_block": None, **changed},
+            state.trained,
+            batch_size=batch_size,
+            precision=precision,
+        )
+
+    everything = count()
+    # In blocks of keys attention's weights are not kept.
+    kept = count(attention_block=1)
+    return kept, everything - kept, everything - count(mlp_dim=0)

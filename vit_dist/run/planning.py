@@ -188,6 +188,7 @@ class Planner:
             accumulation=choice.accumulation,
             num_devices=self.target.num_devices,
             shard_state=choice.shard_state,
+            kind=self.target.kind,
         )
 
     def need(self, choice: Choice | None = None, *, batch_size: int | None = None) -> int:
@@ -251,8 +252,8 @@ class Planner:
     def _fastest_remat(self) -> str:
         """What model.remat=auto takes: the fastest policy that has room; if none has, the last."""
         choices = [dataclasses.replace(self.choice, remat=remat) for remat in self.policies]
-        # Each policy takes longer than the one before it: in cycles of a v5e Ti/16 1.00, 1.07, 1.16
-        # and 1.21 (docs/tpu_options.md). So the first that fits is the fastest.
+        # Each policy computes more again than the one before it, so the first that fits is the
+        # fastest: in cycles of a v5e Ti/16 takes 1.00, 1.07, 1.16, 1.21 (docs/tpu_options.md).
         fits = (choice for choice in choices if self.need(choice) <= self.available)
         return next(fits, choices[-1]).remat
 
@@ -338,7 +339,7 @@ def _model_rows(planner: Planner) -> list[Row]:
     layers = layer_flops(network, trained=state.trained)
     rows = [
         Row("model", "parameters", state.parameters, "", "exact"),
-        Row("model", "parameters that train", state.gradients // 4, "", "exact"),
+        Row("model", "parameters that train", state.trained_parameters, "", "exact"),
     ]
     groups: dict[str, list[int]] = {}
     for layer in layers:
@@ -406,8 +407,9 @@ def _time_rows(planner: Planner, price: float | None) -> list[Row]:
     batch = options.input.batch_size
     parts = (
         ("operations at the peak", time.compute),
-        ("memory traffic, at least", time.bytes_least),
-        ("memory traffic, as programs are compiled", time.bytes_compiled),
+        ("memory traffic, at least", time.least_traffic),
+        ("operations, expected", time.operations),
+        ("passes over activations and state, expected", time.passes),
     )
     rows += [Row("time", name, value * 1e3, "ms", "estimated") for name, value in parts]
     rows.append(_all_reduce_row(planner, time))

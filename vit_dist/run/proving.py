@@ -306,8 +306,6 @@ def _step_rows(
     device = planner.target.device
     moved = planner.time(choice)
     note = "of one micro-batch and the update" if looped else ""
-    if moved and device.bandwidth and not looped:
-        note = _beside(found.accessed, moved.bytes_compiled * device.bandwidth * 1e9)
     rows.append(_row(section, f"{name}, bytes accessed", found.accessed, note))
     if found.offchip and not looped:
         rows.append(_row(section, f"{name}, bytes off the chip", found.offchip))
