@@ -91,8 +91,9 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 	@.venv-tpu/bin/python -m pip install --quiet -e '.[tpu]'
 	@touch $@
 
-test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step for a TPU v5e, without one, against bounds: an hour at first
+test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for a TPU v5e, without one, against bounds: two hours at first
 	$(BIN)/python benchmarks/tpu_options.py
+	$(BIN)/python benchmarks/tpu_recipes.py
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .

@@ -141,7 +141,7 @@ def rows() -> list[Row]:
                 ("lion", {"temp": 1.05, "arguments": 0.8}),
                 ("adafactor", {"temp": 1.1, "arguments": 0.6}),
                 ("adafactor_vit", {"temp": 1.15, "arguments": 0.8}),
-                ("muon", {"temp": 1.2, "arguments": 0.8}),
+                ("muon", {"temp": 1.2, "arguments": 0.85}),
             )
         ),
     ]
@@ -196,7 +196,9 @@ def failures(
             out.append(f"{one.name}: not in {PAGE.name}; --write writes it")
             continue
         for (key, (head, unit, _)), cell in zip(COLUMNS.items(), page[one.name], strict=False):
-            if abs(figures[key] / unit / float(cell) - 1) > TOLERANCE:
+            # The page rounds: by up to half of its last digit.
+            rounded = 0.5 * 10.0 ** -len(cell.partition(".")[2])
+            if abs(figures[key] / unit - float(cell)) > TOLERANCE * float(cell) + rounded:
                 out.append(
                     f"{one.name}: {head} {figures[key] / unit:.2f}, and {cell} in {PAGE.name}; "
                     "--write writes it anew"

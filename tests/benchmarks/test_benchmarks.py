@@ -7,7 +7,15 @@ import pytest
 from tests.support.benchmarks import BENCHMARKS, ROOT, run_benchmark
 
 ALONE = ("frozen", "load_weights", "loop_overhead", "memory", "prepared", "sharding", "startup")
-WITH_PEERS = ("gpu_step", "input", "tpu_compile", "tpu_options", "train_step", "workers")
+WITH_PEERS = (
+    "gpu_step",
+    "input",
+    "tpu_compile",
+    "tpu_options",
+    "tpu_recipes",
+    "train_step",
+    "workers",
+)
 
 
 def test_every_benchmark_is_tried():

@@ -54,6 +54,11 @@ def test_tpu_compile(tmp_path):
     assert all(0.2 < float(value) < 5 for value in ratio.groups()), out
 
 
+def test_tpu_recipes(tmp_path):
+    out = run_benchmark("tpu_recipes", "--smoke", f"--python={PYTHON}", folder=tmp_path)
+    assert re.search(r"^\| `demo` \|  \| 128 \| [\d.]+ \| [\d.]+ \| - \| [\d.]+ \|", out, re.M), out
+
+
 def test_tpu_options(tmp_path):
     flags = ("--smoke", "--topology=cpu", f"--python={PYTHON}", f"--cache={tmp_path}/cache")
     out = run_benchmark("tpu_options", *flags, folder=tmp_path)

@@ -97,14 +97,14 @@ def test_a_cpu_does_one_after_the_other():
 
 
 # How far the rules may be from what they were fitted to; docs/plan.md says how they were.
-FURTHEST = {"v5e": 0.115, "H200": 0.125}
+FURTHEST = {"v5e": 0.12, "H200": 0.125}
 
 
 def seen():
     """(device, expected ms, ms seen, ratio shown) of each row of docs/plan.md's table."""
     row = r"^\| (\S+) at (\d+)(?:, remat (\w+))? \| (v5e|H200) \| (\d+)" + 3 * r" \| ([\d.]+)"
     rows = re.findall(row, (DOCS / "plan.md").read_text(), re.M)
-    assert len(rows) == 14
+    assert len(rows) == 16
     for variant, pixels, remat, device, images, took, said, ratio in rows:
         config = vit_config(
             variant,
@@ -130,6 +130,19 @@ def test_expected_times_are_near_those_seen():
         assert f"{quotient:.2f}" == ratio
         assert abs(quotient - 1) < FURTHEST[device]
         assert found.floor < found.expected
+
+
+def test_micro_batches_keep_large_tensors_on_the_chip():
+    config = vit_config("S/16", image_size=224, num_classes=1000)
+    state = count_state(config, OptimizerOptions(), ema=False)
+
+    def passes(target, images, accumulation):
+        options = {"batch_size": images, "precision": "bfloat16", "accumulation": accumulation}
+        return step_time(config, state, parse_target(target), **options).passes
+
+    assert passes("v5e-1", 128, 4) < 0.8 * passes("v5e-1", 128, 1)
+    assert passes("v5e-1", 32, 4) == passes("v5e-1", 32, 1)
+    assert passes("1xH200", 128, 4) == passes("1xH200", 128, 1)
 
 
 def test_each_policy_of_remat_takes_longer_than_the_one_before():

@@ -11,10 +11,11 @@ keeps, at the speed of the memory. A pass stands for all that goes by elements, 
 softmax and copies of layouts, wherever a program does it: on the chip or through its memory.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vit_dist.costs.flops import remat_flops
+from vit_dist.costs.flops import count_tokens, remat_flops
 from vit_dist.costs.memory import State, activation_bytes
 from vit_dist.costs.targets import Target
 
@@ -28,6 +29,7 @@ class _Rule(NamedTuple):
       operations: of the time that matrix products take at the peak, the share that is not hidden.
       kept: passes over the activations that are kept, attention's weights aside, as on a TPU.
       attention: passes over attention's weights.
+      spilled: passes more over both, where a tensor is too large for the memory on the chip.
       parameters: passes over the weights that the update changes.
       state: passes over all state that the update reads and writes, where `parameters` is 0.
     """
@@ -35,21 +37,26 @@ class _Rule(NamedTuple):
     operations: float
     kept: float
     attention: float
+    spilled: float
     parameters: float
     state: float
 
 
 # tests/costs/test_step_time.py holds the rules to these steps; docs/plan.md shows them.
 _RULES = {
-    # Cycles that libtpu's compiler tells for a v5e, of eight steps: Ti/16, S/16 and B/16 at 224 px
-    # with and without remat, B/16 at 384 px, L/16 at 224 px. Within 11 %.
-    "TPU": _Rule(operations=0.355, kept=4.5, attention=27.6, parameters=12.9, state=0),
+    # Cycles that libtpu's compiler tells for a v5e, of ten steps: Ti/16, S/16 and B/16 at 224 px with
+    # 32 images, with and without remat; Ti/16 and S/16 with 128; B/16 at 384 px, L/16 at 224 px.
+    # Within 12 %.
+    "TPU": _Rule(0.372, kept=8.5, attention=8.5, spilled=5.1, parameters=13.0, state=0),
     # Of an H200: Ti/16, S/16 and B/16 at 224 px as TensorFlow ran them, within 14 %; attention's
     # share from B/16 at 384 px under JAX, which took 0.77 to 0.91 of TensorFlow's time.
-    "GPU": _Rule(operations=0.55, kept=26.9, attention=12.0, parameters=0, state=1),
+    "GPU": _Rule(0.55, kept=26.9, attention=12.0, spilled=0, parameters=0, state=1),
     # Of two cores of an EPYC, which do one after the other: 0.77 to 0.79 of what was measured.
-    "CPU": _Rule(operations=1.0, kept=18, attention=1, parameters=0, state=1),
+    "CPU": _Rule(1.0, kept=18, attention=1, spilled=0, parameters=0, state=1),
 }
+# Bytes of a tensor that stays on the chip. A v5e has 128 MB there for what an operation reads and
+# writes: with tensors of 38 MB Ti/16 moves each activation twice, with 77 MB S/16 five times.
+_ON_CHIP = 45e6
 
 
 class StepTime(NamedTuple):
@@ -96,6 +103,7 @@ def step_time(
     *,
     batch_size: int,
     precision: str,
+    accumulation: int = 1,
     sent_as: str = "float32",
 ) -> StepTime | None:
     """The time of a step whose device has `batch_size` images; None if the table lacks a number.
@@ -104,6 +112,7 @@ def step_time(
       network: arguments of ViT, with `remat`.
       state: of memory.count_state.
       precision: of activations.
+      accumulation: micro-batches that the images come in, one after the other.
       sent_as: dtype in which gradients travel, "float32" or "bfloat16".
     """
     device = target.device
@@ -118,16 +127,19 @@ def step_time(
     least = kept if network["attention_block"] else kept + attention
     least = _LEAST_TRAFFIC * least + update
     rule = _RULES[target.kind]
+    micro = math.ceil(batch_size / accumulation)
+    spilled = rule.spilled if _largest_tensor(network, micro, precision) > _ON_CHIP else 0
+    by_kept, by_attention = rule.kept + spilled, rule.attention + spilled
     # A backward pass is as long as two forward passes, so computing again adds a third.
     again = {
         "none": 0.0,
-        "attention": attention * rule.attention,
-        "attention_mlp": attention * rule.attention + hidden * rule.kept,
-        "full": attention * rule.attention + kept * rule.kept,
+        "attention": attention * by_attention,
+        "attention_mlp": attention * by_attention + hidden * by_kept,
+        "full": attention * by_attention + kept * by_kept,
     }[network["remat"]]
     if network["attention_block"]:  # which computes the weights again, whatever the policy
-        again = max(again, attention * rule.attention)
-    moved = kept * rule.kept + attention * rule.attention + again / 3
+        again = max(again, attention * by_attention)
+    moved = kept * by_kept + attention * by_attention + again / 3
     moved += rule.parameters * state.gradients + rule.state * update
     all_reduce = 0.0
     if target.num_devices > 1 and target.link:
@@ -144,6 +156,14 @@ def step_time(
         passes=moved / bandwidth,
         all_reduce=all_reduce,
     )
+
+
+def _largest_tensor(network: Mapping[str, Any], images: int, precision: str) -> int:
+    """Bytes of the largest activation of a block: the MLP's hidden layer or attention's weights."""
+    tokens = count_tokens(network).all
+    keys = network["attention_block"] or tokens
+    widest = max(network["mlp_dim"], network["num_heads"] * min(keys, tokens))
+    return images * tokens * widest * (4 if precision == "float32" else 2)
 
 
 def _activations(

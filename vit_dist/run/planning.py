@@ -246,6 +246,7 @@ class Planner:
             self.target,
             batch_size=self.share,
             precision=choice.precision,
+            accumulation=choice.accumulation,
             sent_as=self.options.step.all_reduce_dtype,
         )
 
