@@ -1,5 +1,6 @@
 """The time of a step: by the roofline, and by what compiled and measured steps took."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -100,6 +101,12 @@ def test_a_cpu_does_one_after_the_other():
 FURTHEST = {"v5e": 0.12, "H200": 0.125}
 
 
+@functools.cache
+def state_of(variant, pixels):
+    config = vit_config(variant, image_size=pixels, num_classes=1000)
+    return count_state(config, OptimizerOptions(), ema=False)
+
+
 def seen():
     """(device, expected ms, ms seen, ratio shown) of each row of docs/plan.md's table."""
     row = r"^\| (\S+) at (\d+)(?:, remat (\w+))? \| (v5e|H200) \| (\d+)" + 3 * r" \| ([\d.]+)"
@@ -115,7 +122,7 @@ def seen():
         )
         found = step_time(
             config,
-            count_state(config, OptimizerOptions(), ema=False),
+            state_of(variant, int(pixels)),
             parse_target("v5e-1" if device == "v5e" else f"1x{device}"),
             batch_size=int(images),
             precision="bfloat16",
@@ -134,7 +141,7 @@ def test_expected_times_are_near_those_seen():
 
 def test_micro_batches_keep_large_tensors_on_the_chip():
     config = vit_config("S/16", image_size=224, num_classes=1000)
-    state = count_state(config, OptimizerOptions(), ema=False)
+    state = state_of("S/16", 224)
 
     def passes(target, images, accumulation):
         options = {"batch_size": images, "precision": "bfloat16", "accumulation": accumulation}

@@ -44,9 +44,9 @@ class _Rule(NamedTuple):
 
 # tests/costs/test_step_time.py holds the rules to these steps; docs/plan.md shows them.
 _RULES = {
-    # Cycles that libtpu's compiler tells for a v5e, of ten steps: Ti/16, S/16 and B/16 at 224 px with
-    # 32 images, with and without remat; Ti/16 and S/16 with 128; B/16 at 384 px, L/16 at 224 px.
-    # Within 12 %.
+    # Cycles that libtpu's compiler tells for a v5e, of ten steps: Ti/16, S/16 and B/16 at 224 px
+    # with 32 images, with and without remat; Ti/16 and S/16 with 128; B/16 at 384 px with 32, L/16
+    # with 8. Within 12 %.
     "TPU": _Rule(0.372, kept=8.5, attention=8.5, spilled=5.1, parameters=13.0, state=0),
     # Of an H200: Ti/16, S/16 and B/16 at 224 px as TensorFlow ran them, within 14 %; attention's
     # share from B/16 at 384 px under JAX, which took 0.77 to 0.91 of TensorFlow's time.
