@@ -64,7 +64,7 @@ _HEADS = (
     "ms (plan expects)",
     "Off-chip GB",
     "TFLOP",
-    "Evaluation's temp GB",
+    "Evaluation's temp MB",
 )
 
 
@@ -101,7 +101,7 @@ def cells(recipe: Recipe, found: dict) -> list[str]:
         f"{took:.1f} ({figures['step, expected']:.1f})" if took else "-",
         "-" if offchip is None else f"{offchip:.1f}",
         f"{figures['step, operations'] / 1e3:.2f}",
-        f"{figures['evaluation, temp']:.2f}",
+        f"{1e3 * figures['evaluation, temp']:.0f}",
     ]
 
 

@@ -271,6 +271,8 @@ def test_arguments_that_cannot_work(arguments, message):
 def test_bits_are_promised_only_where_the_flag_is_known(monkeypatch):
     check_strategy(deterministic=True)
     monkeypatch.setattr(tf, "__version__", "2.22.0")
+    check_strategy(deterministic=True)  # without a GPU there is no flag to set
+    monkeypatch.setattr(lib.gpus, "count_device_files", lambda: 1)
     check_strategy()
     with pytest.raises(ConfigError, match=r"for TensorFlow 2.20 and 2.21; this is 2.22.0"):
         check_strategy(deterministic=True)

@@ -59,7 +59,7 @@ def check_strategy(
     for key, value in {"timeout": timeout_seconds, "patience": patience_seconds}.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"strategy.{key}_seconds must be above 0, got {value}")
-    if deterministic and not gpus.is_known(tf.__version__):
+    if deterministic and gpus.count_device_files() and not gpus.is_known(tf.__version__):
         raise ConfigError(
             "strategy.deterministic sets a flag of XLA, which is known for TensorFlow "
             f"{' and '.join(gpus.KNOWN_TO)}; this is {tf.__version__}: set XLA_FLAGS yourself, and "
@@ -194,7 +194,7 @@ def make_strategy(
       timeout_seconds: for several hosts: the longest wait for others; at least 120 s are waited.
       patience_seconds: of the watchdog, see watchdog.Limits; only checked here.
       deterministic: what XLA compiles for GPUs gives the same bits at each start; without effect on
-        CPUs and TPUs, which always do.
+        CPUs and TPUs, where it does so in any case.
 
     Raises:
       ConfigError: see check_strategy; also if there is no such device, with what was looked for.
