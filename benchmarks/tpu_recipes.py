@@ -62,6 +62,7 @@ _HEADS = (
     "Memory GB",
     "Temp GB",
     "ms (plan expects)",
+    "Images/s of the host",
     "Off-chip GB",
     "TFLOP",
     "Evaluation's temp MB",
@@ -99,10 +100,18 @@ def cells(recipe: Recipe, found: dict) -> list[str]:
         f"{figures['step, temp']:.2f}",
         # Of a loop over micro-batches the compiler counts one turn.
         f"{took:.1f} ({figures['step, expected']:.1f})" if took else "-",
+        f"{_images_per_second(figures):,.0f}",
         "-" if offchip is None else f"{offchip:.1f}",
         f"{figures['step, operations'] / 1e3:.2f}",
         f"{1e3 * figures['evaluation, temp']:.0f}",
     ]
+
+
+def _images_per_second(figures: dict) -> float:
+    """What the input must make for all chips of the target, which have one host."""
+    expected = figures["images per second, expected"]
+    took = figures.get("step, time")
+    return expected * figures["step, expected"] / took if took else expected
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ _RULES = {
     # with 32 images, with and without remat; Ti/16 and S/16 with 128; B/16 at 384 px with 32, L/16
     # with 8. Within 12 %.
     "TPU": _Rule(0.372, kept=8.5, attention=8.5, spilled=5.1, parameters=13.0, state=0),
-    # Of an H200: Ti/16, S/16 and B/16 at 224 px as TensorFlow ran them, within 14 %; attention's
+    # Of an H200: Ti/16, S/16 and B/16 at 224 px as TensorFlow ran them, within 13 %; attention's
     # share from B/16 at 384 px under JAX, which took 0.77 to 0.91 of TensorFlow's time.
     "GPU": _Rule(0.55, kept=26.9, attention=12.0, spilled=0, parameters=0, state=1),
     # Of two cores of an EPYC, which do one after the other: 0.77 to 0.79 of what was measured.
