@@ -1,6 +1,6 @@
-"""What each published recipe takes of a chip of a v5e-8, compiled on a machine without one.
+"""What each published recipe takes of a chip of a v5e-8 or v5p-8, compiled without one.
 
-    .venv/bin/python benchmarks/tpu_recipes.py [--only vit_s16_i1k:90 ...] [--write]
+    .venv/bin/python benchmarks/tpu_recipes.py [--target v5p-8] [--only NAME ...] [--write]
 
 `python -m vit_dist.plan --compile` traces the step and the evaluation of each recipe at full depth,
 in bfloat16, and libtpu's compiler makes programs of them: minutes each, less where its cache has
@@ -21,7 +21,9 @@ from vit_dist.costs.compiled import DEFAULT_PYTHON
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tpu.md"
-BEGIN = "<!-- the table begins: written by benchmarks/tpu_recipes.py -->\n"
+# Of both kinds one host has all chips: eight, and four of two TensorCores.
+TARGETS = ("v5e-8", "v5p-8")
+BEGIN = "<!-- the table of {} begins: written by benchmarks/tpu_recipes.py -->\n"
 END = "<!-- the table ends -->\n"
 SMOKE = {"only": ["demo"], "target": "cpu"}
 
@@ -120,11 +122,11 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", help="names of recipes")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--target", default="v5e-8", help="as plan's")
+    parser.add_argument("--target", default=TARGETS[0], help="as plan's")
     parser.add_argument("--python", default=DEFAULT_PYTHON, help="that has JAX and libtpu")
     args = _smoke.parse(parser, SMOKE)
-    if args.write and (args.only or args.target != "v5e-8"):
-        parser.error("--write takes all recipes, for a v5e-8: leave the other flags out")
+    if args.write and (args.only or args.target not in TARGETS):
+        parser.error(f"--write takes all recipes, for {' or '.join(TARGETS)}: leave --only out")
     known = {recipe.name: recipe for recipe in (*RECIPES, _DEMO)}
     unknown = [name for name in args.only or () if name not in known]
     if unknown:
@@ -137,7 +139,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     print("\n".join(lines))
     if args.write:
-        before, begin, rest = PAGE.read_text().partition(BEGIN)
+        before, begin, rest = PAGE.read_text().partition(BEGIN.format(args.target))
         _, end, after = rest.partition(END)
         PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
 
