@@ -94,6 +94,7 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for a TPU v5e, without one, against bounds: two hours at first
 	$(BIN)/python benchmarks/tpu_options.py
 	$(BIN)/python benchmarks/tpu_recipes.py
+	$(BIN)/python benchmarks/tpu_recipes.py --target v5p-8
 
 lint: $(STAMP) ## check style, types and shell scripts; changes nothing
 	$(BIN)/ruff check .

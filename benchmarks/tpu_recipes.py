@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import _smoke
 
-from vit_dist.costs.compiled import DEFAULT_PYTHON
+from vit_dist.costs.compiled import CLOCKS, DEFAULT_PYTHON
+from vit_dist.costs.targets import parse_target
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tpu.md"
@@ -89,11 +90,18 @@ def plan(recipe: Recipe, target: str, python: str) -> dict:
         return json.loads(path.read_text())
 
 
-def cells(recipe: Recipe, found: dict) -> list[str]:
+def cells(recipe: Recipe, found: dict, target: str) -> list[str]:
     """The recipe's row of the table."""
     figures = {row["name"]: row["value"] for row in found["figures"]}
-    # A processor's compiler does not tell what leaves the chip; nor is there a time of its cycles.
-    took, offchip = figures.get("step, time"), figures.get("step, bytes off the chip")
+    # A processor's compiler does not tell what leaves the chip.
+    offchip = figures.get("step, bytes off the chip")
+    # Where cycles have no known length, the time is the least that bytes and operations take.
+    timed = parse_target(target).device.name in CLOCKS
+    took = figures.get("step, time") if timed else None
+    expected = figures["step, expected"]
+    images_per_second = figures["images per second, expected"]
+    if took:
+        images_per_second *= expected / took
     return [
         f"`{recipe.name}`",
         " ".join(f"`{flag}`" for flag in recipe.flags),
@@ -101,19 +109,12 @@ def cells(recipe: Recipe, found: dict) -> list[str]:
         f"{found['bytes_needed'] / 1e9:.1f}",
         f"{figures['step, temp']:.2f}",
         # Of a loop over micro-batches the compiler counts one turn.
-        f"{took:.1f} ({figures['step, expected']:.1f})" if took else "-",
-        f"{_images_per_second(figures):,.0f}",
+        f"{took:.1f} ({expected:.1f})" if took else f"- ({expected:.1f})",
+        f"{images_per_second:,.0f}",
         "-" if offchip is None else f"{offchip:.1f}",
         f"{figures['step, operations'] / 1e3:.2f}",
         f"{1e3 * figures['evaluation, temp']:.0f}",
     ]
-
-
-def _images_per_second(figures: dict) -> float:
-    """What the input must make for all chips of the target, which have one host."""
-    expected = figures["images per second, expected"]
-    took = figures.get("step, time")
-    return expected * figures["step, expected"] / took if took else expected
 
 
 def main() -> None:
@@ -135,7 +136,8 @@ def main() -> None:
     lines = [f"| {' | '.join(_HEADS)} |", "|---" * len(_HEADS) + "|"]
     for number, recipe in enumerate(chosen, 1):
         print(f"{number}/{len(chosen)} {recipe.name}", file=sys.stderr, flush=True)
-        lines.append(f"| {' | '.join(cells(recipe, plan(recipe, args.target, args.python)))} |")
+        found = plan(recipe, args.target, args.python)
+        lines.append(f"| {' | '.join(cells(recipe, found, args.target))} |")
         print(lines[-1], flush=True)
     print("\n".join(lines))
     if args.write:

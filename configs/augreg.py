@@ -26,7 +26,7 @@ medium1, medium2, strong1, strong2.
 | `:data=i1k,model=L/16`   | medium2, decay 0.1 | 92,897   | 71    | -         |
 
 Hardware: TPU v5e-8; where memory is short, --config.step.accumulation or --config.model.remat.
-What it takes of a v5e-8, compiled: docs/tpu.md. Images that a v5e, v5p, A100 or H100 takes at a
+What it takes of a v5e-8 and a v5p-8, compiled: docs/tpu.md. Images that an A100 or H100 takes at a
 time: docs/gpu.md, estimated.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s.
 Published: top-1 on ImageNet's validation set after fine-tuning at 384 px (configs/finetune_384.py);

@@ -12,7 +12,7 @@
 | `:B/16,stage=384`   | 75,060  | 6.4   | 82.9 %    |
 
 Hardware: TPU v5e-8, or 8 GPUs; the published runs took 4 and 16 V100s.
-What it takes of a v5e-8, compiled: docs/tpu.md. Images that a v5e, v5p, A100 or H100 takes at a
+What it takes of a v5e-8 and a v5p-8, compiled: docs/tpu.md. Images that an A100 or H100 takes at a
 time: docs/gpu.md, estimated.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s.
 Published: top-1 on ImageNet's validation set, README of facebookresearch/deit. Not run here.

@@ -13,7 +13,7 @@
 | `:oxford_flowers102`   | 500    | 0.04  |
 
 Hardware: TPU v5e-8, or one GPU: 8 micro-batches of 64 images (--config.step.accumulation).
-What it takes of a v5e-8, compiled: docs/tpu.md. Images that a v5e, v5p, A100 or H100 takes at a
+What it takes of a v5e-8 and a v5p-8, compiled: docs/tpu.md. Images that an A100 or H100 takes at a
 time: docs/gpu.md, estimated.
 Hours: not measured: 6 x multiply-adds of the forward pass of B/16, at 35 % of 8 x 197 TFLOP/s.
 Published: 78.22 (Ti/16), 79.58 (S/32), 83.73 (S/16), 83.59 (B/32), 85.49 (B/16) and 85.59 % (L/16)

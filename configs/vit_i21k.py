@@ -12,7 +12,7 @@
 | `:L/16,epochs=30`   | 103,608 | 79    | -         |
 
 Hardware: TPU v5e-8; where memory is short, --config.step.accumulation or --config.model.remat.
-What it takes of a v5e-8, compiled: docs/tpu.md. Images that a v5e, v5p, A100 or H100 takes at a
+What it takes of a v5e-8 and a v5p-8, compiled: docs/tpu.md. Images that an A100 or H100 takes at a
 time: docs/gpu.md, estimated.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s.
 Published: ImageNet top-1 after fine-tuning at 384 px (configs/finetune_384.py), tables 3 and 5 of

@@ -10,7 +10,7 @@
 | `:300`   | 371,588 | 5.3   | 80.0 %    |
 
 Hardware: TPU v5e-8.
-What it takes of a v5e-8, compiled: docs/tpu.md. Images that a v5e, v5p, A100 or H100 takes at a
+What it takes of a v5e-8 and a v5p-8, compiled: docs/tpu.md. Images that an A100 or H100 takes at a
 time: docs/gpu.md, estimated.
 Hours: not measured: 6 x multiply-adds of the forward pass, at 35 % of 8 x 197 TFLOP/s. Hosts
 must decode 20,000 images/s for that. big_vision reports 6-7 hours for 90 epochs on a TPU v3-8.
