@@ -91,7 +91,7 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 	@.venv-tpu/bin/python -m pip install --quiet -e '.[tpu]'
 	@touch $@
 
-test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for a TPU v5e, without one, against bounds: two hours at first
+test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for TPUs, without one, against bounds: two hours at first
 	$(BIN)/python benchmarks/tpu_options.py
 	$(BIN)/python benchmarks/tpu_recipes.py
 	$(BIN)/python benchmarks/tpu_recipes.py --target v5p-8

@@ -134,12 +134,12 @@ def main() -> None:
         parser.error(f"no recipe {', '.join(unknown)}; there are: {', '.join(known)}")
     chosen = [known[name] for name in args.only] if args.only else RECIPES
     lines = [f"| {' | '.join(_HEADS)} |", "|---" * len(_HEADS) + "|"]
+    print("\n".join(lines), flush=True)
     for number, recipe in enumerate(chosen, 1):
         print(f"{number}/{len(chosen)} {recipe.name}", file=sys.stderr, flush=True)
         found = plan(recipe, args.target, args.python)
         lines.append(f"| {' | '.join(cells(recipe, found, args.target))} |")
         print(lines[-1], flush=True)
-    print("\n".join(lines))
     if args.write:
         before, begin, rest = PAGE.read_text().partition(BEGIN.format(args.target))
         _, end, after = rest.partition(END)

@@ -23,7 +23,8 @@ OVERLAP = {
     "--xla_gpu_nccl_termination_timeout_seconds": "600",
 }
 # Sums in a fixed order, and no choice of kernels by how fast they ran this time. Without it two
-# runs of one program on an H200 differed in their bits; with it a resumed run ended as a whole one.
+# runs of one program on an H200 differed in their bits; with it, and without Triton's kernels, a
+# resumed run ended as a whole one.
 DETERMINISTIC = {"--xla_gpu_deterministic_ops": "true"}
 # An unknown flag in XLA_FLAGS aborts the process. These releases were seen to know all flags above.
 KNOWN_TO = ("2.20", "2.21")

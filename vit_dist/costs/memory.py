@@ -191,7 +191,7 @@ def activation_bytes(
       precision: of activations.
       kind: of device: "CPU", "GPU" or "TPU".
     """
-    entry = 4 if precision == "float32" else 2
+    entry = tf.as_dtype(precision).size
     height, width_px = as_pair(network["image_size"])
     tokens, width = count_tokens(network).all, network["width"]
     attention = 0 if network["attention_block"] else network["num_heads"] * tokens * entry

@@ -15,6 +15,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import tensorflow as tf
+
 from vit_dist.costs.flops import count_tokens, remat_flops
 from vit_dist.costs.memory import State, activation_bytes
 from vit_dist.costs.targets import Target
@@ -163,7 +165,7 @@ def _largest_tensor(network: Mapping[str, Any], images: int, precision: str) -> 
     tokens = count_tokens(network).all
     keys = network["attention_block"] or tokens
     widest = max(network["mlp_dim"], network["num_heads"] * min(keys, tokens))
-    return images * tokens * widest * (4 if precision == "float32" else 2)
+    return images * tokens * widest * tf.as_dtype(precision).size
 
 
 def _activations(
