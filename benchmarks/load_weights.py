@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import _smoke
+from _machine import Machine
 from _process import memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,20 +39,21 @@ def main() -> None:
     if args.step:
         STEPS[args.step](args)
         return
+    machine = Machine(smoke=args.smoke, record=args.record)
     with tempfile.TemporaryDirectory() as folder:
         name = args.variant.replace("/", "_")
         paths = [str(Path(folder) / f"{name}.{ending}") for ending in ("npz", "safetensors")]
         _run("write", *paths)
-        for path in paths:
-            _run("load", path)
-        _run("train", paths[0])
+        for step, path in (*(("load", path) for path in paths), ("train", paths[0])):
+            machine.conclude(_run(step, path))
 
 
-def _run(step: str, *paths: str) -> None:
+def _run(step: str, *paths: str) -> str:
     # A process for each step: VmHWM never falls, so steps in one process would hide each other.
     command = [sys.executable, __file__, *sys.argv[1:], "--step", step, "--paths", *paths]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    subprocess.run(command, check=True, env=env)
+    done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
+    return done.stdout.rstrip().rpartition("\n")[2]
 
 
 def _write(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import _smoke
+from _machine import Machine
 from _process import memory
 
 from vit_dist.costs.memory import count_state, step_memory
@@ -137,8 +138,7 @@ def main() -> None:
         print(json.dumps(measure(args.variant, args.depth, json.loads(args.one))), flush=True)
         return
     base: dict[str, float] = {}
-    print(f"{args.variant}, float32, AdamW, one CPU device: {args.image_size} px, batch "
-          f"{args.batch_size}; long: {args.long_size} px, batch {args.long_batch}")  # fmt: skip
+    machine = Machine(smoke=args.smoke, record=args.record)
     compared = settings(args.batch_size, args.image_size, args.long_batch, args.long_size)
     for setting in compared:
         if args.only and setting["name"] not in args.only:
@@ -155,12 +155,12 @@ def main() -> None:
         if "plain" in setting["name"] or not base:
             base = found
         planned = plan(args.variant, args.depth, setting)
-        print(
-            f"{setting['name']:32} {found['bytes'] / 2**20:8,.0f} MiB "
-            f"({found['bytes'] / base['bytes']:4.0%})  {found['seconds']:6.2f} CPU s/step "
-            f"({found['seconds'] / base['seconds']:4.0%}); plan {planned / 2**20:8,.0f} MiB, "
-            f"{planned / found['bytes']:.2f} of it",
-            flush=True,
+        machine.conclude(
+            f"{args.variant} at {setting['image_size']}, batch {setting['batch_size']}, "
+            f"{setting['name']}: {found['bytes'] / 2**20:,.0f} MiB "
+            f"({found['bytes'] / base['bytes']:.0%}), {found['seconds']:.2f} CPU s a step "
+            f"({found['seconds'] / base['seconds']:.0%}); plan {planned / 2**20:,.0f} MiB, "
+            f"{planned / found['bytes']:.2f} of it"
         )
 
 

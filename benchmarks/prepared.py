@@ -1,6 +1,6 @@
 """CPU time of crop and flip from original photographs, over that from sets resized beforehand.
 
-    .venv/bin/python benchmarks/prepared.py [--rounds 5] [--images 512]
+    .venv/bin/python benchmarks/prepared.py [--rounds 5] [--images 2048]
 
 Originals with short sides of 375 (as ImageNet has on average), 500 and 1000 pixels are read as the
 folder of JPEGs that they are, and as `vit_dist.convert --short_side=256` writes them: JPEGs of
@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import _machine
 import _smoke
+from _machine import Machine
 from input import CROP, WARM_UP, write_images
 
 SIZES = {375: (500, 375), 500: (667, 500), 1000: (1333, 1000)}  # short side -> width, height
@@ -68,31 +68,37 @@ def measure(options: dict[str, str], *, images: int, batch_size: int) -> float:
     return (time.process_time() - began) / (images // batch_size * batch_size) * 1e3
 
 
-def report(side: int, sizes: dict[str, float], results: dict[str, list[float]]) -> None:
+def report(
+    side: int, sizes: dict[str, float], results: dict[str, list[float]], machine: Machine
+) -> None:
     width, height = SIZES[side]
-    print(f"\noriginals of {width} x {height}  (n={len(results['original'])}, medians)")
-    for kind, measured in results.items():
-        line = f"  {kind:8} {statistics.median(measured):6.2f} ms CPU, {sizes[kind] / 1e3:5.0f} KB"
-        if kind != "original":
-            ratios = [a / b for a, b in zip(results["original"], measured, strict=True)]
-            goal = GOALS.get((side, kind))
-            line += f"   {statistics.median(ratios):.2f}x less"
-            line += f" ({min(ratios):.2f} to {max(ratios):.2f})"
-            line += f", goal {goal}x" if goal else ""
-        print(line, flush=True)
+    texts = {
+        kind: f"{statistics.median(measured):.2f} ms CPU an image of {sizes[kind] / 1e3:.0f} KB"
+        for kind, measured in results.items()
+    }
+    for kind in [kind for kind in results if kind != "original"]:
+        ratios = sorted(a / b for a, b in zip(results["original"], results[kind], strict=True))
+        goal = GOALS.get((side, kind))
+        machine.conclude(
+            f"{width} x {height} as {kind} of {SHORT_SIDE}: {texts[kind]}, originals "
+            f"{texts['original']}, {statistics.median(ratios):.2f} times less (rounds "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}, n={len(ratios)}"
+            + (f"; goal {goal})" if goal else ")"),
+            ratios,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--files", type=int, default=128)
     parser.add_argument("--sides", nargs="+", type=int, choices=SIZES, default=list(SIZES))
     args = _smoke.parse(parser, SMOKE)
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    machine = _machine.Machine(smoke=args.smoke, record=args.record)
     for side in args.sides:
+        machine = Machine(smoke=args.smoke, record=args.record)
         with tempfile.TemporaryDirectory() as folder:
             sets = prepare(Path(folder), side, args.files)
             results: dict[str, list[float]] = {kind: [] for kind in sets}
@@ -101,8 +107,8 @@ def main() -> None:
                     results[kind].append(
                         measure(options, images=args.images, batch_size=args.batch_size)
                     )
-            report(side, {kind: size / args.files for kind, (_, size) in sets.items()}, results)
-    print(f"\nother processes had {machine.others():.0%} of the processor")
+            per_image = {kind: size / args.files for kind, (_, size) in sets.items()}
+            report(side, per_image, results, machine)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import _smoke
+from _machine import Machine
 from _process import free_ports, memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,7 @@ def main() -> None:
         print(json.dumps(measure(args, kind, shard == "1")))
         return
     for kind in args.kind or ("mirrored", "workers"):
+        machine = Machine(smoke=args.smoke, record=args.record)
         ratios = []
         for _ in range(args.rounds):
             pair = [start(args, kind, shard) for shard in (False, True)]
@@ -140,7 +142,13 @@ def main() -> None:
             for name, processes in zip(("whole  ", "sharded"), pair, strict=True):
                 shown = [{k: round(v, 3) for k, v in p.items()} for p in processes]
                 print(kind, name, *shown, flush=True)
-        print(f"{kind}: CPU time of a step, sharded / whole: {sorted(round(r, 3) for r in ratios)}")
+        ratios.sort()
+        machine.conclude(
+            f"{args.variant} at {args.image_size}, batch {args.batch_size}, {kind}: CPU time of a "
+            f"step, sharded over whole, {ratios[len(ratios) // 2]:.2f} (rounds {ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}, n={args.rounds})",
+            ratios,
+        )
 
 
 if __name__ == "__main__":

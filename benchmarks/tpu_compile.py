@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--cache", default="", help="folder of what was compiled before")
     parser.add_argument("--model", nargs="*", default=[], help="keys of config.model: pool=tok")
     parser.add_argument("--peer", action="store_true", help="compile flax and optax beside it")
-    args = _smoke.parse(parser, SMOKE)
+    args = _smoke.parse(parser, SMOKE, kept=False)
     compiler = open_compiler(args.python, args.cache or None)
     model = {"softmax": "compute", **dict(pair.split("=", 1) for pair in args.model)}
     model = {key: _literal(value) for key, value in model.items()}

@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--cache", default="", help="folder of what was compiled before")
     parser.add_argument("--topology", default=TOPOLOGY, help="also v5p:2x2x1, v6e:1x1, ..., cpu")
     parser.add_argument("--python", default=DEFAULT_PYTHON, help="that has JAX, and libtpu")
-    args = _smoke.parse(parser, SMOKE)
+    args = _smoke.parse(parser, SMOKE, kept=False)
     compiler = open_compiler(args.python, args.cache or None)
     chosen = choose(args.only)
     other = bool(args.depth or args.batch_size or args.topology != TOPOLOGY)

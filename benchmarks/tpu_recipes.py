@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     parser.add_argument("--target", default=TARGETS[0], help="as plan's")
     parser.add_argument("--python", default=DEFAULT_PYTHON, help="that has JAX and libtpu")
-    args = _smoke.parse(parser, SMOKE)
+    args = _smoke.parse(parser, SMOKE, kept=False)
     if args.write and (args.only or args.target not in TARGETS):
         parser.error(f"--write takes all recipes, for {' or '.join(TARGETS)}: leave --only out")
     known = {recipe.name: recipe for recipe in (*RECIPES, _DEMO)}

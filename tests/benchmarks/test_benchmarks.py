@@ -26,7 +26,14 @@ def test_every_benchmark_is_tried():
 @pytest.mark.parametrize("name", [pytest.param("frozen", marks=pytest.mark.exhaustive), *ALONE[1:]])
 def test_it_runs(name, tmp_path):
     out = run_benchmark(name, "--smoke", folder=tmp_path, forks=True)
+    assert re.search(r"\d cores, .*load", out), "it does not tell its machine"
     assert re.search(r"\d", out.splitlines()[-1]), out
+
+
+@pytest.mark.parametrize("name", sorted(ALONE + WITH_PEERS))
+def test_a_result_is_kept_or_there_is_no_flag_for_it(name):
+    source = (BENCHMARKS / f"{name}.py").read_text()
+    assert ("record=args.record" in source) != ("kept=False" in source)
 
 
 def test_make_runs_what_there_is():

@@ -91,9 +91,9 @@ def _be(words):
     return 0
 
 
-def _run_fork(command, *, check=False, capture_output=False, text=False, env=None):
+def _run_fork(command, *, check=False, capture_output=False, stdout=None, text=False, env=None):
     """subprocess.run; what goes to stderr stays in the benchmark's own log."""
-    fork = Fork(command, env=env, text=text, stdout=subprocess.PIPE if capture_output else None)
+    fork = Fork(command, env=env, text=text, stdout=subprocess.PIPE if capture_output else stdout)
     printed, _ = fork.communicate()
     assert not check or fork.returncode == 0, f"exit code {fork.returncode}: {command}"
     return subprocess.CompletedProcess(command, fork.returncode, printed, "")

@@ -355,7 +355,9 @@ def script():
 
     # isort: split
     from vit_dist import train
+    from vit_dist.training import step
 
+    step._PACK_BYTES = 2000  # of bytes of gradients, so that this small network has several packs
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     host, _number = json.loads(os.environ["TF_CONFIG"])["task"]["index"], num_fired()
     cells = json.loads(os.environ.get("TORTURE_CELLS", "[]"))

@@ -30,8 +30,8 @@ _FLOAT32 = 4
 # With remat, while one block is computed again, its gradients need as much once more.
 _RECOMPUTED_BLOCKS = 2
 # Tensors as wide as the MLP's hidden layer that a block keeps. Four are what explains the memory of
-# the programs that were compiled for an H200.
-_HIDDEN = {"TPU": 2, "GPU": 4, "CPU": 2}
+# the programs that were compiled for an H200, and of steps on processors (benchmarks/memory.py).
+_HIDDEN = {"TPU": 2, "GPU": 4, "CPU": 4}
 # The batch that is used, and the one that is on its way to the device.
 _BATCHES = 2
 
