@@ -108,14 +108,19 @@ def test_a_damaged_image_is_named_so(tmp_path):
 
 
 def test_the_first_batch_is_one_sheet_in_tensorboard(tmp_path):
-    config = tiny.without_evaluation(total_steps=2)
-    train(config, str(tmp_path))
-    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    config = tiny.without_evaluation(total_steps=2, monitor__batch_images=12)
+    train(config, str(tmp_path / "run"))
+    events = EventAccumulator(str(tmp_path / "run"), {"tensors": 0}).Reload()
     width, height, png = events.Tensors("train/batch")[0].tensor_proto.string_val
     sheet = tf.io.decode_png(png).numpy()
     assert sheet.shape == (int(height), int(width), 3)
-    cells = first_images(*check(config), tf.distribute.get_strategy(), first_step=0)
+    parts = check(config)
+    cells = first_images(*parts, tf.distribute.get_strategy(), first_step=0, count=12)
+    assert len(cells) == 12
     np.testing.assert_array_equal(sheet, np.asarray(draw_grid(cells)))
+    # Images that nobody may see stay away.
+    train(tiny.without_evaluation(total_steps=2, monitor__batch_images=0), str(tmp_path / "none"))
+    assert "train/batch" not in EventAccumulator(str(tmp_path / "none")).Reload().Tags()["tensors"]
 
 
 def command(name, *arguments):

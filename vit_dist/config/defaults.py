@@ -224,6 +224,8 @@ DEFAULTS: dict[str, Any] = {
         # steps from one look at each weight, gradient and update to the next; 0: never
         "watch_steps": _number(0, "[0, inf)"),
         "histograms": True,  # with watch_steps: histograms, too, not the norms alone
+        # how many images of the first batch of each start are shown; 0: none
+        "batch_images": _number(16, "[0, 100]"),
         # how many of the worst and of the best images of an evaluation are shown; 0: none
         "judged_images": _number(16, "[0, 100]"),
     },

@@ -248,6 +248,7 @@ def _monitor(
     update_norm: bool,
     watch_steps: int,
     histograms: bool,
+    batch_images: int,
     judged_images: int,
     profile: ProfileOptions | None = None,
 ) -> MonitorOptions:
@@ -256,6 +257,7 @@ def _monitor(
         devices=read_devices(device_file) if device_file else DEVICES,
         watch=WatchOptions(every=watch_steps, histograms=histograms, update_norm=update_norm),
         profile=profile or ProfileOptions(),
+        batch_images=batch_images,
         judged_images=judged_images,
     )
 

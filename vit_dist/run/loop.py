@@ -417,13 +417,17 @@ class Loop:
 
         After the first call, which a person waits for: reading them takes a pipeline of its own.
         """
+        count = self.options.monitor.batch_images
         # Not at a resume on a stream, which would have to be read up to the first step once more.
-        if not self.chief or (self.first and not self.data.sources["train"].indexable):
+        streamed = self.first and not self.data.sources["train"].indexable
+        if not self.chief or not count or streamed:
             return
 
         def draw() -> None:
             step = self.first
-            cells = first_images(self.options, self.data, self.strategy, first_step=step)
+            cells = first_images(
+                self.options, self.data, self.strategy, first_step=step, count=count
+            )
             self.writer.images(step, "train/batch", np.asarray(draw_grid(cells))[np.newaxis])
 
         self.background.start("the first batch", draw)

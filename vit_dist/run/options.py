@@ -208,12 +208,14 @@ class MonitorOptions:
       devices: the table of what devices can do, by which MFU is computed.
       watch: which norms and histograms the step computes.
       profile: which steps are profiled.
+      batch_images: how many of the first batch; 0 for none.
       judged_images: how many of the worst and of the best images of an evaluation; 0 for none.
     """
 
     devices: tuple[Device, ...]
     watch: WatchOptions
     profile: ProfileOptions
+    batch_images: int
     judged_images: int
 
 
