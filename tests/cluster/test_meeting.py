@@ -55,7 +55,8 @@ def test_the_port_is_free_for_tensorflow_while_the_lines_last():
 
 
 def test_ipv6():
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+    # Free for IPv4, too: a host listens at all its addresses.
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as free:
         port = free.getsockname()[1]
     workers = [f"[::1]:{port}", free_addresses(1)[0]]
     assert meet_in_threads(workers, (0, 1), timeout=60) == {0: None, 1: None}

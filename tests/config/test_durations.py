@@ -6,6 +6,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vit_dist.config import finalize, get_defaults
 from vit_dist.config.durations import UNITS, duration
+from vit_dist.config.errors import ConfigError
 from vit_dist.run.check import check
 
 
@@ -49,6 +50,18 @@ SIZES = {"batch_size": 100, "num_examples": 1050, "total_steps": 21}
 def test_duration(unit, value, steps):
     config = finalize(make({"log_steps": None, f"log_{unit}": value}))
     assert duration(config, "log", **SIZES) == steps
+
+
+def test_what_cannot_be_counted():
+    """Positions of examples are int64; what is never done may be as late as one likes."""
+    most = 2**62 // 100
+    sizes = {"batch_size": 100, "num_examples": 1050}
+    assert duration(finalize(make({"total_steps": most})), "total", **sizes) == most
+    for key, value in (("total_steps", most + 1), ("total_epochs", 1e30)):
+        with pytest.raises(ConfigError, match=rf"config.{key}=.* at most {most} can be counted"):
+            duration(finalize(make({key: value})), "total", **sizes)
+    config = finalize(make({"save_steps": 10**20}))
+    assert duration(config, "save", **SIZES) == 10**20
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -65,8 +66,8 @@ class Fork:
         self.wait()
         return printed, None
 
-    def kill(self):
-        os.kill(self.pid, 9)
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
 
     def wait(self):
         if self.returncode is None:

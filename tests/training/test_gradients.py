@@ -105,7 +105,7 @@ def test_of_the_whole_batch(remat, parts, jit):
     [
         ("attention", 2, False),
         ("full", 2, True),
-        ("attention_mlp", 1, True),
+        ("attention_mlp", 2, True),  # compared with the same as the one before
         further("full", 1, False),
         further("attention", 2, True),
     ],

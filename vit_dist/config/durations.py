@@ -7,6 +7,8 @@ from typing import Any
 from vit_dist.config.errors import ConfigError
 
 UNITS = ("steps", "epochs", "examples", "percent", "minutes")
+# Positions of examples are int64, and reading runs ahead of the steps.
+_MOST_EXAMPLES = 2**62
 
 
 def duration(
@@ -31,7 +33,8 @@ def duration(
       where: the section's name, for messages.
 
     Raises:
-      ConfigError: no unit is set, the value is negative, or a percentage above 100.
+      ConfigError: no unit is set, the value is negative, or a percentage above 100; "total" is so
+        large that its examples cannot be numbered.
     """
     # `finalize` has set all units to None but the one that counts.
     units = [u for u in UNITS if f"{name}_{u}" in section]
@@ -45,13 +48,21 @@ def duration(
         # Optimizer steps that one of the unit takes. total_steps is None only for "total" itself,
         # which has no percentage.
         per_unit = {
-            "steps": 1.0,
+            "steps": 1,  # an int, by which no digit is lost
             "epochs": num_examples / batch_size,
             "examples": 1 / batch_size,
             "percent": (total_steps or 0) / 100,
             "minutes": 0.0,
         }[unit]
-        return round(value * per_unit)
+        steps = round(value * per_unit)
+        # Whatever else takes so long is never done, which may be meant.
+        if name == "total" and steps * batch_size > _MOST_EXAMPLES:
+            most = _MOST_EXAMPLES // batch_size
+            raise ConfigError(
+                f"{where}.{name}_{unit}={value} is {steps} steps of {batch_size} examples; at most "
+                f"{most} can be counted"
+            )
+        return steps
     raise ConfigError(
         f"{where}.{name} is not set; set one of " + ", ".join(f"{where}.{name}_{u}" for u in units)
     )
