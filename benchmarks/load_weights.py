@@ -44,8 +44,9 @@ def main() -> None:
         name = args.variant.replace("/", "_")
         paths = [str(Path(folder) / f"{name}.{ending}") for ending in ("npz", "safetensors")]
         _run("write", *paths)
-        for step, path in (*(("load", path) for path in paths), ("train", paths[0])):
-            machine.conclude(_run(step, path))
+        for path in paths:
+            machine.conclude(_run("load", path))
+        machine.conclude(_run("train", paths[0]))
 
 
 def _run(step: str, *paths: str) -> str:

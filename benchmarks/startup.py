@@ -21,9 +21,10 @@ from pathlib import Path
 import _smoke
 from _machine import Machine
 
+from vit_dist.cluster.preemption import PREEMPTED
+
 HERE = Path(__file__).resolve().parent
 LIMITS = {"Ti/16": 20.0}
-PREEMPTED = 42  # what a run that was told to stop exits with
 SMOKE = {"image_size": 32, "depth": 1, "rounds": 1}
 
 
