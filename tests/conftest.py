@@ -48,6 +48,9 @@ def pytest_configure(config):
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+    # Grappler takes longer for a function than the few times that a test runs it. Steps that XLA
+    # compiles do without it in any case, and tests that start a command have it.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     config.stash[WATCH], config.stash[HEARD] = Watch(), {}
     config.stash[STDERR] = os.dup(2)  # before tests' output is caught
 

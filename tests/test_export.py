@@ -305,7 +305,7 @@ def test_fine_tuning_begins_with_a_file(tmp_path, capsys):
     config = make(
         **sizes, model__pool="tok", init_from=str(tmp_path / "weights.npz"), image_size=16,
         total_steps=1, optimizer__learning_rate=0.0, input__train_ops=f"resize(size)|{SCALED}",
-        input__eval_ops=f"resize(size)|{SCALED}", data__val_split="", data__test_split="",
+        input__eval_ops=f"resize(size)|{SCALED}", data__val_split="",
     )  # fmt: skip
     train(config, str(tmp_path / "run"))
     out = capsys.readouterr().out

@@ -135,7 +135,7 @@ def test_the_commands(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
     ops = f"decode|{tiny.ANY_SIZE}"
     flags = [f"--config={processes.TINY}", "--config.data.source=folder"]
-    flags += [f"--config.data.data_dir={folder}", "--config.data.test_split="]
+    flags += [f"--config.data.data_dir={folder}"]
     flags += [f"--config.input.train_ops={ops}", f"--config.input.eval_ops={ops}"]
     out, sheet = tmp_path / "shards", tmp_path / "sheet.png"
     code, text = call("convert", *flags, f"--output={out}", log=tmp_path / "a")
@@ -159,7 +159,7 @@ def test_the_commands(tmp_path):
 def test_a_set_resized_beforehand_by_command(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
     ops = f"decode|{tiny.ANY_SIZE}"
-    flags = [f"--config={processes.TINY}", "--config.data.test_split="]
+    flags = [f"--config={processes.TINY}"]
     flags += [f"--config.input.train_ops={ops}", f"--config.input.eval_ops={ops}"]
     given = ["--config.data.source=folder", f"--config.data.data_dir={folder}"]
     out = tmp_path / "raw"

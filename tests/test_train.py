@@ -42,7 +42,7 @@ class Trained:
 def trained(tmp_path_factory):
     """12 steps with a moving average; log at 4, evaluate at 6, save at 3 steps."""
     workdir = tmp_path_factory.mktemp("trained")
-    config = make(eval_steps=6, save_steps=3, step__ema_decay=0.5)
+    config = make(data__test_split="test", eval_steps=6, save_steps=3, step__ema_decay=0.5)
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     metrics = train(config, str(workdir))
@@ -130,7 +130,8 @@ def test_the_moving_average_is_what_is_judged(trained, tmp_path):
 
 
 def test_evaluate_at_twice_the_resolution(trained):
-    config = make(image_size=16, input__eval_ops=ANY_SIZE, input__train_ops=ANY_SIZE)
+    ops = {"input__eval_ops": ANY_SIZE, "input__train_ops": ANY_SIZE}
+    config = make(data__test_split="test", image_size=16, **ops)
     results = evaluate(config, str(trained.workdir), splits=["test"])["test"]
     assert results["examples"] == 360 and np.isfinite(results["loss"])
     with pytest.raises(ValueError, match="split 'x' is not configured; there are"):
@@ -171,9 +172,14 @@ def test_a_damaged_image_is_named(split, tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_trains(precision, tmp_path, capsys):
     """bfloat16 with XLA, which also compiles the evaluation."""
-    half = {"precision": precision, "total_steps": 4, "step__clip_norm": None}
+    half = {
+        "precision": precision,
+        "total_steps": 4,
+        "step__clip_norm": None,
+        "model__dropout": 0.1,
+    }
     if precision == "bfloat16":
-        config = make(**half, step__jit="auto", data__test_split="")
+        config = make(**half, step__jit="auto")
     else:
         config = without_evaluation(**half)
     metrics = train(config, str(tmp_path))
@@ -198,7 +204,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path):
     flags += [
         "--config.step.ema_decay=0.5",
         "--config.data.val_split=",
-        "--config.data.test_split=",
     ]
     code, text = processes.run(*flags, log=tmp_path / "log")
     assert code == 1 and "Traceback" not in text

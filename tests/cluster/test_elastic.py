@@ -21,7 +21,6 @@ FLAGS = (
     "--config.save_steps=2",
     "--config.log_steps=1",
     "--config.data.val_split=",
-    "--config.data.test_split=",
     "--config.input.batch_size=24",
     "--config.model.dropout=0.0",
     "--config.mixing.mixup_alpha=0.5",

@@ -310,7 +310,6 @@ def test_pods_that_are_stopped_go_on_as_if_they_had_not(started, tmp_path):
         "--config.total_steps=600",
         "--config.log_steps=20",
         "--config.data.val_split=",
-        "--config.data.test_split=",
         "--config.step.ema_decay=0.99",
     )
 

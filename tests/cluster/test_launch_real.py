@@ -29,7 +29,7 @@ def expected(tmp_path_factory):
 def test_a_real_run_of_a_launcher(expected, tmp_path, script, option):
     """The same steps, to rounding, as in a process that no launcher has started."""
     flags = ("--config=tests/support/tiny.py", f"--workdir={tmp_path}", "--config.total_steps=3")
-    done = launch(script, option, *flags, "--config.data.test_split=", timeout=280)
+    done = launch(script, option, *flags, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "done: step 3, val accuracy" in done.stdout
     tiny.assert_same(tiny.arrays(tmp_path), expected, atol=1e-5)

@@ -202,7 +202,6 @@ def flags_of(name, workdir, *more):
         f"--config.strategy.tpu={name}",
         "--config.model.dropout=0.0",
         "--config.data.val_split=",
-        "--config.data.test_split=",
         *more,
     )
 
@@ -321,7 +320,6 @@ def test_sources_in_python_are_refused_on_a_slice(tmp_path):
                 data__name=keys["name"],
                 data__data_dir=keys["data_dir"],
                 data__val_split="test",
-                data__test_split="",
                 input__train_ops=f"decode|{tiny.ANY_SIZE}",
                 input__eval_ops=f"decode|{tiny.ANY_SIZE}",
                 strategy__name="tpu",

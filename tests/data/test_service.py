@@ -278,7 +278,7 @@ def test_two_workers(tmp_path, folder, services):
     """Each has jobs of its own."""
     flags = [f"--config={processes.TINY}", "--config.data.source=folder"]
     flags += [f"--config.data.data_dir={folder}", "--config.data.val_split="]
-    flags += ["--config.data.test_split=", "--config.total_steps=3", "--config.model.dropout=0.0"]
+    flags += ["--config.total_steps=3", "--config.model.dropout=0.0"]
     flags += [f"--config.input.train_ops=decode|{tiny.ANY_SIZE}", "--config.optimizer.name=sgd"]
     code, text = processes.run(*flags, f"--workdir={tmp_path / 'one'}", log=tmp_path / "log")
     assert code == 0, text[-1500:]

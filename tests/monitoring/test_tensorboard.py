@@ -29,7 +29,6 @@ def run(tmp_path_factory):
             total_steps=9,
             save_steps=3,
             keep_checkpoints=9,
-            data__test_split="",
             monitor__watch_steps=3,
             monitor__update_norm=True,
             profile__start_step=PROFILED.start,

@@ -28,6 +28,7 @@ def config():
         step__accumulation=2,
         mixing__mixup_alpha=0.2,
         model__drop_path=0.1,
+        model__dropout=0.1,
     )
 
 

@@ -28,7 +28,7 @@ VALUES = {2: 0.2, 4: 0.1, 6: 0.5, 8: 0.5, 10: 0.4, 12: 0.3}
 
 def config(**changed):
     changed = {"eval_steps": 2, "save_steps": 4, "log_steps": 4, "keep_checkpoints": 1, **changed}
-    return tiny.make(data__test_split="", **changed)
+    return tiny.make(**changed)
 
 
 @pytest.fixture

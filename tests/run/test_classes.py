@@ -24,7 +24,6 @@ def config(root, classes, labels, **changed):
         data__source="tfrecord",
         data__files=f"{root}/{{split}}/{{split}}-*",
         data__class_file=f"{root}/classes.txt",
-        data__test_split="",
         input__train_ops=ops,
         input__eval_ops=ops,
         **{"total_steps": 10, "optimizer__learning_rate": 0.01, **changed},

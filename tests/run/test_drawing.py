@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
     found = {}
     for steps in (0, 4):
         found[steps] = tmp_path_factory.mktemp(f"every_{steps}")
-        config = tiny.make(data__test_split="", figures_steps=steps, **CONFIG)
+        config = tiny.make(figures_steps=steps, **CONFIG)
         train(config, str(found[steps]))
     return found
 
@@ -55,7 +55,7 @@ def test_all_figures_are_there_at_several_steps(runs):
 
 def test_what_is_drawn_is_the_average_of_the_weights(runs):
     arrays = tiny.arrays(runs[4])
-    options, _ = check(tiny.make(data__test_split="", **CONFIG))
+    options, _ = check(tiny.make(**CONFIG))
     model = build_vit(dict(options.model.network))
     for name, variable in named_weights(model).items():
         variable.assign(arrays[f"ema/{name}"])
@@ -64,7 +64,7 @@ def test_what_is_drawn_is_the_average_of_the_weights(runs):
 
 
 def test_the_last_evaluation_is_shown(runs):
-    options, data = check(tiny.make(data__test_split="", **CONFIG))
+    options, data = check(tiny.make(**CONFIG))
     model, source = build_vit(dict(options.model.network)), data.sources["val"]
     arrays = tiny.arrays(runs[4])
     for name, variable in named_weights(model).items():

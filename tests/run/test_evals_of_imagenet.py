@@ -48,7 +48,7 @@ def made_up(name, data_dir):
 
 
 def config(evals, **changed):
-    return tiny.make(data__test_split="", input__eval_ops=OPS, evals=evals, **changed)
+    return tiny.make(input__eval_ops=OPS, evals=evals, **changed)
 
 
 def evals_of(config, **kept):

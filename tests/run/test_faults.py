@@ -19,7 +19,12 @@ PREEMPTED = 42
 
 def flags_of(workdir, total_steps, *more):
     flags = (f"--config={processes.TINY}", f"--workdir={workdir}")
-    often = ("--config.save_steps=5", "--config.log_steps=5", "--config.data.val_split=")
+    often = (
+        "--config.save_steps=5",
+        "--config.log_steps=5",
+        "--config.data.val_split=",
+        "--config.data.test_split=test",
+    )
     return [*flags, f"--config.total_steps={total_steps}", *often, *more]
 
 
@@ -45,7 +50,11 @@ def assert_equal_runs(one, other, tolerance=0.0):
 
 # one process
 
-ONE = ("--config.step.ema_decay=0.9", "--config.model.attention_dropout=0.1")
+ONE = (
+    "--config.step.ema_decay=0.9",
+    "--config.model.dropout=0.1",
+    "--config.model.attention_dropout=0.1",
+)
 
 
 @pytest.fixture(scope="module")

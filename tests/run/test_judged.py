@@ -125,8 +125,9 @@ def test_images_that_cannot_be_read_are_told_once_and_figures_stay(monkeypatch):
 
 def test_an_evaluation_of_the_config_reads_its_own_split():
     evals = {"other": {"kind": "classification", "split": "test"}}
-    judged, background, _, writer, _ = make_judged(tiny.make(evals=evals), count=1)
-    _, data = check(tiny.make())
+    three = {"data__test_split": "test"}
+    judged, background, _, writer, _ = make_judged(tiny.make(evals=evals, **three), count=1)
+    _, data = check(tiny.make(**three))
     source = data.sources["test"]
     verdicts = make_verdicts(source, [0.6, 0.1])
     judged.keep("other", 5, verdicts)

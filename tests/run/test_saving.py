@@ -14,7 +14,7 @@ from vit_dist.training import state as state_lib
 def config(**changed):
     """8 steps; a checkpoint and an evaluation of three batches at step 4."""
     changed = {"total_steps": 8, "save_steps": 4, "eval_steps": 4, "log_steps": 4, **changed}
-    return tiny.make(data__test_split="", input__eval_batch_size=60, **changed)
+    return tiny.make(input__eval_batch_size=60, **changed)
 
 
 def steps_saved(workdir):

@@ -28,6 +28,7 @@ from vit_dist.training.checkpoint import Checkpoint, Checkpointer, open_checkpoi
 from vit_dist.training.state import INITIAL_LOSS_SCALE
 
 HARD = {
+    "model__dropout": 0.1,
     "step__ema_decay": 0.9,
     "step__accumulation": 2,
     "strategy__name": "mirrored",

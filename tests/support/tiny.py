@@ -24,11 +24,12 @@ def get_config():
     config.input.train_ops = f"random_shift(1)|{OPS}"
     config.input.eval_ops = OPS
     config.input.num_threads = 1
+    config.data.test_split = ""
     config.monitor.batch_images = 0  # a pipeline of their own, an eighth of such a run's time
     config.model.variant = "mu/4"
     config.model.width = 16
     config.model.mlp_dim = 16
-    config.model.dropout = 0.1
+    config.model.dropout = 0.0
     config.schedule.name = "constant"
     config.step.jit = "off"
     config.strategy.name = "single"

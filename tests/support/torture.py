@@ -39,7 +39,6 @@ FLAGS = (
     "--config.log_steps=2",
     f"--config.save_steps={SAVE_STEPS}",
     f"--config.eval_steps={SAVE_STEPS}",
-    "--config.data.test_split=",
     "--config.input.eval_batch_size=60",
     "--config.model.depth=1",
     # The first is allowed for what compiles, also on a machine that is busy otherwise.

@@ -211,7 +211,7 @@ def test_a_run_goes_on_on_one_device(whole, half):
 def test_two_workers_go_on_and_save_what_both_hold(whole, half, tmp_path):
     """The chief alone writes; what it writes is what two devices of one process have."""
     flags = [f"--config={processes.TINY}", f"--workdir={half}"]
-    flags += ["--config.data.val_split=", "--config.data.test_split="]
+    flags += ["--config.data.val_split="]
     flags += [f"--config.{key}={value}" for key, value in SHORT.items()]
     flags += ["--config.strategy.name=multiworker", "--config.optimizer.shard_state=True"]
     with processes.hosts(*flags, log=tmp_path / "log") as started:

@@ -120,7 +120,7 @@ def test_a_run_on_more_shards_than_files(tmp_path):
     convert(source, tmp_path / "shards", split="train", examples_per_shard=1)
     flags = [f"--config={processes.TINY}", "--config.data.source=array_record"]
     flags += [f"--config.data.data_dir={tmp_path}/shards", "--config.data.val_split="]
-    flags += ["--config.data.test_split=", "--config.total_steps=10", f"--workdir={tmp_path}/run"]
+    flags += ["--config.total_steps=10", f"--workdir={tmp_path}/run"]
     flags += [f"--config.input.train_ops=decode|{tiny.ANY_SIZE}"]
     flags += ["--config.input.on_bad_example=mask"]
     code, text = processes.call(train_with_few_files, flags, 110, log=tmp_path / "log")
