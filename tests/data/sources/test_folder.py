@@ -168,6 +168,13 @@ def test_names_that_only_look_alike(tmp_path):
         open_source("folder", split="val", data_dir=str(tmp_path))
 
 
+def test_a_class_that_is_there_twice(tmp_path, caplog):
+    logging.get_absl_logger().propagate = True
+    write(tmp_path, "train/cafe\u0301", "train/caf\u00e9", "train/b")
+    assert len(open_source("folder", split="train", data_dir=str(tmp_path)).class_names) == 3
+    assert "may hold a class twice; " in caplog.text and "look alike" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("header", "words"),
     [

@@ -561,6 +561,14 @@ def test_names_without_classes_are_no_names(tmp_path):
     assert open_pretrained(tmp_path).class_names == ("b", "a", "c")
 
 
+def test_names_of_a_head_that_was_changed(tmp_path, caplog):
+    absl_logging.get_absl_logger().propagate = True
+    _, config = make(tmp_path, "huggingface")
+    save(tmp_path, config | {"id2label": {"0": "b", "1": "a"}})
+    assert open_pretrained(tmp_path).class_names == ()
+    assert "config.json names 2 classes and the head has 3 outputs" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "width", "expected"),
     [

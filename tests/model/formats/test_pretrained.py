@@ -71,6 +71,15 @@ def test_npz_layouts(tmp_path, layout, options, known, save):
     np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_npz_with_positions_of_an_old_and_of_a_new_file(tmp_path):
+    written = flax_vit.big_vision(flax_vit.make_tree())
+    old = "Transformer/posembed_input/pos_embedding"
+    written |= {f"params/{old}": np.zeros_like(written["params/pos_embedding"])}
+    np.savez(tmp_path / "weights.npz", **written)
+    with pytest.raises(DataError, match=f"two tensors for pos_embedding, one of them params/{old}"):
+        open_pretrained(tmp_path / "weights.npz")
+
+
 def test_npz_of_bfloat16(tmp_path):
     tree = flax_vit.make_tree()
     np.savez(tmp_path / "weights.npz", **flax_vit.bfloat16(tree))

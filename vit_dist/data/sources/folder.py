@@ -100,6 +100,8 @@ class FolderSource(base.Source):
                 "raise the fraction or open another split"
             )
         self.class_names = base.distinct_names([printable(name) for name in self._folders])
+        if twins := look_alike(self.class_names, self.class_names):
+            logging.warning("%s may hold a class twice%s", self._root, twins)
         # One numpy array: a list of a million strings takes several times the memory.
         self.paths = np.array([f"{self._root}/{path}" for path, _ in found])
         self.labels = np.array([label for _, label in found], np.int32)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from vit_dist.config.errors import DataError
 from vit_dist.model.formats.architectures import check_architecture
 from vit_dist.model.formats.tensors import AGAIN, TensorFile
@@ -138,14 +140,27 @@ def scaling(system: str, config: Mapping[str, Any], folder: Path) -> tuple[Any, 
 
 
 def class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Names by the head's outputs; () where there are none, or only numbers in their place."""
+    """Names by the head's outputs; () where there are none, or only numbers in their place.
+
+    Names of other classes than the head's, as a changed head leaves behind, are none: a warning
+    tells their number.
+    """
     names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names")
     if not names and isinstance(config.get("id2label"), dict):
         table = config["id2label"]
         # JSON's keys are text: by number, or "10" would come before "2".
         names = [table[k] for k in sorted(table, key=int)]
-    if not isinstance(names, list) or len(names) != num_classes:
+    if not isinstance(names, list):
         return ()
-    # transformers calls classes without names LABEL_0, LABEL_1, ...
-    placeholders = names == [f"LABEL_{i}" for i in range(num_classes)]
-    return () if placeholders else tuple(map(str, names))
+    # transformers calls classes without names LABEL_0, LABEL_1, ...; without a head it has two.
+    if names == [f"LABEL_{i}" for i in range(len(names))]:
+        return ()
+    if len(names) != num_classes:
+        if num_classes:
+            logging.warning(
+                "config.json names %d classes and the head has %d outputs: the names are not used",
+                len(names),
+                num_classes,
+            )
+        return ()
+    return tuple(map(str, names))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_dist.config.errors import DataError
 from vit_dist.model.formats.mapping import HEADS_BIAS, HEADS_IN, HEADS_OUT, Rule, Transform, stacked
 from vit_dist.model.formats.tensors import LazyArray
 
@@ -86,22 +87,32 @@ def detect(names: Any) -> bool:
 
 
 def canonical(tensors: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-    """The tensors under big_vision's names, blocks apart; what is not the ViT's keeps its name."""
+    """The tensors under big_vision's names, blocks apart; what is not the ViT's keeps its name.
+
+    Raises:
+      DataError: two tensors have the same name then.
+    """
     # The prefix under which the patch embedding lies is that of the image tower.
     prefix = next(p for p in _PREFIXES if f"{p}embedding/kernel" in tensors)
     found: dict[str, LazyArray] = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(prefix):
-            found[name] = tensor
-            continue
-        name = _canonical_name(name.removeprefix(prefix))
-        # A scalar is no layer of blocks: under its own name it is reported as unknown.
-        if not name.startswith("Transformer/encoderblock/") or tensor.shape[:1] in ((), (0,)):
-            found[name] = tensor
-            continue
-        # One tensor holds this layer of all blocks: its leading axis counts them.
-        for block in range(tensor.shape[0]):
-            found[name.replace("encoderblock/", f"encoderblock_{block}/")] = stacked(tensor, block)
+    for original, tensor in tensors.items():
+        name = original
+        if name.startswith(prefix):
+            name = _canonical_name(name.removeprefix(prefix))
+        parts = {name: tensor}
+        # One tensor holds this layer of all blocks: its leading axis counts them. A scalar is no
+        # layer of blocks: under its own name it is reported as unknown.
+        if name.startswith("Transformer/encoderblock/") and tensor.shape[:1] not in ((), (0,)):
+            numbered = [name.replace("block/", f"block_{i}/", 1) for i in range(tensor.shape[0])]
+            parts = {part: stacked(tensor, i) for i, part in enumerate(numbered)}
+        for part, values in parts.items():
+            # The position embedding of an old and of a new file, for instance: one would silently
+            # replace the other.
+            if part in found:
+                raise DataError(
+                    f"the file holds two tensors for {part}, one of them {original}: it is no ViT's"
+                )
+            found[part] = values
     return found
 
 
