@@ -75,9 +75,10 @@ test-pythons: ## run the tests under each supported Python that this machine has
 check-newest: newest-quick ## the tests of check under the newest supported Python here, if .venv has an older one
 
 # Another target so: make newest-install, make newest-test
-newest-%: $(STAMP)
+newest-%:
 	@each=$$(tools/pythons.sh $(PYTHONS) | tail -n 1); version=$${each%%=*}; test -n "$$each" || exit 1; \
-	if $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')"; \
+	if $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -c \
+	  "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')"; \
 	then echo "$(VENV) has the newest Python of this machine, $$version"; \
 	else $(MAKE) --no-print-directory VENV=.venv-py$$version PYTHON=$${each#*=} $*; fi
 

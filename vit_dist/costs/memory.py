@@ -100,7 +100,8 @@ def count_state(network: Mapping[str, Any], options: OptimizerOptions, *, ema: b
         named = named_weights(model)
         # Sharding needs devices, and which slots there are does not depend on it.
         whole = dataclasses.replace(options, shard_state=False)
-        optimizer = make_optimizer(named, whole, num_heads=network["num_heads"])
+        heads = network["num_heads"]
+        optimizer = make_optimizer(named, whole, num_heads=heads, shapes_only=True)
         return state_of(named, optimizer, ema=ema)
 
 

@@ -44,7 +44,7 @@ class Optimizer:
       rates: name -> what the variable's learning rate is multiplied by; 0 for frozen ones.
       decays: name -> d in w -= rate * d * w, for the variables that decay.
       slots: the optimizer's state by name, such as "encoderblock_0/norm_0/gamma/momentum"; a
-        Remote stands for a slot on another host.
+        Remote stands for a slot on another host, or one that is only counted.
       shards: which replica has which slots; None: each replica has all slots.
     """
 
@@ -56,6 +56,7 @@ class Optimizer:
         rates: dict[str, float],
         decays: dict[str, float],
         strategy: tf.distribute.Strategy | None = None,
+        shapes_only: bool = False,
     ):
         self.rule, self.rates, self.decays = rule, rates, decays
         self.variables = {name: v for name, v in variables.items() if rates[name]}
@@ -68,6 +69,7 @@ class Optimizer:
         shapes = {name: tuple(v.shape) for name, v in self.variables.items()}
         self.shards = None if strategy is None else Shards(strategy, shapes)
         self._names = {id(v): name for name, v in self.variables.items()}
+        self._shapes_only = shapes_only
         self.slots: dict[str, keras.Variable | Remote] = {}
         self._slots_of: dict[str, list[keras.Variable]] = {name: [] for name in self.variables}
         # Keras's build() makes one slot after the other, and _Rule passes each through make_slot:
@@ -78,7 +80,7 @@ class Optimizer:
     def _make_slot(
         self, variable: keras.Variable, kind: str, like: Remote, make: Callable[[], keras.Variable]
     ) -> keras.Variable | Remote:
-        """Makes a slot on its owner's device; for a slot of another host it keeps `like` instead.
+        """Makes a slot on its owner's device; where none is made it keeps `like` instead.
 
         Args:
           variable: the variable that the slot belongs to.
@@ -88,7 +90,7 @@ class Optimizer:
         """
         name = self._names[id(variable)]
         device = None if self.shards is None else self.shards.device(name)
-        if self.shards is not None and device is None:
+        if self._shapes_only or (self.shards is not None and device is None):
             self.slots[f"{name}/{kind}"] = like
             return like
         with tf.device(device) if device else contextlib.nullcontext():
@@ -251,6 +253,7 @@ def make_optimizer(
     *,
     strategy: tf.distribute.Strategy | None = None,
     num_heads: int | None = None,
+    shapes_only: bool = False,
 ) -> Optimizer:
     """Makes an optimizer for the named variables; call it under the strategy's scope.
 
@@ -260,6 +263,7 @@ def make_optimizer(
       strategy: needed with options.shard_state, for the replicas' devices. Call make_optimizer
         outside of the strategy's scope then: the scope would make every slot on every replica.
       num_heads: of the model's attention; adafactor_vit factors each head separately.
+      shapes_only: makes no slots, only their names, shapes and dtypes, to count them.
 
     Raises:
       ConfigError: a pattern that matches no variable, shard_state under a scope, without a
@@ -285,7 +289,9 @@ def make_optimizer(
             "shard_state needs the strategy, and no scope of it around make_optimizer"
         )
     shared = strategy if options.shard_state else None
-    return Optimizer(rule, variables, rates=rates, decays=decays, strategy=shared)
+    return Optimizer(
+        rule, variables, rates=rates, decays=decays, strategy=shared, shapes_only=shapes_only
+    )
 
 
 def _decays(
