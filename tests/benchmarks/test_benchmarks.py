@@ -1,4 +1,4 @@
-"""Every benchmark runs, once and tiny. Those with peers are in test_interop_benchmarks.py."""
+"""Every benchmark runs, once and tiny. Those with peers are in test_interop_*.py."""
 
 import re
 

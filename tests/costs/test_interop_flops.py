@@ -2,14 +2,12 @@
 
 import subprocess
 
-import pytest
-
 from tests.support.flops import BATCH, program
-from tests.support.interop import PYTHON, ROOT
+from tests.support.interop import NEEDS_PEERS, PYTHON, ROOT
 from vit_dist.costs.flops import train_flops
 from vit_dist.model.variants import vit_config
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no JAX at {PYTHON}")
+pytestmark = NEEDS_PEERS
 
 # Few blocks: each costs the same.
 NETWORKS = {

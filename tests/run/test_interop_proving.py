@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests.support import tiny
-from tests.support.interop import PYTHON
+from tests.support.interop import NEEDS_PEERS, PYTHON
 from vit_dist.costs.compiled import DEFAULT_PYTHON, TOPOLOGIES, Compiler
 from vit_dist.plan import plan
 
@@ -22,7 +22,7 @@ def proved(python, target, folder, **changed):
     return found, {row.name: row for row in found.rows if row.how == "compiled"}
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=f"no JAX at {PYTHON}")
+@NEEDS_PEERS
 def test_a_processor(tmp_path, capsys):
     found, rows = proved(PYTHON, "cpu", tmp_path, step__ema_decay=0.9)
     assert found.fits and found.compiled

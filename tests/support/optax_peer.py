@@ -9,15 +9,10 @@ import json
 import re
 import sys
 
-try:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-except ImportError as error:
-    print(error)
-    sys.exit(3)
-
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
 KERNEL = re.compile(r"attention/(query|key|value|out)/kernel$")
 

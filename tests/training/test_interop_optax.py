@@ -1,19 +1,14 @@
-"""Twenty steps of a ViT against the same recipe in JAX and optax, and schedules against optax's.
-
-The peer runs in an environment of its own: .venv-interop, or VIT_DIST_INTEROP_PYTHON.
-"""
+"""Twenty steps of a ViT against the same recipe in JAX and optax, and schedules against optax's."""
 
 import functools
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.support.interop import NEEDS_PEERS, run_peer
 from tests.support.tiny import make
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
@@ -24,9 +19,7 @@ from vit_dist.training.schedules import NAMES, Schedule
 from vit_dist.training.state import TrainState
 from vit_dist.training.step import StepOptions, make_train_step
 
-ROOT = Path(__file__).resolve().parents[2]
-PEER = Path(os.environ.get("VIT_DIST_INTEROP_PYTHON") or ROOT / ".venv-interop" / "bin" / "python")
-pytestmark = pytest.mark.skipif(not PEER.exists(), reason=f"no peer to compare with at {PEER}")
+pytestmark = NEEDS_PEERS
 
 STEPS, BATCH, CLASSES = 20, 16, 5
 # Long enough for both Adafactors to factor. The bias of keys has a gradient of mere rounding, which
@@ -150,16 +143,7 @@ def run_optax(recipes, folder):
         recipes=json.dumps(recipes), schedules=json.dumps(cases), factored=json.dumps(FACTORED),
         **weights,
     )  # fmt: skip
-    script = ROOT / "tests/support/optax_peer.py"
-    done = subprocess.run(
-        [PEER, script, folder / "in.npz", folder / "out.npz"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""},
-    )
-    if done.returncode == 3:
-        pytest.skip(f"{PEER}: {done.stdout.strip()}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_peer(folder / "in.npz", folder / "out.npz", script="optax_peer.py")
     return dict(np.load(folder / "out.npz"))
 
 

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.support.interop import PYTHON, run_peer
+from tests.support.interop import NEEDS_PEERS, run_peer
 from tests.support.networks import randomize
 from vit_dist.export import export
 from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
@@ -20,9 +20,7 @@ from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.run.origins import open_origin
 from vit_dist.run.served import load_model
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"
-)
+pytestmark = NEEDS_PEERS
 TOLERANCE = 1e-4  # of the largest logit, float32
 # What a bare file of timm's does not tell.
 HEADS = {"s_width": 6, "b_width": 12, "s8": 6, "s16": 6, "b32": 12, "b14_registers": 12}

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.support.interop import PYTHON, run_peer
+from tests.support.interop import NEEDS_PEERS, run_peer
 from vit_dist.model.patches import change_channels, resize_kernel
 from vit_dist.model.posemb import resize_posemb
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"
-)
+pytestmark = NEEDS_PEERS
 # Old and new side of a patch; growing and shrinking.
 PATCHES = [(16, 32), (16, 14), (14, 16), (8, 16), (32, 16), (16, 8), (5, 12)]
 CHANNELS = [1, 2, 4, 5, 6, 12]

@@ -10,14 +10,12 @@ import re
 import numpy as np
 import pytest
 
-from tests.support.interop import PYTHON, ROOT, run_peer
+from tests.support.interop import NEEDS_PEERS, ROOT, run_peer
 from vit_dist.config.errors import DataError
 from vit_dist.run.origins import open_origin
 from vit_dist.run.served import load_model
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON.exists(), reason="no PyTorch to compare with: `make test-interop` installs it"
-)
+pytestmark = NEEDS_PEERS
 TOLERANCE = 1e-4  # of the largest logit, float32
 TOLD = {"num_heads": 3}
 

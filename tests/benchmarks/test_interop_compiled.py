@@ -1,4 +1,4 @@
-"""The benchmarks that run peers, once and tiny, in the environment that has them."""
+"""The benchmarks that JAX compiles, once and tiny, for this processor."""
 
 import json
 import re
@@ -6,31 +6,9 @@ import re
 import pytest
 
 from tests.support.benchmarks import run_benchmark
-from tests.support.interop import PYTHON
+from tests.support.interop import NEEDS_PEERS, PYTHON
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"no peers to compare with at {PYTHON}"),
-]
-
-
-def test_train_step(tmp_path):
-    out = run_benchmark("train_step", "--smoke", folder=tmp_path)
-    assert re.search(r"vit_dist [\d.]+ images/s, timm [\d.]+ images/s, ratio [\d.]+", out), out
-
-
-@pytest.mark.exhaustive  # six processes that import TensorFlow or PyTorch
-def test_workers(tmp_path):
-    out = run_benchmark("workers", "--smoke", folder=tmp_path)
-    assert re.search(r"efficiency [\d.]+; timm .* ratio of efficiencies [\d.]+ ", out), out
-
-
-def test_input(tmp_path):
-    out = run_benchmark("input", "--smoke", folder=tmp_path)
-    for system in ("reference", "timm"):
-        said = rf"beside {system}: \d+ images/s, .*; {system} \d+ images/s, .* by CPU time [\d.]+ "
-        assert re.search(said, out), out
-    assert re.search(r"SolarizeAdd +[\d.]+ +[\d.]+", out), out
+pytestmark = [pytest.mark.slow, NEEDS_PEERS]
 
 
 def test_gpu_step(tmp_path):
