@@ -5,6 +5,7 @@ import inspect
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -311,6 +312,16 @@ def test_json_of_the_config_and_back():
     back = json.loads(config_lib.to_json(config))
     assert back["image_size"] == [8, 8] and back["model"]["width"] is None
     assert changes(back, json.loads(config_lib.to_json(config))) == []
+
+
+def test_what_a_config_file_may_hold_in_options_of_a_source():
+    config = small()
+    config.data.options = {"root": Path("/data"), "share": np.float32(0.5), "parts": ({"a": 1},)}
+    found = config_lib.as_json(finalize(config))["data"]["options"]
+    assert found == {"root": "/data", "share": 0.5, "parts": [{"a": 1}]}
+    config.data.options = {"made": object()}
+    with pytest.raises(ConfigError, match="of type object, which config"):
+        config_lib.as_json(finalize(config))
 
 
 @pytest.mark.parametrize(

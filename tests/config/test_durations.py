@@ -40,16 +40,23 @@ SIZES = {"batch_size": 100, "num_examples": 1050, "total_steps": 21}
         ("epochs", 0.55, 6),  # 5.775
         ("examples", 149, 1),
         ("examples", 151, 2),
-        ("examples", 49, 0),
+        ("examples", 49, 1),  # of a share that rounds to 0, each step
+        ("examples", 0, 0),
         ("percent", 100.0, 21),
         ("percent", 10.0, 2),  # 2.1
         ("percent", 12.0, 3),  # 2.52
-        ("percent", 1.0, 0),
+        ("percent", 1.0, 1),
     ],
 )
-def test_duration(unit, value, steps):
-    config = finalize(make({"log_steps": None, f"log_{unit}": value}))
-    assert duration(config, "log", **SIZES) == steps
+@pytest.mark.parametrize("name", ["log", "save", "eval", "figures"])
+def test_duration(name, unit, value, steps):
+    config = finalize(make({f"{name}_steps": None, f"{name}_{unit}": value}))
+    assert duration(config, name, **SIZES) == steps
+
+
+def test_a_share_of_the_schedule_may_be_no_step():
+    section = finalize(make({"schedule.warmup_steps": None, "schedule.warmup_examples": 49}))
+    assert duration(section.schedule, "warmup", where="config.schedule", **SIZES) == 0
 
 
 def test_what_cannot_be_counted():

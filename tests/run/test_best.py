@@ -192,6 +192,18 @@ def test_an_unknown_metric_of_such_an_evaluation_is_named_once_it_has_judged(tmp
         best.is_better(2, {"accuracy": 0.5})
 
 
+def test_a_better_one_before_the_best_of_a_run_that_began_again_earlier(tmp_path):
+    """The run goes on from step 200, say with another rate: RUN/best is the new one alone."""
+    strategy, options = tf.distribute.get_strategy(), BestOptions("val/accuracy", "max", 0)
+    for step, value in ((300, 0.5), (250, 0.6)):
+        best = Best(options, str(tmp_path), strategy)
+        assert best.is_better(step, {"accuracy": value})
+        best.save({"step": np.int64(step)}, {}, step=step)
+        best.wait()
+        assert best_of(tmp_path) == (step, value)
+    assert Best(options, str(tmp_path), strategy).step == 250
+
+
 @pytest.mark.parametrize(
     "changed, words",
     [
@@ -200,6 +212,18 @@ def test_an_unknown_metric_of_such_an_evaluation_is_named_once_it_has_judged(tmp
         ({"keep_best": "max val/loss", "data__val_split": ""}, "is judged: nothing"),
         ({"patience": 3}, "config.patience waits for a better value of config.keep_best"),
         ({"keep_best": "max val/loss", "patience": 0}, "config.patience must be 1 or more"),
+        (
+            {"keep_best": "max val/loss", "patience": 3, "eval_steps": 0},
+            "val is judged at the end of the run alone: set config.eval_steps",
+        ),
+        (
+            {
+                "keep_best": "max near/k10_accuracy",
+                "patience": 3,
+                "evals": {"near": {"kind": "knn"}},
+            },
+            "near is judged at the end of the run alone: set config.evals.near.every",
+        ),
     ],
 )
 def test_mistakes(changed, words):

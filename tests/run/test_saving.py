@@ -7,6 +7,7 @@ import pytest
 
 from tests.support import tiny
 from vit_dist import train as train_module
+from vit_dist.cluster.preemption import Preemption
 from vit_dist.train import train
 from vit_dist.training import state as state_lib
 
@@ -88,3 +89,14 @@ def test_nothing_is_saved_while_float16_skips_its_updates(tmp_path, monkeypatch)
     bad = [row["step"] for row, a, b in zip(rows, skipped, skipped[1:], strict=False) if b > a]
     assert 0 < len(bad) < 8  # the scale is halved until it fits
     assert steps_saved(tmp_path) == [step for step in range(1, 9) if step not in bad or step == 8]
+
+
+def test_a_run_that_is_stopped_while_float16_skips_its_updates_is_saved(tmp_path, monkeypatch):
+    """Who is told that it was saved must not lose the steps since the last checkpoint."""
+    monkeypatch.setattr(state_lib, "INITIAL_LOSS_SCALE", 2.0**29)
+    saw = []
+    monkeypatch.setattr(Preemption, "noticed", property(lambda _: saw.append(1) or len(saw) == 2))
+    metrics = train(config(precision="float16", log_steps=1), str(tmp_path))
+    assert metrics["preempted"] and steps_saved(tmp_path) == [2]
+    state = tiny.arrays(tmp_path)
+    assert (state["step"], state["updates"]) == (2, 1)  # the second was skipped

@@ -17,6 +17,7 @@ from tests.support.tiny import (
 )
 from vit_dist.cluster.preemption import Preemption
 from vit_dist.cluster.strategy import make_strategy
+from vit_dist.config.errors import ConfigError
 from vit_dist.data.pipeline import train_indices
 from vit_dist.run.build import make_state
 from vit_dist.run.check import check
@@ -119,6 +120,13 @@ def test_where_a_run_begins(trained, tmp_path):
         assert (start.how, start.checkpoint and start.checkpoint.step) == expected
 
 
+def test_nothing_is_left_to_train_after_resume_from(trained, tmp_path):
+    config = without_evaluation(resume_from=str(trained), total_steps=12)
+    with pytest.raises(ConfigError, match="is a checkpoint of step 12, and the run has 12 steps"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_resume_from_another_run(trained, tmp_path, capsys):
     config = without_evaluation(
         step__ema_decay=0.9, resume_from=str(trained), total_steps=14, seed=3
@@ -157,7 +165,7 @@ def test_loss_scaling_begins_anew_with_another_precision(tmp_path, before, after
 
 
 def test_a_checkpoint_that_does_not_fit(trained, tmp_path):
-    wide = without_evaluation(model__width=32, resume_from=str(trained))
+    wide = without_evaluation(model__width=32, resume_from=str(trained), total_steps=14)
     with pytest.raises(ValueError, match="does not fit the config") as error:
         train(wide, str(tmp_path))
     assert "config.init_from" in str(error.value)

@@ -75,10 +75,9 @@ def adafactor_vit(w, slots, g, lr, t, *, decay, beta_1=0.9, beta_2=0.999):
 
 
 def muon(w, slots, g, lr, t, *, decay, momentum=0.95):
-    """Matrices; here the rest has Adam with its epsilon before bias correction, as in Keras."""
+    """Matrices; the rest has Adam."""
     if g.ndim != 2:
-        epsilon = 1e-7 / np.sqrt(1 - 0.999**t)
-        return lr * adam(slots, g, t, epsilon=epsilon) + lr * decay * w
+        return lr * adam(slots, g, t, epsilon=1e-7) + lr * decay * w
     m = slots.setdefault("momentum", 0 * g)
     m *= momentum
     m += g

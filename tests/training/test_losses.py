@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from scipy.special import log_softmax
 
+from vit_dist.config.errors import ConfigError
 from vit_dist.training.losses import LOSSES, as_distribution, make_loss
 
 RNG = np.random.default_rng(0)
@@ -48,6 +49,16 @@ def test_binary_cross_entropy_of_deit3(threshold):
     loss = make_loss(name="sigmoid", reduction="mean", threshold=threshold)
     expected = sigmoid((threshold < MIXED).astype(float), LOGITS.astype(float)) / 3
     np.testing.assert_allclose(loss(LOGITS, tf.constant(MIXED)), expected, rtol=1e-5)
+
+
+def test_a_threshold_counts_what_smoothing_has_left():
+    """timm's BinaryCrossEntropy smooths first, so that its targets are 0 and 1."""
+    options = {"name": "sigmoid", "reduction": "mean", "label_smoothing": 0.1}
+    loss = make_loss(**options, threshold=0.2)
+    expected = sigmoid((MIXED * 0.9 + 0.1 / 3 > 0.2).astype(float), LOGITS.astype(float)) / 3
+    np.testing.assert_allclose(loss(LOGITS, tf.constant(MIXED)), expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match="every class would count as right"):
+        make_loss(**options, threshold=0.0)(LOGITS, tf.constant(MIXED))
 
 
 def test_every_loss_is_compared():

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.support.stepping import assert_bits
-from tests.support.tiny import arrays, rows, without_evaluation
+from tests.support.tiny import arrays, make, rows, without_evaluation
 from vit_dist.train import train
 from vit_dist.training.step import make_train_step
 
@@ -41,17 +41,17 @@ def options(request):
     return {**WHERE[request.param], "total_steps": TOTAL, "save_steps": 2, "step__ema_decay": 0.9}
 
 
-def run_poisoned(config, folder, monkeypatch):
+def run_poisoned(config, folder, monkeypatch, *, saved=(2, SAVED)):
     """Trains until it is noticed, by the save at step 6 or the log there, that step 5 is bad."""
     noticed = 6
     with monkeypatch.context() as patch:
         patch.setattr("vit_dist.run.build.make_train_step", poisoned)
         with pytest.raises(FloatingPointError, match=f"gradient of step {BAD} is not finite"):
             train(config, str(folder))
-    logged = [row["step"] for row in rows(folder)]
+    logged = [row["step"] for row in rows(folder) if "train/loss" in row]
     assert max(logged) < noticed and (max(logged) == BAD) == (config.log_steps == 1)
-    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert saved == ["000000002", f"{SAVED:09d}"]
+    folders = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert folders == [f"{step:09d}" for step in saved]
     state = arrays(folder)
     assert (state["step"], state["first_bad_step"], state["updates"]) == (SAVED, -1, SAVED)
     assert all(np.isfinite(value).all() for value in state.values())
@@ -64,6 +64,15 @@ def test_a_save_notices_and_the_run_can_go_on(options, tmp_path, monkeypatch):
     train(config, str(tmp_path / "run"))
     train(without_evaluation(**options), str(tmp_path / "clean"))
     assert_bits(arrays(tmp_path / "run"), arrays(tmp_path / "clean"))
+
+
+def test_an_evaluation_notices_before_it_keeps_the_best(tmp_path, monkeypatch):
+    """Its weights are those of before the bad step; a run that began with its state would end."""
+    config = make(
+        total_steps=TOTAL, save_steps=4, log_steps=100, eval_steps=6, keep_best="max val/accuracy"
+    )
+    run_poisoned(config, tmp_path / "run", monkeypatch, saved=[SAVED])
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_a_log_notices(tmp_path, monkeypatch):

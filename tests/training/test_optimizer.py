@@ -121,14 +121,28 @@ def test_first_moments_in_bfloat16(name):
         assert np.abs(value - expected[key]).mean() < limit * 0.1, key
 
 
-def test_an_update_uses_the_moment_before_it_is_stored():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_uses_the_moment_before_it_is_stored(name):
     """Else the first update of Adam would be off by the rounding of bfloat16."""
     weight = {"kernel": keras.Variable(np.zeros((1000,), "f"), name="kernel")}
-    optimizer = make_optimizer(weight, OptimizerOptions(momentum_dtype="bfloat16", epsilon=1e-30))
+    options = OptimizerOptions(name=name, momentum_dtype="bfloat16", epsilon=1e-30)
+    optimizer = make_optimizer(weight, options)
     g = np.random.default_rng(0).standard_normal(1000).astype("f")
     apply(optimizer, 4, gradients={"kernel": g})
     first = -rate(4) * (1 - 0.9) / (1 - 0.9**5) / np.sqrt((1 - 0.999) / (1 - 0.999**5))
     np.testing.assert_allclose(weight["kernel"].numpy(), first * np.sign(g), rtol=1e-5)
+
+
+def test_muon_of_a_matrix_uses_the_moment_before_it_is_stored():
+    """From 0 the first moment is the gradient: both dtypes then give the same update."""
+    g = np.random.default_rng(0).standard_normal((16, 24)).astype("f")
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        weight = {"kernel": keras.Variable(np.zeros(g.shape, "f"), name="kernel")}
+        optimizer = make_optimizer(weight, OptimizerOptions(name="muon", momentum_dtype=dtype))
+        apply(optimizer, 0, gradients={"kernel": g})
+        found.append(weight["kernel"].numpy())
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16"])
@@ -293,6 +307,7 @@ def test_what_decays_in_a_vit(name):
         ({"decay_scale": "lr"}, "decay_scale 'lr' is unknown; allowed: learning_rate, schedule"),
         ({"momentum_dtype": "float16"}, "momentum_dtype 'float16' is unknown; allowed: float32"),
         ({"beta_1": 1.0}, r"beta_1 must be in \[0, 1\), got 1.0"),
+        ({"name": "lion", "beta_1": 0.0}, "beta_1 must be above 0 for lion"),
         ({"beta_2": -0.1}, "beta_2 must be in"),
         ({"momentum": 1.5}, "momentum must be in"),
         ({"learning_rate": -1.0}, "learning_rate must not be negative, got -1.0"),

@@ -144,7 +144,7 @@ def test_the_shortest_runs(total):
         ({"milestones": (0.5, 100)}, "milestones must be percentages"),
         ({"milestones": ()}, r"milestones must be percentages .* got \(\)"),
         ({"milestones": "30"}, "milestones must be percentages .* got '30'"),
-        ({"timescale_steps": 0}, "must not be negative"),
+        ({"timescale_steps": 0}, "timescale must be 1 step or more, got 0"),
         ({"warmup_steps": -1}, "must not be negative"),
         ({"cooldown_steps": -1}, "must not be negative"),
         ({"learning_rate": -1.0}, "must not be negative"),

@@ -6,10 +6,12 @@ changes values and returns the result. Any key can be overridden in the shell:
 """
 
 import json
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from vit_dist.config.binding import check_range, check_type, did_you_mean
@@ -437,8 +439,21 @@ def parse_image_size(value: Any, *, key: str = "image_size") -> tuple[int, int]:
 
 def to_json(config: ConfigDict) -> str:
     """The resolved config as indented JSON, keys sorted."""
-    # `default` is for what _freeze_lists made.
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=dict)
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """In JSON's types: what _freeze_lists made, and paths and NumPy's numbers of a config file."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ConfigError(
+        f"the config holds {value!r}, of type {type(value).__name__}, which config.json cannot "
+        "hold: give text, numbers, lists or dictionaries"
+    )
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:

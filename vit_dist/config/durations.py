@@ -7,6 +7,8 @@ from typing import Any
 from vit_dist.config.errors import ConfigError
 
 UNITS = ("steps", "epochs", "examples", "percent", "minutes")
+# Times from one event to the next.
+_PERIODS = ("log", "eval", "save", "figures")
 # Positions of examples are int64, and reading runs ahead of the steps.
 _MOST_EXAMPLES = 2**62
 
@@ -22,7 +24,9 @@ def duration(
 ) -> int:
     """The duration `name` of a section in optimizer steps, rounded to the nearest, at least 0.
 
-    A duration in minutes gives 0: the clock decides then, not a number of steps.
+    A duration in minutes gives 0: the clock decides then, not a number of steps. What comes again
+    and again ("log", "save", ...) comes with every step where its share of a short run rounds to 0:
+    only 0 itself is never.
 
     Args:
       section: a finalised config or section with keys such as log_steps and log_epochs.
@@ -55,6 +59,8 @@ def duration(
             "minutes": 0.0,
         }[unit]
         steps = round(value * per_unit)
+        if name in _PERIODS and value and unit != "minutes":
+            steps = max(steps, 1)
         # Whatever else takes so long is never done, which may be meant.
         if name == "total" and steps * batch_size > _MOST_EXAMPLES:
             most = _MOST_EXAMPLES // batch_size

@@ -48,7 +48,9 @@ class Best:
     ):
         self._options, self._strategy = options, strategy
         self._chief = is_chief(strategy)
-        self._checkpointer = Checkpointer(expand(workdir) / FOLDER, keep=1, permit=permit)
+        self._checkpointer = Checkpointer(
+            expand(workdir) / FOLDER, keep=1, alone=True, permit=permit
+        )
         self.name = options.metric.partition("/")[0] if options is not None else ""
         self.step, self._value = -1, math.nan
         if options is not None and self._chief:

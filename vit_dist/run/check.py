@@ -94,8 +94,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
     pipe = _parse_pipe(config.input.train_ops, evaluation.model.network)
     _check_images([train], pipe, "config.input.train_ops", evaluation.model.network)
     durations = _durations(config, train.num_examples)
-    # 0 is never, so a share that rounds to 0 means every step.
-    figures_steps = max(durations["figures"], 1) if _figures_key(config) else 0
+    figures_steps = durations["figures"] if _figures_key(config) else 0
     shows = config.monitor.judged_images > 0 or figures_steps > 0
     evaluation = dataclasses.replace(evaluation, verdicts=shows)
     return RunOptions(
@@ -116,7 +115,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
         loss=loss,
         seed=config.seed,
         total_steps=durations["total"],
-        # A share of a short run may round to 0 steps; logging then means every step, not never.
+        # At least the line of the progress bar moves: 0 means every step here.
         log_steps=max(durations["log"], 1),
         eval_steps=durations["eval"],
         save_steps=durations["save"],
@@ -128,6 +127,7 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
             config,
             evaluation.evals,
             metrics_of_val=metric_names(train.num_classes) if "val" in data.sources else (),
+            eval_steps=durations["eval"],
         ),
         resume_from=config.resume_from,
         init_from=config.init_from,
@@ -315,7 +315,11 @@ def _figures_key(config: FrozenConfigDict) -> str:
 
 
 def _check_best(
-    config: FrozenConfigDict, evals: Mapping[str, EvalOptions], *, metrics_of_val: Sequence[str]
+    config: FrozenConfigDict,
+    evals: Mapping[str, EvalOptions],
+    *,
+    metrics_of_val: Sequence[str],
+    eval_steps: int,
 ) -> BestOptions | None:
     if config.keep_best is None:
         if config.patience is not None:
@@ -328,6 +332,12 @@ def _check_best(
     mode, name, metric = parse_choice(config.keep_best, names, key="config.keep_best")
     metrics = metrics_of_val if name == "val" else evals[name].metrics
     check_metric(name, metric, metrics, key="config.keep_best")
+    if config.patience and not (eval_steps if name == "val" else evals[name].every):
+        key = "eval_steps" if name == "val" else f"evals.{name}.every"
+        raise ConfigError(
+            f"config.patience waits for a better value of config.keep_best, and {name} is judged "
+            f"at the end of the run alone: set config.{key} to a number of steps"
+        )
     return BestOptions(metric=f"{name}/{metric}", mode=mode, patience=config.patience or 0)
 
 

@@ -189,14 +189,14 @@ class Loop:
                 metrics |= self.judge_all(due, step)
                 stop = self.preemption.requested()
             if stop:
-                return self.stop(step, tensors, metrics)
+                return self.stop(step, metrics)
         done: list[str] = []
         if step < total:
             self.note(f"step {step}: nothing better since step {self.best.step}; the run ends here")
             done = self.due(step)
             # A run that is started again has this checkpoint.
             if step > first:
-                self.save(step, tensors)
+                self.save(step)
         # The last checkpoint is being written meanwhile.
         metrics |= self.judge_all(["val", "test", *self.calendar.evals], step, without=done)
         self.judged.draw()
@@ -349,6 +349,9 @@ class Loop:
 
     def keep_best(self, step: int, metrics: Mapping[str, float]) -> None:
         """Starts to write the state beside the newest ones if it is the best so far."""
+        # A step that went wrong since the last log left the weights as they were before it: they
+        # may be the best, but whoever began with their state would end at once.
+        self._check_finite()
         if self.best.is_better(step, metrics):
             self.note(f"step {step}: the best so far, kept in the folder {BEST} of the run")
             with self.meter.pause("saving"), self.starts.spending.on("saving"):
@@ -391,8 +394,14 @@ class Loop:
         self.note(f"step {step}: {split} {text} on {metrics['examples']:.0f} examples")
         return {f"{split}_{k}": v for k, v in metrics.items()}
 
-    def save(self, step: int, tensors: Mapping[str, tf.Tensor]) -> None:
-        """Starts to write a checkpoint (chief only), never of a state that went wrong."""
+    def save(self, step: int, tensors: Mapping[str, tf.Tensor] | None = None) -> None:
+        """Starts to write a checkpoint (chief only), never of a state that went wrong.
+
+        Args:
+          step: number of steps done.
+          tensors: of the last step, where nothing is to be saved if its update was skipped; None
+            for a run that ends here, which would lose what it did since the last checkpoint.
+        """
         if step == self.saved_step:
             return
         self.watchdog.progress(step, "the save")
@@ -400,7 +409,8 @@ class Loop:
         self._check_finite()
         # In float16 a run that diverges skips updates until its loss scale is down to 1, and then
         # ends. Its weights are not worth replacing an older, good checkpoint.
-        if not float(tensors.get("applied", 1.0)) and step < self.calendar.total:
+        applied = tensors is None or float(tensors.get("applied", 1.0))
+        if not applied and step < self.calendar.total:
             self.note(f"step {step}: not saved, its update was skipped (float16 overflow)")
             return
         with self.meter.pause("saving"), self.starts.spending.on("saving"):
@@ -475,12 +485,10 @@ class Loop:
         # as one of its processes has ended.
         all_hosts(self.strategy, 0)
 
-    def stop(
-        self, step: int, tensors: Mapping[str, tf.Tensor], metrics: dict[str, float]
-    ) -> dict[str, float]:
+    def stop(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Saves and ends early, after a signal."""
         self.starts.stopped(self.preemption.received)
-        self.save(step, tensors)
+        self.save(step)
         self.finish_saving(step)
         self.note(f"step {step}: stopped on request, saved; run the same command to go on")
         return {**metrics, "step": float(step), "preempted": 1.0}

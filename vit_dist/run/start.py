@@ -53,8 +53,9 @@ def find_start(workdir: str, options: RunOptions) -> Start:
     """Finds and reads the checkpoint to begin with; touches no device.
 
     Raises:
-      ConfigError: resume_from or init_from names a place without a checkpoint, or the workdir's
-        checkpoint is of a run with another order of the data.
+      ConfigError: resume_from or init_from names a place without a checkpoint, resume_from one of
+        the last step or beyond, or the workdir's checkpoint is of a run with another order of the
+        data.
       DataError: there are checkpoints, and none is whole.
       StorageError: a checkpoint cannot be read at the moment.
     """
@@ -66,7 +67,15 @@ def find_start(workdir: str, options: RunOptions) -> Start:
         _check_order(found, options.record)
         return Start("resume", found, damaged=checkpointer.damaged)
     if options.resume_from:
-        return Start("resume_from", open_checkpoint(options.resume_from))
+        found = open_checkpoint(options.resume_from)
+        if found.step >= options.total_steps:
+            raise ConfigError(
+                f"nothing would be trained: config.resume_from={options.resume_from} is a "
+                f"checkpoint of step {found.step}, and the run has {options.total_steps} steps: "
+                "raise config.total_steps (or the unit that is set), or begin at step 0 with its "
+                "weights by config.init_from"
+            )
+        return Start("resume_from", found)
     if options.init_from:
         weights = options.evaluation.weights
         origin = open_origin(options.init_from, image_size=weights.image_size)

@@ -95,6 +95,7 @@ class Checkpointer:
     Args:
       workdir: folder of the run; checkpoints go into "checkpoints" in it.
       keep: how many of the newest whole checkpoints stay. Damaged ones do not count.
+      alone: whether a checkpoint that is whole replaces all others, also those of later steps.
       permit: called before each save; raises if this process may not save any more.
       damaged: names of folders that `newest` of another Checkpointer proved damaged.
     """
@@ -104,13 +105,14 @@ class Checkpointer:
         workdir: epath.PathLike,
         *,
         keep: int = 2,
+        alone: bool = False,
         permit: Callable[[], None] = lambda: None,
         damaged: Collection[str] = (),
     ):
         if keep < 1:
             raise ConfigError(f"keep_checkpoints must be 1 or more, got {keep}")
         self.folder, self.keep = expand(workdir) / FOLDER, keep
-        self._permit = permit
+        self._permit, self._alone = permit, alone
         # One thread: training goes on while a checkpoint is written, and two never overlap.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -194,15 +196,16 @@ class Checkpointer:
     def _prune(self, newest: int) -> None:
         """Removes whole checkpoints older than the newest `keep`, and damaged ones before `newest`.
 
-        Folders of later steps stay. A run that began again at an earlier checkpoint finds them;
-        each goes when the run has passed its step.
+        Folders of later steps stay unless a checkpoint is to be alone. A run that began again at
+        an earlier checkpoint finds them; each goes when the run has passed its step.
         """
         # From the newest to the oldest: `room` counts how many whole ones may still stay.
         room = self.keep
         for path in _folders(self.folder):
-            if int(path.name) > newest:
+            later = int(path.name) > newest
+            if later and not self._alone:
                 continue
-            if path.name not in self.damaged and _looks_whole(path):
+            if not later and path.name not in self.damaged and _looks_whole(path):
                 room -= 1
                 if room >= 0:
                     continue

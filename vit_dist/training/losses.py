@@ -79,12 +79,19 @@ def make_loss(
         # Half precision would round a loss near 0 away, and overflow in the sum over 21k classes.
         logits = tf.cast(logits, tf.float32)
         num_classes = logits.shape[-1]
-        # timm's order of operations: mixup (done by the step), then the threshold, then smoothing.
+        # timm's order of operations: mixup (done by the step), then smoothing, then the threshold.
         targets = as_distribution(labels, num_classes)
-        if threshold is not None:
-            targets = tf.cast(targets > threshold, tf.float32)
+        others = label_smoothing / num_classes
         if label_smoothing:
-            targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
+            targets = targets * (1 - label_smoothing) + others
+        if threshold is not None:
+            if others > threshold:
+                raise ConfigError(
+                    f"loss.label_smoothing={label_smoothing} gives each of {num_classes} classes "
+                    f"{others:.3g} of a label, more than loss.threshold={threshold}: every class "
+                    "would count as right; lower the one or raise the other"
+                )
+            targets = tf.cast(targets > threshold, tf.float32)
         each = LOSSES[name](targets, logits)
         return each / num_classes if reduction == "mean" else each
 

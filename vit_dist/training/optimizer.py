@@ -231,6 +231,8 @@ class OptimizerOptions:
             value = getattr(self, key)
             if value is not None and not 0 <= value < 1:
                 raise ConfigError(f"optimizer.{key} must be in [0, 1), got {value}")
+        if self.name == "lion" and self.beta_1 == 0:
+            raise ConfigError("optimizer.beta_1 must be above 0 for lion, got 0")
         for key in ("learning_rate", "weight_decay"):
             value = getattr(self, key)
             if not 0 <= value < math.inf:

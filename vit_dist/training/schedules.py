@@ -85,8 +85,12 @@ class Schedule:
         for key in ("start_factor", "end_factor", "drop"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"schedule.{key} must be in [0, 1], got {getattr(self, key)}")
-        if self.timescale_steps <= 0 or min(self.warmup_steps, self.cooldown_steps) < 0:
-            raise ConfigError("schedule: durations must not be negative")
+        if min(self.warmup_steps, self.cooldown_steps) < 0:
+            raise ConfigError("schedule: warmup and cooldown must not be negative")
+        if self.timescale_steps < 1:
+            raise ConfigError(
+                f"schedule.timescale must be 1 step or more, got {self.timescale_steps}"
+            )
         if not 0 <= self.learning_rate < math.inf:
             raise ConfigError(
                 "schedule: learning_rate must not be negative, nor infinite, got "

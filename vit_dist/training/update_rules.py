@@ -275,4 +275,25 @@ def _rms(x: tf.Tensor) -> tf.Tensor:
 
 
 class Muon(_Rule, keras.optimizers.Muon):
-    """Muon (Jordan et al. 2024) scaled as in arXiv 2502.16982; AdamW for all but matrices."""
+    """Muon (Jordan et al. 2024) scaled as in arXiv 2502.16982; AdamW for all but matrices.
+
+    Of Keras's are which variables are matrices, Newton and Schulz's iterations, and the scale. The
+    moments are ours: Keras computes with what is stored of them, which may be rounded, and adds
+    Adam's epsilon before the correction of v.
+    """
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor):
+        index = self._get_variable_index(variable)
+        m, v = self.momentums[index], self.adam_velocities[index]
+        if v is None:
+            trace = gradient + self.scalar(self.momentum) * _read(m)
+            m.assign(tf.cast(trace, m.dtype))
+            matrix = gradient + self.scalar(self.momentum) * trace  # Nesterov's
+            update = self.lr_adjust(self.zeropower_via_newtonschulz5(matrix, self.ns_steps))
+        else:
+            first = self.average(m, gradient, self.adam_beta_1)
+            second = self.average(v, tf.square(gradient), self.adam_beta_2)
+            second /= self.correction(self.adam_beta_2)
+            update = first / self.correction(self.adam_beta_1)
+            update /= tf.sqrt(second) + self.scalar(self.epsilon)
+        self.assign_sub(variable, learning_rate * update)
