@@ -8,7 +8,8 @@
 #   --port P               ... at ports P, P+1, ...; free ones by default
 #   --hosts LIST           all workers, HOST or HOST:PORT (2222); the same command on each machine starts its own
 #   --index I              ... worker I of LIST, counted from 0, where a machine does not know itself by its name there
-#   --gpus-per-worker K    worker i on this machine sees GPUs i*K to i*K+K-1; 0 hides all. Default: each sees all
+#   --gpus-per-worker K    worker i on this machine sees GPUs i*K to i*K+K-1, of the list CUDA_VISIBLE_DEVICES where that
+#                          is set; 0 hides all. Default: each sees all
 #   --logs DIR             where worker-I.log go (appended); WORKDIR/logs by default, runs/logs for gs://
 #   --grace S              seconds from SIGTERM to SIGKILL, time to save a checkpoint; 30 by default
 #   --max-restarts N       how often all start again without a newer checkpoint; 3 by default, 0: never

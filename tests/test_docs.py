@@ -277,4 +277,8 @@ def test_faults_are_shown_by_tests():
     for row in rows:
         fault, _, code, shown = row
         assert code in {"", "goes on", "0", "1", "2", "42", "130", "-9"}, fault
-        assert re.fullmatch(r"`tests/[\w/]+\.py::test_\w+`", shown), fault
+        path, name = re.fullmatch(r"`(tests/[\w/]+\.py)::(test_\w+)`", shown).groups()
+        body = re.search(rf"^def {name}\(.*?(?=^def |\Z)", (ROOT / path).read_text(), re.M | re.S)[
+            0
+        ]
+        assert set(re.findall(r"exit_code == (\d+)", body)) <= {code}, fault

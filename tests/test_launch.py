@@ -63,7 +63,8 @@ def test_ports_are_others_at_each_start(started):
     assert [t["task"]["index"] for t in first] == [0, 1, 2]
 
 
-def test_all_entries_of_this_machine_are_started_here(started):
+def test_all_entries_of_this_machine_are_started_here(started, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     workers = started("--hosts=192.0.2.1,localhost:5,127.0.0.1:6", "--gpus_per_worker=2")
     assert [w.name for w in workers] == ["worker 1", "worker 2"]
     assert [w.environment["CUDA_VISIBLE_DEVICES"] for w in workers] == ["0,1", "2,3"]
@@ -74,6 +75,30 @@ def test_all_entries_of_this_machine_are_started_here(started):
 def test_no_gpus(started):
     (worker,) = started("--workers=1", "--gpus_per_worker=0")
     assert worker.environment["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("4,5,6,7", ["4,5", "6,7"]), ("GPU-a, GPU-b,3,GPU-c,0", ["GPU-a,GPU-b", "3,GPU-c"])],
+)
+def test_workers_share_the_gpus_that_the_user_left_them(started, monkeypatch, given, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    workers = started("--workers=2", "--gpus_per_worker=2")
+    assert [w.environment["CUDA_VISIBLE_DEVICES"] for w in workers] == expected
+
+
+@pytest.mark.parametrize(("given", "left"), [("4,5,6", 3), ("4,5,-1,6", 2), ("-1", 0), ("", 0)])
+def test_too_few_gpus_for_the_workers(started, monkeypatch, given, left):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    with pytest.raises(ConfigError, match=f"takes 4 GPUs of .*='{given}' leaves {left}: "):
+        started("--workers=2", "--gpus_per_worker=2")
+
+
+@pytest.mark.parametrize("words", [(), ("--logs=~no.such.user/x/logs",)])
+def test_the_home_of_nobody_is_a_name(started, words):
+    """As the run itself takes it: vit_dist.paths.expand."""
+    (worker,) = started("--workers=1", *words, workdir="~no.such.user/x")
+    assert str(worker.log) == "~no.such.user/x/logs/worker-0.log"
 
 
 def test_one_process_knows_of_no_cluster(started):

@@ -111,9 +111,42 @@ def test_the_input_is_measured_and_scaled():
     assert ("--config.input.cache" in cores.note) == (cores.value > 1)
 
 
+def test_the_input_is_divided_by_the_cores_that_it_had(monkeypatch):
+    def cores(**changed):
+        rows = figures(plan(tiny.make(**changed), "cpu", input_seconds=0.1))
+        here = rows["input", "images per second here"]
+        found = here.value / rows["input", "images per second of a core here"].value
+        assert here.note == f"{found:.0f} cores of this machine"
+        return found
+
+    # Of a machine with more.
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 5})
+    assert cores(input__num_threads=None) == pytest.approx(3)
+    assert cores(input__num_threads=2) == pytest.approx(2)
+    assert cores(input__num_threads=16) == pytest.approx(3)
+
+
+def test_sharded_state_takes_time():
+    found = {
+        sharded: figures(
+            plan(config("S/16", optimizer__shard_state=sharded), "2x8xH100", network=400.0, **SIZE)
+        )
+        for sharded in (False, True)
+    }
+    name = ("time", "all-gather by itself")
+    gather = found[True][name].value
+    assert name not in found[False]
+    # Of the gradients an all-reduce sends all but a 16th part twice, an all-gather once.
+    assert gather == pytest.approx(found[True]["time", "all-reduce by itself"].value / 2)
+    steps = [found[sharded]["time", "step, expected"].value for sharded in (False, True)]
+    assert steps[1] - steps[0] == pytest.approx(gather)
+
+
 def test_a_host_keeps_batches_and_a_cache():
     base = {"batch_size": 1024, "input__cache": "decoded", "input__prefetch": 3}
-    rows = figures(plan(config("S/16", **base), "v5e-16", **SIZE))
+    hosts = {"target": "4x4xA100", "network": 400.0}
+    rows = figures(plan(config("S/16", **base), **hosts, **SIZE))
     # Four hosts; three batches ready, and two on their way.
     ready = 5 * 1024 / 4 * 224 * 224 * 3
     assert rows["host", "batches that are kept ready"].value * 1e9 == pytest.approx(ready)
@@ -127,7 +160,7 @@ def test_a_host_keeps_batches_and_a_cache():
     # The cache is read once; without it images are read all the time.
     assert ("host", "reads from storage") not in rows
     once = rows["host", "reads from storage, once"].value
-    rows = figures(plan(config("S/16", batch_size=1024), "v5e-16", **SIZE))
+    rows = figures(plan(config("S/16", batch_size=1024), **hosts, **SIZE))
     assert ("host", "cache") not in rows
     images = rows["time", "images per second, expected"].value / 4
     size = once * 1e9 / SIZE["num_examples"]
@@ -137,11 +170,37 @@ def test_a_host_keeps_batches_and_a_cache():
 @pytest.mark.exhaustive
 def test_a_cache_in_a_folder_is_no_memory(tmp_path):
     kept = {"input__cache": "raw", "input__cache_dir": str(tmp_path / "cache")}
-    rows = figures(plan(config("S/16", **kept), "v5e-16", **SIZE))
+    rows = figures(plan(config("S/16", **kept), "v5e-8", **SIZE))
     assert rows["host", "cache, on disk"].value > 1
     assert rows["host", "memory, all of these"].value < rows["host", "cache, on disk"].value
     # Planning makes nothing.
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input__cache": "raw"}, "cannot read .* from config.input.cache: that calls Python"),
+        ({"input__on_bad_example": "mask"}, "does not go with config.input.on_bad_example='mask'"),
+        ({"input__service": "a:1"}, "does not go with config.input.service"),
+        ({"optimizer__shard_state": True}, "shard_state"),
+    ],
+)
+def test_what_a_slice_of_hosts_refuses_is_refused(changed, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(config(batch_size=64, **changed), "v5e-16", **SIZE)
+
+
+def test_a_slice_of_hosts_is_told_nothing_that_it_refuses():
+    note = {}
+    for target in ("v5e-8", "v5e-16"):
+        found = plan(config(batch_size=64), target, input_seconds=0.1, host_cores=1, **SIZE)
+        note[target] = figures(found)["input", "cores that a host needs"].note
+    assert all(
+        "MORE THAN ITS 1: " in text and "smaller first side" in text for text in note.values()
+    )
+    assert "input.cache" in note["v5e-8"] and "input.service" in note["v5e-8"]
+    assert "config.input" not in note["v5e-16"]
 
 
 def test_a_cache_of_what_is_in_memory_is_refused():

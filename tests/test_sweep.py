@@ -68,6 +68,28 @@ def test_a_signal_stops_it_and_it_goes_on(tmp_path):
     assert [starts(folder / f"seed={i}") for i in (0, 3, 1)] == [1, 2, 1]
 
 
+def test_nohup_holds(monkeypatch, tmp_path):
+    heard = []
+    monkeypatch.setattr(Sweep, "_report", lambda self: 0)
+
+    def run(self, name):
+        # To this process itself: it would be handed on, and noted.
+        os.kill(os.getpid(), signal.SIGHUP)
+        heard.append(self._stopping)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        heard.append(self._stopping)
+        return 0, 0.0
+
+    monkeypatch.setattr(Sweep, "_one", run)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert Sweep(epath.Path(tmp_path), {"a": []}, [{}]).run() == 42
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == [False, True]
+
+
 def test_torn_records_of_a_sweep(tmp_path):
     (tmp_path / "sweep.json").write_bytes(b'{"a": ')
     with pytest.raises(DataError, match=r"sweep.json is damaged .*: remove it, and each run"):

@@ -20,10 +20,12 @@ from tests.support.tiny import (
     rows,
     without_evaluation,
 )
+from vit_dist.cluster.agreement import Meeting
 from vit_dist.config import defaults as config_lib
-from vit_dist.config.errors import ConfigError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.evaluate import evaluate
 from vit_dist.monitoring.curves import curve_of
+from vit_dist.storage.lock import LOCK_FILE, STALE_SECONDS
 from vit_dist.train import train
 from vit_dist.training.checkpoint import Checkpointer, open_checkpoint
 
@@ -239,3 +241,23 @@ def test_nothing_to_train_is_an_error(tmp_path, total):
     with pytest.raises(ConfigError, match=r"nothing would be trained: config\.total_.* is 0 steps"):
         train(make(**total), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_are_looked_for_once_the_chief_has_the_lock(monkeypatch, tmp_path):
+    """On all hosts: what an earlier chief still saves would be there for some of them alone."""
+    seen = []
+
+    class Met(Meeting):
+        def gather(self, value, *, chief_seconds=0.0):
+            assert chief_seconds == STALE_SECONDS
+            seen.append(("all have met", (tmp_path / LOCK_FILE).exists()))
+
+    def find_start(workdir, options):
+        seen.append("looked")
+        raise DataError("enough")
+
+    monkeypatch.setattr("vit_dist.train.meet", lambda *_, **__: Met(None, {}, timeout_seconds=1))
+    monkeypatch.setattr("vit_dist.train.find_start", find_start)
+    with pytest.raises(DataError, match="enough"):
+        train(make(), str(tmp_path))
+    assert seen == [("all have met", True), "looked"]

@@ -35,10 +35,9 @@ def main() -> int:
     host = FLAGS.host or socket.getfqdn()
     try:
         socket.getaddrinfo(host, FLAGS.port)
-    except OSError as error:
-        raise ConfigError(
-            f"--host {host!r} is no known name or address: {error.strerror}"
-        ) from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"--host {host!r} is no known name or address: {reason}") from error
     # The servers have threads of their own; the main thread only waits for a signal.
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,7 +13,9 @@ Exit codes: 0 done, 2 a mistake that a person has to mend, 42 asked to stop and 
 to go on), else that of the worker that failed first.
 """
 
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,7 +54,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("host_index", None, "the one of --hosts to start here, counted from 0", 0)
     flags.DEFINE_alias("index", "host_index")
     flags.DEFINE_integer("cpus", None, "one process with so many virtual devices on the CPU", 1)
-    flags.DEFINE_integer("gpus_per_worker", None, "0 hides all; unset: each worker sees all", 0)
+    flags.DEFINE_integer(
+        "gpus_per_worker",
+        None,
+        "each worker here sees the next ones, of CUDA_VISIBLE_DEVICES where that is set; 0 hides "
+        "all; unset: each worker sees all",
+        0,
+    )
     flags.DEFINE_string("logs", None, "folder of worker-I.log; WORKDIR/logs, for gs:// runs/logs")
     flags.DEFINE_float("grace", 30.0, "seconds from SIGTERM to SIGKILL, to save a checkpoint", 0)
     flags.DEFINE_integer("max_restarts", 3, "restarts without a newer checkpoint", 0)
@@ -126,7 +134,7 @@ def make_workers(train_flags: Sequence[str], workdir: str | None) -> list[Worker
     """What is to be started on this machine, as the flags say.
 
     Raises:
-      ConfigError: this machine is none of --hosts.
+      ConfigError: this machine is none of --hosts, or CUDA_VISIBLE_DEVICES names too few cards.
     """
     words = [FLAGS.program] if FLAGS.program.endswith(".py") else ["-m", FLAGS.program]
     command = (sys.executable, *words, *train_flags)
@@ -140,10 +148,8 @@ def make_workers(train_flags: Sequence[str], workdir: str | None) -> list[Worker
         environment: dict[str, str | None] = {
             "TF_CONFIG": json.dumps({"cluster": {"worker": addresses}, "task": task})
         }
-        count = FLAGS.gpus_per_worker
-        if count is not None:
-            gpus = range(place * count, (place + 1) * count)
-            environment[_GPUS] = ",".join(map(str, gpus)) or "-1"
+        if FLAGS.gpus_per_worker is not None:
+            environment[_GPUS] = _choose_gpus(FLAGS.gpus_per_worker, place, workers=len(own))
         workers.append(
             Worker(
                 name=f"worker {index}",
@@ -154,6 +160,23 @@ def make_workers(train_flags: Sequence[str], workdir: str | None) -> list[Worker
             )
         )
     return workers
+
+
+def _choose_gpus(count: int, place: int, *, workers: int) -> str:
+    """CUDA_VISIBLE_DEVICES of the worker that is the `place`-th of some on this machine."""
+    first, total = place * count, count * workers
+    cards = [str(i) for i in range(total)]
+    given = os.environ.get(_GPUS)
+    if given is not None:
+        # Numbers or UUIDs. CUDA takes "" and -1 for the end of the list.
+        names = (name.strip() for name in given.split(","))
+        cards = list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
+    if len(cards) < total:
+        raise ConfigError(
+            f"--gpus_per_worker={count} takes {total} GPUs of this machine, and "
+            f"{_GPUS}={given!r} leaves {len(cards)}: name more there, or unset it"
+        )
+    return ",".join(cards[first : first + count]) or "-1"
 
 
 def _make_alone(command: Sequence[str], train_flags: Sequence[str]) -> Worker:
@@ -224,10 +247,12 @@ def _check_flags(train_flags: Sequence[str]) -> None:
 
 def _choose_logs(workdir: str | None) -> Path:
     if FLAGS.logs is not None:
-        return Path(FLAGS.logs).expanduser()
+        return Path(os.path.expanduser(FLAGS.logs))
     if workdir is None or is_remote(workdir):
         return Path("runs/logs")
-    return Path(workdir).expanduser() / "logs"
+    # pathlib would raise for the home of a user that there is none of; the run takes the name as it
+    # stands.
+    return Path(os.path.expanduser(workdir)) / "logs"
 
 
 def newest_step(workdir: str | None) -> int | None:

@@ -43,6 +43,7 @@ from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.planning import Change, Planner, Row, rows_of
 from vit_dist.run.planning_host import host_rows, input_rows
 from vit_dist.run.proving import prove, topology_of
+from vit_dist.run.sources import check_slice
 from vit_dist.storage.files import write_output
 
 DOES_NOT_FIT = 1
@@ -162,6 +163,9 @@ def plan(
         # Before the input is measured: a target that no compiler knows is told at once.
         topology_of(machine)
     source, section = data.sources["train"], finalize(config).input
+    if machine.is_slice:
+        check_slice({"train": source}, section, cached=section.cache != "off")
+        check_slice({k: v for k, v in data.sources.items() if k != "train"}, section)
     planner = Planner(options, source.num_examples, machine)
     rows = rows_of(planner, price=price)
     rows += host_rows(

@@ -126,7 +126,9 @@ class Sweep:
 
     def run(self) -> int:
         """Runs what has not ended well yet; returns the exit code."""
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        # What is ignored stays so: SIGHUP under nohup, SIGINT in the background job of a script.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._pass_on) for number in heard}
         try:
             for number, name in enumerate(self._commands, 1):
                 if self._ended.get(name, {}).get("code") == 0:

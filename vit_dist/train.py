@@ -44,7 +44,7 @@ from vit_dist.run.options import Data, RunOptions
 from vit_dist.run.start import Start, check_data, find_start, restore_or_init
 from vit_dist.run.tpu_hosts import check_reading, tpu_hosts
 from vit_dist.storage.errors import check_bucket
-from vit_dist.storage.lock import WorkdirLock
+from vit_dist.storage.lock import STALE_SECONDS, WorkdirLock
 from vit_dist.training.checkpoint import Checkpointer
 
 # Shown until the first metrics are: for a large model this takes minutes.
@@ -108,7 +108,10 @@ def _train(
         tpu_hosts(devices, preemption.note) as tpu_slice,
         WorkdirLock(workdir, active=meeting.index == 0) as lock,
     ):
-        # After the lock: only now is it certain that an earlier start writes no more checkpoints.
+        # No host looks for a checkpoint before the chief has the lock: only then is it certain that
+        # an earlier start writes no more of them, and all hosts find the same one. The chief may
+        # first have to see whether an earlier chief's lock still beats.
+        meeting.gather("the chief has the lock", chief_seconds=STALE_SECONDS)
         with starts.spending.on("restoring"):
             start = find_start(workdir, options)
         check_data(start, data)

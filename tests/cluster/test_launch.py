@@ -68,7 +68,8 @@ def test_local_command(args, line):
     assert shown == line
 
 
-def test_workers_on_one_machine():
+def test_workers_on_one_machine(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     hosts = ["localhost:5000", "localhost:5001"]
     args = ("--workers", 2, "--port", 5000, "--gpus-per-worker=2", *FLAGS)
     assert dry_run("workers.sh", *args) == [

@@ -272,6 +272,47 @@ def test_a_host_that_is_gone_without_a_word():
     assert f"worker 1 ({workers[1]}) is gone without a word" in str(outcome[0])
 
 
+def test_a_chief_that_may_be_late():
+    """It answers when the other's own limit has passed, as a lock takes its time."""
+    workers, waits, lost = free_addresses(2), threading.Event(), threading.Event()
+
+    def one(index):
+        with meet(cluster_of(workers, index), timeout_seconds=60) as meeting:
+            if index == 0:
+                assert waits.wait(60)
+                assert meeting.gather("a", chief_seconds=60) == ["a", "b"]
+                assert lost.wait(60)
+                return
+            meeting._timeout_seconds = 0.0
+            waits.set()
+            assert meeting.gather("b", chief_seconds=60) == ["a", "b"]
+            try:
+                meeting.gather("b", chief_seconds=0.5)
+            finally:
+                lost.set()
+
+    outcome = in_threads(one, (0, 1))
+    assert outcome[0] is None and isinstance(outcome[1], HostLostError)
+    assert f"worker 0 ({workers[0]}) has said nothing for 0.5 s" in str(outcome[1])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_host_of_another_version(index):
+    """It asks first for something else than this one does."""
+    workers = free_addresses(2)
+
+    def one(i):
+        with meet(cluster_of(workers, i), timeout_seconds=60) as meeting:
+            if i == index:
+                meeting.gather("a")
+            else:
+                meeting.agree(SAME)
+
+    error = in_threads(one, range(2))[index]
+    assert isinstance(error, HostLostError)
+    assert "install the same versions on all hosts" in str(error)
+
+
 def test_a_host_that_says_nothing():
     workers = free_addresses(2)
     done = threading.Event()

@@ -12,6 +12,7 @@ from vit_dist.config.errors import ConfigError
     ("text", "addresses"),
     [
         ("a,b.c-d:5000", ["a:2222", "b.c-d:5000"]),
+        (f"a.b.,{'b' * 63}", ["a.b.:2222", f"{'b' * 63}:2222"]),
         (" a:1 , 10.0.0.2", ["a:1", "10.0.0.2:2222"]),
         (
             "fd00::1,[fd00::2]:5000,[fd00::3]",
@@ -31,6 +32,9 @@ def test_hosts_get_a_port(text, addresses):
         ("a:70000", "'a:70000' is no address"),
         ("a b", "'a b:2222' is no address"),
         ("http://a", "is no address"),
+        ("a..b", "'a..b:2222' is no address"),
+        (".a:1", "'.a:1' is no address"),
+        (f"a,{'b' * 64}.c", "1 to 63 characters"),
         ("a,b,a:2222", "several hosts have the address a:2222"),
     ],
 )

@@ -56,6 +56,14 @@ def names_that_do_not_resolve(monkeypatch):
 SHOWN = "NodeName={} Arch=x86_64 CPUAlloc=0 NodeAddr={} NodeHostName=x Version=22.05\n"
 
 
+@pytest.mark.parametrize("node", ["gpu..01", "g" * 64])
+def test_nodes_whose_names_cannot_be(monkeypatch, node):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: host.encode("idna"))
+    monkeypatch.setattr(slurm, "_output", lambda *command: "")
+    with pytest.raises(ConfigError, match=r"the cluster that Slurm gives cannot be: .* no address"):
+        find_cluster({**SLURM, "SLURM_JOB_NODELIST": f"{node},gpu02"})
+
+
 def test_names_that_only_slurm_knows(monkeypatch, names_that_do_not_resolve):
     asked = []
 

@@ -373,8 +373,9 @@ def test_it_needs_no_tensorflow():
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=make_env(), check=True)
 
 
-def test_what_dry_run_prints_is_what_is_started(tmp_path):
+def test_what_dry_run_prints_is_what_is_started(monkeypatch, tmp_path):
     """Each line, pasted into a shell in another folder, does what the supervisor would."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"

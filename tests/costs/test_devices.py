@@ -30,7 +30,26 @@ NAMES = {
     "NVIDIA GeForce RTX 5090": "RTX 5090",
 }
 # Cards of nearly the same name, with other numbers.
-OTHERS = ("NVIDIA L40S", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 NVL", "NVIDIA T400", "")
+OTHERS = (
+    "NVIDIA L40S",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA H100 NVL",
+    "NVIDIA H200 NVL",
+    "NVIDIA T400",
+    "NVIDIA A100X",
+    "NVIDIA A100-SXM-64GB",
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "NVIDIA A100-SXM4-80GB MIG 7g.80gb",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    "NVIDIA H100 PCIe MIG 1g.10gb",
+    "NVIDIA H200 MIG 1g.18gb",
+    "NVIDIA B200 MIG 1g.23gb",
+    "Tesla V100-PCIE-16GB",
+    "Tesla V100-PCIE-32GB",
+    "Tesla V100S-PCIE-32GB",
+    "Tesla V100-FHHL-16GB",
+    "",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +104,7 @@ def test_mistakes_in_the_file(tmp_path, text, message):
         read_devices(str(tmp_path / "d.json"))
 
 
-def test_a_file_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("path", ["no/d.json", "~no.such.user/d.json"])
+def test_a_file_that_is_not_there(path):
     with pytest.raises(ConfigError, match=r"config\.monitor\.device_file .* cannot be read"):
-        read_devices(str(tmp_path / "d.json"))
+        read_devices(path)

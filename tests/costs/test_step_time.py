@@ -57,6 +57,24 @@ def test_an_all_reduce_is_a_ring():
     assert times(machine())[0].all_reduce == 0
 
 
+@pytest.mark.parametrize("sent_as", ["float32", "bfloat16"])
+def test_sharded_state_gathers_the_weights(sent_as):
+    def found(count, shard_state):
+        config = network()
+        state = count_state(config, OptimizerOptions(), ema=False)
+        options = {"batch_size": 8, "precision": "float32", "sent_as": sent_as}
+        target = machine(count=count)
+        return step_time(config, state, target, shard_state=shard_state, **options), state
+
+    whole, state = found(4, False)
+    sharded, _ = found(4, True)
+    # Each of 4 sends 3 / 4 of the float32 weights by half of 2 GB/s.
+    assert sharded.all_gather == pytest.approx(0.75 * 4 * state.trained_parameters / 1e9)
+    assert whole.all_gather == 0 and sharded.all_reduce == whole.all_reduce
+    assert sharded.expected - whole.expected == pytest.approx(sharded.all_gather)
+    assert found(1, True)[0].all_gather == 0
+
+
 @pytest.mark.parametrize(
     ("slow", "binds"),
     [("float32", "operations"), ("bandwidth", "memory traffic"), ("link", "all-reduce")],

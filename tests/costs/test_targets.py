@@ -3,6 +3,7 @@
 import pytest
 
 from vit_dist.config.errors import ConfigError
+from vit_dist.costs.devices import DEVICES, Device
 from vit_dist.costs.targets import EXAMPLES, parse_target
 
 # name -> row of the table, kind, devices, hosts; as Google's and NVIDIA's pages have them.
@@ -22,6 +23,16 @@ MACHINES = {
     "h200": ("H200", "GPU", 1, 1),
     "1xRTX4090": ("RTX 4090", "GPU", 1, 1),
     "2xRTX 3090": ("RTX 3090", "GPU", 2, 1),
+    "A100:8": ("A100 40 GB", "GPU", 8, 1),
+    "A100-80GB:8": ("A100 80 GB", "GPU", 8, 1),
+    "8 x H100": ("H100", "GPU", 8, 1),
+    "2 x 8 x H100": ("H100", "GPU", 16, 2),
+    "8xNVIDIA H100 80GB HBM3": ("H100", "GPU", 8, 1),
+    "8xH100-SXM5": ("H100", "GPU", 8, 1),
+    "4xH100 PCIe": ("H100 PCIe", "GPU", 4, 1),
+    "8xTesla V100-SXM2-32GB": ("V100 32 GB", "GPU", 8, 1),
+    "GeForce RTX 4090": ("RTX 4090", "GPU", 1, 1),
+    "T4:4": ("T4", "GPU", 4, 1),
 }
 
 
@@ -48,6 +59,21 @@ def test_a_cpu_is_measured_and_shared():
         "2x2xcpu",
         "2x2x2xH100",
         "9xH10",
+        "8xA100:8",
+        "A100:0",
+        "A100:",
+        "H100x8",
+        "8*H100",
+        "8 H100",
+        "DGX H100",
+        "8xh100,8xa100",
+        "8xh100,8xa100-80GB",
+        "8xA100-16GB",
+        "8xT4-80GB",
+        "8xH100 NVL",
+        "A100:8-80GB",
+        "H100 8x",
+        "8xH100\nH100",
         "v5e-3",
         "v5e-12x",
         "v4-4",
@@ -58,6 +84,19 @@ def test_a_cpu_is_measured_and_shared():
 def test_what_cannot_be(name):
     with pytest.raises(ConfigError, match="--target"):
         parse_target(name)
+
+
+def test_cards_of_a_file_are_named_by_their_regex():
+    own = Device("Mine", "my card( 2)?", 12, None, None, 6)
+    better = Device("Better", "a100", 140, None, None, 6)
+    devices = (*DEVICES, own, better)
+    for name in ("8xmy card", "8xMy Card 2", "my card:8"):
+        assert parse_target(name, devices)[2:4] == (own, 8)
+    for name in ("8xA100", "8xA100-80GB"):
+        assert parse_target(name, devices).device == better
+    for name in ("my cardx8", "my card 3", "A100x8"):
+        with pytest.raises(ConfigError, match=r"--target.* is unknown"):
+            parse_target(name, devices)
 
 
 def test_a_ring_over_hosts_is_as_fast_as_their_network():

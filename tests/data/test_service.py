@@ -351,10 +351,11 @@ def test_a_port_in_use(services, tmp_path):
     assert code == 1 and "error: Address already in use" in text
 
 
-def test_a_host_that_has_no_address(tmp_path):
-    command = ("vit_dist.data_service", "--host=no.such.host.invalid")
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "no..host"])
+def test_a_host_that_has_no_address(host, tmp_path):
+    command = ("vit_dist.data_service", f"--host={host}")
     code, text = processes.call(processes.main, *command, log=tmp_path / "log")
-    assert code == 2 and "'no.such.host.invalid' is no known name" in text
+    assert code == 2 and f"{host!r} is no known name" in text
 
 
 def test_sigterm_ends_a_service(one):

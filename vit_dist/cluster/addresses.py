@@ -21,6 +21,14 @@ def address_problem(workers: Sequence[str]) -> str | None:
                 f"{worker!r} is no address, which is host:port: host1:2222, 10.0.0.1:2222 or, for "
                 "IPv6, [fd00::1]:2222"
             )
+        try:
+            # As Python does before it asks for a name, with a UnicodeError of its own.
+            split_address(worker)[0].encode("idna")
+        except UnicodeError:
+            return (
+                f"{worker!r} is no address: between the dots of a name are 1 to 63 characters, "
+                "letters, digits and hyphens"
+            )
     twice = sorted({worker for worker in workers if workers.count(worker) > 1})
     return f"several hosts have the address {twice[0]}" if twice else None
 

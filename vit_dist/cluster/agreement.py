@@ -88,23 +88,33 @@ class Meeting:
         elif self.lines:
             self._judge(flat, digest)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, *, chief_seconds: float = 0.0) -> list[Any]:
         """What each host gives, by its number; returns, with the same list, once all have called.
 
         Args:
           value: what JSON can hold.
+          chief_seconds: how much later than the others the chief may call, beside their
+            `timeout_seconds`.
 
         Raises:
-          HostLostError: another host has left, or has said nothing for `timeout_seconds`.
+          ConfigError: another host has left with a ConfigError.
+          HostLostError: another host has left for another reason, has said nothing for
+            `timeout_seconds`, or asks for something else, as one with another version may.
         """
         if not self.lines:
             return [value]
         deadline = time.monotonic() + self._timeout_seconds
         if self.index:
+            deadline += chief_seconds
             self._send(0, {"mine": value}, deadline)
-            answer = self._receive_from([0], deadline)[0]
+            answer = self._receive_from([0], deadline, more_seconds=chief_seconds)[0]
+            if "all" not in answer:
+                raise self._other_version(0, answer)
             return answer["all"]
         answers = self._receive_from(self.lines, deadline)
+        for i, answer in sorted(answers.items()):
+            if "mine" not in answer:
+                raise self._other_version(i, answer)
         # All hosts but the chief have answered, so these are hosts 1, 2, ... without a gap.
         values = [value, *(answers[i]["mine"] for i in sorted(answers))]
         for i in self.lines:
@@ -169,8 +179,13 @@ class Meeting:
         except OSError as error:
             raise self._lost(index, error) from None
 
-    def _receive_from(self, indices: Iterable[int], deadline: float) -> dict[int, Message]:
-        """Receives one message from each host, in whichever order they come."""
+    def _receive_from(
+        self, indices: Iterable[int], deadline: float, *, more_seconds: float = 0.0
+    ) -> dict[int, Message]:
+        """Receives one message from each host, in whichever order they come.
+
+        `more_seconds` is what the deadline allows beside `timeout_seconds`, for the message.
+        """
         found: dict[int, Message] = {}
         indices = list(indices)
         while missing := [i for i in indices if i not in found]:
@@ -189,11 +204,17 @@ class Meeting:
                 if missing:
                     wait_for([self.lines[i] for i in missing], deadline=deadline)
             except TimeoutError as error:
-                raise self._lost(missing[0], error) from None
+                raise self._lost(missing[0], error, more_seconds) from None
         return found
 
-    def _lost(self, index: int, error: OSError) -> HostLostError:
-        seconds = self._timeout_seconds
+    def _other_version(self, index: int, answer: Message) -> HostLostError:
+        return HostLostError(
+            f"{self.name(index)} answered {answer}, which was not asked for: install the same "
+            "versions on all hosts"
+        )
+
+    def _lost(self, index: int, error: OSError, more_seconds: float = 0.0) -> HostLostError:
+        seconds = self._timeout_seconds + more_seconds
         late = isinstance(error, TimeoutError)
         what = f"has said nothing for {seconds:g} s" if late else "is gone without a word"
         return HostLostError(

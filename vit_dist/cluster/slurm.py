@@ -195,7 +195,7 @@ def _find_addresses(nodes: tuple[str, ...]) -> dict[str, str]:
 def _resolves(name: str) -> bool:
     try:
         socket.getaddrinfo(name, None)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for what cannot be a name: address_problem says it
         return False
     return True
 

@@ -5,6 +5,7 @@ matrices), at the boost clock. A card that is cooled or fed worse reaches less.
 """
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -60,28 +61,37 @@ _TPU = "https://docs.cloud.google.com/tpu/docs/"
 _NVIDIA = "https://www.nvidia.com/content/dam/en-zz/Solutions/"
 _AMPERE = "NVIDIA A100 datasheet, " + _NVIDIA + "Data-Center/a100/pdf/"
 _VOLTA = "NVIDIA V100 datasheet, the SXM2 card"
+# Cards for PCI Express compute less.
+_SXM = "v100(?!.*(?:pcie|fhhl))"
+_H200, _B200 = "NVIDIA H200 datasheet", "NVIDIA DGX B200 datasheet"
 _HOPPER = "NVIDIA H100 datasheet; sparse numbers halved"
 _GEFORCE = "NVIDIA's white paper of the architecture, appendix; 16 bits with float32 sums"
 
+
+def _card(name: str, gigabytes: int) -> str:
+    """A regex of names of a whole card: no NVL, no MIG slice, and no other size of memory."""
+    return rf"^(?!.*(?:nvl|\bmig\b|\b(?!{gigabytes} ?gb)\d+ ?gb)).*\b{name}\b"
+
+
 # TFLOP/s of bfloat16, float16, TF32, float32; then GB, GB/s, GB/s. Where a maker sells other cards
-# by nearly the same name (L40, RTX 4090 Laptop, H100 NVL), the regex leaves them out: no MFU is
-# better than a wrong one.
+# by nearly the same name (L40, RTX 4090 Laptop, H100 NVL, V100 for PCI Express), the regex leaves
+# them out: no MFU is better than a wrong one.
 DEVICES: tuple[Device, ...] = (
     Device("TPU v4", r"tpu.*v4", 275, None, None, 275, 34.4, 1228, 600, _TPU + "v4"),
     Device("TPU v5e", r"tpu.*v5(e|.?lite)", 197, None, None, 197, 17.2, 819, 400, _TPU + "v5e"),
     Device("TPU v5p", r"tpu.*v5p", 459, None, None, 459, 102, 2765, 1200, _TPU + "v5p"),
     Device("TPU v6e", r"tpu.*v6", 918, None, None, 918, 34.4, 1638, 800, _TPU + "v6e"),
-    Device("A100 40 GB", r"\ba100", 312, 312, 156, 19.5, 42.9, 1555, 600, _AMPERE),
-    Device("A100 80 GB", r"\ba100.*80gb", 312, 312, 156, 19.5, 85.9, 2039, 600, _AMPERE),
-    Device("H100", r"\bh100(?!.*nvl)", 989.4, 989.4, 494.7, 66.9, 85.9, 3350, 900, _HOPPER),
-    Device("H100 PCIe", r"\bh100.*pcie", 756, 756, 378, 51.2, 85.9, 2039, 600, _HOPPER),
-    Device("H200", r"\bh200", 989.4, 989.4, 494.7, 66.9, 151, 4800, 900, "NVIDIA H200 datasheet"),
-    Device("B200", r"\bb200", 2250, 2250, 1125, 75, 193, 8000, 1800, "NVIDIA DGX B200 datasheet"),
-    Device("L4", r"\bl4\b", 121, 121, 60, 30.3, 25.8, 300, 64, "NVIDIA L4 datasheet"),
+    Device("A100 40 GB", _card("a100", 40), 312, 312, 156, 19.5, 42.9, 1555, 600, _AMPERE),
+    Device("A100 80 GB", _card("a100.*80gb", 80), 312, 312, 156, 19.5, 85.9, 2039, 600, _AMPERE),
+    Device("H100", _card("h100", 80), 989.4, 989.4, 494.7, 66.9, 85.9, 3350, 900, _HOPPER),
+    Device("H100 PCIe", _card("h100.*pcie", 80), 756, 756, 378, 51.2, 85.9, 2039, 600, _HOPPER),
+    Device("H200", _card("h200", 141), 989.4, 989.4, 494.7, 66.9, 151, 4800, 900, _H200),
+    Device("B200", _card("b200", 180), 2250, 2250, 1125, 75, 193, 8000, 1800, _B200),
+    Device("L4", _card("l4", 24), 121, 121, 60, 30.3, 25.8, 300, 64, "NVIDIA L4 datasheet"),
     # No bfloat16 before Ampere: TensorFlow computes it in float32 there.
-    Device("T4", r"\bt4\b", None, 65, None, 8.1, 17.2, 320, 32, "NVIDIA T4 datasheet"),
-    Device("V100 16 GB", r"\bv100", None, 125, None, 15.7, 17.2, 900, 300, _VOLTA),
-    Device("V100 32 GB", r"\bv100.*32gb", None, 125, None, 15.7, 34.4, 900, 300, _VOLTA),
+    Device("T4", _card("t4", 16), None, 65, None, 8.1, 17.2, 320, 32, "NVIDIA T4 datasheet"),
+    Device("V100 16 GB", _card(_SXM, 16), None, 125, None, 15.7, 17.2, 900, 300, _VOLTA),
+    Device("V100 32 GB", _card(_SXM + ".*32gb", 32), None, 125, None, 15.7, 34.4, 900, 300, _VOLTA),
     Device("RTX 3090", r"rtx 3090$", 71, 71, 35.6, 35.6, 25.8, 936, 64, _GEFORCE),
     Device("RTX 4090", r"rtx 4090$", 165.2, 165.2, 82.6, 82.6, 25.8, 1008, 64, _GEFORCE),
     Device("RTX 5090", r"rtx 5090$", 209.5, 209.5, 104.8, 104.8, 34.2, 1792, 128, _GEFORCE),
@@ -109,7 +119,8 @@ def read_devices(path: str) -> tuple[Device, ...]:
       ConfigError: the file cannot be read, or is something else.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        # Not by pathlib, which would raise for the home of a user that there is none of.
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config.monitor.device_file {path} cannot be read: {error}") from None
     try:

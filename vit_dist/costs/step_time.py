@@ -69,6 +69,7 @@ class StepTime(NamedTuple):
       least_traffic: its memory's traffic, were each activation moved as seldom as can be.
       operations, passes: what is to be expected of matrix products and of all else, see the module.
       all_reduce: the sum of gradients over all devices, were nothing else computed meanwhile.
+      all_gather: of the new weights, which each device has a part of where the state is sharded.
     """
 
     compute: float
@@ -76,16 +77,18 @@ class StepTime(NamedTuple):
     operations: float
     passes: float
     all_reduce: float
+    all_gather: float
 
     @property
     def floor(self) -> float:
         """Nothing can be faster."""
-        return max(self.compute, self.least_traffic, self.all_reduce)
+        return max(self.compute, self.least_traffic, self.all_reduce + self.all_gather)
 
     @property
     def expected(self) -> float:
         """As programs of this kind of device were seen to run."""
-        return max(self.floor, self.operations + self.passes + self.all_reduce)
+        links = self.all_reduce + self.all_gather
+        return max(self.floor, self.operations + self.passes + links)
 
     @property
     def binds(self) -> str:
@@ -94,6 +97,7 @@ class StepTime(NamedTuple):
             "operations": self.operations,
             "memory traffic": self.passes,
             "all-reduce": self.all_reduce,
+            "all-gather": self.all_gather,
         }
         return max(parts, key=parts.__getitem__)
 
@@ -107,6 +111,7 @@ def step_time(
     precision: str,
     accumulation: int = 1,
     sent_as: str = "float32",
+    shard_state: bool = False,
 ) -> StepTime | None:
     """The time of a step whose device has `batch_size` images; None if the table lacks a number.
 
@@ -116,6 +121,7 @@ def step_time(
       precision: of activations.
       accumulation: micro-batches that the images come in, one after the other.
       sent_as: dtype in which gradients travel, "float32" or "bfloat16".
+      shard_state: ZeRO-1, see training.sharding.
     """
     device = target.device
     peak = device.peak(precision)
@@ -143,13 +149,16 @@ def step_time(
         again = max(again, attention * by_attention)
     moved = kept * by_kept + attention * by_attention + again / 3
     moved += rule.parameters * state.gradients + rule.state * update
-    all_reduce = 0.0
+    all_reduce = all_gather = 0.0
     if target.num_devices > 1 and target.link:
         # A ring sends and receives 2 (n - 1) / n of the gradients. Over several hosts as well: with
         # one ring for each card of a host they share its network, and each has its part of them.
         share = 2 * (target.num_devices - 1) / target.num_devices
         sent = state.gradients / (2 if sent_as == "bfloat16" else 1)
         all_reduce = share * sent / (target.link * 1e9)
+        if shard_state:
+            # The weights that train, as large as gradients in float32, and by the links once.
+            all_gather = share / 2 * state.gradients / (target.link * 1e9)
     bandwidth = device.bandwidth * 1e9
     return StepTime(
         compute=flops / peak,
@@ -157,6 +166,7 @@ def step_time(
         operations=rule.operations * flops / peak,
         passes=moved / bandwidth,
         all_reduce=all_reduce,
+        all_gather=all_gather,
     )
 
 

@@ -15,6 +15,14 @@ _TWO_CORES = ("v4", "v5p")
 # Chips of one host: of v5e and v6e up to eight are one machine, larger slices have hosts of four.
 _CHIPS_OF_HOST, _CHIPS_OF_ONE_HOST = 4, 8
 _GB = 1e9
+# [HOSTS x] [COUNT x] CARD [:COUNT], the last as SkyPilot writes it.
+_CARDS = re.compile(
+    r"(?:(\d+) ?x ?(?=\d+ ?x))?(?:(\d+) ?x ?)?(.*?)(?::(\d+))?", re.IGNORECASE | re.DOTALL
+)
+# What may stand before a card's name, and behind it.
+_WORDS = re.compile(
+    r"^(?:(?:nvidia|tesla|geforce)[ -])+|(?:[ -](?:\d+ ?gb|pcie|sxm\d?|hbm\de?))+$", re.IGNORECASE
+)
 EXAMPLES = "v5e-8, v4-32, v6e-16, 8xA100-80GB, 8xH100, 2x8xH100, 1xRTX4090, cpu, 2xcpu"
 
 
@@ -39,6 +47,11 @@ class Target(NamedTuple):
     network: float | None = None
 
     @property
+    def is_slice(self) -> bool:
+        """Whether it is a TPU slice of several hosts, whose TensorFlow runs no Python."""
+        return self.kind == "TPU" and self.hosts > 1
+
+    @property
     def link(self) -> float | None:
         """GB/s in each direction between neighbours of a ring of all devices; None if unknown.
 
@@ -59,8 +72,8 @@ def parse_target(
 
     Args:
       text: a TPU slice as Google names it (v5e-8, v5litepod-8), or NxCARD (8xH100; one without a
-        number), or HOSTSxNxCARD (2x8xH100), or cpu: the processor of this machine, shared by N
-        replicas in Nxcpu.
+        number) or CARD:N, or HOSTSxNxCARD (2x8xH100), or cpu: the processor of this machine, shared
+        by N replicas in Nxcpu.
       devices: the table.
       network: of each of several hosts of cards, Gbit/s in each direction.
 
@@ -84,19 +97,33 @@ def _parse(text: str, devices: Sequence[Device]) -> Target:
     slice_ = re.fullmatch(r"(?:tpu[- ]?)?(v\d+[a-z]*)-(\d+)", text, re.IGNORECASE)
     if slice_:
         return _slice(text, slice_[1].lower(), int(slice_[2]), devices)
-    pattern = r"(?:(\d+)x(?=\d+x))?(?:(\d+)x)?(.*)"
-    several, number, name = re.fullmatch(pattern, text, re.IGNORECASE | re.DOTALL).groups()  # type: ignore[union-attr]
-    hosts, count = int(several or 1), int(number or 1)
+    several, before, name, behind = _CARDS.fullmatch(text).groups()  # type: ignore[union-attr]
+    if before and behind:
+        raise ConfigError(
+            f"--target={text!r} counts twice: give 8xH100 or H100:8, and 2x8xH100 for two machines"
+        )
+    hosts, count = int(several or 1), int(before or behind or 1)
     if not count or not hosts:
         raise ConfigError(f"--target={text!r} has no device; give such as {EXAMPLES}")
     if name.lower() == "cpu" and several is None:
         return Target(text, "CPU", _this_cpu(count), count, hosts=1)
     # Cards are written with and without the space of the table: RTX4090.
-    spaced = re.sub(r"(?i)\brtx[- ]?(?=\d)", "RTX ", name)
-    device = find_device(spaced, devices) if name else None
-    if device is None or device.name.startswith("TPU"):
+    name = re.sub(r"(?i)\brtx[- ]?(?=\d)", "RTX ", name)
+    device = find_device(name, devices) if name else None
+    if device is None or device.name.startswith("TPU") or not _is_named(device, name):
         raise ConfigError(_unknown(text, devices))
     return Target(text, "GPU", device, hosts * count, hosts)
+
+
+def _is_named(device: Device, name: str) -> bool:
+    """Whether `name` is a card's, with nothing else around it, such as a count in another form.
+
+    `find_device` searches, as drivers put words around a card's name.
+    """
+    bare = _WORDS.sub("", name)
+    if device in DEVICES:
+        return bare.lower() == _WORDS.sub("", device.name).lower()
+    return any(re.fullmatch(device.match, x, re.IGNORECASE) for x in (name, bare))
 
 
 def _slice(text: str, generation: str, number: int, devices: Sequence[Device]) -> Target:

@@ -248,6 +248,7 @@ class Planner:
             precision=choice.precision,
             accumulation=choice.accumulation,
             sent_as=self.options.step.all_reduce_dtype,
+            shard_state=choice.shard_state,
         )
 
     def _fastest_remat(self) -> str:
@@ -414,6 +415,10 @@ def _time_rows(planner: Planner, price: float | None) -> list[Row]:
     )
     rows += [Row("time", name, value * 1e3, "ms", "estimated") for name, value in parts]
     rows.append(_all_reduce_row(planner, time))
+    if time.all_gather:
+        note = "of the weights, for optimizer.shard_state"
+        name = "all-gather by itself"
+        rows.append(Row("time", name, time.all_gather * 1e3, "ms", "estimated", note))
     for name, seconds in (("floor", time.floor), ("expected", time.expected)):
         hours = seconds * options.total_steps / 3600
         note = f"bound by {time.binds}" if name == "expected" else "nothing can be faster"

@@ -99,11 +99,13 @@ def input_rows(
 
     Args:
       planner: of the training.
-      images_per_second: that this machine makes, on all its cores, without a cache.
+      images_per_second: that this process makes, with the config's threads, without a cache.
       cache: "off", "raw" or "decoded".
       host_cores: of the target; None if nobody tells.
     """
-    cores, time = os.cpu_count() or 1, planner.time()
+    # Of the machine's cores a container, taskset or Slurm may leave this process some.
+    cores, time = len(os.sched_getaffinity(0)), planner.time()
+    cores = min(planner.options.input.num_threads or cores, cores)
     note = f"{cores} cores of this machine"
     if cache != "off":
         note += f"; without {_CACHE}={cache}"
@@ -117,9 +119,12 @@ def input_rows(
         count = needed / (images_per_second / cores)
         note = "of this machine's kind, scaled"
         if host_cores is not None and count > host_cores:
-            helps = "a smaller first side (decode ops of docs/ops.md), or "
-            if cache != "decoded":
-                helps = f"--{_CACHE}=decoded, {helps}"
-            note = f"MORE THAN ITS {host_cores}: {helps}--config.input.service=HOST:PORT"
+            helps = ["a smaller first side (decode ops of docs/ops.md)"]
+            # A slice of several hosts has neither, as both run Python.
+            if not planner.target.is_slice:
+                if cache != "decoded":
+                    helps.insert(0, f"--{_CACHE}=decoded")
+                helps.append("or --config.input.service=HOST:PORT")
+            note = f"MORE THAN ITS {host_cores}: {', '.join(helps)}"
         rows.append(Row("input", "cores that a host needs", count, "", "estimated", note))
     return rows

@@ -89,7 +89,7 @@ def open_sources(
     if training and config.input.service:
         check_portable(sources["train"], config.input, "config.input.service")
     if find_slice(config.strategy.name, config.strategy.tpu):
-        _check_slice(sources, config)
+        check_slice(sources, config.input)
     check_classes(sources)
     return sources
 
@@ -107,11 +107,13 @@ def open_split(config: ConfigDict, data: ConfigDict, split: str) -> Source:
     """
     source = open_source(data.source, split=split, **_options(config, data))
     if find_slice(config.strategy.name, config.strategy.tpu):
-        _check_slice({split: source}, config)
+        check_slice({split: source}, config.input)
     return source
 
 
-def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
+def check_portable(
+    source: Source, section: ConfigDict, reader: str, *, cached: bool = False
+) -> None:
     """Checks that other processes than this one can make batches of a source.
 
     Python functions inside a pipeline run only in the process that made them, so a pipeline that is
@@ -121,6 +123,7 @@ def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
       source: the training split's.
       section: config.input.
       reader: what makes the batches there, such as "config.input.service" or "a TPU slice".
+      cached: whether the source is to be read from section.cache, and has not been wrapped in it.
 
     Raises:
       ConfigError: making the batches calls Python in this process; says which part does.
@@ -130,7 +133,7 @@ def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
             f"{reader} does not go with config.input.on_bad_example='mask', which calls Python in "
             "this process: set it to 'fail'"
         )
-    if not source.portable:
+    if cached or not source.portable:
         raise ConfigError(
             f"{reader} cannot read {source}"
             + (" from config.input.cache" if section.cache != "off" else "")
@@ -140,20 +143,27 @@ def check_portable(source: Source, section: ConfigDict, reader: str) -> None:
         )
 
 
-def _check_slice(sources: Mapping[str, Source], config: ConfigDict) -> None:
+def check_slice(
+    sources: Mapping[str, Source], section: ConfigDict, *, cached: bool = False
+) -> None:
     """Checks that the hosts of a TPU slice, whose TensorFlow runs no Python, can read all splits.
+
+    Args:
+      sources: of the splits.
+      section: config.input.
+      cached: see check_portable; for all of the splits.
 
     Raises:
       ConfigError: they cannot; says which part of the config calls Python, and what to take.
     """
     reader = "a TPU slice of several hosts"
-    if config.input.service:
+    if section.service:
         raise ConfigError(
             f"{reader} does not go with config.input.service, whose batches come by way of Python "
             "in this process: leave the service out, as each host of the slice reads its own part"
         )
     for source in sources.values():
-        check_portable(source, config.input, reader)
+        check_portable(source, section, reader, cached=cached)
 
 
 def _splits(config: ConfigDict, training: bool, splits: Sequence[str] | None) -> Sequence[str]:
