@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 from absl import logging
 
+from tests.support import processes
 from tests.support.networks import arrays_of, randomize
 from tests.support.tiny import make_folder, of_folder
 from vit_dist.config.errors import ConfigError
@@ -97,3 +98,15 @@ def test_positions_that_the_file_computes_are_not_drawn_anew(folder, tmp_path):
         evaluate(of_folder(folder, model__pool="tok"), str(path))
     fixed = of_folder(folder, model__pool="tok", model__posemb="sincos2d")
     assert evaluate(fixed, str(path))["val"]["examples"] == 16
+
+
+@pytest.mark.parametrize("key", ["architecture", "model_type"])
+def test_a_folder_of_another_system_tells_no_config(tmp_path, key):
+    """Its config.json is none of a run's of another version."""
+    (tmp_path / "config.json").write_text(json.dumps({key: "vit", "image_size": 8}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    code, text = processes.call(
+        processes.main, "vit_dist.evaluate", f"--checkpoint={tmp_path}", log=tmp_path / "log"
+    )
+    said = f"error: {tmp_path} holds weights of another system, which tell no config"
+    assert code == 2 and said in text and "give --config=FILE" in text, text

@@ -1,5 +1,6 @@
 """From a run to what others load: files, a SavedModel with preprocessing inside, predictions."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorflow as tf
+from absl import logging
 from PIL import Image
 
 from tests.support import flax_vit, processes
@@ -28,8 +30,10 @@ from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.predict import predict
 from vit_dist.run import origins
+from vit_dist.run.options import WeightsOptions
 from vit_dist.run.origins import open_origin
 from vit_dist.run.served import Served, load_model, open_served
+from vit_dist.run.start import fill
 from vit_dist.train import train
 
 
@@ -266,6 +270,75 @@ def test_what_a_file_does_not_tell_is_asked_for_by_the_command_at_hand(tmp_path)
         list(predict(path, [str(tmp_path)]))
 
 
+RGB = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A folder of timm's that tells all that the flags are for."""
+    folder = tmp_path_factory.mktemp("told") / "timm"
+    model = tiny_vit(pool="tok", num_classes=3)
+    write_pretrained(folder, "timm", arrays_of(model), model.get_config(), **RGB)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"num_heads": 4}, r"says num_heads 2, and --num_heads 4: leave out"),
+        ({"gelu": "erf"}, "says gelu 'tanh', and --gelu 'erf': leave out"),
+        ({"mean": [0.5]}, r"says mean \[0.1, 0.2, 0.3\], and --mean \[0.5\]: leave out"),
+        ({"std": [0.4, 0.5, 0.7]}, r"says std \[0.4, 0.5, 0.6\], and --std \[0.4, 0.5, 0.7\]"),
+        (
+            {"std": [0.0]},
+            r"--std is one number above 0, or one for each of 3 channels; got \[0.0\]",
+        ),
+        (
+            {"mean": [0.5, 0.5]},
+            r"--mean is one number, or one for each of 3 channels; got \[0.5, 0",
+        ),
+        ({"mean": [float("nan")]}, "--mean is one number, or"),
+    ],
+)
+def test_what_a_file_tells_is_not_told_otherwise(told, tmp_path, flags, said):
+    with pytest.raises(ConfigError, match=said):
+        export(str(told), "timm", str(tmp_path / "out"), **flags)
+    assert not (tmp_path / "out").exists()
+    # What agrees is taken.
+    export(str(told), "timm", str(tmp_path / "out"), num_heads=2, gelu="tanh", **RGB)
+    assert open_origin(str(tmp_path / "out")).std == RGB["std"]
+
+
+def test_what_a_run_tells_is_not_told_otherwise(run, tmp_path):
+    output = str(tmp_path / "out")
+    for flags, said in (
+        ({"mean": [0.4]}, r"says mean \[0.5, 0.5, 0.5\], and --mean \[0.4\]"),
+        ({"num_heads": 4}, r"says num_heads \d, and --num_heads 4"),
+        ({"init_image_size": (16, 16)}, r"says init_image_size \(8, 8\), and --init_image_size"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            export(str(run), "timm", output, **flags)
+    export(str(run), "timm", output, mean=[0.5], std=[0.5], init_image_size=(8, 8))
+
+
+def test_a_file_may_tell_a_mean_and_no_std(told, tmp_path):
+    """It is asked for what is missing, and takes it."""
+    folder = tmp_path / "timm"
+    shutil.copytree(told, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["pretrained_cfg"]["std"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"how images are scaled.* Say --std=\.\.\.$"):
+        export(str(folder), "timm", str(tmp_path / "out"))
+    export(str(folder), "timm", str(tmp_path / "out"), std=[0.2])
+    again = open_origin(str(tmp_path / "out"))
+    assert again.mean == RGB["mean"] and again.std == [0.2, 0.2, 0.2]
+    config["pretrained_cfg"]["std"] = 0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json has std=0, which cannot be"):
+        open_origin(str(folder))
+
+
 @pytest.fixture(scope="module")
 def judged(run, folder):
     """What evaluate says of the run itself."""
@@ -293,6 +366,45 @@ def test_at_another_size(run, tmp_path):
     path = tmp_path / "weights.npz"
     export(str(run), "npz", str(path), image_size=(12, 16), method="bicubic")
     assert open_origin(str(path), image_size=(12, 16)).tensors["pos_embedding"].shape[1] == 13
+
+
+def test_a_size_that_the_run_cannot_cut_out_is_refused(folder, tmp_path):
+    """As evaluate refuses it; the SavedModel would take no image."""
+    ops = f"decode|resize_small(10)|central_crop(size)|{SCALED}"
+    config = of_folder(folder, total_steps=1, input__eval_ops=ops, input__train_ops=ops)
+    train(config, str(tmp_path / "run"))
+    output = tmp_path / "saved"
+    with pytest.raises(
+        ConfigError, match=r"crop\(size\)' cannot cut .* a smaller --image_size, or"
+    ):
+        export(str(tmp_path / "run"), "savedmodel", str(output), image_size=12)
+    assert not output.exists()
+    export(str(tmp_path / "run"), "keras", str(tmp_path / "out.keras"), image_size=12)
+
+
+def test_a_size_that_the_pipe_does_not_give_is_refused():
+    """A pipe with a number of its own, for a model that is exported at another size."""
+    pipe = parse(f"decode|resize(8)|{SCALED}", size=(16, 8), num_classes=3)
+    with pytest.raises(ConfigError, match=r"takes images of \(16, 8, 3\), .* gives \(8, 8, 3\)"):
+        Served(tiny_vit(num_classes=3), pipe)
+
+
+@pytest.mark.parametrize("system", ["npz", "timm", "huggingface"])
+def test_fixed_positions_are_those_of_the_size_that_is_written(tmp_path, system):
+    """Where they are held as a table, too: the logits are those of the network that computes it."""
+    model = tiny_vit(pool="tok", posemb="sincos2d", num_classes=3, norm_epsilon=1e-6)
+    path, output = str(tmp_path / "a.npz"), tmp_path / ("b.npz" if system == "npz" else "b")
+    write_pretrained(
+        Path(path), "big_vision", arrays_of(model), model.get_config(), mean=[0.5], std=[0.5]
+    )
+    sized = {"init_image_size": model.image_size, "num_heads": 2, "image_size": (24, 16)}
+    for format, file in ((system, output), ("keras", tmp_path / "c.keras")):
+        export(path, format, str(file), **sized)
+    told = {"image_size": (24, 16)} if system == "npz" else {}
+    written = load_model(open_origin(str(output), **told), num_heads=2)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
+    expected = keras.models.load_model(tmp_path / "c.keras")(images)
+    np.testing.assert_allclose(written(images), expected, atol=1e-5)
 
 
 def test_fine_tuning_begins_with_a_file(tmp_path, capsys):
@@ -354,6 +466,85 @@ def test_a_folder_of_hugging_face_tells_its_scaling(tmp_path, folder):
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="does not tell how images are scaled"):
         export(str(tmp_path), "savedmodel", str(tmp_path / "out"))
+
+
+def test_a_folder_may_tell_one_number_for_all_channels(tmp_path):
+    """Where it scales otherwise than the config, that is said."""
+    model = load_model(_origin(), system="huggingface")
+    half = {"mean": [0.5], "std": [0.5]}
+    write_pretrained(tmp_path, "huggingface", arrays_of(model), model.get_config(), **half)
+    file = tmp_path / "preprocessor_config.json"
+    numbers = {"image_mean": 0.5, "image_std": 0.5}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **numbers}))
+    pipe = parse("value_range(0, 1)", size=model.image_size, num_classes=3)
+    with pytest.raises(ConfigError, match=r"scale with value_range\(-1, 1\)"):
+        fill(
+            model,
+            origin=open_origin(str(tmp_path)),
+            options=WeightsOptions("align_corners", "refuse", "", None),
+            pipes={"config.input.eval_ops": pipe},
+            class_names=(),
+        )
+
+
+@pytest.mark.parametrize(
+    "system, file, changed, said",
+    [
+        ("timm", "config.json", {}, ""),
+        ("timm", "config.json", {"crop_pct": 0.9}, "crop_pct 0.9"),
+        ("timm", "config.json", {"crop_mode": None}, "crop_mode 'center'"),
+        ("timm", "config.json", {"crop_mode": None, "crop_pct": None, "interpolation": None}, ""),
+        ("timm", "config.json", {"interpolation": "bicubic"}, "interpolation 'bicubic'"),
+        ("huggingface", "preprocessor_config.json", {}, ""),
+        ("huggingface", "preprocessor_config.json", {"resample": 3}, "resample 3"),
+        (
+            "huggingface",
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 18}, "do_center_crop": True},
+            "size {'shortest_edge': 18}, do_center_crop True",
+        ),
+    ],
+)
+def test_a_preparation_that_is_no_plain_resize_is_told(
+    tmp_path, caplog, monkeypatch, folder, system, file, changed, said
+):
+    """By predict, and by export to another folder that will not ask for it."""
+    monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+    model = load_model(_origin(), system=system)
+    written = tmp_path / "a"
+    scale = {"mean": [0.5], "std": [0.5]}
+    write_pretrained(written, system, arrays_of(model), model.get_config(), **scale)
+    config = json.loads((written / file).read_text())
+    (config["pretrained_cfg"] if system == "timm" else config).update(changed)
+    (written / file).write_text(json.dumps(config))
+    list(predict(str(written), [str(folder / "val/cats/0.jpg")]))
+    assumed = "assumed: a plain resize to the model's size, where the file beside it asks for "
+    assert (f"{assumed}{said}\n" in caplog.text) is bool(said)
+    assert (assumed in caplog.text) is bool(said)
+    caplog.clear()
+    export(str(written), "timm", str(tmp_path / "b"))
+    assert (f"prepares images by {said}; what is" in caplog.text) is bool(said)
+
+
+@pytest.mark.parametrize(
+    "ops, said",
+    [
+        ("decode|resize(size, antialias=True)", ""),
+        ("resize(size)", "resize(size)"),
+        ("value_range(-1, 1)", ""),
+        ("decode|resize_small(9)|central_crop(size)", "resize_small(9)|central_crop(size)"),
+    ],
+)
+def test_a_pipe_that_is_no_plain_resize_is_told(caplog, monkeypatch, tmp_path, ops, said):
+    monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+    scaled = ops if "value_range" in ops else f"{ops}|value_range(-1, 1)"
+    origin = _origin()
+    pipe = parse(scaled, size=origin.network["image_size"], num_classes=3)
+    told = dataclasses.replace(origin, pipe=pipe)
+    monkeypatch.setattr("vit_dist.export.open_origin", lambda *_, **__: told)
+    export("memory", "timm", str(tmp_path / "a"))
+    assert (f"memory prepares images by {said}; what" in caplog.text) is bool(said)
+    assert ("prepares images" in caplog.text) is bool(said)
 
 
 def _origin():

@@ -14,6 +14,7 @@ from vit_dist.data.sources.open import SOURCES
 from vit_dist.evaluate import evaluate
 from vit_dist.evaluators.registry import KINDS
 from vit_dist.run.check import check
+from vit_dist.run.facts import code_facts
 from vit_dist.run.origins import open_origin
 from vit_dist.run.sources import open_sources
 from vit_dist.train import train
@@ -73,6 +74,32 @@ def test_a_run_with_an_op_and_a_source_of_ones_own(folder):
     found = evaluate(config(), str(folder / "run"), splits=["val"])
     assert found["val"]["loss"] == pytest.approx(metrics["val_loss"])
     assert found["mean"]["accuracy"] == metrics["mean_accuracy"]
+
+
+def test_features_are_computed_anew_after_an_edit_of_ones_own_op(folder):
+    train(config(), str(folder / "run"))
+    kept, ops = str(folder / "kept"), folder / "my_ops.py"
+    judged = config(evals={"near": {"kind": "knn", "options": {"k": (1,)}}})
+    for edit in ("", "", "\n# edited\n"):
+        forget()
+        ops.write_text(ops.read_text() + edit)
+        metrics = evaluate(judged, str(folder / "run"), splits=[], features_dir=kept)
+        assert metrics["near"]["examples"] == 32
+    # Of val and train, once for each of the two texts of the module.
+    assert len(list((folder / "kept").glob("*.safetensors"))) == 4
+
+
+def test_a_package_counts_as_a_whole(tmp_path, monkeypatch):
+    for name in ("__init__", "ops", "helpers"):
+        (tmp_path / "my_package").mkdir(exist_ok=True)
+        (tmp_path / "my_package" / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = code_facts(["my_package.ops"])
+    assert before == code_facts(["my_package.ops"])
+    assert "imports" not in code_facts() and before.items() > code_facts().items()
+    (tmp_path / "my_package" / "helpers.py").write_text("x = 1")
+    assert code_facts(["my_package.ops"])["imports"] != before["imports"]
+    assert code_facts(["sys", "json"]) != before  # one of them has no file
 
 
 def test_the_op_does_what_it_says(folder):

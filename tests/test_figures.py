@@ -76,10 +76,13 @@ def test_weights_alone(format, run, tmp_path):
 def test_images_that_cannot_be_read(run, folder, tmp_path):
     good, bad = folder / "val" / "cats" / "0.jpg", tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
-    drawn = figures(str(run), str(tmp_path / "out"), images=[str(bad), str(good)])
+    # What a folder lists and cannot be opened: another folder, a link to nothing.
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    drawn = figures(str(run), str(tmp_path / "out"), images=[str(tmp_path), str(good)])
     assert names(drawn) == NAMES
-    (problem,) = drawn.problems
-    assert "bad.jpg' cannot be read" in problem
+    for name, problem in zip(("bad", "folder", "gone"), drawn.problems, strict=True):
+        assert f"{name}.jpg' cannot be read (" in problem
     with pytest.raises(ValueError, match=r"none of the images can be read; image file .*bad\.jpg"):
         figures(str(run), str(tmp_path / "out"), images=[str(bad)])
 

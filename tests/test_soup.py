@@ -1,11 +1,13 @@
 """The average of checkpoints is their mean, and reads as a run."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support import processes, tiny
+from tests.support.networks import arrays_of, tiny_vit
 from vit_dist.config.errors import ConfigError
 from vit_dist.evaluate import evaluate
 from vit_dist.soup import average, choose
@@ -38,6 +40,28 @@ def test_the_mean(tmp_path):
     np.testing.assert_array_equal(found.arrays["model/w"], expected)
     assert len(found.notes["average_of"]) == 3 and found.notes["class_names"] == ["a", "b"]
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_only_training_knows_may_differ(tmp_path):
+    """Dropout and the like, the initial LayerScale, and what Keras notes; all of a real ViT's."""
+    options = {
+        "dropout": 0.1, "drop_path": 0.2, "drop_path_growth": "constant",
+        "remat": "full", "attention_block": 2, "layer_scale": 1e-5,
+    }  # fmt: skip
+    one = tiny_vit(layer_scale=0.1)
+    other = tiny_vit(**options, precision="bfloat16", form="tensor")
+    differ = {k for k, v in one.get_config().items() if v != other.get_config()[k]}
+    assert differ == {*options, "dtype", "form"}
+    arrays = {f"model/{name}": value for name, value in arrays_of(one).items()}
+    paths = [
+        write(tmp_path / name, arrays, model=json.loads(json.dumps(model.get_config())))
+        for name, model in (("a", one), ("b", other))
+    ]
+    found = open_checkpoint(str(average(paths, str(tmp_path / "out"))))
+    np.testing.assert_array_equal(found.arrays["model/head/bias"], arrays["model/head/bias"])
+    without = write(tmp_path / "c", arrays, model=tiny_vit().get_config())
+    with pytest.raises(ConfigError, match="different network: layer_scale is 'trained' and None"):
+        average([paths[0], without], str(tmp_path / "o"))
 
 
 def test_what_cannot_be_averaged(tmp_path):

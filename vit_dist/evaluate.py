@@ -160,7 +160,7 @@ def evaluate(
         # As in train: before a device starts, several hosts prove that they judge the same weights
         # on the same data.
         with meet(cluster, timeout_seconds=devices["timeout_seconds"]) as meeting:
-            meeting.agree(evaluation_facts(data, origin))
+            meeting.agree(evaluation_facts(options, data, origin))
             strategy = make_strategy(**devices)
         check_reading(data.sources, strategy, tpu_slice.addresses)
         try:

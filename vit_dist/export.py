@@ -19,20 +19,21 @@ onnx              an .onnx file: uint8 images of the model's size in, probabilit
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
+import numpy as np
 import tensorflow as tf
-from absl import flags
+from absl import flags, logging
 
 from vit_dist.config.errors import ConfigError
 from vit_dist.model.formats.writing import FORMATS, write_pretrained
 from vit_dist.model.posemb import METHODS
-from vit_dist.model.variants import GELUS
+from vit_dist.model.variants import GELUS, as_pair
 from vit_dist.model.vit import ViT, named_weights
 from vit_dist.paths import local_path
 from vit_dist.run.origins import Origin, open_origin
@@ -130,14 +131,16 @@ def export(
       ignore: regex; tensors of the checkpoint whose names it matches may be left out.
       init_image_size: pixels, (height, width) of the images that the checkpoint was trained on, if
         the checkpoint does not tell.
-      mean, std: of images in 0..1, by channel, if the checkpoint does not tell.
+      mean, std: of images in 0..1, one number or one for each channel, if the checkpoint does not
+        tell.
       **told: keys of ViT that the checkpoint does not tell, such as num_heads.
 
     Returns:
       The files and folders written.
 
     Raises:
-      ConfigError: an unknown format, or an output of another kind than the format's.
+      ConfigError: an unknown format, an output of another kind than the format's, or something told
+        that contradicts the checkpoint or cannot be.
       DataError: no such checkpoint, or the format cannot hold its network.
     """
     if format not in ALL_FORMATS:
@@ -151,14 +154,54 @@ def export(
             "vit_dist with its extra 'onnx'"
         )
     origin = open_origin(checkpoint, image_size=init_image_size, hint=export_hint)
-    # A run and a file that tells have the last word on how images are scaled.
-    if origin.pipe is None and origin.mean is None:
-        origin = dataclasses.replace(origin, mean=mean, std=std)
+    # A file whose own size fits its positions is checked when it is opened; a run is not.
+    if origin.checkpoint is not None and init_image_size is not None:
+        size = {"init_image_size": as_pair(origin.network["image_size"])}
+        _check_agrees(origin, size, {"init_image_size": as_pair(init_image_size)})
+    _check_agrees(origin, origin.network, told)
+    origin = _scaled(origin, mean=mean, std=std)
     model = load_model(
         origin, image_size=image_size, method=method, ignore=ignore, system=format, **told
     )
     with naming(path):
         return _write(path, format, model, origin)
+
+
+def _check_agrees(origin: Origin, known: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the user tells something else than the checkpoint."""
+    for key, value in told.items():
+        if known.get(key) is not None and known[key] != value:
+            raise ConfigError(
+                f"{origin.path} says {key} {known[key]!r}, and --{key} {value!r}: leave out the "
+                "flag, which is for what a file does not tell"
+            )
+
+
+def _scaled(origin: Origin, **told: Sequence[float] | None) -> Origin:
+    """The origin with mean and std as the user tells them, where it does not tell them itself.
+
+    Raises:
+      ConfigError: they are no mean and std of its channels, or others than it tells.
+    """
+    channels = origin.network["channels"]
+    numbers = {key: values for key, values in told.items() if values is not None}
+    said: dict[str, Any] = {"mean": origin.mean, "std": origin.std}
+    if numbers and origin.pipe is not None:
+        said = dict(zip(said, mean_and_std(origin, channels), strict=True))
+    for key, values in numbers.items():
+        fits = len(values) in (1, channels) and np.isfinite(values).all()
+        if not fits or (key == "std" and min(values) <= 0):
+            raise ConfigError(
+                f"--{key} is one number{' above 0' if key == 'std' else ''}, or one for each of "
+                f"{channels} channels; got {list(values)}"
+            )
+        # ImageNet's are published with three or four digits.
+        have = values if said[key] is None else said[key]
+        if len(have) in (1, channels) and not np.allclose(values, have, rtol=0, atol=1e-3):
+            _check_agrees(origin, {key: list(have)}, {key: list(values)})
+    # What a run's pipe tells is not kept twice.
+    new: dict[str, Any] = {k: v for k, v in numbers.items() if said[k] is None}
+    return dataclasses.replace(origin, **new)
 
 
 def _write(path: Path, format: str, model: ViT, origin: Origin) -> list[Path]:
@@ -169,6 +212,7 @@ def _write(path: Path, format: str, model: ViT, origin: Origin) -> list[Path]:
     if format == "savedmodel":
         return _write_saved_model(path, model, origin)
     mean, std = mean_and_std(origin, model.channels)
+    _tell_preparation(origin)
     return write_pretrained(
         path,
         format,
@@ -178,6 +222,25 @@ def _write(path: Path, format: str, model: ViT, origin: Origin) -> list[Path]:
         std=std,
         class_names=origin.class_names,
     )
+
+
+def _tell_preparation(origin: Origin) -> None:
+    """Warns where images were prepared otherwise than by the plain resize that files tell of."""
+    asked = origin.preparation
+    if origin.pipe is not None:
+        steps = [s for s in origin.pipe.steps if s.op.image and not s.op.on_device]
+        steps = [s for s in steps if s.op.name != "decode"]
+        # PIL's bilinear resize, as the other systems do it. Arrays may need none.
+        wanted = {"method": "bilinear", "antialias": True}
+        plain = [s.op.name == "resize" and wanted.items() <= s.arguments.items() for s in steps]
+        asked = "" if plain in ([], [True]) else "|".join(s.text for s in steps)
+    if asked:
+        logging.warning(
+            "%s prepares images by %s; what is written tells of a plain resize to the model's size "
+            "(bilinear, antialias=True), or of none: prepare them likewise where you use it",
+            origin.path,
+            asked,
+        )
 
 
 def _write_keras(path: Path, model: ViT) -> list[Path]:

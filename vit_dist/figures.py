@@ -32,7 +32,7 @@ from vit_dist.inspection.draw import (
 from vit_dist.inspection.look import look_at_images, look_at_weights
 from vit_dist.paths import expand
 from vit_dist.run import image_files
-from vit_dist.run.image_files import expand_images, shown
+from vit_dist.run.image_files import expand_images
 from vit_dist.run.origins import open_origin
 from vit_dist.run.served import Served, eval_pipe, hint_without_flags, load_model
 from vit_dist.storage.errors import check_bucket
@@ -151,12 +151,16 @@ def _check_output(output: str, format: str) -> epath.Path:
 
 def _read(served: Served, paths: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """The images as the model's pipe prepares them, uint8 (n, height, width, C); and problems."""
-    pixels, problems = [], []
+    pixels: list[np.ndarray] = []
+    problems: list[str] = []
     for path in paths:
+        data, problem = image_files.try_read(path)
         try:
-            pixels.append(served.prepare(image_files.read(path)).numpy())
+            if data is not None:
+                pixels.append(served.prepare(data).numpy())
         except (tf.errors.InvalidArgumentError, DataError) as error:
-            problems.append(f"image file {shown(path)!r} cannot be read ({message_of(error)})")
+            problem = image_files.unreadable(path, message_of(error))
+        problems += [problem] if problem else []
     if not pixels:
         raise DataError(f"none of the images can be read; {problems[0]}")
     return np.stack(pixels), problems

@@ -36,7 +36,7 @@ from vit_dist.inspection.sheet import Cell, draw_grid
 from vit_dist.run import image_files
 from vit_dist.run.image_files import expand_images, shown
 from vit_dist.run.served import Served, hint_without_flags, open_served
-from vit_dist.storage.errors import Kind, cause, check_bucket, kind_of
+from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_output
 
 # Images that a device classifies at once; their files are in memory together.
@@ -302,20 +302,15 @@ def _predict_batch(
 
 
 def _read(paths: Sequence[str]) -> tuple[dict[str, tf.Tensor], dict[str, str]]:
-    """Path -> bytes of the files, () string; and path -> why a file cannot be read, of the others.
-
-    Storage that fails altogether is not a file's problem, and is raised.
-    """
+    """Path -> bytes of a file, () string; and path -> why a file cannot be read, of the others."""
     data: dict[str, tf.Tensor] = {}
     problems: dict[str, str] = {}
     for path in paths:
-        try:
-            data[path] = image_files.read(path)
-        except tf.errors.OpError as error:
-            # Gone since it was listed, of another user, or a folder.
-            if kind_of(error) not in (Kind.MISSING, Kind.REFUSED, Kind.MISNAMED):
-                raise
-            problems[path] = f"image file {shown(path)!r} cannot be read ({cause(error)})"
+        one, problem = image_files.try_read(path)
+        if one is None:
+            problems[path] = problem
+        else:
+            data[path] = one
     return data, problems
 
 
@@ -324,7 +319,7 @@ def _problem(served: Served, path: str, data: tf.Tensor) -> str:
     try:
         served.prepare(data)
     except (tf.errors.InvalidArgumentError, DataError) as error:
-        return f"image file {shown(path)!r} cannot be read ({message_of(error)})"
+        return image_files.unreadable(path, message_of(error))
     return ""
 
 

@@ -33,9 +33,14 @@ from vit_dist.evaluate import evaluate
 from vit_dist.evaluators.classification import metric_names
 from vit_dist.paths import expand
 from vit_dist.run.check import check_evaluation, check_metric, parse_choice
+from vit_dist.run.served import TRAINING
 from vit_dist.storage.errors import check_bucket
 from vit_dist.storage.files import write_whole
 from vit_dist.training.checkpoint import Checkpoint, Checkpointer, is_checkpoint, open_checkpoint
+
+# Keys of a run's network that Keras adds, and how the kernels are laid out for a device: weights
+# are float32 and have the same shapes in each.
+_KERAS = ("name", "trainable", "dtype", "form")
 
 
 def define_flags() -> None:
@@ -176,11 +181,19 @@ def _mean(tensors: Sequence[Any]) -> np.ndarray:
 
 
 def _check_alike(path: str, one: Checkpoint, other_path: str, other: Checkpoint) -> None:
-    _compare(path, one.notes["model"], other_path, other.notes["model"], "network")
+    _compare(path, _network(one), other_path, _network(other), "network")
     names = {"class names": one.notes.get("class_names")}
     _compare(path, names, other_path, {"class names": other.notes.get("class_names")}, "data")
     shapes, others = _shapes(one), _shapes(other)
     _compare(path, shapes, other_path, others, "network")
+
+
+def _network(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a run says of its network, without what only training or speed know."""
+    network = {k: v for k, v in checkpoint.notes["model"].items() if k not in (*TRAINING, *_KERAS)}
+    # LayerScale is trained: its initial value is no part of the network, but that there is one is.
+    scaled = network.get("layer_scale") is not None
+    return {**network, "layer_scale": "trained" if scaled else None}
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

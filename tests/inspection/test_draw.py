@@ -69,6 +69,21 @@ def test_a_single_image_of_one_patch_and_one_block():
     assert "one image" in titles(figures["distances"])[0]
 
 
+@pytest.mark.parametrize(
+    ("pool", "who"),
+    [
+        ("tok", "the cls token attends"),
+        ("tok_gap", "cls token and patches, half each, attend"),
+        ("map", "the pooling attends"),
+        ("gap", "the patches, in the mean, attend"),
+        ("none", "the patches, in the mean, attend"),
+    ],
+)
+def test_attention_is_said_to_be_that_of_what_the_head_reads(pool, who):
+    figure = dict(draw.draw_images(images_look(pool=pool)))["attention"]
+    assert titles(figure)[0] == f"what {who} to before the head"
+
+
 def test_positions_stand_at_their_places():
     look = weights_look(grid=(2, 3))
     found = shown(dict(draw.draw_weights(look))["positions"])

@@ -3,6 +3,7 @@
 interop_peer.py make FOLDER     small random models: weights as files, their logits in logits.npz
 interop_peer.py full FOLDER     the same of S and B in full depth
 interop_peer.py load FOLDER     loads what we exported there; logits in loaded.npz
+interop_peer.py prepare FOLDER  an image as timm prepares it for a folder of ours; in prepared.npy
 interop_peer.py surgery FOLDER  timm's and transformers' resampling of weights, in surgery.npz
 
 Its PYTHONPATH holds benchmarks/, for _torch_alone.
@@ -20,6 +21,7 @@ import numpy as np
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models._manipulate import adapt_input_conv
@@ -253,6 +255,15 @@ def load(folder: Path) -> None:
     np.savez(folder / "loaded.npz", **found)
 
 
+def prepare(folder: Path) -> None:
+    """image.png as timm prepares it for the folder "timm", (height, width, 3), in prepared.npy."""
+    config = json.loads((folder / "timm" / "config.json").read_text())
+    settings = timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"])
+    image = Image.open(folder / "image.png").convert("RGB")
+    prepared = timm.data.create_transform(**settings)(image)
+    np.save(folder / "prepared.npy", prepared.numpy().transpose(1, 2, 0))
+
+
 def surgery(folder: Path) -> None:
     """What timm and transformers make of the arrays in given.npz; a key says what was asked."""
     found = {}
@@ -289,5 +300,5 @@ def _transformers_positions(table: torch.Tensor, rows: int, columns: int) -> tor
 
 
 if __name__ == "__main__":
-    modes = {"make": make, "full": full, "load": load, "surgery": surgery}
+    modes = {"make": make, "full": full, "load": load, "prepare": prepare, "surgery": surgery}
     modes[sys.argv[1]](Path(sys.argv[2]))

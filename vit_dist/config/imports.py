@@ -4,9 +4,11 @@ A run records their names in its config, so that predict, export, evaluate and s
 import them again. They are modules on Python's own path, never files beside weights.
 """
 
+import hashlib
 import importlib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vit_dist.config.errors import ConfigError
@@ -48,3 +50,22 @@ def import_modules(names: Sequence[str]) -> None:
                 f"config.imports names {name!r}, which is no module here: start in the folder that "
                 "holds it, or add that folder to PYTHONPATH"
             ) from None
+
+
+def sources_digest(names: Sequence[str]) -> str:
+    """A digest of the source files of modules: of the whole package of one that is in a package.
+
+    What a module imports beside its package is not looked at.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        top = importlib.import_module(name.partition(".")[0])
+        # A package's folders; a module that is a file has none. Built-in modules have no file.
+        folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+        files = [(p, str(p.relative_to(f))) for f in folders for p in sorted(f.rglob("*.py"))]
+        if not folders and getattr(top, "__file__", None):
+            files = [(Path(str(top.__file__)), Path(str(top.__file__)).name)]
+        # The folder's own path may be another on each host.
+        for path, shown in files:
+            digest.update(f"{name} {shown}\n".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -16,6 +16,9 @@ from vit_dist.config.defaults import get_defaults
 from vit_dist.config.errors import ConfigError
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
+# Keys of the config.json that lies beside weights of timm's or Hugging Face's; no config of a run
+# has one of them.
+_FOREIGN = ("architecture", "architectures", "model_type", "model_args", "pretrained_cfg")
 
 
 def of_best(path: str) -> str:
@@ -47,7 +50,7 @@ def get_config(path: str) -> ConfigDict:
     Keys that are newer than the run keep their default.
 
     Raises:
-      ConfigError: no such file, or no config in it.
+      ConfigError: no such file, or no config in it, such as that of another system's weights.
     """
     file = find(path)
     if file is None or not file.exists():
@@ -56,6 +59,12 @@ def get_config(path: str) -> ConfigDict:
         # config.json is the config itself, a manifest has it among its notes.
         recorded = json.loads(file.read_text())
         recorded = recorded["notes"]["config"] if "notes" in recorded else recorded
+        foreign = [key for key in _FOREIGN if key in recorded]
+        if foreign:
+            raise ConfigError(
+                f"{file.parent} holds weights of another system, which tell no config "
+                f"({CONFIG} has {foreign[0]!r}): give --config=FILE, such as configs/transfer.py"
+            )
         config = get_defaults()
         _take(config, recorded, "config")
     except (ValueError, KeyError, TypeError) as error:

@@ -163,9 +163,13 @@ def _attention(look: ImagesLook) -> Any:
         maps = [_coloured(h, _tile_size(image)) for h in heads]
         rows.append([_thumbnail(image), _over(image, mean), *maps])
     titles = ["image", "mean of\nheads", *(f"head {i + 1}" for i in range(look.heads.shape[1]))]
-    reader = {"tok": "the cls token", "tok_gap": "the cls token", "map": "the pooling"}
-    who = reader.get(look.pool, "the patches, in the mean,")
-    return _sheet(rows, titles, f"what {who} attends to before the head")
+    readers = {
+        "tok": "the cls token attends",
+        "tok_gap": "cls token and patches, half each, attend",
+        "map": "the pooling attends",
+    }
+    who = readers.get(look.pool, "the patches, in the mean, attend")
+    return _sheet(rows, titles, f"what {who} to before the head")
 
 
 def _rollout(look: ImagesLook) -> Any:

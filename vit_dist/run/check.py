@@ -213,6 +213,7 @@ def _check_evaluation(
             image_size=config.init_image_size,
         ),
         evals=named,
+        imports=check_imports(config.imports),
     )
     limit = config.input.max_bad_share
     damage = {k: Damage(v, max_share=limit) for k, v in sources.items()} if masked else {}
@@ -438,7 +439,7 @@ def _check_images(
 ) -> None:
     """What the pipe makes of each source must be what the model takes."""
     shape = (*network["image_size"], network["channels"])
-    _check_crop(pipe, key)
+    check_crop(pipe, key)
     for source in sources:
         spec = check_pipe(source, pipe)
         for needed in ("image", "label"):
@@ -459,7 +460,7 @@ def _check_images(
             )
 
 
-def _check_crop(pipe: Pipe, key: str) -> None:
+def check_crop(pipe: Pipe, key: str, *, remedy: str = "raise the number in resize_small") -> None:
     """Raises ConfigError where a crop is larger than the side to which the pipe resizes before."""
     side = None
     for step in pipe.steps:
@@ -470,7 +471,7 @@ def _check_crop(pipe: Pipe, key: str) -> None:
             if max(size if isinstance(size, tuple) else (size,)) > side:
                 raise ConfigError(
                     f"{key}: {step} cannot cut {size} out of images whose smaller side has {side} "
-                    "pixels: raise the number in resize_small"
+                    f"pixels: {remedy}"
                 )
 
 

@@ -232,7 +232,7 @@ class Evals:
             "values": entry.kind.values,
             "data": self._data.sources[key].fingerprint(),
             "pipe": str(entry.pipe),
-            "code": code_facts(),
+            "code": code_facts(self._options.imports),
         }
 
 

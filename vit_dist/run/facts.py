@@ -6,7 +6,7 @@ be worth nothing.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 import vit_dist
-from vit_dist.run.options import Data, RunOptions
+from vit_dist.config.imports import sources_digest
+from vit_dist.run.options import Data, EvaluationOptions, RunOptions
 from vit_dist.run.origins import Origin
 from vit_dist.run.start import Start
 
@@ -37,22 +38,22 @@ def host_facts(options: RunOptions, data: Data, start: Start) -> dict[str, Any]:
         "config": _config_facts(options.record),
         "data": {split: source.fingerprint() for split, source in data.sources.items()},
         "checkpoint": {"how": start.how, **_checkpoint_facts(start)},
-        **machine_facts(),
+        **machine_facts(options.evaluation.imports),
     }
 
 
-def evaluation_facts(data: Data, origin: Origin) -> dict[str, Any]:
+def evaluation_facts(options: EvaluationOptions, data: Data, origin: Origin) -> dict[str, Any]:
     """What this host has to judge weights with, for `Meeting.agree`."""
     return {
         "data": {split: source.fingerprint() for split, source in data.sources.items()},
         "checkpoint": {"weights": _weights_digest(origin)},
-        **machine_facts(),
+        **machine_facts(options.imports),
     }
 
 
-def machine_facts() -> dict[str, Any]:
+def machine_facts(imports: Sequence[str] = ()) -> dict[str, Any]:
     """The versions and the devices of this host, whatever it is to do with them."""
-    return {"code": code_facts(), "devices": _device_facts()}
+    return {"code": code_facts(imports), "devices": _device_facts()}
 
 
 def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,14 +63,20 @@ def _config_facts(record: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def code_facts() -> dict[str, str]:
-    """The versions of this process: of our sources, and of the libraries that compute."""
+def code_facts(imports: Sequence[str] = ()) -> dict[str, str]:
+    """The versions of this process: of our sources, and of the libraries that compute.
+
+    Args:
+      imports: the user's own modules, whose ops and sources also decide what comes out.
+    """
     # The sources and not only the version: one host may run an edited checkout.
     root = Path(vit_dist.__file__).parent
     sources = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         sources.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    own = {"imports": sources_digest(imports)[:12]} if imports else {}
     return {
+        **own,
         "vit_dist": vit_dist.__version__,
         "sources": sources.hexdigest()[:12],
         "tensorflow": tf.__version__,

@@ -11,6 +11,7 @@ from absl import logging
 from vit_dist.config.errors import DataError
 from vit_dist.data.sources.image_files import OTHERS, count_kinds, is_image, kind_of_name
 from vit_dist.paths import expand, is_remote
+from vit_dist.storage.errors import Kind, cause, kind_of
 
 
 def expand_images(images: Sequence[str], *, recursive: bool = False) -> list[str]:
@@ -93,6 +94,25 @@ def _none_at(text: str) -> NoReturn:
 def read(path: str) -> tf.Tensor:
     """The bytes of a file, () string, whatever its name; raises OpError where it cannot be read."""
     return tf.io.read_file(os.fsencode(path))
+
+
+def try_read(path: str) -> tuple[tf.Tensor | None, str]:
+    """The bytes of a file, () string, and ""; or None, and why this file cannot be read.
+
+    Storage that fails altogether is not a file's problem, and is raised.
+    """
+    try:
+        return read(path), ""
+    except tf.errors.OpError as error:
+        # Gone since it was listed, of another user, or a folder.
+        if kind_of(error) not in (Kind.MISSING, Kind.REFUSED, Kind.MISNAMED):
+            raise
+        return None, unreadable(path, cause(error))
+
+
+def unreadable(path: str, reason: str) -> str:
+    """The problem of an image file, for a person."""
+    return f"image file {shown(path)!r} cannot be read ({reason})"
 
 
 def shown(path: str) -> str:

@@ -132,6 +132,7 @@ class EvaluationOptions:
       weights: how weights from elsewhere are fitted.
       evals: further evaluations by name, in the order of the config.
       verdicts: whether evaluations tell what the model said of each example, for pictures.
+      imports: the user's own modules, imported already.
     """
 
     model: ModelOptions
@@ -145,6 +146,7 @@ class EvaluationOptions:
     weights: WeightsOptions
     evals: Mapping[str, EvalOptions] = dataclasses.field(default_factory=dict)
     verdicts: bool = False
+    imports: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Origin:
       network: keys of ViT.get_config(), those that are known.
       unused, unknown, assumed, notes: see formats.pretrained.Pretrained.
       mean, std: by channel, of images in 0..1; None where the file does not tell, and for runs.
+      preparation: what a file asks for in preparing images that a plain resize does not do.
       pipe: the pipe by which the run evaluates; None for weights of other systems.
       class_names: in the order of the head's outputs; may be empty.
       checkpoint: the run's; None for weights of other systems.
@@ -76,6 +77,7 @@ class Origin:
     notes: Sequence[str] = ()
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    preparation: str = ""
     pipe: Pipe | None = None
     class_names: Sequence[str] = ()
     checkpoint: Checkpoint | None = None
@@ -177,6 +179,7 @@ def open_origin(path: str, *, image_size: Any = None, hint: Hint = config_hint) 
         notes=found.notes,
         mean=found.mean,
         std=found.std,
+        preparation=found.preparation,
         class_names=found.class_names,
         download=download,
         hint=hint,

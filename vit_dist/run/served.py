@@ -9,18 +9,26 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from vit_dist.config.errors import DataError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.pipe import Pipe, parse
 from vit_dist.model.formats.writing import FORMATS, prefix_posemb_for
 from vit_dist.model.posemb import sincos2d
 from vit_dist.model.variants import as_pair, vit_config
 from vit_dist.model.vit import ViT, build_vit
+from vit_dist.run.check import check_crop
 from vit_dist.run.origins import Hint, Origin, open_origin
 
 # Keys of ViT that runs of older versions did not record -> the only value that they could have.
 _DEFAULTS = {"prefix_posemb": "cls", "registers": 0, "layer_scale": None, "cls_token": True}
 # Keys of ViT that only matter in training; the written network gets their defaults.
-_TRAINING = ("dropout", "attention_dropout", "drop_path", "remat", "attention_block")
+TRAINING = (
+    "dropout",
+    "attention_dropout",
+    "drop_path",
+    "drop_path_growth",
+    "remat",
+    "attention_block",
+)
 # Keys of ViT that no tensor's shape tells and a file may not tell either -> their keys in a config.
 # (norm_epsilon, too, but it has a common value: 1e-6 unless told.)
 _UNTOLD = {"num_heads": "model.num_heads", "gelu": "model.gelu", "image_size": "image_size"}
@@ -82,14 +90,16 @@ def load_model(
     # Of what the checkpoint says, only the network: its dropout and the like are set to none.
     plain = vit_config("mu/4", image_size=4, num_classes=0)
     network = {k: v for k, v in network.items() if k in plain}
-    network |= {k: plain[k] for k in _TRAINING}
+    network |= {k: plain[k] for k in TRAINING}
     network["image_size"] = as_pair(image_size or network["image_size"])
     if system in FORMATS:
         # Only big_vision computes sin-cos positions; the other systems get them as a learned table.
         if network["posemb"] == "sincos2d" and system != "big_vision":
-            height, width = (n // network["patch_size"] for n in source["image_size"])
+            # Of the grid to be written: a fixed table is never resampled.
+            height, width = (n // network["patch_size"] for n in network["image_size"])
             tensors["pos_embedding"] = sincos2d((height, width), network["width"])[None]
             network["posemb"], source["prefix_posemb"] = "learned", "none"
+            source["image_size"] = network["image_size"]
         network["prefix_posemb"] = prefix_posemb_for(system, {**_DEFAULTS, **network})
     # Built with new weights, all of which are replaced below.
     model = build_vit(network)
@@ -114,9 +124,16 @@ def mean_and_std(origin: Origin, channels: int) -> tuple[list[float], list[float
     """
     ends = origin.black_and_white(channels)
     if ends is None:
+        known = {"mean": origin.mean, "std": origin.std}
+        missing = {key: "..." for key, value in known.items() if value is None}
         raise DataError(
             f"{origin.path} does not tell how images are scaled, such as to [-1, 1], which is a "
-            f"mean and std of 0.5. {origin.hint({'mean': '...', 'std': '...'})}"
+            f"mean and std of 0.5. {origin.hint(missing)}"
+        )
+    if ends.shape[1] not in (1, channels):
+        raise DataError(
+            f"{origin.path} tells mean and std of {ends.shape[1]} channels, and its network takes "
+            f"{channels}: correct its config.json"
         )
     # A pixel v in 0..1 becomes (v - mean) / std: black = -mean / std, white = (1 - mean) / std. So
     # white - black = 1 / std. Rounded, as these were float32: 0.5 and not 0.49999997.
@@ -126,13 +143,28 @@ def mean_and_std(origin: Origin, channels: int) -> tuple[list[float], list[float
 
 
 def eval_pipe(origin: Origin, model: ViT) -> Pipe:
-    """How images become the model's input: the run's own eval_ops, or for files a plain resize."""
+    """How images become the model's input: the run's own eval_ops, or for files a plain resize.
+
+    Raises:
+      ConfigError: the model takes larger images than the run's eval_ops can cut out.
+    """
     if origin.checkpoint is not None:
         text = origin.checkpoint.notes["config"]["input"]["eval_ops"]
     else:
         mean, std = mean_and_std(origin, model.channels)
         text = f"decode|resize(size, antialias=True)|normalize({tuple(mean)}, {tuple(std)})"
-    return parse(text, size=model.image_size, num_classes=max(model.num_classes, 1))
+        if origin.preparation:
+            logging.warning(
+                "%s: assumed: a plain resize to the model's size, where the file beside it asks "
+                "for %s",
+                origin.path,
+                origin.preparation,
+            )
+    pipe = parse(text, size=model.image_size, num_classes=max(model.num_classes, 1))
+    # A model of another size than the run's may be larger than what the run resizes images to.
+    remedy = "take a smaller --image_size, or --format=keras, which prepares no images"
+    check_crop(pipe, f"{origin.path}, config.input.eval_ops", remedy=remedy)
+    return pipe
 
 
 class Served(tf.Module):
@@ -140,7 +172,8 @@ class Served(tf.Module):
 
     Args:
       model: with a head.
-      pipe: prepares an image. A pipe that does not decode belongs to a run on arrays.
+      pipe: prepares an image. A pipe that does not decode belongs to a run on arrays. ConfigError
+        where it gives images of another size than the model takes.
       sigmoid: whether each class has a probability of its own, as after training with a sigmoid
         loss; otherwise the probabilities of all classes sum to 1.
 
@@ -155,8 +188,15 @@ class Served(tf.Module):
         super().__init__()
         self.model, self.pipe, self.sigmoid = model, pipe, sigmoid
         shape = (None, None, model.channels)
-        self.takes_files = self._output_of(tf.TensorSpec((), tf.string)) is not None
-        resizes = self.takes_files or self._output_of(tf.TensorSpec(shape, tf.uint8)) is not None
+        of_file = self._output_of(tf.TensorSpec((), tf.string))
+        made = of_file or self._output_of(tf.TensorSpec(shape, tf.uint8))
+        self.takes_files, resizes = of_file is not None, made is not None
+        # A number in the pipe, as of resize(224), stays when the model is made for another size.
+        if made is not None and tuple(made) != (*model.image_size, model.channels):
+            raise ConfigError(
+                f"the model takes images of {(*model.image_size, model.channels)}, and the pipe "
+                f"{pipe} gives {tuple(made)}: take the size that it gives"
+            )
         # The shape of one image as an array; without an op that resizes it is the model's own.
         self.array_shape = shape if resizes else (*model.image_size, model.channels)
         spec = tf.TensorSpec((None, *model.image_size, model.channels), tf.uint8, "images")

@@ -10,6 +10,8 @@ import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from PIL import Image
 
 from tests.support.interop import NEEDS_PEERS, run_peer
 from tests.support.networks import randomize
@@ -18,7 +20,7 @@ from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
 from vit_dist.model.variants import vit_config
 from vit_dist.model.vit import build_vit, named_weights
 from vit_dist.run.origins import open_origin
-from vit_dist.run.served import load_model
+from vit_dist.run.served import load_model, open_served
 
 pytestmark = NEEDS_PEERS
 TOLERANCE = 1e-4  # of the largest logit, float32
@@ -212,6 +214,21 @@ def test_ours_in_timm_and_transformers(tmp_path):
         assert set(loaded) == set(expected)
         for name, logits in expected.items():
             assert_close(loaded[name], logits, name)
+
+
+def test_timm_prepares_images_as_its_folder_says(tmp_path):
+    """An oblong image is resized and not cut, as eval_pipe does it, to a grey level of rounding."""
+    model = build_vit(vit_config(**SMALL, image_size=32, num_classes=7, pool="tok"))
+    arrays = {n: v.numpy() for n, v in named_weights(model).items()}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    write_pretrained(tmp_path / "timm", "timm", arrays, model.get_config(), **half)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).resize((90, 60)).save(tmp_path / "image.png")
+    run_peer("prepare", tmp_path)
+    served, _ = open_served(str(tmp_path / "timm"))
+    mine = served.prepare(tf.io.read_file(str(tmp_path / "image.png")))[None]
+    theirs = np.load(tmp_path / "prepared.npy")
+    np.testing.assert_allclose(served.pipe.device(mine)[0], theirs, atol=1.01 / 127.5)
 
 
 def open_ours(model):

@@ -12,6 +12,7 @@ from tests.support import flax_vit
 from tests.support.networks import arrays_of, randomize
 from vit_dist.config.errors import DataError
 from vit_dist.model.formats.pretrained import open_pretrained
+from vit_dist.model.formats.timm import to_config
 from vit_dist.model.formats.writing import prefix_posemb_for, write_pretrained
 from vit_dist.model.unfit import UnfitError
 from vit_dist.model.variants import vit_config
@@ -206,14 +207,33 @@ def test_positions_move_into_what_a_format_has(tmp_path):
         ("huggingface", {"pool": "tok", "rep_size": 8}, "classify the cls token as it is"),
         ("huggingface", {"pool": "tok", "registers": 2}, "registers without LayerScale"),
         ("huggingface", {"pool": "tok", "layer_scale": 0.1}, "reads pool 'tok_gap'"),
+        # A table that is not of a square would be resampled as if it were, or could not be.
+        (
+            "huggingface",
+            {"pool": "tok_gap", "layer_scale": 0.1, "image_size": (16, 64)},
+            "DINOv2 takes square images",
+        ),
     ],
 )
 def test_networks_that_a_format_cannot_hold(tmp_path, system, options, message):
-    model = build_vit(vit_config("mu/4", image_size=8, num_classes=3, **options))
+    model = build_vit(vit_config("mu/4", **{"image_size": 8, "num_classes": 3, **options}))
     path = tmp_path / "file.npz"
     with pytest.raises(ValueError, match=message):
         write_pretrained(path, system, arrays_of(model), model.get_config(), **HALF)
     assert not path.exists()
+
+
+def test_timm_makes_the_mlp_as_wide_as_it_is():
+    """timm computes int(width * mlp_ratio), one too few where the quotient is rounded down."""
+    widths = [(1664, 7680)]
+    widths += [(w, 2 * w + n) for w in range(8, 2049, 8) for n in range(0, 2 * w, w // 4 + 1)]
+    wrong = 0
+    for width, mlp_dim in widths:
+        network = vit_config("mu/4", image_size=(8, 8), num_classes=3, width=width, mlp_dim=mlp_dim)
+        ratio = to_config(network, mean=[0.5], std=[0.5], labels=())["model_args"]["mlp_ratio"]
+        assert int(width * ratio) == mlp_dim, (width, mlp_dim)
+        wrong += int(width * (mlp_dim / width)) != mlp_dim
+    assert wrong > 10  # of the plain quotient
 
 
 def read_all(path):

@@ -100,6 +100,8 @@ def _check_types(config: Mapping[str, Any]) -> None:
             right = len(value) == 2 and all(isinstance(n, int) for n in value)
         if key in ("mean", "std", "image_mean", "image_std") and isinstance(value, list):
             right = all(isinstance(n, (int, float)) for n in value)
+        if key in ("std", "image_std") and value is not None and right:
+            right = all(n > 0 for n in _by_channel(value))
         if key == "id2label" and isinstance(value, dict):
             right = all(str(number).isdigit() for number in value)
         if not right:
@@ -130,13 +132,49 @@ def scaling(system: str, config: Mapping[str, Any], folder: Path) -> tuple[Any, 
         return (0.5,), (0.5,)
     if system == "timm":
         found = config.get("pretrained_cfg") or config
-        return found.get("mean"), found.get("std")
+        return _by_channel(found.get("mean")), _by_channel(found.get("std"))
     found = read_json(folder, "preprocessor_config.json")
     _check_types(found)
     # Images in 0..1 as they are.
     if found.get("do_normalize") is False:
         return (0.0,), (1.0,)
-    return found.get("image_mean"), found.get("image_std")
+    return _by_channel(found.get("image_mean")), _by_channel(found.get("image_std"))
+
+
+def other_preparation(
+    system: str, config: Mapping[str, Any], folder: Path, size: tuple[int, int] | None
+) -> str:
+    """What is asked for in preparing images that a plain resize to the model's size does not do.
+
+    Args:
+      system, config, folder: see scaling.
+      size: (height, width) of the model; None where it is not known.
+
+    Returns:
+      Keys and values, such as "crop_pct 0.9, crop_mode 'center'"; "" for a plain resize, or where
+      nothing tells.
+    """
+    plain: dict[str, tuple[Any, ...]] = {}
+    told: Mapping[str, Any] = {}
+    if system == "timm":
+        told = config.get("pretrained_cfg") or config
+        plain = {"crop_pct": (1,), "crop_mode": ("squash",), "interpolation": ("bilinear",)}
+        # timm's own, where it is told one of them and not the others.
+        usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+        if any(told.get(key) is not None for key in plain):
+            told = {key: usual[key] if told.get(key) is None else told[key] for key in plain}
+    elif system == "huggingface":
+        told = read_json(folder, "preprocessor_config.json")
+        sizes = () if size is None else ({"height": size[0], "width": size[1]}, max(size))
+        # 2 is PIL's number of bilinear.
+        plain = {"do_resize": (True,), "size": sizes, "do_center_crop": (False,), "resample": (2,)}
+    other = {k: told[k] for k in plain if told.get(k) is not None and told[k] not in plain[k]}
+    return ", ".join(f"{key} {value!r}" for key, value in other.items())
+
+
+def _by_channel(value: Any) -> Any:
+    """A number as a list of one; lists and None as they are."""
+    return [value] if isinstance(value, (int, float)) else value
 
 
 def class_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:

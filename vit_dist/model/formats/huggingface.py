@@ -292,6 +292,9 @@ def family_of(network: Mapping[str, Any]) -> str:
             reasons.append("DINOv2's registers have no positions")
         if network["mlp_dim"] % network["width"]:
             reasons.append("DINOv2's MLP is a whole number of widths wide")
+        # Its Dinov2Embeddings take every other table for one of a square grid, and resample it.
+        if network["image_size"][0] != network["image_size"][1]:
+            reasons.append("DINOv2 takes square images")
         family = "dinov2_with_registers" if registers else "dinov2"
     else:
         if pool != "tok" or (network["rep_size"] and not headless):

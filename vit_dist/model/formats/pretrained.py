@@ -13,6 +13,7 @@ from vit_dist.model.formats import vision_transformer as npz
 from vit_dist.model.formats.config_json import (
     class_names,
     config_beside,
+    other_preparation,
     own_note,
     read_json,
     scaling,
@@ -45,6 +46,7 @@ class Pretrained:
       notes: lines for the load report: which parts were left out, which of several was taken.
       assumed: lines for the load report: what neither file nor config.json tells.
       mean, std: of images in 0..1, per channel or one number; None where the file does not tell.
+      preparation: see config_json.other_preparation.
       class_names: in the order of the head's outputs; empty where the file does not tell.
     """
 
@@ -58,6 +60,7 @@ class Pretrained:
     assumed: Sequence[str] = ()
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    preparation: str = ""
     class_names: Sequence[str] = ()
 
 
@@ -170,6 +173,7 @@ def _convert(
         assumed=[] if own else [*assumed, *_grid_note(system, said, network, image_size)],
         mean=mean,
         std=std,
+        preparation=other_preparation(system, config, folder, network.get("image_size")),
         class_names=class_names(config, network["num_classes"]),
     )
 

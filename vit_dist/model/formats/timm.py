@@ -5,6 +5,7 @@ the config.json beside the file, or of the options that a training script kept i
 either, the file is taken for timm's plain ViT, and the load report says so.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -353,6 +354,13 @@ def refuse(network: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
+def _mlp_ratio(mlp_dim: int, width: int) -> float:
+    """The ratio of which timm's int(width * ratio) makes mlp_dim."""
+    ratio = mlp_dim / width
+    # 7680 / 1664 times 1664 is 7679.999...: the next float above gives the whole number.
+    return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
+
+
 def to_config(network: Mapping[str, Any], *, mean: Any, std: Any, labels: Any) -> dict[str, Any]:
     """The config.json with which timm.create_model("local-dir:FOLDER", pretrained=True) loads it.
 
@@ -372,7 +380,7 @@ def to_config(network: Mapping[str, Any], *, mean: Any, std: Any, labels: Any) -
         "embed_dim": network["width"],
         "depth": network["depth"],
         "num_heads": network["num_heads"],
-        "mlp_ratio": network["mlp_dim"] / network["width"],
+        "mlp_ratio": _mlp_ratio(network["mlp_dim"], network["width"]),
         "qkv_bias": network["qkv_bias"],
         "init_values": network["layer_scale"],
         "class_token": network["cls_token"],
@@ -393,7 +401,9 @@ def to_config(network: Mapping[str, Any], *, mean: Any, std: Any, labels: Any) -
             "input_size": [network["channels"], height, width],
             "fixed_input_size": True,
             "interpolation": "bilinear",
+            # Together a plain resize; timm's own crop_mode would cut out the middle.
             "crop_pct": 1.0,
+            "crop_mode": "squash",
             "mean": list(mean),
             "std": list(std),
             "num_classes": network["num_classes"],
