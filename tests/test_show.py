@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import processes, tiny
+from vit_dist.config.errors import DataError
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.resized import convert_resized
 from vit_dist.data.sources.open import open_source
@@ -105,6 +106,24 @@ def test_a_damaged_image_is_named_so(tmp_path):
     parts = check(tiny.of_folder(folder, **masked))
     cells = first_images(*parts, tf.distribute.get_strategy(), first_step=0)
     assert sorted(cell.caption for cell in cells) == ["dogs"] * 8 + ["unreadable"] * 8
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_damaged_image_leaves_the_others_of_a_sheet(tmp_path, mixed, caplog):
+    folder = tiny.make_folder(tmp_path)
+    bad = folder / "train" / "cats" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:100])  # its header is whole
+    parts = check(tiny.of_folder(folder, **(MIXING if mixed else {})))
+    titles, rows = make_rows(*parts, count=16)
+    captions = [row[0].caption for row in rows]
+    assert captions.count("unreadable") == 1 and len(rows) == 16
+    black = rows[captions.index("unreadable")]
+    assert len(black) == len(titles) and not black[0].image.any()
+    assert f"{str(bad)!r} (example 3 of folder:train) cannot be read: " in caplog.text
+    for path in (folder / "train").glob("*/*"):
+        path.write_bytes(bad.read_bytes())
+    with pytest.raises(DataError, match="none of these 16 examples"):
+        make_rows(*parts, count=16)
 
 
 def test_the_first_batch_is_one_sheet_in_tensorboard(tmp_path):

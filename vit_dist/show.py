@@ -4,21 +4,24 @@ python -m vit_dist.show --config FILE --output sheet.png [--split train] [--step
 
 Each row is an example: of the training split the examples of a step's batch, of another split the
 first examples. The columns are the image as stored, then after each op. With config.mixing the last
-column is the image mixed with its partner in the batch, and the caption tells the shares of both.
+column is the image mixed with its partner in the batch, and the caption tells the shares of both. A
+damaged image is black and called unreadable, and the log names it.
 """
 
 import io
 
-from vit_dist.config.errors import ConfigError
+from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.run import cli  # imported before TensorFlow, to hide TensorFlow's start-up notices
 
 # isort: split
 import numpy as np
 import tensorflow as tf
-from absl import flags
+from absl import flags, logging
 from PIL import Image
 
+from vit_dist.data.damage import DATA_ERRORS, message_of
 from vit_dist.data.mixing import Mixing
+from vit_dist.data.ops.pipe import Pipe
 from vit_dist.data.pipeline import train_records
 from vit_dist.data.sources.cache import CachedSource
 from vit_dist.data.sources.source import Source
@@ -91,6 +94,8 @@ def make_rows(
 
     Raises:
       ConfigError: no such split, or one that can only be streamed; a number out of range.
+      DataError: all of the examples are damaged. If some are, their cells say so, and the log names
+        them.
     """
     if split not in data.splits:
         raise ConfigError(f"split {split!r} is not configured; there are {sorted(data.splits)}")
@@ -106,24 +111,31 @@ def make_rows(
     group = mixing.group_size if training and mixing else 1
     most = options.input.batch_size if training else data.sources[split].num_examples
     source = data.sources[split]
-    examples = _examples(options, source, split, step, min(-(-count // group) * group, most))
+    places = _places(options, source, split, step, min(-(-count // group) * group, most))
     pipe = options.input.pipe if training else options.evaluation.pipe
     # Only ops that change the image have a column.
     titles = ["stored", *(s.text for s in pipe.steps if s.op.image or s.op.on_device)]
-    # A cache of decoded images holds them upright already; behind it they are as stored.
-    cached = isinstance(source, CachedSource)
-    rows = [
-        stages(pipe, example, stored=source.peek(int(example["index"]))[0] if cached else None)
-        for example in examples
-    ]
-    labels = np.array([int(example["label"]) for example in examples])
+    found = [_make_row(pipe, source, place) for place in places]
+    readable = [row for row in found if row is not None]
+    if not readable:
+        raise DataError(
+            f"none of these {len(found)} examples of {source} can be read: replace them or remove "
+            "them (the log says which they are)"
+        )
+    # What cannot be read is black, and of the class -1, of which tf.one_hot makes shares of 0.
+    blank = [np.zeros_like(image) for image in readable[0][0]], -1
+    rows = [(row or blank)[0] for row in found]
+    labels = np.array([(row or blank)[1] for row in found])
     names = data.sources[split].class_names
     if training and mixing:
         titles.append("mixing")
         classes = tf.one_hot(labels, len(names))
         mixed, labels = _mixtures(options, mixing, step, rows, classes)
         rows = [[*row, image] for row, image in zip(rows, mixed, strict=True)]
-    captions = [describe_label(label, names) for label in labels]
+    captions = [
+        describe_label(label, names) if row else "unreadable"
+        for label, row in zip(labels, found, strict=True)
+    ]
     cells = [
         [Cell(row[0], caption), *map(Cell, row[1:])]
         for row, caption in zip(rows, captions, strict=True)
@@ -131,10 +143,10 @@ def make_rows(
     return titles, cells[:count]
 
 
-def _examples(
+def _places(
     options: RunOptions, source: Source, split: str, step: int, count: int
 ) -> list[dict[str, tf.Tensor]]:
-    """The records of `count` examples with the indices and seeds that the pipeline gives them."""
+    """The indices, epochs and seeds that the pipeline gives `count` examples."""
     source.prepare()
     # Positions and seeds as in training, so that the sheet shows what the step sees (law 1).
     if split == "train":
@@ -148,8 +160,25 @@ def _examples(
         epoch = tf.zeros_like(index)
         seeds = tf.cast(tf.stack([epoch, index], axis=1), tf.int32)
         where = {"index": index, "epoch": epoch, "seed": seeds}
-    each = [{key: value[i] for key, value in where.items()} for i in range(count)]
-    return [{**source.read(place["index"]), **place} for place in each]
+    return [{key: value[i] for key, value in where.items()} for i in range(count)]
+
+
+def _make_row(
+    pipe: Pipe, source: Source, place: dict[str, tf.Tensor]
+) -> tuple[list[np.ndarray], int] | None:
+    """An example's images, see view.stages, and its label; None if it is damaged: the log says how.
+
+    Of a photo that is cut, or a record whose bits flipped, the others can still be looked at.
+    """
+    index = int(place["index"])
+    try:
+        # A cache of decoded images holds them upright already; behind it they are as stored.
+        stored = source.peek(index)[0] if isinstance(source, CachedSource) else None
+        example = {**source.read(place["index"]), **place}
+        return stages(pipe, example, stored=stored), int(example["label"])
+    except (FileNotFoundError, *DATA_ERRORS) as error:
+        logging.warning("%s cannot be read: %s", source.describe(index), message_of(error))
+        return None
 
 
 def _mixtures(

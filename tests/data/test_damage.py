@@ -3,6 +3,8 @@
 import collections
 import itertools
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,13 @@ import tensorflow as tf
 
 from tests.support import images, processes, tiny
 from tests.support.images import PIPE
-from vit_dist.config.errors import DataError
+from vit_dist.config.errors import DataError, StorageError
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, check_share, explain_data_error
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources.open import open_source
 from vit_dist.evaluate import evaluate
+from vit_dist.storage.errors import explain
 from vit_dist.train import train
 
 PIPES = {
@@ -294,6 +297,29 @@ def test_a_masked_example_counts_as_nothing(tmp_path):
     tiny.assert_same(tiny.arrays(tmp_path / "parts"), tiny.arrays(tmp_path / "masked"), atol=1e-6)
 
 
+def test_storage_that_fails_in_an_evaluation_is_no_damage(tmp_path):
+    folder = tiny.make_folder(tmp_path / "images")
+    for i in range(8, 16):  # beyond what a source looks at when it is opened
+        shutil.copy(folder / "val" / "dogs" / "0.jpg", folder / "val" / "dogs" / f"{i}.jpg")
+    known = {"data__options": {"check_files": False}, "total_steps": 1}
+    train(tiny.of_folder(folder, data__val_split="", **known), str(tmp_path / "run"))
+    source = open_source("folder", split="val", data_dir=str(folder), check_files=False)
+    unseen = min(set(range(24)) - set(source.looked_at()))
+    image = Path(str(source.paths[unseen]))
+    image.unlink()
+    image.symlink_to("/proc/self/mem")  # reading it gives the kernel's own EIO
+    config = tiny.of_folder(folder, **known)
+    with pytest.raises(tf.errors.UnknownError) as error:
+        evaluate(config, str(tmp_path / "run"))
+    told = explain(error.value)
+    assert isinstance(told, StorageError) and f"{image}: Input/output error" in str(told)
+    with pytest.raises(StorageError, match=r"Input/output error.*run again to resume"):
+        train(config, str(tmp_path / "other"))
+    # Nor is it while what is damaged is looked for.
+    invalid = tf.errors.InvalidArgumentError(None, None, "no image")
+    assert explain_data_error(source, invalid) is None
+
+
 def test_too_many_bad_examples_end_the_run(tmp_path):
     folder = tiny.make_folder(tmp_path / "images")
     for i in range(3):
@@ -331,6 +357,34 @@ def test_the_limit_is_of_an_epoch_or_more(masked, seen, limit, repeats, fails):
             check_share(masked, **known)
     else:
         check_share(masked, **known)
+
+
+@pytest.mark.parametrize(
+    ("first", "seen", "repeats", "epochs"),
+    [(150, 200, 1, 2), (150, 50, 1, 1), (200, 200, 1, 1), (350, 251, 1, 3), (450, 600, 3, 2)],
+)
+def test_the_limit_of_a_run_that_was_resumed(first, seen, repeats, epochs):
+    known = {"seen": seen, "first": first, "num_examples": 200, "limit": 0.05, "repeats": repeats}
+    check_share(10 * repeats * epochs, **known)
+    with pytest.raises(DataError, match="damaged"):
+        check_share(10 * repeats * epochs + 1, **known)
+
+
+def test_a_resume_within_an_epoch_allows_what_the_run_does(tmp_path):
+    """Two bad images, in the last of four batches of epoch 0 and early in epoch 1."""
+    folder = tiny.make_folder(tmp_path / "images")
+    masking = {"input__on_bad_example": "mask", "input__batch_size": 4, "log_steps": 7}
+    known = {"data__val_split": "", **masking}
+    config = tiny.of_folder(folder, total_steps=7, **known)
+    source = open_folder(folder)
+    order = pipeline.train_indices(
+        source, batch_size=4, seed=config.seed, first_step=0, num_steps=7
+    ).tolist()
+    for index in [i for i in order[12:16] if i in order[16:28]][:2]:
+        with open(source.paths[index], "wb"):
+            pass
+    train(tiny.of_folder(folder, total_steps=3, **known), str(tmp_path / "run"))
+    assert train(config, str(tmp_path / "run"))["masked"] == 4
 
 
 def test_too_many_labels_that_count_from_another_number(tmp_path):

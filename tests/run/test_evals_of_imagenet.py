@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -15,8 +16,9 @@ from tests.support import tiny
 from tests.support.datasets import prepare_made_up
 from vit_dist.cluster.strategy import make_strategy
 from vit_dist.config import recipe
-from vit_dist.config.errors import ConfigError, UserError
+from vit_dist.config.errors import ConfigError, DataError, UserError
 from vit_dist.config.recipe import ALEXNET_ERRORS, IMAGENET_SETS, imagenet_c, imagenet_sets
+from vit_dist.data.sources.open import open_source
 from vit_dist.run.build import make_model
 from vit_dist.run.check import check, check_evaluation
 from vit_dist.run.evals import Evals
@@ -163,6 +165,26 @@ def test_sets_of_labels_by_a_file(tmp_path):
 def test_files_of_labels_that_do_not_fit(tmp_path, sets, words):
     with pytest.raises(UserError, match=words):
         check_evaluation(config(real_of(photographs(tmp_path), sets)), splits=[], evals=None)
+
+
+def test_files_of_one_name_in_several_folders(tmp_path):
+    """Each has labels of its own, by its folder; a bare name would give all of them the same."""
+    files = ["cat/1.png", "dog/1.png", "dog/2.png", "emu/1.png"]
+    for place, file in enumerate(files):
+        path = tmp_path / "val" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image(place)).save(path)
+    sets = {"cat/1.png": [0], "dog/1.png": [0, 1], "2.png": [2], "emu/1.png": []}
+
+    def opened(sets):
+        (tmp_path / "real.json").write_text(json.dumps(sets))
+        known = {"data_dir": str(tmp_path), "label_file": f"{tmp_path}/real.json"}
+        source = open_source("folder", split="val", **known)
+        return [source.read(tf.constant(i))["label"].numpy().tolist() for i in range(4)]
+
+    assert opened(sets) == [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0]]
+    with pytest.raises(DataError, match=r"for 1.png, and 3 folders .* as dog/1.png"):
+        opened({"cat/1.png": [0], "1.png": [1], "2.png": [2]})
 
 
 def test_labels_and_kinds_that_do_not_fit(tmp_path):

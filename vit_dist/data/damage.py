@@ -23,6 +23,7 @@ from vit_dist.data.ops.pipe import POSITION_SPEC, Pipe
 from vit_dist.data.sources import labels
 from vit_dist.data.sources.records import ENDED
 from vit_dist.data.sources.source import CORRUPT, MISSING, Source
+from vit_dist.storage.errors import is_failing
 
 POLICIES = ("fail", "mask")
 MAX_EXAMINED = 20_000  # a minute or two of decoding on a small machine
@@ -100,7 +101,7 @@ class Damage:
                 )
             )
 
-    def check_share(self, masked: int, *, seen: int, repeats: int = 1) -> None:
+    def check_share(self, masked: int, *, seen: int, first: int = 0, repeats: int = 1) -> None:
         """Calls the function `check_share` with the size of this source and this limit.
 
         Raises:
@@ -110,6 +111,7 @@ class Damage:
             check_share(
                 masked,
                 seen=seen,
+                first=first,
                 num_examples=self._source.num_examples,
                 limit=self._max_share,
                 repeats=repeats,
@@ -121,7 +123,13 @@ class Damage:
 
 
 def check_share(
-    masked: int, *, seen: int, num_examples: int, limit: float, repeats: int = 1
+    masked: int,
+    *,
+    seen: int,
+    num_examples: int,
+    limit: float,
+    first: int = 0,
+    repeats: int = 1,
 ) -> None:
     """Ends a run that masks too much of its data.
 
@@ -131,13 +139,15 @@ def check_share(
       num_examples: Of the source.
       limit: The largest share of an epoch's examples, for each epoch begun. In a small set MIN_BAD
         of them are allowed even so, unless the limit is 0.
+      first: The position in the run of the first of them, which a resume may put within an epoch.
       repeats: How often each example stands in its batch.
 
     Raises:
       DataError: More have been masked.
     """
     # A bad example may come early in its epoch, so each epoch that has begun counts as a whole one.
-    epochs = max(-(-seen // (num_examples * repeats)), 1)  # begun
+    size = num_examples * repeats
+    epochs = max(-(-(first + seen) // size) - first // size, 1)  # begun, or gone on with
     each = max(limit * num_examples, MIN_BAD if limit else 0)
     if masked > each * repeats * epochs:
         raise DataError(
@@ -250,6 +260,13 @@ def explain_data_error(
     if found is not None:
         text = _explain_label(source, *found)
         return f"{text}, or set config.input.on_bad_example=mask to leave it out"
+    shares = labels.find_shares(error.message or "")
+    if shares is not None:
+        return (
+            f"{source.describe(shares[1])}: {shares[0]}; correct it, take a loss for several "
+            "classes (config.loss.name=sigmoid), or set config.input.on_bad_example=mask to leave "
+            "it out"
+        )
     # Storage that was cut damages many examples at once; the source names the file.
     damage = source.find_damage()
     if damage is not None:
@@ -364,5 +381,6 @@ def _problem(pipe: Pipe | None, index: int, read: Callable[[], Tensors]) -> str 
             elif example["image"].dtype == tf.string:
                 decode_whole(example["image"])
         except (tf.errors.OpError, ValueError) as error:
-            return message_of(error)
+            # What the storage cannot give now says nothing of the example.
+            return None if is_failing(error) else message_of(error)
     return None

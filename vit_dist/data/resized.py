@@ -293,10 +293,13 @@ def _problems(parts: Iterable[list[_Made]]) -> str:
     """Returns one message of all that is wrong in `parts`, until a limit of number or time."""
     lines: list[str] = []
     deadline = time.monotonic() + MAX_SECONDS
-    for part in parts:
-        lines += [made.problem for made in part if made.problem]
-        if len(lines) >= MAX_NAMED or time.monotonic() > deadline:
-            break
+    try:
+        for part in parts:
+            lines += [made.problem for made in part if made.problem]
+            if len(lines) >= MAX_NAMED or time.monotonic() > deadline:
+                break
+    except DataError as error:
+        lines.append(str(error))  # a stream ends where its file is damaged
     if len(lines) == 1:
         return f"{lines[0]}; replace it or remove it"
     shown = "".join(f"\n  {line}" for line in lines[:MAX_NAMED])

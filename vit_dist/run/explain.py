@@ -18,7 +18,6 @@ from vit_dist.data.service import find_failure
 from vit_dist.run import out_of_memory
 from vit_dist.run.options import Data
 from vit_dist.storage import errors as storage_errors
-from vit_dist.storage.errors import Kind
 
 # An error can be the data's fault only if a data iterator raised it: the message then names the
 # iterator's node in the graph.
@@ -32,8 +31,6 @@ _LOST = (
     tf.errors.DeadlineExceededError,
     tf.errors.CancelledError,
 )
-# A file of the data that is not there, or is damaged, is looked for and named with its example.
-_OF_DATA = (Kind.MISSING, Kind.MISNAMED, Kind.DAMAGED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +74,9 @@ def explain(
     if out is not None:
         return out
     # Before the data and the other hosts: a disk or bucket that fails while images are read is
-    # neither a damaged example nor, though TensorFlow may use the same codes, a lost host.
-    if storage_errors.kind_of(error) not in (None, *_OF_DATA) or isinstance(error, OSError):
+    # neither a damaged example nor, though TensorFlow may use the same codes, a lost host. A file
+    # of the data that is not there, or is damaged, is looked for and named with its example.
+    if storage_errors.is_failing(error) or isinstance(error, OSError):
         return storage_errors.explain(
             error,
             place=workdir,
@@ -109,6 +107,9 @@ def explain_reading(error: tf.errors.OpError, reading: Reading, data: Data) -> U
         error,
         tf.errors.ResourceExhaustedError | tf.errors.InternalError | tf.errors.UnavailableError,
     ):
+        return None
+    # An evaluation's errors come here first. Whoever gets this one tells it as the storage's.
+    if storage_errors.is_failing(error):
         return None
     failed = find_failure(error)
     if isinstance(failed, ConnectionError):

@@ -305,8 +305,8 @@ class Loop:
         """
         count = int(self.masked.numpy())
         damage, batch_size = self.data.damage["train"], self.options.input.batch_size
-        seen = (step - self.first) * batch_size
-        damage.check_share(count, seen=seen, repeats=self.options.input.repeats)
+        first, seen = self.first * batch_size, (step - self.first) * batch_size
+        damage.check_share(count, seen=seen, first=first, repeats=self.options.input.repeats)
         # Not of prefetched batches, which have not been trained on yet.
         reasons = damage.counts(before=step * batch_size)
         return {"masked": float(count), **{f"masked_{k}": float(v) for k, v in reasons.items()}}

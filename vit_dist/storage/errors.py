@@ -195,6 +195,11 @@ def _raised_by_file_functions(error: BaseException) -> bool:
     return frame is not None and frame.tb_frame.f_code.co_filename.endswith("io/file_io.py")
 
 
+def is_failing(error: BaseException) -> bool:
+    """Whether the storage did not give what it holds: nothing is missing, misnamed or damaged."""
+    return kind_of(error) not in (None, Kind.MISSING, Kind.MISNAMED, Kind.DAMAGED)
+
+
 def may_recover(error: BaseException) -> bool:
     """Whether a later attempt may succeed. Permissions too: tickets lapse and are renewed."""
     return kind_of(error) in (Kind.FAILING, Kind.REFUSED)

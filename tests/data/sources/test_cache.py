@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +10,14 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.support import images, tiny
+from tests.support.datasets import prepare_dummy
 from tests.support.images import PIPE
 from tests.support.peers import photo
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
 from vit_dist.data.sources import cache
+from vit_dist.data.sources.array_record import convert
 from vit_dist.data.sources.cache import CachedSource, needed_bytes
 from vit_dist.data.sources.folder import FolderSource
 from vit_dist.data.sources.open import open_source
@@ -48,7 +51,9 @@ def test_batches_are_those_of_the_source(folder, form, on_disk, tmp_path):
     cached = CachedSource(source, form, folder=str(tmp_path / "cache") if on_disk else None)
     cached.prepare()
     for path in paths:
+        changed = path.stat().st_mtime_ns
         path.write_bytes(b"")  # they are read no more
+        os.utime(path, ns=(changed, changed))
     have = batches(cached)
     if on_disk:  # a later run, with no room for another
         again = CachedSource(source, form, folder=str(tmp_path / "cache"))
@@ -163,6 +168,53 @@ def test_a_cache_is_of_the_data_as_it_is_now(folder, tmp_path):
     moved = open_source("folder", split="train", data_dir=str(tmp_path / "moved"))
     CachedSource(moved, "raw", folder=where).prepare()
     assert len(list((tmp_path / "cache").glob("*.cache"))) == 2
+
+
+def test_a_cache_knows_a_file_that_was_mended_to_the_same_size(folder, tmp_path):
+    _, paths = folder
+    # None of those that a fingerprint looks into.
+    where, good = str(tmp_path / "cache"), paths[2].read_bytes()
+    paths[2].write_bytes(b"x" * len(good))
+    os.utime(paths[2], ns=(1, 1))
+    options = {"split": "train", "data_dir": str(tmp_path / "images"), "check_files": False}
+    source = open_source("folder", **options)
+    CachedSource(source, "raw", folder=where).prepare()
+    paths[2].write_bytes(good)
+    again = open_source("folder", **options)
+    assert again.fingerprint() == source.fingerprint()
+    cached = CachedSource(again, "raw", folder=where)
+    assert cached.read(tf.constant(2, tf.int64))["image"].numpy() == good
+
+
+def test_the_name_of_a_cache_tells_times_of_files_and_places(tmp_path):
+    images.write_folder(tmp_path / "folder")
+    images.write_tfrecords(tmp_path / "tfrecord")
+    opened = {"folder": {"data_dir": f"{tmp_path}/folder"}}
+    opened["tfrecord"] = {"files": f"{tmp_path}/tfrecord/train-*.tfrecord", "num_classes": 4}
+    opened["tfds"] = prepare_dummy(tmp_path / "tfds", "array_record")
+    opened["array_record"] = {"data_dir": f"{tmp_path}/shards"}
+    convert(
+        open_source("folder", split="train", **opened["folder"]),
+        tmp_path / "shards",
+        split="train",
+        examples_per_shard=12,
+    )
+    opened["mixture"] = {"parts": [{"source": "folder", "weight": 1, **opened["folder"]}] * 2}
+
+    def name(kind):
+        return cache._key_of(open_source(kind, split="train", **opened[kind]), "raw", {})
+
+    for number, kind in enumerate(opened):
+        before = name(kind)
+        assert name(kind) == before
+        files = list(open_source(kind, split="train", **opened[kind]).locations())
+        assert files, kind
+        os.utime(files[-1], ns=(number, number))
+        assert name(kind) != before, kind
+    before = name("tfds")
+    shutil.copytree(tmp_path / "tfds", tmp_path / "copy")  # with the times
+    opened["tfds"] = {**opened["tfds"], "data_dir": f"{tmp_path}/copy"}
+    assert name("tfds") != before
 
 
 @pytest.mark.parametrize("form", cache.FORMS)

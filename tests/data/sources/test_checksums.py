@@ -1,6 +1,7 @@
 """Shards that were cut or whose bits flipped: found at opening, or when they are read."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from vit_dist.config.errors import DataError, StorageError
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
+from vit_dist.data.resized import convert_resized
 from vit_dist.data.sources import array_record
 from vit_dist.data.sources.array_record import convert
 from vit_dist.data.sources.cache import CachedSource
 from vit_dist.data.sources.open import open_source
-from vit_dist.data.sources.preparation import read_table
+from vit_dist.data.sources.preparation import Preparation, read_table
 from vit_dist.run.check import check
 
 
@@ -92,8 +94,46 @@ def test_flipped_bits_do_not_enter_caches_or_shards(tmp_path):
     flip(paths[0], images.record_ends(paths[0])[2] + 200)
     with pytest.raises(ValueError, match=rf"{paths[0]} \(example 3 of.*corrupted record"):
         CachedSource(source, "raw").prepare()
-    with pytest.raises(ValueError, match="corrupted record"):
+    with pytest.raises(DataError, match=rf"{paths[0]} \(example 3 of.*corrupted record"):
         convert(source, tmp_path / "out", split="train", examples_per_shard=8)
+
+
+def test_a_source_damaged_after_its_conversion_keeps_its_shards(tmp_path):
+    """The shard is then the only good copy: nobody is told to remove it."""
+    paths = images.write_tfrecords(tmp_path)
+    options = {"files": f"{tmp_path}/train-*.tfrecord", "num_classes": 4}
+    source = open_source("tfrecord", split="train", **options)
+    convert(source, tmp_path / "out", split="train", examples_per_shard=20)
+    flip(paths[0], images.record_ends(paths[0])[2] + 200)
+    with pytest.raises(DataError, match="corrupted record") as error:
+        convert(source, tmp_path / "out", split="train", examples_per_shard=20)
+    assert f"{paths[0]} (example 3 of" in str(error.value)
+    assert "convert again" not in str(error.value)
+
+
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("compression", ["GZIP", "ZLIB"])
+def test_a_flipped_bit_in_a_stream_is_named_by_conversions(tmp_path, compression, resized):
+    paths = images.write_tfrecords(tmp_path, compression=compression)
+    options = {"files": f"{tmp_path}/train-*.tfrecord", "num_classes": 4}
+    source = open_source("tfrecord", split="train", **options)
+    flip(paths[1], paths[1].stat().st_size // 2)
+    write = partial(convert_resized, preparation=Preparation(8)) if resized else convert
+    with pytest.raises(DataError, match=rf"file {paths[1]} cannot be read"):
+        write(source, tmp_path / "out", split="train", examples_per_shard=20)
+
+
+def test_an_example_of_a_stream_without_an_image_is_named(tmp_path):
+    paths = images.write_tfrecords(tmp_path, compression="GZIP")
+    options = {"files": f"{tmp_path}/train-*.tfrecord", "num_classes": 4}
+    source = open_source("tfrecord", split="train", **options)
+    records = list(tf.data.TFRecordDataset(str(paths[0]), "GZIP").as_numpy_iterator())
+    records[2] = b""  # an example without features
+    with tf.io.TFRecordWriter(str(paths[0]), "GZIP") as writer:
+        for record in records:
+            writer.write(record)
+    with pytest.raises(DataError, match=r"example 2 of .* cannot be read: .*image/class/label"):
+        convert(source, tmp_path / "out", split="train", examples_per_shard=20)
 
 
 def test_a_flipped_bit_in_an_array_record(tmp_path):

@@ -18,6 +18,7 @@ from vit_dist.data.ops.pipe import parse
 from vit_dist.data.sources import folder as folder_lib
 from vit_dist.data.sources import image_files
 from vit_dist.data.sources.open import open_source
+from vit_dist.run.check import check
 from vit_dist.run.sources import open_sources
 from vit_dist.storage.errors import explain
 
@@ -85,6 +86,32 @@ def test_a_part_of_a_mixture_may_name_its_split(tmp_path):
     ]
     source = open_source("mixture", split="train", parts=parts, train_split="train")
     assert source.class_names == ("a", "b", "c")
+    # One name is of the training split: for another one it would give the same examples.
+    with pytest.raises(ConfigError, match=r"two.*no split for 'val'.*'photos'.*val_split=\"\""):
+        open_source("mixture", split="val", parts=parts, train_split="train")
+
+
+def test_a_part_of_a_mixture_may_name_each_split(tmp_path):
+    write(tmp_path / "one", "train/a", "train/b", "val/a")
+    write(tmp_path / "two", "photos/b", "photos/c", "held_out/c")
+    names = {"train": "photos", "val": "held_out"}
+    parts = [
+        {"source": "folder", "data_dir": f"{tmp_path}/one", "weight": 1},
+        {"source": "folder", "data_dir": f"{tmp_path}/two", "weight": 1, "split": names},
+    ]
+    ops = f"decode|{tiny.ANY_SIZE}"
+    options = {"input__train_ops": ops, "input__eval_ops": ops, "data__source": "mixture"}
+    options |= {"data__parts": parts, "data__val_split": "val", "data__test_split": ""}
+    run, data = check(tiny.make(**options))
+    assert run.record["data"]["parts"] == parts
+    read = {
+        name: [source.describe(i) for i in range(source.num_examples)]
+        for name, source in data.sources.items()
+    }
+    assert {name: len(found) for name, found in read.items()} == {"train": 8, "val": 4}
+    assert "/two/held_out/c/" in read["val"][3] and "/two/photos/" in read["train"][7]
+    with pytest.raises(ConfigError, match=r"two.*no split for 'test'"):
+        open_source("mixture", split="test", parts=parts, train_split="train")
 
 
 # names

@@ -222,21 +222,36 @@ class Shares(Source):
         return np.zeros((8, 8, 3), np.uint8), 0
 
 
-@pytest.mark.parametrize("wrong", [[0.5, 0.4, 0.0], [1.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
-def test_shares_that_are_no_distribution_end_a_run(wrong):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ([0.5, 0.4, 0.0], "the shares of its label sum to 0.9 and not to 1"),
+        ([1.5, -0.5, 0.0], "a share of its label is negative"),
+        ([0.0, 0.0, 0.0], "the shares of its label sum to 0 and not to 1"),
+        ([np.nan, 0.0, 0.0], "the shares of its label sum to nan and not to 1"),
+    ],
+)
+def test_shares_that_are_no_distribution_end_a_run(wrong, words):
     rows = tf.constant([[0.2, 0.3, 0.5], wrong])
     index = tf.constant(5, tf.int64)
     np.testing.assert_array_equal(labels.check_shares(rows[0], index), rows[0])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="the shares of its label sum to"):
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
         labels.check_shares(rows[1], index)
+    assert labels.find_shares(error.value.message) == (words, 5)
 
 
-def test_shares_that_are_no_distribution_in_a_pipeline():
+def test_shares_that_are_no_distribution_in_a_pipeline(monkeypatch):
     rows = [[0.2, 0.3, 0.5]] * 8
     pipe = "value_range|keep('image', 'label', 'index')"
     source = Shares([*rows[:5], [0.5, 0.4, 0.0], *rows[6:]])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="the shares of its label sum to"):
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
         read(source, pipe=pipe, batch_size=4)
+    # By the message alone: no example is read to find it.
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "read", None)
+        told = explain_data_error(source, error.value)
+    assert f"example 5 of {source}: the shares of its label sum to 0.9 and not to 1; " in told
+    assert "config.input.on_bad_example=mask" in told
     damage = Damage(source)
     batches = read(source, pipe=pipe, batch_size=4, damage=damage)
     assert {i for b in batches for i in b["index"][b["mask"] == 0]} == {5}

@@ -10,10 +10,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from sklearn import datasets
+from tensorflow_datasets import testing as tfds_testing
 
 from tests.support.datasets import prepare_dummy
 from vit_dist.config.errors import ConfigError
 from vit_dist.data.sources import open as sources
+from vit_dist.data.sources import tfds as tfds_lib
 from vit_dist.data.sources.open import open_source
 
 
@@ -249,6 +251,32 @@ def test_tfds_names_a_shard_that_was_cut(tmp_path):
     with pytest.raises(tf.errors.FailedPreconditionError):
         list(source.stream(seed=None, epoch=0))
     assert "15 records instead of 20" in source.find_damage()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_tfds_prepared_by_another_host(tmp_path, monkeypatch, when):
+    """It is done before this one begins, which returns at once; or before this one's renaming."""
+    made = []
+
+    def make(*args):
+        builder = tfds_testing.DummyMnist(data_dir=str(tmp_path), file_format="array_record")
+        made.append(builder)
+        own = builder._download_and_prepare
+
+        def slowly(**options):
+            prepare_dummy(tmp_path, "array_record")
+            own(**options)
+
+        if len(made) == 1 and when == "before":
+            prepare_dummy(tmp_path, "array_record")
+        elif len(made) == 1:
+            monkeypatch.setattr(builder, "_download_and_prepare", slowly)
+        return builder
+
+    monkeypatch.setattr(tfds_lib, "_make_builder", make)
+    source = open_source("tfds", split="train", name="dummy_mnist", data_dir=str(tmp_path))
+    assert len(made) == 2 and source.num_examples == 20
+    assert sorted(source.load(i)[1] for i in range(20)) == sorted([*range(10), *range(10)])
 
 
 # The list of checksums of the second names no files, only addresses.

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import threading
 from concurrent import futures
 
 import numpy as np
@@ -61,6 +62,26 @@ def test_threads_share_few_files(shards, most, monkeypatch):
     reader.read([0])
     assert open_files() - before <= min(most, NUM_SHARDS)
     del reader
+    assert open_files() <= before
+
+
+def test_a_reader_may_go_while_its_thread_looks_for_a_file(shards):
+    """The garbage collector closes a reader's files in whatever a thread is doing."""
+    files, before = shard_reader._OpenFiles(), open_files()
+    with files.borrow(1, shards[0].filename):
+        assert open_files() > before
+
+    def forget():
+        with files._lock:
+            files.forget(1)
+
+    thread = threading.Thread(target=forget, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it waits for itself"
+    with files.borrow(2, shards[1].filename):
+        assert [key[0] for key in files._files] == [2]
+    files.forget(2)
     assert open_files() <= before
 
 

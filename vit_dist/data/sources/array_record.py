@@ -7,6 +7,7 @@ shards.json is written last. A shard is written under a temporary name and renam
 so a conversion that was interrupted goes on with the first shard that is missing.
 """
 
+import contextlib
 import functools
 import json
 import zlib
@@ -28,11 +29,18 @@ from vit_dist.data.sources.preparation import TABLE, preparation_of, read_table
 from vit_dist.data.sources.records import Keys, make_example
 from vit_dist.data.sources.shard_reader import MAX_PARALLEL, OpenShard, Shard, ShardReader
 from vit_dist.data.sources.synthetic import encode
-from vit_dist.storage.errors import only_warn
+from vit_dist.storage.errors import cause, only_warn
 from vit_dist.storage.files import exists, file_size, read_json, write_whole
 
 KEYS = Keys("image", "label")
 PLAN = "plan.json"
+# What a stream raises where its files are damaged, cut or gone; storage that fails, other errors.
+_DAMAGED_STREAM = (
+    tf.errors.DataLossError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+)
 OPTIONS = "group_size:1"  # each record can be read alone; images do not compress any further
 
 
@@ -98,6 +106,9 @@ class ArrayRecordSource(base.Source):
 
     def names(self) -> list[str]:
         return [f"{shard['name']} {shard['crc32']}" for shard in self._shards]
+
+    def locations(self) -> list[str]:
+        return [str(self._folder / shard["name"]) for shard in self._shards]
 
 
 def convert(
@@ -199,14 +210,14 @@ class _Records:
         """Yields the examples of successive numbers, serialized; a few are read ahead.
 
         Raises:
-          DataError: An example has a label outside of the classes; names it.
+          DataError: An example is damaged, or has a label outside of the classes; names it.
         """
         if self._source.indexable:
             for start in range(numbers.start, numbers.stop, 4 * MAX_PARALLEL):
                 part = numbers[start - numbers.start :][: 4 * MAX_PARALLEL]
                 # In parallel, because a source in a bucket waits for each image; in parts, so that
                 # only a few images are in memory.
-                loaded = self._pool.map(self._source.load, part)
+                loaded = self._pool.map(self._load, part)
                 for number, (image, label) in zip(part, loaded, strict=True):
                     yield self._record(number, image, label)
             return
@@ -218,6 +229,14 @@ class _Records:
             image, label = next(self._stream)
             self._next += 1
             yield self._record(number, image, label)
+
+    def _load(self, number: int) -> tuple[bytes | np.ndarray, int]:
+        try:
+            return self._source.load(number)
+        except (FileNotFoundError, ValueError) as error:
+            raise DataError(
+                f"{self._source.describe(number)} cannot be read: {error}; replace it or remove it"
+            ) from error
 
     def _record(self, number: int, image: bytes | np.ndarray, label: int) -> bytes:
         # Every example is read here anyway, so a bad label is named now and not in the first epoch.
@@ -231,13 +250,23 @@ class _Records:
 
 
 def streamed(source: base.Source, first: int) -> Iterator[tuple[bytes, int]]:
-    """Yields image and label of the examples of a stream from number `first` on."""
+    """Yields image and label of the examples of a stream from number `first` on.
+
+    Raises:
+      DataError: A file, or an example, is damaged; names it.
+    """
     with tf.device("CPU:0"):
         # Skipped before decode_record, so that what is passed over costs reading alone.
         ds = source.stream(seed=None, epoch=0).skip(first).map(source.decode_record).prefetch(1)
         examples = ds.as_numpy_iterator()
-    for example in examples:
-        yield example["image"], int(example["label"])
+    number = first
+    try:
+        for example in examples:
+            yield example["image"], int(example["label"])
+            number += 1
+    except _DAMAGED_STREAM as error:
+        example = f"{source.describe(number)} cannot be read: {cause(error)}"
+        raise DataError(source.find_damage() or f"{example}; replace it or remove it") from error
 
 
 def png(image: np.ndarray) -> bytes:
@@ -279,21 +308,33 @@ def _describe_shard(
 ) -> dict[str, Any]:
     """Reads a shard back and compares it with `records`; returns what the table says of it."""
     crc = 0
-    try:
-        # Not through ShardReader, which keeps files open: each shard is read once.
-        with OpenShard(str(path)) as shard:
+    with contextlib.ExitStack() as stack:
+        with _of_shard(path):
+            # Not through ShardReader, which keeps files open: each shard is read once.
+            shard = stack.enter_context(OpenShard(str(path)))
             found = len(shard)
-            # A shard of another length is not compared record by record; the error below names it.
-            for i, record in enumerate(records if found == len(numbers) else ()):
+        # A shard of another length is not compared record by record; the error below names it.
+        for i, record in enumerate(records if found == len(numbers) else ()):
+            with _of_shard(path):
                 if shard.read([i])[0] != record:
                     raise DataError(f"{path} differs from {source.describe(numbers[i])}")
-                # Over all records as read back. `names` puts it into the fingerprint, where it
-                # tells shards of equal names apart.
-                crc = zlib.crc32(record, crc)
-    except ValueError as error:
-        raise DataError(f"{error or path}: remove {path} and convert again") from error
+            # Over all records as read back. `names` puts it into the fingerprint, where it
+            # tells shards of equal names apart.
+            crc = zlib.crc32(record, crc)
     if found != len(numbers):
         raise DataError(
             f"{path} holds {found} records instead of {len(numbers)}: remove it and convert again"
         )
     return {"name": path.name, "count": found, "size": file_size(path), "crc32": crc}
+
+
+@contextlib.contextmanager
+def _of_shard(path: epath.Path) -> Iterator[None]:
+    """Adds the remedy for a shard to what is raised within it.
+
+    Not around what reads the source: where that is damaged, the shard may be the only good copy.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{error or path}: remove {path} and convert again") from error

@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vit_dist import paths
 from vit_dist.config.errors import ConfigError, DataError
 from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.sources import source as base
+from vit_dist.data.sources.fingerprint import checksum
 from vit_dist.storage.errors import retry
 from vit_dist.storage.files import read_arrays, write_whole
 
@@ -41,8 +42,9 @@ class CachedSource(base.Source):
     """Another source, read once (in `prepare`) and from then on from memory or a local file.
 
     Every host caches the whole set, as each epoch's permutation gives it other examples. The file
-    of a cache is called after the fingerprint of the data, so that data which has changed, such as
-    an image that was mended, gets a new one. It holds a checksum of each example.
+    of a cache is called after the fingerprint of the data and the times of its local files, so that
+    data which has changed, such as an image that was mended, gets a new one. It holds a checksum of
+    each example.
 
     Args:
       source: Read by index, with encoded images.
@@ -310,13 +312,33 @@ def needed_bytes(source: base.Source, form: str) -> int:
 def _key_of(source: base.Source, form: str, decoding: dict[str, Any]) -> str:
     """Returns the name of a cache's file, which differs wherever its contents may differ."""
     found = source.fingerprint()
+    files = list(source.locations())
     # Without the sizes of the files, other data can have the same fingerprint: then the source's
-    # own name, with its path, is part of the name too.
-    where = "" if "sizes" in found else str(source)
+    # own name and its paths are part of the name too.
+    where = [] if "sizes" in found else [str(source), checksum(files)]
+    # A fingerprint does not see a file that was mended to the same size, which a resume may go on
+    # with; a cache would give its old contents.
+    times = checksum(_times_of([file for file in files if not paths.is_remote(file)]))
     # Decoded pixels also depend on our decoder and on how the pipe decodes.
     decoder = [_DECODER, decoding] if form == "decoded" else []
-    text = json.dumps([form, where, found, *decoder], sort_keys=True)
+    text = json.dumps([form, where, times, found, *decoder], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _times_of(files: Sequence[str]) -> Iterator[str]:
+    """Yields when each local file was changed last, in nanoseconds; "-" for one that is missing."""
+
+    def time_of(file: str) -> str:
+        try:
+            return str(os.stat(file).st_mtime_ns)
+        except FileNotFoundError:
+            return "-"
+
+    # 1000 files a task: handing a task to a thread takes longer than asking for one time.
+    parts = [files[i : i + 1000] for i in range(0, len(files), 1000)]
+    with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+        for times in pool.map(lambda part: [time_of(file) for file in part], parts):
+            yield from times
 
 
 def available_memory() -> int:

@@ -115,7 +115,7 @@ class FolderSource(base.Source):
         # What "label" is made of: a number, or a set of numbers.
         self._stored_labels = self.labels
         if label_file:
-            names = [path.rpartition("/")[2] for path, _ in found]
+            names = [path for path, _ in found]
             self._stored_labels = read_label_sets(label_file, names, num_classes=self.num_classes)
             self.label_sets = zlib.crc32(self._stored_labels.tobytes())
             self.element_spec["label"] = tf.TensorSpec((self.num_classes,), tf.float32)
@@ -189,6 +189,9 @@ class FolderSource(base.Source):
         parts = [names[i : i + 1000] for i in range(0, len(names), 1000)]
         with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
             return checksum(" ".join(sizes) for sizes in pool.map(_sizes, parts))
+
+    def locations(self) -> list[str]:
+        return self.paths.tolist()
 
     def describe(self, index: int) -> str:
         return f"image file {str(self.paths[index])!r} (example {index} of {self})"

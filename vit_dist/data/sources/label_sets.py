@@ -4,6 +4,7 @@ In a record a set is its class numbers, (K,) int32, filled up with -1; in an exa
 row (C,) with 1 for each right class. A set may be empty: nobody could name what the image shows.
 """
 
+import collections
 import json
 import re
 from collections.abc import Sequence
@@ -24,18 +25,21 @@ def read_label_sets(path: str, files: Sequence[str], *, num_classes: int) -> np.
 
     Args:
       path: JSON: a list of lists of class numbers, as ReaL's real.json, whose entry i belongs to
-        the file ILSVRC2012_val_{i + 1}; or an object, name of a file -> list of class numbers.
-      files: names of the image files, without folders.
+        the file ILSVRC2012_val_{i + 1}; or an object, file -> list of class numbers, where a file
+        is "class/name", or "name" if one folder alone has such a file.
+      files: the image files, as "class/name".
       num_classes: class numbers are in [0, num_classes).
 
     Returns:
       int32 (files, K), filled up with -1.
 
     Raises:
-      DataError: no such JSON, a file without an entry, or a number that is no class.
+      DataError: no such JSON, a file without an entry, an entry that may be of several files, or a
+        number that is no class.
     """
     sets = _parsed(path)
-    rows = [_entry(sets, name, path) for name in files]
+    counts = collections.Counter(map(_bare, files))
+    rows = [_entry(sets, name, path, twins=counts[_bare(name)] - 1) for name in files]
     for name, row in zip(files, rows, strict=True):
         for number in row:
             # Not isinstance(): JSON's true would pass as 1.
@@ -74,21 +78,37 @@ def _parsed(path: str) -> Any:
     if not isinstance(sets, (list, dict)) or not all(isinstance(v, list) for v in values):
         raise DataError(
             f"config.data.label_file {path} must hold a list of lists of class numbers, as ReaL's "
-            "real.json, or an object: name of a file -> list of class numbers"
+            "real.json, or an object: file -> list of class numbers"
         )
     return sets
 
 
-def _entry(sets: Any, name: str, path: str) -> list[Any]:
+def _bare(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
+def _entry(sets: Any, file: str, path: str, *, twins: int) -> list[Any]:
+    """The labels of a file, "class/name", where so many other folders have a file of its name."""
+    name = _bare(file)
     if isinstance(sets, dict):
+        if file in sets:
+            return sets[file]
         if name not in sets:
-            raise DataError(f"{path} has no labels for {name}: add them ([] for none)")
+            raise DataError(
+                f"{path} has no labels for {name}, nor for {file}: add them ([] for none)"
+            )
+        # One entry would give its labels to all of them.
+        if twins:
+            raise DataError(
+                f"{path} gives labels for {name}, and {twins + 1} folders have a file of that "
+                f"name: name each with its folder, as {file}"
+            )
         return sets[name]
     found = _VALIDATION.fullmatch(name)
     if found is None or not 1 <= int(found[1]) <= len(sets):
         raise DataError(
             f"{path} is a list of {len(sets)} sets of labels, for the files "
             f"ILSVRC2012_val_00000001 to ILSVRC2012_val_{len(sets):08d}, and there is {name}: give "
-            "an object, name of a file -> list of class numbers"
+            "an object, file -> list of class numbers"
         )
     return sets[int(found[1]) - 1]

@@ -19,6 +19,9 @@ NO_SHARES = "the shares of its label sum to"
 # lines of their own and in quotes, and a data service passes them on with spaces.
 _NEXT = r"(?:\] \[|'?\n| )"
 _FOUND = re.compile(rf"{re.escape(OUTSIDE)}{_NEXT}(-?\d+).*?; example{_NEXT}(\d+)", re.S)
+_FOUND_SHARES = re.compile(
+    rf"{re.escape(NO_SHARES)}{_NEXT}([^\s\]]+).*?; example{_NEXT}(\d+)", re.S
+)
 MAX_LABELS = 5000  # looked at to say what the labels' first number is
 NUM_THREADS = 32
 ROUNDING = 1e-3  # of the sum of a label's shares, stored in half precision at worst
@@ -65,6 +68,17 @@ def find(message: str) -> tuple[int, int] | None:
     """Returns label and number of the example out of the message of a failed `check`."""
     found = _FOUND.search(message)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def find_shares(message: str) -> tuple[str, int] | None:
+    """Returns problem and number of the example out of the message of a failed `check_shares`."""
+    found = _FOUND_SHARES.search(message)
+    if not found:
+        return None
+    total = float(found[1])
+    if abs(total - 1) <= ROUNDING:
+        return "a share of its label is negative", int(found[2])
+    return f"{NO_SHARES} {total:g} and not to 1", int(found[2])
 
 
 def advise(

@@ -158,6 +158,9 @@ class MixtureSource(base.Source):
         known = {} if None in sizes else {"sizes": checksum(map(str, sizes))}
         return {**found, "parts": checksum(text), **known}
 
+    def locations(self) -> list[str]:
+        return [path for source in self.sources for path in source.locations()]
+
     def _parts(self):
         return zip(self.sources, self.quotas, strict=True)
 

@@ -67,7 +67,7 @@ def open_source(source: str, *, split: str, **options) -> Source:
     return SOURCES[source](split=split, **given)
 
 
-def _open_mixture(split: str, parts: Any = None, **options) -> Source:
+def _open_mixture(split: str, parts: Any = None, train_split: str = "train", **options) -> Source:
     """Opens the sources that `parts` describes; other options hold for each that takes them."""
     if not isinstance(parts, (list, tuple)) or not all(
         isinstance(part, Mapping) and {"source", "weight"} <= set(part) for part in parts
@@ -76,8 +76,10 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
             "source 'mixture' needs parts: a list of dicts, each with source, weight, its options "
             f"and, where it differs, split; got {parts!r}"
         )
+    # All of them before a part is opened, which may take long.
+    names = [_splits_of(part, split, train_split) for part in parts]
     opened = []
-    for part in parts:
+    for part, (its_split, its_train_split) in zip(parts, names, strict=True):
         # A part's own options take precedence over the mixture's.
         own = {k: v for k, v in part.items() if k not in ("source", "weight", "split")}
         # None for a name that is unknown: open_source below names it.
@@ -85,12 +87,30 @@ def _open_mixture(split: str, parts: Any = None, **options) -> Source:
         known = inspect.signature(kind).parameters if kind else {}
         # Options of the mixture go to the parts that have such an option.
         common = {k: v for k, v in options.items() if k in known}
-        if "split" in part and "train_split" in known:
-            common["train_split"] = part["split"]  # its directories are the part's classes
-        opened.append(
-            open_source(part["source"], split=part.get("split", split), **{**common, **own})
-        )
+        if "train_split" in known:
+            common["train_split"] = its_train_split  # its directories are the part's classes
+        opened.append(open_source(part["source"], split=its_split, **{**common, **own}))
     return MixtureSource(opened, [part["weight"] for part in parts])
+
+
+def _splits_of(part: Mapping[str, Any], split: str, train_split: str) -> tuple[str, str]:
+    """Returns what a part calls the mixture's split that is opened, and its training split."""
+    named = part.get("split")
+    if named is None:
+        return split, train_split
+    if isinstance(named, Mapping) and split in named:
+        return named[split], named.get(train_split, train_split)
+    # One name stands for the training split: read for another one too, validation would be on
+    # images that are trained on.
+    if isinstance(named, str) and split == train_split:
+        return named, named
+    raise ConfigError(
+        f"the part {dict(part)} of the mixture has no split for {split!r}: its split must be a "
+        f"dict with what each is called there, such as {{{train_split!r}: "
+        f"{named if isinstance(named, str) else train_split!r}, {split!r}: ...}}, as a single name "
+        f"is that of the training split ({train_split!r}); or leave {split!r} out with "
+        'config.data.val_split="" and test_split=""'
+    )
 
 
 def _nearest(word: str, known) -> str:

@@ -145,6 +145,7 @@ class _OpenFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._files: collections.OrderedDict[tuple[int, str], _File] = collections.OrderedDict()
+        self._gone: collections.deque[int] = collections.deque()  # owners with files still open
 
     @contextmanager
     def borrow(self, owner: int, filename: str) -> Iterator[OpenShard]:
@@ -155,6 +156,7 @@ class _OpenFiles:
         """
         key = (owner, filename)
         with self._lock:
+            self._close_gone()
             file = self._files.setdefault(key, _File())
             self._files.move_to_end(key)
             file.users += 1
@@ -176,8 +178,19 @@ class _OpenFiles:
                     del self._files[key]  # it could not be opened
 
     def forget(self, owner: int) -> None:
-        """Closes all files of an owner that is gone."""
-        with self._lock:
+        """Closes all files of an owner that is gone, now or when a file is borrowed next."""
+        self._gone.append(owner)
+        # The garbage collector calls this, in any thread and at any line: also in one that holds
+        # the lock, and would wait for itself.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close_gone()
+            finally:
+                self._lock.release()
+
+    def _close_gone(self) -> None:
+        while self._gone:
+            owner = self._gone.popleft()
             self._close([key for key in self._files if key[0] == owner])
 
     def _close(self, keys: list[tuple[int, str]]) -> None:

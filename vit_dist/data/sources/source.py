@@ -180,6 +180,10 @@ class Source(abc.ABC):
         """Returns a checksum of the sizes of all files; None where they are not known cheaply."""
         return None
 
+    def locations(self) -> Iterable[str]:
+        """Returns the paths of the files that hold the examples, as far as there are some."""
+        return ()
+
     def looked_at(self) -> list[int]:
         """Returns the numbers of a few examples that `peek` reads at little cost; may be none."""
         loads = type(self).load is not Source.load  # a user's own source may do without

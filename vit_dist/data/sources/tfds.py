@@ -65,7 +65,8 @@ class TfdsSource(base.Source):
     ):
         self.split = split
         self._keys = Keys("image", label_key)  # as TFDS stores the features
-        self.builder = _make_builder(name, data_dir, file_format)
+        self._make_builder = functools.partial(_make_builder, name, data_dir, file_format)
+        self.builder = self._make_builder()
         features = self.builder.info.features
         label = _label_feature(name, features, label_key)
         # Before anything else: a set that is not prepared knows neither its splits nor their sizes.
@@ -111,7 +112,14 @@ class TfdsSource(base.Source):
             builder.download_and_prepare()
         # A download or a data set's parser may raise anything; the remedy is the same.
         except Exception as error:
-            raise DataError(_preparation_failed(builder, error)) from error
+            # Of several hosts that share a data_dir, the slower ones fail to rename what they made
+            # to where it is by now.
+            self.builder = self._make_builder()
+            if not self.builder.info.splits:
+                raise DataError(_preparation_failed(builder, error)) from error
+        # Where another host was done before this one began, TFDS returns without having read it.
+        if not self.builder.info.splits:
+            self.builder = self._make_builder()
 
     def _check_sizes(self) -> None:
         """Looks for a shard that was cut, also between two records, by the size of all shards.
@@ -212,6 +220,9 @@ class TfdsSource(base.Source):
             # The first record of a file begins at byte 0, for which no scan is needed.
             return self._keys.load(read_unverified(self._files[file], 0))
         return self._keys.load(read_unverified(self._files[file], int(self._offsets[file][place])))
+
+    def locations(self) -> list[str]:
+        return [str(file) for file in self._files]
 
     def looked_at(self) -> list[int]:
         if self.label_sets is not None:
@@ -318,7 +329,7 @@ def _check_network(builder) -> None:
     cached = downloads.exists() and any(path.name != "manual" for path in downloads.iterdir())
     missing = [
         url
-        for url, info in builder.url_infos.items()
+        for url, info in (builder.url_infos or {}).items()  # None: a set that downloads nothing
         # Old lists of checksums have no names of files, imagenet2012's among them.
         if not (downloads / "manual" / (info.filename or url.rpartition("/")[2])).exists()
     ]
@@ -333,7 +344,7 @@ def _check_network(builder) -> None:
 
 def _preparation_failed(builder, error: Exception) -> str:
     manual = builder.data_dir_root / "downloads" / "manual"
-    urls = "".join(f"\n  {url}" for url in list(builder.url_infos)[:8])
+    urls = "".join(f"\n  {url}" for url in list(builder.url_infos or ())[:8])
     reason = str(error).strip().splitlines() or [""]
     return (
         f"TFDS could not prepare {builder.info.full_name}: {type(error).__name__}: {reason[0]}\n"

@@ -191,6 +191,9 @@ class TfrecordSource(base.Source):
         # Known from the table, so that it costs nothing in a bucket either.
         return checksum(map(str, self._table.sizes))
 
+    def locations(self) -> list[str]:
+        return [str(file) for file in self.files]
+
     def looked_at(self) -> list[int]:
         # From a bucket one example costs a read of 64 MB; in a compressed file, unpacking all that
         # comes before it.
