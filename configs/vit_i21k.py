@@ -21,7 +21,8 @@ the paper, which gives 90 epochs for B and 30 or 90 for L. Not run here.
 ImageNet-21k (14,197,122 images, 21,843 classes) is not among TFDS's public data sets: prepare it
 under the name imagenet21k with one split, full, or keep it as folders and set --config.data.source,
 train_split and data_dir. The paper names neither its loss nor its held-out images; this config
-takes softmax, and holds out the first 51,200 images, as AugReg does.
+takes softmax, and holds out the first 51,200 images, as AugReg does. It clips gradients at norm 1
+as AugReg does, too; the paper names that for ImageNet alone.
 """
 
 from vit_dist.config import get_defaults

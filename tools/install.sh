@@ -3,18 +3,35 @@
 #
 #   tools/install.sh .venv/bin/python -r requirements.txt -e '.[dev]'
 #
-# Of pip's own settings (pip.conf, PIP_...) uv is told the folders of wheels. Where they name another index than PyPI,
-# and where uv fails, pip installs.
+# uv is told what pip's settings (pip.conf, PIP_...) say of indexes, folders of wheels and constraints. Where they forbid
+# indexes, and where uv fails, pip installs.
 set -euo pipefail
 python=$1
 shift
 
-# Lines such as global.find-links='/a\n/b', of which the last counts.
-settings=$("$python" -m pip config list)
-if ! grep -q '[.]index-url=' <<<"$settings"; then
-  links=$(sed -n "s/^.*[.]find-links='\(.*\)'$/\1/p" <<<"$settings" | tail -n 1)
-  links=${links//\\n/,}
-  if "$python" -m pip install --quiet uv && UV_FIND_LINKS=${UV_FIND_LINKS:-${links// /,}} \
+# Lines such as global.find-links='/a\n/b'. Of equal names the last counts: variables come behind files.
+lines=$("$python" -m pip config list)
+lines=$(grep -v '^:env:' <<<"$lines" || true; grep '^:env:' <<<"$lines" || true)
+
+# setting NAME: its value, with spaces between several
+setting() {
+  sed -n "s/^[^=]*[.]$1='\(.*\)'$/\1/p" <<<"$lines" | tail -n 1 | sed 's/\\n/ /g'
+}
+
+# tell VARIABLE VALUE: for uv, unless the user has set it or there is nothing to tell
+tell() {
+  if [[ -n $2 && -z ${!1:-} ]]; then
+    export "$1=$2"
+  fi
+}
+
+if [[ -z $(setting no-index) ]]; then
+  tell UV_DEFAULT_INDEX "$(setting index-url)"
+  tell UV_INDEX "$(setting extra-index-url)"
+  tell UV_INDEX_STRATEGY unsafe-best-match # as pip: the newest release of all indexes
+  tell UV_FIND_LINKS "$(setting find-links | tr ' ' ',')"
+  tell UV_CONSTRAINT "$(setting constraint)"
+  if "$python" -m pip install --quiet uv &&
     "$python" -m uv pip install --quiet --compile-bytecode --python "$python" "$@"; then
     exit
   fi

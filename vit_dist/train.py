@@ -207,6 +207,7 @@ def _run(
         try:
             announce(options, data, strategy, state, workdir, origin, writer, note)
             metrics = loop.run(evaluated=evaluated)
+            starts.spending.switch("ending")
             if not metrics.get("preempted"):
                 writer.summary(int(metrics["step"]), hparams.session_end)
         except Exception as error:

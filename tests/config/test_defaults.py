@@ -314,6 +314,13 @@ def test_json_of_the_config_and_back():
     assert changes(back, json.loads(config_lib.to_json(config))) == []
 
 
+def test_a_threshold_that_smoothing_makes_useless_is_refused_before_devices_start():
+    config = small()
+    config.loss.update({"name": "sigmoid", "label_smoothing": 0.1, "threshold": 0.0})
+    with pytest.raises(ConfigError, match=r"loss\.label_smoothing=0\.1 gives the right one of"):
+        check(config)
+
+
 def test_what_a_config_file_may_hold_in_options_of_a_source():
     config = small()
     config.data.options = {"root": Path("/data"), "share": np.float32(0.5), "parts": ({"a": 1},)}

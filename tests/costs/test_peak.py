@@ -40,6 +40,17 @@ def test_a_peak_below_what_the_run_does_is_measured_again():
     assert measured.peak(reached=5e9).flops == 6e9
 
 
+def test_a_run_that_is_faster_than_the_product_has_no_mfu():
+    """Measuring again and again would take the time of the steps."""
+    found = []
+    measured = MeasuredPeak(1, measure=lambda: found.append(1) or 1e9)
+    for _ in range(4):
+        measured.wait()
+        assert measured.peak(reached=2e9).flops is None
+    assert len(found) == 2 and "faster than NumPy's product" in measured.peak(reached=2e9).source
+    assert measured.peak(reached=0.5e9).flops == 1e9
+
+
 def test_a_real_product():
     flops = measure_product(size=64, tries=2)
     assert np.isfinite(flops) and flops > 1e6

@@ -89,7 +89,11 @@ def test_what_cannot_be(name):
 def test_cards_of_a_file_are_named_by_their_regex():
     own = Device("Mine", "my card( 2)?", 12, None, None, 6)
     better = Device("Better", "a100", 140, None, None, 6)
-    devices = (*DEVICES, own, better)
+    part = Device("RTX A7000", "a7000", 140, None, None, 6)
+    devices = (*DEVICES, own, better, part)
+    # Also by the name of the row, of which the regex may be a part alone.
+    for name in ("8xRTX A7000", "8xRTX-A7000", "8xA7000"):
+        assert parse_target(name, devices)[2:4] == (part, 8)
     for name in ("8xmy card", "8xMy Card 2", "my card:8"):
         assert parse_target(name, devices)[2:4] == (own, 8)
     for name in ("8xA100", "8xA100-80GB"):

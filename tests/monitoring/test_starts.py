@@ -183,8 +183,10 @@ def test_a_run_that_is_killed_and_goes_on(tmp_path, monkeypatch, capsys):
         # All time is accounted for, and what happened took some.
         assert sum(start.seconds.values()) == pytest.approx(start.until - start.began, abs=0.1)
         expected = set(KINDS) - {"input_stall", "meeting", "restoring", "profiling"}
+        expected -= {"drawing", "ending"}  # a start that was killed has neither
         assert expected <= set(start.seconds)
     assert starts[1].seconds["compiling"] > 0 and starts[1].seconds["steps"] > 0
+    assert {"drawing", "ending"} <= set(starts[1].seconds)
     shown = capsys.readouterr().out.splitlines()
     assert shown[-2].startswith("goodput ") and shown[-1].startswith("done: ")
     assert "1 restart, 3 steps trained again; " in shown[-2]

@@ -1,47 +1,58 @@
 """tools/install.sh with a Python that only says what it is asked for."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 INSTALL = Path(__file__).resolve().parents[2] / "tools" / "install.sh"
-
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  "-m pip config list") printf '%s\\n' {settings} ;;
-  *) echo "$*, links ${{UV_FIND_LINKS-}}" ;;
+  "-m pip config list") cat <<'END'
+{settings}
+END
+  ;;
+  "-m uv "*) echo "$*"; env | grep ^UV_ | sort ;;
+  *) echo "$*" ;;
 esac
 [[ "$*" != "-m {fails} "* ]]
 """
-UV = "-m uv pip install --quiet --compile-bytecode --python {python} -e .[dev], links {links}"
-PIP = "-m pip install --quiet -e .[dev], links "
-GET_UV = "-m pip install --quiet uv, links "
+UV = ["-m pip install --quiet uv", "-m uv pip install --quiet --compile-bytecode --python PYTHON ."]
+PIP = ["-m pip install --quiet ."]
+BEST = "UV_INDEX_STRATEGY=unsafe-best-match"
+ALL = r"""
+:env:.find-links='/a\n/b /c'
+global.constraint='/etc/constraints.txt'
+global.extra-index-url='file:///one https://two'
+global.find-links='/d'
+global.index-url='https://mirror'
+"""
+TOLD = [
+    "UV_CONSTRAINT=/etc/constraints.txt",
+    "UV_DEFAULT_INDEX=https://mirror",
+    "UV_FIND_LINKS=/a,/b,/c",
+    "UV_INDEX=file:///one https://two",
+    BEST,
+]
 
 
 @pytest.mark.spawns
 @pytest.mark.parametrize(
     ("settings", "fails", "expected"),
     [
-        ("", "nothing", [GET_UV, UV.format(python="{python}", links="")]),
-        (
-            r"""":env:.find-links='/a'" "global.find-links='/b\n/c /d'" """,
-            "nothing",
-            [GET_UV, UV.format(python="{python}", links="/b,/c,/d")],
-        ),
-        (
-            "\"global.extra-index-url='x'\"",
-            "uv pip",
-            [GET_UV, UV.format(python="{python}", links=""), PIP],
-        ),
-        ("\"global.index-url='https://mirror'\"", "nothing", [PIP]),
+        ("", "nothing", [*UV, BEST]),
+        (ALL, "nothing", [*UV, *TOLD]),
+        (ALL, "uv pip", [*UV, *TOLD, *PIP]),
+        ("global.no-index='true'", "nothing", PIP),
     ],
 )
 def test_uv_installs_where_it_can_and_pip_elsewhere(tmp_path, settings, fails, expected):
     python = tmp_path / "python"
-    python.write_text(PYTHON.format(settings=settings, fails=fails))
+    python.write_text(PYTHON.format(settings=settings.strip(), fails=fails))
     python.chmod(0o755)
-    command = [INSTALL, python, "-e", ".[dev]"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [line.format(python=python) for line in expected]
-    assert ("pip does" in done.stderr) == (len(expected) == 3)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("UV_")}
+    command = [INSTALL, python, "."]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.splitlines() == [line.replace("PYTHON", str(python)) for line in expected]
+    assert ("pip does" in done.stderr) == (fails != "nothing")

@@ -57,8 +57,15 @@ def test_a_threshold_counts_what_smoothing_has_left():
     loss = make_loss(**options, threshold=0.2)
     expected = sigmoid((MIXED * 0.9 + 0.1 / 3 > 0.2).astype(float), LOGITS.astype(float)) / 3
     np.testing.assert_allclose(loss(LOGITS, tf.constant(MIXED)), expected, rtol=1e-5)
-    with pytest.raises(ConfigError, match="every class would count as right"):
-        make_loss(**options, threshold=0.0)(LOGITS, tf.constant(MIXED))
+    for threshold, words in ((0.0, "count all of them as right"), (0.95, "none of them as right")):
+        with pytest.raises(ConfigError, match=words):
+            make_loss(**options, threshold=threshold)(LOGITS, tf.constant(MIXED))
+
+
+def test_a_threshold_hides_no_label_outside_of_the_classes():
+    loss = make_loss(name="sigmoid", reduction="mean", threshold=0.0)
+    found = loss(tf.zeros((2, 3)), tf.constant([2, 3]))
+    assert np.isnan(found.numpy()).tolist() == [False, True]
 
 
 def test_every_loss_is_compared():

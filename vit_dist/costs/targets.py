@@ -121,9 +121,11 @@ def _is_named(device: Device, name: str) -> bool:
     `find_device` searches, as drivers put words around a card's name.
     """
     bare = _WORDS.sub("", name)
-    if device in DEVICES:
-        return bare.lower() == _WORDS.sub("", device.name).lower()
-    return any(re.fullmatch(device.match, x, re.IGNORECASE) for x in (name, bare))
+    if bare.lower().replace("-", " ") == _WORDS.sub("", device.name).lower().replace("-", " "):
+        return True
+    # A row of a file of one's own; the regexes of the table's rows are made for drivers' names.
+    known = device in DEVICES
+    return not known and any(re.fullmatch(device.match, x, re.IGNORECASE) for x in (name, bare))
 
 
 def _slice(text: str, generation: str, number: int, devices: Sequence[Device]) -> Target:

@@ -37,7 +37,9 @@ KINDS = (
     "input_stall",  # within steps the host waited for a batch
     "saving",  # as far as training stood still for it; a thread writes while training goes on
     "evaluating",
+    "drawing",  # as far as training stood still for pictures, at its end until they are there
     "profiling",  # writing what config.profile asks for
+    "ending",  # waiting for the other hosts, writing and closing files
 )
 DONE = "done"
 

@@ -41,7 +41,7 @@ from vit_dist.run.options import (
     WeightsOptions,
 )
 from vit_dist.run.sources import check_input, open_sources
-from vit_dist.training.losses import make_loss
+from vit_dist.training.losses import check_threshold, make_loss
 from vit_dist.training.multipliers import check_names
 from vit_dist.training.optimizer import OptimizerOptions
 from vit_dist.training.schedules import Schedule
@@ -89,6 +89,8 @@ def check(config: ConfigDict) -> tuple[RunOptions, Data]:
             f"{train} has one class alone ({train.class_names[0]!r}): there is nothing to tell "
             "apart. A folder wants one directory for each class"
         )
+    smoothing, threshold = config.loss.label_smoothing, config.loss.threshold
+    check_threshold(smoothing, threshold, num_classes=train.num_classes)
     # The rest needs the network, which needs the number of classes, which only the data knows.
     _check_patterns(optimizer, evaluation.model.network)
     pipe = _parse_pipe(config.input.train_ops, evaluation.model.network)

@@ -450,7 +450,7 @@ class Loop:
         if self.chief:
             if step == self.calendar.total:
                 self.finish_drawing()
-            with self.meter.pause("figures"):
+            with self.meter.pause("figures"), self.starts.spending.on("drawing"):
                 self.drawing.begin(step, self.state.eval_model)
             self.judged.draw()
 
@@ -458,7 +458,8 @@ class Loop:
         """Waits for the pictures; hosts without any return at once."""
         # This host's own signals alone: only the chief is here, and a look at those of all hosts
         # would be a collective, which the others answer with another number.
-        self.background.finish(stop=lambda: self.preemption.noticed)
+        with self.starts.spending.on("drawing"):
+            self.background.finish(stop=lambda: self.preemption.noticed)
 
     def collect(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """The state and the notes of a checkpoint, on the chief; a collective."""
@@ -481,9 +482,9 @@ class Loop:
         with self.starts.spending.on("saving"):
             self.checkpointer.wait()
             self.best.wait()
-        # A host that left now could take the chief with it: engines end or restart a job as soon
-        # as one of its processes has ended.
-        all_hosts(self.strategy, 0)
+            # A host that left now could take the chief with it: engines end or restart a job as
+            # soon as one of its processes has ended.
+            all_hosts(self.strategy, 0)
 
     def stop(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Saves and ends early, after a signal."""

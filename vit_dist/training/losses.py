@@ -35,6 +35,25 @@ def as_distribution(labels: tf.Tensor, num_classes: int) -> tf.Tensor:
     return tf.cast(labels, tf.float32)
 
 
+def check_threshold(smoothing: float, threshold: float | None, *, num_classes: int) -> None:
+    """Checks that a threshold tells the right class from the others once labels are smoothed.
+
+    Raises:
+      ConfigError: all classes would count as right, or none.
+    """
+    if threshold is None:
+        return
+    others = smoothing / num_classes
+    right = 1 - smoothing + others
+    if not others <= threshold < right:
+        raise ConfigError(
+            f"loss.label_smoothing={smoothing} gives the right one of {num_classes} classes "
+            f"{right:.3g} and each other one {others:.3g}: loss.threshold={threshold} would count "
+            f"{'all' if others > threshold else 'none'} of them as right; set it between the two, "
+            "or loss.label_smoothing to 0"
+        )
+
+
 def make_loss(
     *,
     name: str = "softmax",
@@ -81,17 +100,13 @@ def make_loss(
         num_classes = logits.shape[-1]
         # timm's order of operations: mixup (done by the step), then smoothing, then the threshold.
         targets = as_distribution(labels, num_classes)
-        others = label_smoothing / num_classes
+        check_threshold(label_smoothing, threshold, num_classes=num_classes)
         if label_smoothing:
-            targets = targets * (1 - label_smoothing) + others
+            targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
         if threshold is not None:
-            if others > threshold:
-                raise ConfigError(
-                    f"loss.label_smoothing={label_smoothing} gives each of {num_classes} classes "
-                    f"{others:.3g} of a label, more than loss.threshold={threshold}: every class "
-                    "would count as right; lower the one or raise the other"
-                )
-            targets = tf.cast(targets > threshold, tf.float32)
+            # Not a number is not above it either, and has to stay: see as_distribution.
+            above = tf.cast(targets > threshold, tf.float32)
+            targets = tf.where(tf.math.is_nan(targets), targets, above)
         each = LOSSES[name](targets, logits)
         return each / num_classes if reduction == "mean" else each
 

@@ -13,6 +13,7 @@ from tests.support import images, tiny
 from tests.support.datasets import prepare_dummy
 from tests.support.images import PIPE
 from tests.support.peers import photo
+from vit_dist.config.errors import ConfigError
 from vit_dist.data import pipeline
 from vit_dist.data.damage import Damage, explain_data_error
 from vit_dist.data.ops import basic as ops
@@ -62,6 +63,15 @@ def test_batches_are_those_of_the_source(folder, form, on_disk, tmp_path):
     for a, b in zip(have, want, strict=True):
         for key in b:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def test_a_disk_that_earlier_caches_fill_is_told_as_that(folder, tmp_path, monkeypatch):
+    source, _ = folder
+    (tmp_path / "0123456789abcdef.cache").write_bytes(bytes(10**7))
+    free = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(ConfigError, match=r"1 caches there take 0\.01 GB: remove those of data"):
+        CachedSource(source, "raw", folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("form", cache.FORMS)

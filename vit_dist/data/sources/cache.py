@@ -25,7 +25,7 @@ from vit_dist.data.ops.decoding import decode_whole
 from vit_dist.data.sources import source as base
 from vit_dist.data.sources.fingerprint import checksum
 from vit_dist.storage.errors import retry
-from vit_dist.storage.files import read_arrays, write_whole
+from vit_dist.storage.files import file_size, read_arrays, write_whole
 
 FORMS = ("raw", "decoded")
 # Raised whenever decoding gives other pixels than before: files of an earlier version are then not
@@ -116,7 +116,19 @@ class CachedSource(base.Source):
                 f"{self.num_examples:,} examples, and {room / 1e9:.2f} GB are free {where}: "
                 + ("take 'raw', " if self._form == "decoded" else "")
                 + "set config.input.cache_dir to a disk with more room, or set cache to 'off'"
+                + self._earlier()
             )
+
+    def _earlier(self) -> str:
+        """Names the room that caches in the same folder take, for a message."""
+        others = list(self._path.parent.glob("*.cache")) if self._path is not None else []
+        if not others:
+            return ""
+        size = sum(file_size(file) for file in others)
+        return (
+            f"; {len(others)} caches there take {size / 1e9:.2f} GB: remove those of data that has "
+            "changed since, or is not used any more"
+        )
 
     def prepare(self) -> None:
         """Fills the cache, unless it is there."""
